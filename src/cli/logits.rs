@@ -1,0 +1,53 @@
+//! `fewbit logits`: f32 logits `[1, seq, vocab]` of a token sequence, as safetensors.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::{ModelArgs, non_empty, output};
+use crate::error::{Error, Result};
+use crate::model::{CausalLm, Positions};
+use crate::store::HostTensor;
+use crate::store::safetensors::write_file;
+
+/// Arguments of `logits`.
+#[derive(Args, Debug)]
+pub(super) struct LogitsArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Token ids, separated by commas
+    #[arg(long, value_delimiter = ',', required = true)]
+    tokens: Vec<u32>,
+    /// The file to write
+    #[arg(long, value_name = "F.safetensors")]
+    output: PathBuf,
+}
+
+pub(super) fn run(args: LogitsArgs) -> Result<()> {
+    non_empty(&args.output)?;
+    let session = args.model.open()?;
+    let config = &session.opened.config;
+    if let Some(id) = args.tokens.iter().find(|id| **id as usize >= config.vocab) {
+        return Err(Error::usage(format!("token {id} is not in the model's {}", config.vocab))
+            .at("--tokens")
+            .fix(format!("ids below {}", config.vocab)));
+    }
+    let seq = args.tokens.len();
+    if seq > config.max_positions {
+        return Err(Error::usage(format!(
+            "{seq} tokens do not fit in the model's context {}",
+            config.max_positions
+        ))
+        .at("--tokens"));
+    }
+    let model = session.load()?;
+    let device = &session.device.device;
+    let positions = Positions::new(config, 0, seq, model.dtype(), device);
+    let hidden = model.hidden(CausalLm::tokens(&[&args.tokens], device), &positions);
+    let logits = model.logits(hidden.reshape([seq, config.d_model]));
+    let values: Vec<f32> = logits.into_data().iter::<f32>().collect();
+    let tensor = HostTensor::f32([1, seq, config.vocab], &values);
+    write_file(&args.output, &[("logits".to_owned(), tensor)], &BTreeMap::new())?;
+    output::line(&format!("{}  logits [1, {seq}, {}] f32", args.output.display(), config.vocab))
+}

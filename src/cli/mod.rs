@@ -1,0 +1,178 @@
+//! The command line: one match arm per command. Results go to stdout, everything else to stderr.
+
+mod eval;
+mod generate;
+mod inspect;
+mod logits;
+mod output;
+mod recipes;
+mod train;
+mod verify;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use burn::tensor::DType;
+use clap::{Args, Parser, Subcommand};
+
+use crate::data::Tokenizer;
+use crate::device::{self, NamedDevice};
+use crate::error::{Error, Result};
+use crate::export::{OpenModel, open_model};
+use crate::model::{CausalLm, Loader};
+use crate::recipe::Compute;
+use crate::stop::StopFlag;
+use crate::store::locate;
+
+/// Train language models into 4-, 3- and 2-bit weights.
+#[derive(Debug, Parser)]
+#[command(name = "fewbit", version, max_term_width = 100, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run every stage of a recipe; an unfinished run goes on by itself
+    Train(train::TrainArgs),
+    /// Find everything `train` would refuse, and estimate memory, disk and time
+    Check(train::CheckArgs),
+    /// List, show or copy the built-in recipes
+    Recipes(recipes::RecipesArgs),
+    /// Measure a model, with the protocol beside the number
+    Eval(eval::EvalArgs),
+    /// Re-open an export and check hashes, codes, scales, shapes and parity
+    Verify(verify::VerifyArgs),
+    /// Show tensors, grids, bits per weight, sizes and histograms of codes
+    Inspect(inspect::InspectArgs),
+    /// Continue a prompt
+    Generate(generate::GenerateArgs),
+    /// Write the logits of a token sequence, for parity checks against other runtimes
+    Logits(logits::LogitsArgs),
+}
+
+/// Parses the command line, runs it, prints at most one error, and chooses the exit code.
+pub fn main() -> ExitCode {
+    init_logging();
+    silence_panics();
+    let command = Cli::parse().command;
+    let outcome = std::panic::catch_unwind(|| run(command)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+        Err(Error::failed(format!("internal error: {}", text.unwrap_or_default()))
+            .fix("RUST_LOG=debug for the place, and report it; what was saved is kept"))
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::error(&error);
+            ExitCode::from(u8::try_from(error.kind().exit_code()).unwrap_or(1))
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    let stop = StopFlag::from_signals()?;
+    match command {
+        Command::Train(args) => train::train(args, &stop),
+        Command::Check(args) => train::check(args, &stop),
+        Command::Recipes(args) => recipes::run(args),
+        Command::Eval(args) => eval::run(args, &stop),
+        Command::Verify(args) => verify::run(args, &stop),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Generate(args) => generate::run(args, &stop),
+        Command::Logits(args) => logits::run(args),
+    }
+}
+
+fn init_logging() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("fewbit=warn,off"));
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter);
+    // A second call only happens in tests.
+    let _ = subscriber.with_writer(std::io::stderr).without_time().try_init();
+}
+
+/// A panic becomes an error like any other; where it happened is a debug message.
+fn silence_panics() {
+    std::panic::set_hook(Box::new(|info| tracing::debug!("{info}")));
+}
+
+/// `--model` and what is needed to load it.
+#[derive(Args, Debug)]
+struct ModelArgs {
+    /// A Hugging Face folder, a fewbit run or export, embedded:NAME, or a hub id owner/name[@rev]
+    #[arg(long, value_name = "DIR")]
+    model: String,
+    /// Where to run: auto, cpu, cuda[:i], metal, rocm[:i], vulkan, wgpu
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Type of activations: f32 or bf16
+    #[arg(long, default_value = "f32", value_parser = compute)]
+    compute: Compute,
+}
+
+fn compute(text: &str) -> Result<Compute, String> {
+    match text {
+        "f32" => Ok(Compute::F32),
+        "bf16" => Ok(Compute::Bf16),
+        _ => Err("f32 or bf16".to_owned()),
+    }
+}
+
+/// A model opened for a command.
+struct Session {
+    opened: OpenModel,
+    device: NamedDevice,
+    dtype: DType,
+}
+
+impl ModelArgs {
+    fn open(&self) -> Result<Session> {
+        Ok(Session {
+            device: device::open(&self.device)?,
+            opened: open_model(&locate::model(&self.model)?)?,
+            dtype: self.compute.dtype(),
+        })
+    }
+}
+
+impl Session {
+    fn load(&self) -> Result<CausalLm> {
+        let (config, device) = (&self.opened.config, &self.device.device);
+        Loader { config, source: &self.opened, device, dtype: self.dtype }.model()
+    }
+
+    fn tokenizer(&self) -> Result<Tokenizer> {
+        Tokenizer::load(&self.opened.dir)
+    }
+
+    /// The token put before a text, where the model has one.
+    fn bos(&self, tokenizer: &Tokenizer) -> Result<Option<u32>> {
+        match self.opened.config.bos {
+            Some(bos) => Ok(Some(bos)),
+            None => tokenizer.bos_id(),
+        }
+    }
+}
+
+/// `--output` and friends are paths; an empty one is a usage error everywhere.
+fn non_empty(path: &PathBuf) -> Result<&PathBuf> {
+    if path.as_os_str().is_empty() {
+        return Err(Error::usage("an empty path").fix("a file or folder name"));
+    }
+    Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,153 @@
+//! `fewbit train` and `fewbit check`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::json;
+
+use super::{non_empty, output};
+use crate::error::Result;
+use crate::report::terminal::{self, Terminal};
+use crate::report::{Event, Reporter, Reporters};
+use crate::run::{self, Options, Prepared, RunRecord, prepare};
+use crate::stop::StopFlag;
+
+/// What `train` and `check` share.
+#[derive(Args, Debug)]
+struct RecipeArgs {
+    /// A recipe's path, or a name in recipes/ or among the built-in ones
+    #[arg(long, value_name = "R")]
+    recipe: String,
+    /// Override a key: a.b=value, list entries by index (stage.0.reconstruct.steps=100)
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// The run's folder, instead of the recipe's `output`
+    #[arg(long, value_name = "DIR")]
+    output: Option<PathBuf>,
+    /// auto, cpu, cuda[:i], metal, rocm[:i], vulkan, wgpu; instead of the recipe's `device`
+    #[arg(long)]
+    device: Option<String>,
+}
+
+impl RecipeArgs {
+    fn options(self, fresh: bool) -> Result<Options> {
+        if let Some(output) = &self.output {
+            non_empty(output)?;
+        }
+        let Self { recipe, set, output, device } = self;
+        Ok(Options { recipe, set, output, device, fresh })
+    }
+}
+
+/// Arguments of `train`.
+#[derive(Args, Debug)]
+pub(super) struct TrainArgs {
+    #[command(flatten)]
+    recipe: RecipeArgs,
+    /// Start over, removing what an earlier run left in the output folder
+    #[arg(long)]
+    fresh: bool,
+    /// Stop after the preflight
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// Arguments of `check`.
+#[derive(Args, Debug)]
+pub(super) struct CheckArgs {
+    #[command(flatten)]
+    recipe: RecipeArgs,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn train(args: TrainArgs, stop: &StopFlag) -> Result<()> {
+    let options = args.recipe.options(args.fresh)?;
+    if args.dry_run {
+        return print_check(&prepare(&options, stop)?, false);
+    }
+    let report = Reporters::new(vec![Box::new(Terminal::new())]);
+    let record = run::train(&options, report, stop)?;
+    output::print(&results_table(&record))
+}
+
+pub(super) fn check(args: CheckArgs, stop: &StopFlag) -> Result<()> {
+    let prepared = prepare(&args.recipe.options(false)?, stop)?;
+    print_check(&prepared, args.json)
+}
+
+fn print_check(prepared: &Prepared, json: bool) -> Result<()> {
+    prepared.needs.check(&prepared.plan.recipe.output)?;
+    if json {
+        return output::json(&check_json(prepared));
+    }
+    let mut lines = Lines(String::new());
+    run::announce(prepared, &mut lines);
+    for stage in prepared.plan.stages.iter().filter(|stage| !stage.kept.is_empty()) {
+        lines.0 += &format!(
+            "note      {} leaves {} linears as an earlier stage made them\n",
+            stage.config.name(),
+            stage.kept.len()
+        );
+    }
+    output::print(&lines.0)
+}
+
+fn check_json(prepared: &Prepared) -> serde_json::Value {
+    let plan = &prepared.plan;
+    let stages: Vec<_> = plan
+        .stages
+        .iter()
+        .map(|stage| {
+            json!({
+                "name": stage.config.name(),
+                "linears": stage.specs.len(),
+                "kept": stage.kept,
+                "steps": stage.config.steps(prepared.model.config.n_blocks),
+            })
+        })
+        .collect();
+    json!({
+        "ok": true,
+        "plan": plan.summary(),
+        "model": prepared.model.name,
+        "blocks": prepared.model.config.n_blocks,
+        "quantized": plan.quantized().len(),
+        "kept": prepared.kept(),
+        "device": prepared.device.name,
+        "needs": prepared.needs,
+        "stages": stages,
+        "output": plan.recipe.output,
+    })
+}
+
+/// Terminal lines as text.
+struct Lines(String);
+
+impl Reporter for Lines {
+    fn emit(&mut self, event: &Event) {
+        const WIDTH: usize = 100;
+        if let Some(line) = terminal::line(event, WIDTH) {
+            self.0 += &line;
+            self.0.push('\n');
+        }
+    }
+}
+
+/// Perplexities in order of measurement, beside the float model's.
+fn results_table(record: &RunRecord) -> String {
+    let measured = &record.results.measured;
+    if measured.is_empty() {
+        return String::new();
+    }
+    let mut table = format!("{:<24}{:>12}{:>10}\n", "model", "perplexity", "x float");
+    for m in measured {
+        let float = measured.iter().find(|f| f.what == "float" && f.task == m.task);
+        let ratio = float.map_or(String::new(), |float| {
+            format!("{:.4}", m.result.perplexity / float.result.perplexity)
+        });
+        table += &format!("{:<24}{:>12.4}{ratio:>10}\n", m.what, m.result.perplexity);
+    }
+    table
+}

@@ -1,0 +1,272 @@
+//! Documents from a data file, and the hash that names the data in a report.
+//!
+//! Three shapes are read: JSONL with a `text` key on each line, a JSON list of strings, and plain
+//! text (the whole file is one document). The content decides; the extension only settles whether
+//! a file that opens like JSON but does not parse is broken JSON or prose.
+
+use std::fs::File;
+use std::io::Read as _;
+use std::path::Path;
+
+use serde_json::Value;
+use serde_json::error::Category;
+use sha2::{Digest as _, Sha256};
+
+use crate::error::{Error, Result};
+
+const SHAPES: &str = "give {\"text\": \"…\"} on each line, a JSON list of strings, or plain text";
+const HASH_CHUNK_BYTES: usize = 1 << 16;
+
+/// Reads the documents of `path`, in file order.
+///
+/// Documents keep their text exactly; an empty document stays, so that counts match the file.
+///
+/// # Errors
+/// If the file cannot be read, is not UTF-8, holds no document, or breaks its own shape; the
+/// error names the file and the line.
+pub fn read_documents(path: &Path) -> Result<Vec<String>> {
+    let bytes = std::fs::read(path).map_err(|source| Error::io("read", path, &source))?;
+    let text = decode_utf8(bytes, path)?;
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+    let documents = match (text.trim_start().chars().next(), is_named_json(path)) {
+        (None, _) => return Err(refused("the file is empty", path).fix(SHAPES)),
+        (Some('['), true) => string_list(text, path)?,
+        (Some('['), false) => match string_list(text, path) {
+            Ok(list) => list,
+            Err(_) if !is_json(text) => vec![text.to_owned()],
+            Err(error) => return Err(error),
+        },
+        (Some('{'), false) if !first_line_is_object(text) => vec![text.to_owned()],
+        (Some('{'), _) | (Some(_), true) => json_lines(text, path)?,
+        (Some(_), false) => vec![text.to_owned()],
+    };
+    if documents.is_empty() {
+        return Err(refused("the file holds no documents", path).fix(SHAPES));
+    }
+    Ok(documents)
+}
+
+/// SHA-256 of data files as lower-case hexadecimal.
+///
+/// For one path this is the file's own digest, as `sha256sum` prints it. For several it is the
+/// digest of their digests in the order given, so that moving bytes between files changes it.
+///
+/// # Errors
+/// If a file cannot be read.
+pub fn sha256_of<P: AsRef<Path>>(paths: &[P]) -> Result<String> {
+    if let [path] = paths {
+        return file_digest(path.as_ref()).map(|digest| hex(&digest));
+    }
+    let mut all = Sha256::new();
+    for path in paths {
+        all.update(file_digest(path.as_ref())?);
+    }
+    Ok(hex(&all.finalize()))
+}
+
+fn decode_utf8(bytes: Vec<u8>, path: &Path) -> Result<String> {
+    String::from_utf8(bytes).map_err(|error| {
+        let valid = error.utf8_error().valid_up_to();
+        let line = error.as_bytes()[..valid].split(|byte| *byte == b'\n').count();
+        refused("the file is not valid UTF-8", path)
+            .at(format!("line {line}"))
+            .fix("convert it to UTF-8 text first")
+    })
+}
+
+fn is_named_json(path: &Path) -> bool {
+    path.extension().and_then(|extension| extension.to_str()).is_some_and(|extension| {
+        ["json", "jsonl", "ndjson"].iter().any(|known| extension.eq_ignore_ascii_case(known))
+    })
+}
+
+fn is_json(text: &str) -> bool {
+    serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok()
+}
+
+fn first_line_is_object(text: &str) -> bool {
+    let first = text.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
+    matches!(serde_json::from_str(first), Ok(Value::Object(_)))
+}
+
+fn string_list(text: &str, path: &Path) -> Result<Vec<String>> {
+    serde_json::from_str(text).map_err(|error| {
+        let what = match error.classify() {
+            Category::Data => {
+                format!("the list holds something else than strings: {}", bare(&error))
+            }
+            _ => format!("the file is not valid JSON: {}", bare(&error)),
+        };
+        refused(what, path).at(format!("line {}", error.line())).fix(SHAPES)
+    })
+}
+
+fn json_lines(text: &str, path: &Path) -> Result<Vec<String>> {
+    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    lines
+        .map(|(index, line)| {
+            json_line(line)
+                .map_err(|what| refused(what, path).at(format!("line {}", index + 1)).fix(SHAPES))
+        })
+        .collect()
+}
+
+/// The document of one line, or what is wrong with the line.
+fn json_line(line: &str) -> Result<String, String> {
+    let value = serde_json::from_str(line)
+        .map_err(|error| format!("the line is not valid JSON: {}", bare(&error)))?;
+    let Value::Object(mut object) = value else {
+        return Err(format!("the line is {}, expected an object", kind_of(&value)));
+    };
+    match object.remove("text") {
+        Some(Value::String(text)) => Ok(text),
+        Some(other) => Err(format!("`text` is {}, expected a string", kind_of(&other))),
+        None => {
+            let keys: Vec<_> = object.keys().map(String::as_str).collect();
+            let found = if keys.is_empty() { "nothing".to_owned() } else { keys.join(", ") };
+            Err(format!("the line has no `text` key (found: {found})"))
+        }
+    }
+}
+
+/// The parser's message without its position: the line in it counts within one JSONL line.
+fn bare(error: &serde_json::Error) -> String {
+    let message = error.to_string();
+    match message.rfind(" at line ") {
+        Some(end) => message[..end].to_owned(),
+        None => message,
+    }
+}
+
+fn kind_of(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
+
+fn refused(what: impl Into<String>, path: &Path) -> Error {
+    Error::preflight(what).at(path.display())
+}
+
+fn file_digest(path: &Path) -> Result<[u8; 32]> {
+    let failed = |source| Error::io("read", path, &source);
+    let mut file = File::open(path).map_err(failed)?;
+    let mut hasher = Sha256::new();
+    let mut chunk = vec![0; HASH_CHUNK_BYTES];
+    loop {
+        match file.read(&mut chunk) {
+            Ok(0) => return Ok(hasher.finalize().into()),
+            Ok(length) => hasher.update(&chunk[..length]),
+            Err(source) if source.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(source) => return Err(failed(source)),
+        }
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let nibbles = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+    nibbles.map(|nibble| char::from(DIGITS[usize::from(nibble)])).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(name: &str, content: impl AsRef<[u8]>) -> Result<Vec<String>, String> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        read_documents(&path).map_err(|error| {
+            assert_eq!(error.kind().exit_code(), 3);
+            error.to_string().replace(&format!("{}/", folder.path().display()), "")
+        })
+    }
+
+    fn refusal(name: &str, content: impl AsRef<[u8]>) -> String {
+        let message = read(name, content).unwrap_err();
+        message.lines().take(2).collect::<Vec<_>>().join("\n")
+    }
+
+    #[test]
+    fn reads_the_three_shapes_by_content() {
+        let lines = "{\"text\": \"one\\n\", \"id\": 1}\r\n\n{\"text\": \"two\"}\n";
+        for name in ["a.jsonl", "a.json", "a.txt", "a"] {
+            assert_eq!(read(name, lines).unwrap(), ["one\n", "two"], "{name}");
+            assert_eq!(read(name, "[\"one\",\n \"\"]").unwrap(), ["one", ""], "{name}");
+        }
+        assert_eq!(read("a.txt", "two\nlines\n").unwrap(), ["two\nlines\n"]);
+        assert_eq!(read("a", "\u{feff}[\"one\"]").unwrap(), ["one"]);
+    }
+
+    #[test]
+    fn prose_that_opens_like_json_is_prose_unless_named_json() {
+        assert_eq!(read("a.txt", "[Enter a ghost]\nBoo.").unwrap(), ["[Enter a ghost]\nBoo."]);
+        assert_eq!(read("a.txt", "{sic} he said").unwrap(), ["{sic} he said"]);
+        assert_eq!(
+            refusal("a.json", "[Enter a ghost]"),
+            "the file is not valid JSON: expected value\n  at   a.json, line 1"
+        );
+        // Valid JSON of another shape is a mistake under any name.
+        assert_eq!(
+            refusal("a.txt", "[\"one\",\n{\"text\": 1}]"),
+            "the list holds something else than strings: invalid type: map, expected a string\n  \
+             at   a.txt, line 2"
+        );
+    }
+
+    #[test]
+    fn a_broken_line_is_named() {
+        let good = "{\"text\": \"x\"}\n".repeat(11);
+        assert_eq!(
+            read("a.jsonl", format!("{good}{{\"text\": \"x\"")).unwrap_err(),
+            "the line is not valid JSON: EOF while parsing an object\n  at   a.jsonl, line 12\n  \
+             try  give {\"text\": \"…\"} on each line, a JSON list of strings, or plain text"
+        );
+        assert_eq!(
+            refusal("a.jsonl", format!("{good}\n{{\"messages\": [], \"id\": 1}}")),
+            "the line has no `text` key (found: messages, id)\n  at   a.jsonl, line 13"
+        );
+        assert_eq!(
+            refusal("a.jsonl", format!("{good}{{\"text\": 5}}")),
+            "`text` is a number, expected a string\n  at   a.jsonl, line 12"
+        );
+        assert_eq!(
+            refusal("a.jsonl", format!("{good}\"x\"")),
+            "the line is a string, expected an object\n  at   a.jsonl, line 12"
+        );
+    }
+
+    #[test]
+    fn empty_and_undecodable_files_are_refused() {
+        assert_eq!(refusal("a.txt", " \n"), "the file is empty\n  at   a.txt");
+        assert_eq!(refusal("a.json", "[]"), "the file holds no documents\n  at   a.json");
+        assert_eq!(
+            refusal("a.txt", b"one\ntwo \xff"),
+            "the file is not valid UTF-8\n  at   a.txt, line 2"
+        );
+        let missing = read_documents(Path::new("no/such/file")).unwrap_err();
+        assert!(missing.to_string().contains("no/such/file"), "{missing}");
+    }
+
+    #[test]
+    fn hashes_one_file_as_itself_and_several_in_order() {
+        let folder = tempfile::tempdir().unwrap();
+        let [abc, empty] = ["abc", "empty"].map(|name| folder.path().join(name));
+        std::fs::write(&abc, "abc").unwrap();
+        std::fs::write(&empty, "").unwrap();
+        assert_eq!(
+            sha256_of(&[&abc]).unwrap(),
+            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        );
+        let pair = sha256_of(&[&abc, &empty]).unwrap();
+        assert_ne!(pair, sha256_of(&[&empty, &abc]).unwrap());
+        assert_ne!(pair, sha256_of(&[&abc]).unwrap());
+        assert!(sha256_of(&[folder.path().join("none")]).is_err());
+    }
+}

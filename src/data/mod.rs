@@ -1,0 +1,13 @@
+//! Text in, token windows out: documents, tokenizer, windows, and the order they are visited in.
+//!
+//! Nothing here knows a model or a device. Token ids are `u32`; a window is a slice of one stream.
+
+pub mod documents;
+pub mod order;
+pub mod tokenizer;
+pub mod windows;
+
+pub use documents::{read_documents, sha256_of};
+pub use order::Order;
+pub use tokenizer::Tokenizer;
+pub use windows::{ScoredWindow, TokenStream};

@@ -1,0 +1,218 @@
+//! A Hugging Face folder's tokenizer: text to token ids and back, without special tokens of its own.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+
+/// Documents handed to the thread pool at once; bounds the memory of their encodings.
+const BATCH: usize = 1024;
+
+/// The tokenizer of a model folder.
+///
+/// Encoding never adds BOS or EOS and never truncates or pads: which special tokens a stream
+/// carries is the caller's decision.
+#[derive(Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    folder: PathBuf,
+    bos: Option<String>,
+    eos: Option<String>,
+}
+
+impl Tokenizer {
+    /// Loads `tokenizer.json` and, where there is one, `tokenizer_config.json` from the folder `dir`.
+    ///
+    /// # Errors
+    /// If `tokenizer.json` is missing, or either file cannot be read or parsed.
+    pub fn load(dir: &Path) -> Result<Self> {
+        let path = dir.join("tokenizer.json");
+        if !path.is_file() {
+            return Err(Error::preflight("the model folder has no tokenizer.json").at(dir.display()).fix(
+                "copy tokenizer.json into it; a folder with only tokenizer.model or vocab.json has to \
+                 be converted with the transformers library first",
+            ));
+        }
+        let bytes = std::fs::read(&path).map_err(|source| Error::io("read", &path, &source))?;
+        let broken = |error: tokenizers::Error| {
+            Error::preflight(format!("the tokenizer does not load: {error}")).at(path.display())
+        };
+        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(broken)?;
+        // A saved truncation would silently cut every document; saved padding would lengthen it.
+        inner.with_truncation(None).map_err(broken)?;
+        inner.with_padding(None);
+        let config = read_config(&dir.join("tokenizer_config.json"))?;
+        let (bos, eos) = (special(&config, "bos_token"), special(&config, "eos_token"));
+        Ok(Self { inner, folder: dir.to_owned(), bos, eos })
+    }
+
+    /// The token ids of `text`, no special tokens added.
+    ///
+    /// # Errors
+    /// If the tokenizer's model cannot represent the text.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding =
+            self.inner.encode_fast(text, false).map_err(|error| self.failed("encode", &error))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The token ids of each text, in order: [`encode`](Self::encode) on several threads.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_all(&self, texts: &[String]) -> Result<Vec<Vec<u32>>> {
+        let mut all = Vec::with_capacity(texts.len());
+        for batch in texts.chunks(BATCH) {
+            let batch = batch.iter().map(String::as_str).collect();
+            let encodings = self
+                .inner
+                .encode_batch_fast(batch, false)
+                .map_err(|error| self.failed("encode", &error))?;
+            all.extend(encodings.iter().map(|encoding| encoding.get_ids().to_vec()));
+        }
+        Ok(all)
+    }
+
+    /// The text of `tokens`; `skip_special` leaves out BOS, EOS and their like.
+    ///
+    /// Ids the tokenizer does not know, such as padded vocabulary rows, give no text.
+    ///
+    /// # Errors
+    /// If the tokenizer's decoder fails.
+    pub fn decode(&self, tokens: &[u32], skip_special: bool) -> Result<String> {
+        self.inner.decode(tokens, skip_special).map_err(|error| self.failed("decode", &error))
+    }
+
+    /// Number of tokens, added ones included. A model's vocabulary may be padded beyond it.
+    pub fn vocab_size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// The id of `tokenizer_config.json`'s `bos_token`; `None` where it names none.
+    ///
+    /// # Errors
+    /// If the named token is not in the vocabulary.
+    pub fn bos_id(&self) -> Result<Option<u32>> {
+        self.special_id("bos_token", self.bos.as_deref())
+    }
+
+    /// The id of `tokenizer_config.json`'s `eos_token`; `None` where it names none.
+    ///
+    /// # Errors
+    /// If the named token is not in the vocabulary.
+    pub fn eos_id(&self) -> Result<Option<u32>> {
+        self.special_id("eos_token", self.eos.as_deref())
+    }
+
+    fn special_id(&self, key: &str, token: Option<&str>) -> Result<Option<u32>> {
+        let Some(token) = token else { return Ok(None) };
+        match self.inner.token_to_id(token) {
+            Some(id) => Ok(Some(id)),
+            None => Err(Error::preflight(format!("{key} `{token}` is not in the vocabulary"))
+                .at(self.folder.join("tokenizer_config.json").display())
+                .fix("use the tokenizer.json and tokenizer_config.json of the same model")),
+        }
+    }
+
+    fn failed(&self, verb: &str, error: &tokenizers::Error) -> Error {
+        Error::failed(format!("the tokenizer cannot {verb}: {error}"))
+            .at(self.folder.join("tokenizer.json").display())
+    }
+}
+
+/// The parsed file, or null where there is none.
+fn read_config(path: &Path) -> Result<Value> {
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(source) if source.kind() == std::io::ErrorKind::NotFound => return Ok(Value::Null),
+        Err(source) => return Err(Error::io("read", path, &source)),
+    };
+    serde_json::from_str(&text).map_err(|error| {
+        Error::preflight(format!("the file is not valid JSON: {error}")).at(path.display())
+    })
+}
+
+/// A special token, written as a string or as an object with `content`.
+fn special(config: &Value, key: &str) -> Option<String> {
+    let token = config.get(key)?;
+    token.as_str().or_else(|| token.get("content")?.as_str()).map(str::to_owned)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// Words split at white space: `<s>` 0, `</s>` 1, `?` 2 (unknown), `a` 3, `b` 4, `c` 5.
+    /// The saved truncation to one token must have no effect.
+    pub(crate) fn words(config: Option<&str>) -> (tempfile::TempDir, Result<Tokenizer>) {
+        let json = r#"{"version": "1.0",
+            "truncation": {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0},
+            "padding": null, "normalizer": null, "decoder": null,
+            "added_tokens": [
+                {"id": 0, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false,
+                 "normalized": false, "special": true}],
+            "pre_tokenizer": {"type": "WhitespaceSplit"},
+            "post_processor": {"type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+                "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}},
+            "model": {"type": "WordLevel", "unk_token": "?",
+                "vocab": {"<s>": 0, "</s>": 1, "?": 2, "a": 3, "b": 4, "c": 5}}}"#;
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("tokenizer.json"), json).unwrap();
+        if let Some(config) = config {
+            std::fs::write(folder.path().join("tokenizer_config.json"), config).unwrap();
+        }
+        let tokenizer = Tokenizer::load(folder.path());
+        (folder, tokenizer)
+    }
+
+    #[test]
+    fn encodes_whole_texts_without_special_tokens() {
+        let tokenizer = words(None).1.unwrap();
+        assert_eq!(tokenizer.encode("a b zzz c").unwrap(), [3, 4, 2, 5]);
+        assert_eq!(tokenizer.encode("").unwrap(), [0_u32; 0]);
+        assert_eq!(tokenizer.vocab_size(), 6);
+        let texts: Vec<_> =
+            (0..BATCH + 3).map(|i| if i % 2 == 0 { "a b" } else { "c" }.to_owned()).collect();
+        let all = tokenizer.encode_all(&texts).unwrap();
+        assert_eq!(all.len(), texts.len());
+        assert_eq!(all[BATCH], [3, 4]);
+        assert_eq!(all[BATCH + 1], [5]);
+    }
+
+    #[test]
+    fn decodes_with_and_without_special_tokens() {
+        let tokenizer = words(None).1.unwrap();
+        assert_eq!(tokenizer.decode(&[0, 3, 4], true).unwrap(), "a b");
+        assert_eq!(tokenizer.decode(&[0, 3, 4], false).unwrap(), "<s> a b");
+        assert_eq!(tokenizer.decode(&[3, 4_000_000], false).unwrap(), "a");
+    }
+
+    #[test]
+    fn special_tokens_come_from_the_config_file() {
+        let tokenizer = words(None).1.unwrap();
+        assert_eq!((tokenizer.bos_id().unwrap(), tokenizer.eos_id().unwrap()), (None, None));
+        let config = r#"{"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": false}}"#;
+        let tokenizer = words(Some(config)).1.unwrap();
+        assert_eq!((tokenizer.bos_id().unwrap(), tokenizer.eos_id().unwrap()), (Some(0), Some(1)));
+        let tokenizer = words(Some(r#"{"bos_token": null, "eos_token": "<end>"}"#)).1.unwrap();
+        assert_eq!(tokenizer.bos_id().unwrap(), None);
+        let error = tokenizer.eos_id().unwrap_err();
+        assert_eq!(error.what(), "eos_token `<end>` is not in the vocabulary");
+    }
+
+    #[test]
+    fn missing_and_broken_files_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = Tokenizer::load(folder.path()).unwrap_err();
+        assert_eq!(error.what(), "the model folder has no tokenizer.json");
+        assert_eq!(error.kind().exit_code(), 3);
+        std::fs::write(folder.path().join("tokenizer.json"), "{").unwrap();
+        let error = Tokenizer::load(folder.path()).unwrap_err().to_string();
+        assert!(error.starts_with("the tokenizer does not load: "), "{error}");
+        let error = words(Some("{")).1.unwrap_err().to_string();
+        assert!(error.contains("tokenizer_config.json"), "{error}");
+    }
+}

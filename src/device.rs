@@ -1,0 +1,122 @@
+//! Devices by name. The only file that knows which backends were compiled in.
+
+use burn::tensor::Device;
+
+use crate::error::{Error, Result};
+
+/// A device and the name it goes by.
+#[derive(Clone, Debug)]
+pub struct NamedDevice {
+    /// `cpu`, `cuda:0`, ...
+    pub name: String,
+    /// burn's handle, without autodiff.
+    pub device: Device,
+    /// Whether it has memory of its own.
+    pub discrete: bool,
+}
+
+/// The device that a name stands for: `auto`, `cpu`, `cuda[:i]`, `rocm[:i]`, `metal`, `vulkan`,
+/// `wgpu`, the last three with an optional `:i` for the i-th discrete GPU.
+///
+/// # Errors
+/// A usage error for an unknown name, or a backend that this binary was built without.
+pub fn open(name: &str) -> Result<NamedDevice> {
+    let name = if name == "auto" { best() } else { name };
+    let (kind, index) = match name.split_once(':') {
+        None => (name, None),
+        Some((kind, index)) => {
+            let index = index.parse::<usize>().map_err(|_| {
+                Error::usage(format!("device `{name}` has no number after the colon"))
+                    .fix(format!("{kind}:0"))
+            })?;
+            (kind, Some(index))
+        }
+    };
+    let device = backend(kind, index)?;
+    Ok(NamedDevice { name: name.to_owned(), device, discrete: kind != "cpu" })
+}
+
+/// Every device kind with the Cargo feature that brings it, best first.
+const ALL: [(&str, &str); 6] = [
+    ("cuda", "cuda"),
+    ("metal", "metal"),
+    ("rocm", "rocm"),
+    ("vulkan", "vulkan"),
+    ("wgpu", "wgpu"),
+    ("cpu", "flex"),
+];
+
+/// The backends compiled into this binary, best first.
+pub fn compiled() -> Vec<&'static str> {
+    let compiled = [
+        cfg!(feature = "cuda"),
+        cfg!(feature = "metal"),
+        cfg!(feature = "rocm"),
+        cfg!(feature = "vulkan"),
+        cfg!(feature = "wgpu"),
+        cfg!(feature = "flex"),
+    ];
+    ALL.iter().zip(compiled).filter(|(_, compiled)| *compiled).map(|((name, _), _)| *name).collect()
+}
+
+fn best() -> &'static str {
+    compiled().first().copied().unwrap_or("cpu")
+}
+
+#[cfg_attr(
+    not(any(
+        feature = "cuda",
+        feature = "rocm",
+        feature = "metal",
+        feature = "vulkan",
+        feature = "wgpu"
+    )),
+    allow(unused_variables)
+)] // the CPU has no index
+fn backend(kind: &str, index: Option<usize>) -> Result<Device> {
+    #[cfg(any(feature = "metal", feature = "vulkan", feature = "wgpu"))]
+    let gpu = match index {
+        Some(index) => burn::tensor::DeviceKind::DiscreteGpu(index),
+        None => burn::tensor::DeviceKind::DefaultDevice,
+    };
+    match kind {
+        #[cfg(feature = "flex")]
+        "cpu" => Ok(Device::flex()),
+        #[cfg(feature = "cuda")]
+        "cuda" => Ok(Device::cuda(index.unwrap_or(0))),
+        #[cfg(feature = "rocm")]
+        "rocm" => Ok(Device::rocm(index.unwrap_or(0))),
+        #[cfg(feature = "metal")]
+        "metal" => Ok(Device::metal(gpu)),
+        #[cfg(feature = "vulkan")]
+        "vulkan" => Ok(Device::vulkan(gpu)),
+        #[cfg(feature = "wgpu")]
+        "wgpu" => Ok(Device::wgpu(gpu)),
+        _ => Err(match ALL.iter().find(|(name, _)| *name == kind) {
+            Some((_, feature)) => {
+                Error::usage(format!("this binary was built without the {kind} backend"))
+                    .fix(format!("--device {}, or build with --features {feature}", best()))
+            }
+            None => Error::usage(format!("unknown device `{kind}`"))
+                .fix(format!("one of: auto, {}", compiled().join(", "))),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_devices_are_usage_errors() {
+        assert_eq!(open("gpu").unwrap_err().kind().exit_code(), 2);
+        assert_eq!(open("cuda:x").unwrap_err().kind().exit_code(), 2);
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn the_cpu_opens() {
+        assert_eq!(open("cpu").unwrap().name, "cpu");
+        assert!(!open("cpu").unwrap().discrete);
+    }
+}

@@ -1,0 +1,328 @@
+//! Writing an export folder, opening any model folder, and the parity gate between the two.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use super::manifest::{FORMAT_VERSION, LinearRecord, Manifest, ParityRecord, Provenance};
+use super::{Format, dequantized, fewbit};
+use crate::error::{Error, Result};
+use crate::model::{ModelConfig, WeightSource, companions, weight_name};
+use crate::quant::QuantizedWeight;
+use crate::store::folder::StagedFolder;
+use crate::store::safetensors::{Checkpoint, ShardWriter};
+use crate::store::{HostTensor, TensorSource};
+
+/// Largest shard that is written.
+const MAX_SHARD_BYTES: u64 = 5 << 30;
+
+/// What goes into an export.
+pub struct ModelParts<'a> {
+    /// The source model's folder.
+    pub dir: &'a Path,
+    /// Its tensors.
+    pub source: &'a Checkpoint,
+    /// Quantized linears by name, with the method that trained each.
+    pub quantized: &'a BTreeMap<String, (QuantizedWeight, String)>,
+    /// Where all of it came from.
+    pub provenance: Provenance,
+}
+
+/// The perplexity half of the gate: measured on the trained model before, and by the callback on
+/// the re-opened folder.
+pub struct Parity<'a> {
+    /// Of the model as trained.
+    pub trained: f64,
+    /// Predicted tokens.
+    pub tokens: u64,
+    /// Window length.
+    pub context: usize,
+    /// SHA-256 of the text.
+    pub data_sha256: String,
+    /// Measures a folder the way `fewbit eval` does.
+    pub measure: &'a mut dyn FnMut(&OpenModel) -> Result<f64>,
+}
+
+/// A finished export.
+#[derive(Clone, Debug)]
+pub struct Exported {
+    /// The folder.
+    pub path: PathBuf,
+    /// Its size.
+    pub bytes: u64,
+    /// Bits per quantized weight as stored in this format.
+    pub bits_per_weight: f64,
+    /// Wall-clock seconds.
+    pub seconds: f64,
+}
+
+/// Size of the quantized weights.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct WeightStats {
+    /// Number of quantized weights.
+    pub weights: u64,
+    /// Stored bits, scales and zero points included.
+    pub bits: f64,
+}
+
+impl WeightStats {
+    /// Adds one linear.
+    pub fn add(&mut self, weight: &QuantizedWeight) {
+        self.weights += weight.layout.len() as u64;
+        self.bits += weight.bits_per_weight() * weight.layout.len() as f64;
+    }
+
+    /// Mean bits per weight.
+    pub fn bits_per_weight(&self) -> f64 {
+        self.bits / (self.weights.max(1) as f64)
+    }
+}
+
+/// SHA-256 of weights as little-endian f32.
+pub fn weights_sha256(weights: &[f32]) -> String {
+    let mut hash = Sha256::new();
+    for chunk in weights.chunks(4096) {
+        let bytes: Vec<u8> = chunk.iter().flat_map(|w| w.to_le_bytes()).collect();
+        hash.update(&bytes);
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Writes `parts` as `format` to `target`. The folder appears only when the re-opened files hold
+/// exactly what was trained; whatever was at `target` stays until then.
+///
+/// # Errors
+/// I/O errors; exit code 5 when the gate fails.
+pub fn write(
+    parts: &ModelParts<'_>,
+    format: Format,
+    target: &Path,
+    parity: Option<Parity<'_>>,
+) -> Result<Exported> {
+    let start = Instant::now();
+    let staged = StagedFolder::create(target)?;
+    let mut manifest = write_tensors(parts, format, staged.path())?;
+    write_companions(parts, format, staged.path())?;
+    manifest.write(staged.path())?;
+    let opened = open_model(staged.path())?;
+    compare_weights(parts, &opened)?;
+    if let Some(parity) = parity {
+        let exported = (parity.measure)(&opened)?;
+        if exported.to_bits() != parity.trained.to_bits() {
+            return Err(Error::gate(format!(
+                "the exported model's perplexity {exported} is not the trained model's {}",
+                parity.trained
+            ))
+            .at(target.display())
+            .fix("report this: nothing was written"));
+        }
+        manifest.parity = Some(ParityRecord {
+            trained: parity.trained,
+            exported,
+            tokens: parity.tokens,
+            context: parity.context,
+            data_sha256: parity.data_sha256,
+        });
+        manifest.write(staged.path())?;
+    }
+    let bytes = folder_bytes(staged.path())?;
+    let bits_per_weight = match format {
+        Format::Fewbit => manifest.bits_per_weight,
+        Format::Dequantized => 32.0,
+    };
+    staged.commit()?;
+    Ok(Exported {
+        path: target.to_owned(),
+        bytes,
+        bits_per_weight,
+        seconds: start.elapsed().as_secs_f64(),
+    })
+}
+
+fn write_tensors(parts: &ModelParts<'_>, format: Format, dir: &Path) -> Result<Manifest> {
+    let mut writer = ShardWriter::create(dir, MAX_SHARD_BYTES)?;
+    let mut stats = WeightStats::default();
+    let mut linears = BTreeMap::new();
+    let mut dense = BTreeMap::new();
+    for name in parts.source.names() {
+        let linear = name.strip_suffix(".weight").and_then(|linear| {
+            parts.quantized.get(linear).map(|(weight, method)| (linear, weight, method))
+        });
+        let Some((linear, weight, method)) = linear else {
+            let tensor = parts.source.read(name)?;
+            dense.insert(name.to_owned(), tensor.sha256());
+            writer.add(name, &tensor)?;
+            continue;
+        };
+        stats.add(weight);
+        let (tensors, mut record) = fewbit::encode(linear, weight, method);
+        match format {
+            Format::Fewbit => write_all(&mut writer, &tensors)?,
+            Format::Dequantized => {
+                let tensor = dequantized::encode(weight);
+                record.sha256 = BTreeMap::from([(name.to_owned(), tensor.sha256())]);
+                writer.add(name, &tensor)?;
+            }
+        }
+        linears.insert(linear.to_owned(), record);
+    }
+    writer.finish(&BTreeMap::from([("format".to_owned(), "pt".to_owned())]))?;
+    Ok(Manifest {
+        format,
+        format_version: FORMAT_VERSION,
+        fewbit: env!("CARGO_PKG_VERSION").to_owned(),
+        bit_order: "lsb_stream".to_owned(),
+        axis: "in".to_owned(),
+        provenance: parts.provenance.clone(),
+        linears,
+        dense,
+        bits_per_weight: stats.bits_per_weight(),
+        parity: None,
+    })
+}
+
+fn write_all(writer: &mut ShardWriter, tensors: &[(String, HostTensor)]) -> Result<()> {
+    tensors.iter().try_for_each(|(name, tensor)| writer.add(name, tensor))
+}
+
+/// config.json, tokenizer files, chat template, generation settings.
+fn write_companions(parts: &ModelParts<'_>, format: Format, dir: &Path) -> Result<()> {
+    let path = parts.dir.join("config.json");
+    let text = std::fs::read_to_string(&path).map_err(|e| Error::io("read", &path, &e))?;
+    let mut config: Value = serde_json::from_str(&text)
+        .map_err(|e| Error::failed(format!("config.json is not valid: {e}")).at(path.display()))?;
+    match format {
+        Format::Dequantized => config = dequantized::config(config),
+        Format::Fewbit => {
+            if let Some(map) = config.as_object_mut() {
+                let about = json!({
+                    "quant_method": "fewbit",
+                    "format_version": FORMAT_VERSION,
+                    "manifest": super::MANIFEST_FILE,
+                });
+                map.insert("quantization_config".to_owned(), about);
+            }
+        }
+    }
+    let path = dir.join("config.json");
+    std::fs::write(&path, format!("{config:#}\n")).map_err(|e| Error::io("write", &path, &e))?;
+    for source in companions(parts.dir) {
+        if let Some(name) = source.file_name() {
+            let to = dir.join(name);
+            std::fs::copy(&source, &to).map_err(|e| Error::io("copy", &source, &e))?;
+        }
+    }
+    Ok(())
+}
+
+/// Codes equal, weights bit-equal, nothing missing.
+fn compare_weights(parts: &ModelParts<'_>, opened: &OpenModel) -> Result<()> {
+    let differs = |what: &str, name: &str| {
+        Err(Error::gate(format!("the exported {what} is not what was trained"))
+            .at(name)
+            .fix("report this: nothing was written"))
+    };
+    for (name, (weight, _)) in parts.quantized {
+        if let Some(packed) = opened.quantized(name)?
+            && packed != *weight
+        {
+            return differs("code or grid", name);
+        }
+        let shape = [weight.layout.out, weight.layout.inputs];
+        let trained = weight.dequantize();
+        let exported = opened.weight(&weight_name(name), &shape)?;
+        if trained.iter().zip(&exported).any(|(a, b)| a.to_bits() != b.to_bits()) {
+            return differs("weight", name);
+        }
+    }
+    for name in parts.source.names() {
+        let quantized = name.strip_suffix(".weight").is_some_and(|l| parts.quantized.contains_key(l));
+        if !quantized && opened.checkpoint.read(name)? != parts.source.read(name)? {
+            return differs("tensor", name);
+        }
+    }
+    Ok(())
+}
+
+fn folder_bytes(dir: &Path) -> Result<u64> {
+    let mut total = 0;
+    for entry in std::fs::read_dir(dir).map_err(|e| Error::io("list", dir, &e))? {
+        let entry = entry.map_err(|e| Error::io("list", dir, &e))?;
+        total += entry.metadata().map_err(|e| Error::io("read", &entry.path(), &e))?.len();
+    }
+    Ok(total)
+}
+
+/// A model folder opened for reading: dense, or packed by fewbit.
+pub struct OpenModel {
+    /// The folder.
+    pub dir: PathBuf,
+    /// Its shape.
+    pub config: ModelConfig,
+    /// Its tensors as stored.
+    pub checkpoint: Checkpoint,
+    /// The manifest, when fewbit wrote the folder.
+    pub manifest: Option<Manifest>,
+}
+
+/// Opens a model folder; only headers are read.
+///
+/// # Errors
+/// When the folder is not a model that can be read, or a file is damaged.
+pub fn open_model(dir: &Path) -> Result<OpenModel> {
+    if !dir.is_dir() {
+        return Err(Error::usage("there is no such model folder")
+            .at(dir.display())
+            .fix("a Hugging Face folder, a fewbit run or export, or a hub id owner/name"));
+    }
+    Ok(OpenModel {
+        dir: dir.to_owned(),
+        config: ModelConfig::read(dir)?,
+        checkpoint: Checkpoint::open(dir)?,
+        manifest: Manifest::read(dir)?,
+    })
+}
+
+impl OpenModel {
+    /// The record of a linear that is stored as codes.
+    fn packed(&self, linear: &str) -> Option<&LinearRecord> {
+        let manifest = self.manifest.as_ref().filter(|m| m.format == Format::Fewbit)?;
+        manifest.linears.get(linear)
+    }
+
+    /// A linear's codes and grid; `None` when it is stored dense.
+    ///
+    /// # Errors
+    /// When the stored tensors are damaged.
+    pub fn quantized(&self, linear: &str) -> Result<Option<QuantizedWeight>> {
+        let Some(record) = self.packed(linear) else { return Ok(None) };
+        fewbit::decode(linear, record, &self.checkpoint)
+            .map(Some)
+            .map_err(|e| e.at(self.dir.display()))
+    }
+}
+
+impl WeightSource for OpenModel {
+    fn weight(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let linear = name.strip_suffix(".weight").unwrap_or(name);
+        match self.quantized(linear)? {
+            None => self.checkpoint.weight(name, shape),
+            Some(weight) if shape == [weight.layout.out, weight.layout.inputs] => {
+                Ok(weight.dequantize())
+            }
+            Some(weight) => Err(Error::preflight(format!(
+                "the packed weight is {} x {}, config.json asks for {shape:?}",
+                weight.layout.out, weight.layout.inputs
+            ))
+            .at(name)),
+        }
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.checkpoint.contains(name)
+            || self.packed(name.strip_suffix(".weight").unwrap_or(name)).is_some()
+    }
+}

@@ -1,0 +1,139 @@
+//! `manifest.json`: what an exported folder holds, where it came from, and hashes of all of it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::Format;
+use crate::error::{Error, Result};
+use crate::quant::{Bits, CodeHistogram, ZeroKind};
+
+/// The manifest's name in a folder.
+pub const MANIFEST_FILE: &str = "manifest.json";
+/// Version of the manifest and of the packed layout.
+pub(super) const FORMAT_VERSION: u32 = 1;
+
+/// Everything that `verify` checks and a reader needs.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Manifest {
+    /// Which format the folder is in.
+    pub format: Format,
+    /// Version of this layout.
+    pub format_version: u32,
+    /// The fewbit that wrote it.
+    pub fewbit: String,
+    /// Order of codes in a word: code `i` of a row occupies bits `[i*b, i*b+b)`, least
+    /// significant first, rows starting at a fresh 32-bit word.
+    pub bit_order: String,
+    /// The axis along which codes are packed and groups run.
+    pub axis: String,
+    /// Model, data and recipe.
+    pub provenance: Provenance,
+    /// Quantized linears by name.
+    pub linears: BTreeMap<String, LinearRecord>,
+    /// SHA-256 of every other tensor's bytes, by name.
+    pub dense: BTreeMap<String, String>,
+    /// Mean stored bits of a quantized weight, scales and zero points included.
+    pub bits_per_weight: f64,
+    /// Perplexity of the trained and the re-opened model.
+    pub parity: Option<ParityRecord>,
+}
+
+/// Where the weights came from.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+pub struct Provenance {
+    /// The source model's name.
+    pub model: String,
+    /// SHA-256 over its config and weights.
+    pub model_sha256: String,
+    /// SHA-256 of each data set, by role.
+    pub data_sha256: BTreeMap<String, String>,
+    /// The resolved recipe.
+    pub recipe: String,
+    /// Seed of the run.
+    pub seed: u64,
+    /// Device it ran on.
+    pub device: String,
+}
+
+/// One quantized linear.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct LinearRecord {
+    /// The method that trained it.
+    pub method: String,
+    /// Width of a code.
+    pub bits: Bits,
+    /// `[out, in]`.
+    pub shape: [usize; 2],
+    /// Weights that share a scale.
+    pub group_len: usize,
+    /// What the zero points are.
+    pub zero_kind: ZeroKind,
+    /// Occurrences of each code.
+    pub histogram: CodeHistogram,
+    /// SHA-256 of each stored tensor's bytes, by tensor name.
+    pub sha256: BTreeMap<String, String>,
+    /// SHA-256 of the weights the codes stand for, as little-endian f32, `[out, in]`.
+    pub weights_sha256: String,
+}
+
+/// Two perplexities that must be equal, and what they were measured on.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct ParityRecord {
+    /// Of the model as trained.
+    pub trained: f64,
+    /// Of the re-opened folder.
+    pub exported: f64,
+    /// Predicted tokens.
+    pub tokens: u64,
+    /// Window length.
+    pub context: usize,
+    /// SHA-256 of the text.
+    pub data_sha256: String,
+}
+
+impl Manifest {
+    /// Reads `dir/manifest.json`; `None` when there is none, or it is another tool's.
+    ///
+    /// # Errors
+    /// When it is damaged, or of a newer version.
+    pub fn read(dir: &Path) -> Result<Option<Self>> {
+        let path = dir.join(MANIFEST_FILE);
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(Error::io("read", &path, &e)),
+        };
+        let value: serde_json::Value = serde_json::from_str(&text).map_err(|e| damaged(&path, &e))?;
+        match value.get("format_version").and_then(serde_json::Value::as_u64) {
+            None => return Ok(None),
+            Some(version) if version > u64::from(FORMAT_VERSION) => {
+                return Err(Error::failed(format!(
+                    "the manifest has version {version}, this fewbit reads {FORMAT_VERSION}"
+                ))
+                .at(path.display())
+                .fix("a newer fewbit"));
+            }
+            Some(_) => {}
+        }
+        serde_json::from_value(value).map(Some).map_err(|e| damaged(&path, &e))
+    }
+
+    /// Writes `dir/manifest.json`.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn write(&self, dir: &Path) -> Result<()> {
+        let path = dir.join(MANIFEST_FILE);
+        let text = serde_json::to_string_pretty(self)
+            .map_err(|e| Error::failed(format!("cannot encode the manifest: {e}")))?;
+        std::fs::write(&path, text + "\n").map_err(|e| Error::io("write", &path, &e))
+    }
+}
+
+fn damaged(path: &Path, error: &serde_json::Error) -> Error {
+    Error::failed(format!("the manifest is damaged: {error}"))
+        .at(path.display())
+        .fix("export the run again")
+}

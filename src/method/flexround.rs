@@ -1,0 +1,94 @@
+//! FlexRound (Lee et al., ICML 2023, arXiv 2306.00317): rounding learned by element-wise division.
+//!
+//! *What it learns:* the step `exp(log_scale)`, a division factor for every weight
+//! (`log_division`) and one per group (`log_row`); the weight and the zero point stay frozen.
+//! *Formula:* `W_hat = exp(δ) · clamp(round(W / exp(δ + D + d)), -z, L - z)` with δ = `log_scale`,
+//! D = `log_division`, d = `log_row` (log form of the released code; methods-core 3.1).
+//! *Start:* `D = d = 0`, so the codes are round-to-nearest's. *Recipe keys:* none of its own.
+//! *Export:* uniform grid, integer zero; the division factors only chose the integers.
+
+use burn::module::{Module, Param};
+use burn::tensor::Tensor;
+use serde::{Deserialize, Serialize};
+
+use super::{Folded, WeightMethod};
+use crate::error::Result;
+use crate::ops;
+use crate::quant::{ObserverConfig, QuantParams, QuantSpec, Repr, ZeroKind};
+use crate::train::Role;
+
+/// `method.flexround`: no keys.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct FlexRoundConfig {}
+
+/// FlexRound's learned state for one weight.
+#[derive(Debug, Module)]
+pub struct FlexRound {
+    /// `ln Δ`, `[groups, 1]`.
+    pub log_scale: Param<Tensor<2>>,
+    /// Element-wise log division, `[groups, group_len]`.
+    pub log_division: Param<Tensor<2>>,
+    /// Group-wise log division, `[groups, 1]`.
+    pub log_row: Param<Tensor<2>>,
+    zero_point: Tensor<2>,
+    max_code: u8,
+}
+
+impl WeightMethod for FlexRound {
+    type Config = FlexRoundConfig;
+
+    const LEAVES: Repr = Repr::Uniform;
+    const TRAINS_BASE: bool = false;
+    const ROLES: &'static [(&'static str, Role)] = &[
+        ("log_scale", Role::Scale),
+        ("log_division", Role::Rounding),
+        ("log_row", Role::Rounding),
+    ];
+
+    fn accepts(_: &FlexRoundConfig, _: &QuantSpec) -> Result<()> {
+        Ok(())
+    }
+
+    fn init(
+        _: &FlexRoundConfig,
+        spec: &QuantSpec,
+        observer: &ObserverConfig,
+        weight: &Tensor<2>,
+    ) -> Result<Self> {
+        let QuantParams { scale, zero_point } = observer.observe(weight, spec.bits, spec.symmetry)?;
+        Ok(Self {
+            log_row: Param::from_tensor(scale.zeros_like()),
+            log_scale: Param::from_tensor(scale.log()),
+            log_division: Param::from_tensor(weight.zeros_like()),
+            zero_point,
+            max_code: spec.bits.max_code(),
+        })
+    }
+
+    fn fake_quant(&self, weight: Tensor<2>) -> Tensor<2> {
+        self.log_scale.val().exp() * self.integers(weight)
+    }
+
+    fn fold(&self, weight: Tensor<2>) -> Folded {
+        Folded {
+            codes: self.integers(weight) + self.zero_point.clone(),
+            scale: self.log_scale.val().exp(),
+            zero_point: self.zero_point.clone(),
+            zero_kind: ZeroKind::Integer,
+        }
+    }
+}
+
+impl FlexRound {
+    fn integers(&self, weight: Tensor<2>) -> Tensor<2> {
+        ops::flexround(
+            weight,
+            self.log_scale.val(),
+            self.log_division.val(),
+            self.log_row.val(),
+            self.zero_point.clone(),
+            self.max_code,
+        )
+    }
+}

@@ -1,0 +1,69 @@
+//! Round-to-nearest: the baseline, and the reference of the tests.
+//!
+//! *What it learns:* nothing. *Formula:* `W_hat = Δ (clamp(round(W/Δ) + z, 0, L) - z)`
+//! (methods-core 1.1 and 1.2). *Recipe keys:* none of its own; `quant.observer` chooses Δ and z.
+//! *Export:* uniform grid, integer zero.
+
+use burn::module::Module;
+use burn::tensor::Tensor;
+use serde::{Deserialize, Serialize};
+
+use super::{Folded, WeightMethod};
+use crate::error::Result;
+use crate::quant::{ObserverConfig, QuantParams, QuantSpec, Repr, ZeroKind};
+use crate::train::Role;
+
+/// `method.rtn`: no keys.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct RtnConfig {}
+
+/// Round-to-nearest on a frozen grid.
+#[derive(Debug, Module)]
+pub struct Rtn {
+    scale: Tensor<2>,
+    zero_point: Tensor<2>,
+    max_code: u8,
+}
+
+impl WeightMethod for Rtn {
+    type Config = RtnConfig;
+
+    const LEAVES: Repr = Repr::Uniform;
+    const TRAINS_BASE: bool = false;
+    const ROLES: &'static [(&'static str, Role)] = &[];
+
+    fn accepts(_: &RtnConfig, _: &QuantSpec) -> Result<()> {
+        Ok(())
+    }
+
+    fn init(
+        _: &RtnConfig,
+        spec: &QuantSpec,
+        observer: &ObserverConfig,
+        weight: &Tensor<2>,
+    ) -> Result<Self> {
+        let QuantParams { scale, zero_point } = observer.observe(weight, spec.bits, spec.symmetry)?;
+        Ok(Self { scale, zero_point, max_code: spec.bits.max_code() })
+    }
+
+    fn fake_quant(&self, weight: Tensor<2>) -> Tensor<2> {
+        self.scale.clone() * (self.codes(weight) - self.zero_point.clone())
+    }
+
+    fn fold(&self, weight: Tensor<2>) -> Folded {
+        Folded {
+            codes: self.codes(weight),
+            scale: self.scale.clone(),
+            zero_point: self.zero_point.clone(),
+            zero_kind: ZeroKind::Integer,
+        }
+    }
+}
+
+impl Rtn {
+    fn codes(&self, weight: Tensor<2>) -> Tensor<2> {
+        ((weight / self.scale.clone()).round() + self.zero_point.clone())
+            .clamp(0.0, f32::from(self.max_code))
+    }
+}

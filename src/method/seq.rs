@@ -1,0 +1,137 @@
+//! SEQ, stretched elastic quantization for 2 bits (ParetoQ, arXiv 2502.02631; UPQ's INT2 grid).
+//!
+//! *What it learns:* the latent weight and one step per group (per output row by default).
+//! *Formula:* `W_hat = (Δ/2) · (round(2 clamp(W/Δ, ±(1-ε)) - 1/2) + 1/2)`: four levels,
+//! ±Δ/4 and ±3Δ/4, none of them zero (methods-core 6.2, 7.1). *Start:* `Δ = max |W|` of the weight
+//! being quantized. *Recipe keys:* `start`, `ties`, `gradient_scale`. *Export:* uniform grid with
+//! half-integer zero point 1.5 and scale Δ/2.
+
+use burn::module::{Module, Param};
+use burn::tensor::Tensor;
+use serde::{Deserialize, Serialize};
+
+use super::{Folded, WeightMethod};
+use crate::error::{Error, Result};
+use crate::ops::{self, TieRule};
+use crate::quant::{ObserverConfig, QuantSpec, Repr, ZeroKind};
+use crate::train::Role;
+
+/// ParetoQ's margin: a weight beyond `(1 - ε) Δ` counts as clipped.
+const EPSILON: f32 = 0.01;
+/// ParetoQ's floor of the step.
+const STEP_FLOOR: f32 = 1e-5;
+/// Fractions of `max |W|` that the MSE start tries.
+const START_GRID: u32 = 100;
+
+/// Where the step starts.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SeqStart {
+    /// `Δ = max |W|`: ParetoQ's and UPQ's choice.
+    #[default]
+    Max,
+    /// The fraction `i/100` of `max |W|` with the smallest squared error.
+    Mse,
+}
+
+/// `method.seq`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SeqConfig {
+    /// Where the step starts: `"max"` or `"mse"`.
+    pub start: SeqStart,
+    /// Where an exact tie (a zero weight) goes: `"half_even"` or `"half_up"`.
+    pub ties: TieRule,
+    /// Multiply the step's gradient by `1/sqrt(numel)`, as ParetoQ does. Adam does not see the
+    /// factor; global-norm clipping does: without it the row sums drown the weights' gradients.
+    pub gradient_scale: bool,
+}
+
+impl Default for SeqConfig {
+    fn default() -> Self {
+        Self { start: SeqStart::Max, ties: TieRule::HalfEven, gradient_scale: true }
+    }
+}
+
+/// SEQ's learned step for one weight; the latent weight is the stored parameter itself.
+#[derive(Debug, Module)]
+pub struct Seq {
+    /// Δ, `[groups, 1]`.
+    pub step: Param<Tensor<2>>,
+    gradient_factor: f64,
+    half_up: bool,
+}
+
+impl WeightMethod for Seq {
+    type Config = SeqConfig;
+
+    const LEAVES: Repr = Repr::Uniform;
+    const TRAINS_BASE: bool = true;
+    const ROLES: &'static [(&'static str, Role)] = &[("step", Role::Scale)];
+
+    fn accepts(_: &SeqConfig, spec: &QuantSpec) -> Result<()> {
+        if spec.bits.get() == 2 {
+            return Ok(());
+        }
+        Err(Error::preflight(format!("method.seq is a 2-bit grid, not {} bits", spec.bits))
+            .fix("bits = 2 in this stage"))
+    }
+
+    fn init(
+        config: &SeqConfig,
+        _: &QuantSpec,
+        _: &ObserverConfig,
+        weight: &Tensor<2>,
+    ) -> Result<Self> {
+        let max = weight.clone().abs().max_dim(1).clamp_min(STEP_FLOOR);
+        let step = match config.start {
+            SeqStart::Max => max,
+            SeqStart::Mse => mse_step(weight, &max, config.ties),
+        };
+        let [groups, len] = weight.dims();
+        Ok(Self {
+            step: Param::from_tensor(step),
+            gradient_factor: if config.gradient_scale { ((groups * len) as f64).powf(-0.5) } else { 1.0 },
+            half_up: config.ties == TieRule::HalfUp,
+        })
+    }
+
+    fn fake_quant(&self, weight: Tensor<2>) -> Tensor<2> {
+        let step = ops::scale_gradient(self.step.val().clamp_min(STEP_FLOOR), self.gradient_factor);
+        step.clone() * 0.5 * ops::seq_levels(weight, step, EPSILON, self.ties())
+    }
+
+    fn fold(&self, weight: Tensor<2>) -> Folded {
+        let step = self.step.val().clamp_min(STEP_FLOOR);
+        Folded {
+            codes: ops::seq_levels(weight, step.clone(), EPSILON, self.ties()) + 1.5,
+            zero_point: step.full_like(1.5),
+            scale: step * 0.5,
+            zero_kind: ZeroKind::Half,
+        }
+    }
+}
+
+impl Seq {
+    fn ties(&self) -> TieRule {
+        if self.half_up { TieRule::HalfUp } else { TieRule::HalfEven }
+    }
+}
+
+/// The best of the fractions of `max`, per group; the first one wins a tie.
+fn mse_step(weight: &Tensor<2>, max: &Tensor<2>, ties: TieRule) -> Tensor<2> {
+    let mut best: Option<(Tensor<2>, Tensor<2>)> = None;
+    for i in 1..=START_GRID {
+        let step = (max.clone() * (i as f32 / START_GRID as f32)).clamp_min(STEP_FLOOR);
+        let w_hat = step.clone() * 0.5 * ops::seq_levels(weight.clone(), step.clone(), EPSILON, ties);
+        let error = (weight.clone() - w_hat).square().mean_dim(1);
+        best = Some(match best {
+            None => (error, step),
+            Some((best_error, best_step)) => {
+                let better = error.clone().lower(best_error.clone());
+                (best_error.mask_where(better.clone(), error), best_step.mask_where(better, step))
+            }
+        });
+    }
+    best.map_or_else(|| max.clone(), |(_, step)| step)
+}

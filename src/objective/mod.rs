@@ -1,0 +1,158 @@
+//! Training objectives: what a recipe may name under `objective`.
+
+use burn::tensor::{Int, Tensor};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::ops::{self, Divergence, LossValue};
+
+/// `objective.NAME = { ... }`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ObjectiveConfig {
+    /// Squared error of a block's output.
+    Mse(MseObjective),
+    /// Generalized Jensen–Shannon divergence to the teacher.
+    Jsd(JsdObjective),
+    /// `KL(teacher‖student)`.
+    KlForward(KlObjective),
+    /// `KL(student‖teacher)`.
+    KlReverse(KlObjective),
+    /// Next-token cross-entropy; no teacher.
+    CrossEntropy(CrossEntropyObjective),
+}
+
+/// How the squared error is reduced.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reduction {
+    /// Summed over the sequence, mean over batch and features (the FlexRound code's).
+    #[default]
+    SequenceSum,
+    /// Mean over everything.
+    Mean,
+}
+
+/// Keys of `objective.mse`.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MseObjective {
+    /// `"sequence_sum"` or `"mean"`. Adam hardly sees the difference; reports are always means.
+    pub reduction: Reduction,
+}
+
+/// Keys of `objective.jsd`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct JsdObjective {
+    /// Weight of the teacher in the mixture, strictly between 0 and 1; UPQ's 0.5.
+    pub beta: f64,
+    /// Temperature of both distributions.
+    pub temperature: f64,
+}
+
+impl Default for JsdObjective {
+    fn default() -> Self {
+        Self { beta: 0.5, temperature: 1.0 }
+    }
+}
+
+/// Keys of `objective.kl_forward` and `objective.kl_reverse`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct KlObjective {
+    /// Temperature of both distributions.
+    pub temperature: f64,
+}
+
+impl Default for KlObjective {
+    fn default() -> Self {
+        Self { temperature: 1.0 }
+    }
+}
+
+/// Keys of `objective.cross_entropy`: none.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct CrossEntropyObjective {}
+
+/// What the student is compared with, one row per token.
+pub struct Targets {
+    /// The teacher's logits, `[tokens, vocab]`; absent for objectives without a teacher.
+    pub teacher: Option<Tensor<2>>,
+    /// The next token of each position, `[tokens, 1]`.
+    pub next: Tensor<2, Int>,
+    /// 1 where a next token exists and counts, else 0, `[tokens, 1]`, divided by their number.
+    pub next_weights: Tensor<2>,
+    /// 1 for every position that is distilled, else 0, `[tokens, 1]`, divided by their number.
+    pub weights: Tensor<2>,
+}
+
+impl ObjectiveConfig {
+    /// The name in recipes and reports.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Mse(_) => "mse".to_owned(),
+            Self::Jsd(jsd) => format!("jsd {}", jsd.beta),
+            Self::KlForward(_) => "kl_forward".to_owned(),
+            Self::KlReverse(_) => "kl_reverse".to_owned(),
+            Self::CrossEntropy(_) => "cross_entropy".to_owned(),
+        }
+    }
+
+    /// Whether a teacher's logits are needed.
+    pub fn needs_teacher(&self) -> bool {
+        !matches!(self, Self::Mse(_) | Self::CrossEntropy(_))
+    }
+
+    /// Refuses values outside their range.
+    ///
+    /// # Errors
+    /// A usage error that names the key.
+    pub fn check(&self) -> Result<()> {
+        let temperature = match self {
+            Self::Jsd(jsd) if !(jsd.beta > 0.0 && jsd.beta < 1.0) => {
+                return Err(Error::usage(format!(
+                    "objective.jsd.beta = {} is not strictly between 0 and 1",
+                    jsd.beta
+                ))
+                .fix("beta = 0.5, or objective.kl_forward / objective.kl_reverse for the limits"));
+            }
+            Self::Jsd(jsd) => jsd.temperature,
+            Self::KlForward(kl) | Self::KlReverse(kl) => kl.temperature,
+            Self::Mse(_) | Self::CrossEntropy(_) => 1.0,
+        };
+        if temperature > 0.0 && temperature.is_finite() {
+            return Ok(());
+        }
+        Err(Error::usage(format!("temperature = {temperature} is not positive"))
+            .fix("temperature = 1.0"))
+    }
+
+    /// Value and gradient of this objective on student logits.
+    ///
+    /// # Shapes
+    /// - student: `[tokens, vocab]`, f32, not tracked
+    ///
+    /// # Errors
+    /// A usage error when this is an objective for block outputs, or the teacher is missing.
+    pub fn on_logits(&self, student: Tensor<2>, targets: &Targets) -> Result<LossValue> {
+        let (kind, temperature) = match self {
+            Self::Jsd(jsd) => (Divergence::Jsd { beta: jsd.beta }, jsd.temperature),
+            Self::KlForward(kl) => (Divergence::KlForward, kl.temperature),
+            Self::KlReverse(kl) => (Divergence::KlReverse, kl.temperature),
+            Self::CrossEntropy(_) => {
+                let (next, weights) = (targets.next.clone(), targets.next_weights.clone());
+                return Ok(ops::cross_entropy(student, next, weights));
+            }
+            Self::Mse(_) => {
+                return Err(Error::usage("objective.mse compares block outputs, not logits")
+                    .fix("objective.jsd = {}"));
+            }
+        };
+        let teacher = targets.teacher.clone().ok_or_else(|| {
+            Error::failed(format!("objective {} needs a teacher", self.name()))
+        })?;
+        Ok(ops::divergence(kind, student, teacher, targets.weights.clone(), temperature))
+    }
+}

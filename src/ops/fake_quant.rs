@@ -1,0 +1,83 @@
+//! Straight-through rounding and the fake-quant families; everything in grouped form
+//! `[groups, group_len]` with per-group parameters `[groups, 1]`.
+
+use burn::tensor::Tensor;
+use serde::{Deserialize, Serialize};
+
+/// `round(x)`, ties to even, with gradient 1 (straight-through estimator).
+///
+/// The forward value is exactly the integer: `x + (round(x) - x)` cancels without a rounding
+/// error (Sterbenz).
+pub fn round_ste<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    let rounding = (x.clone().round() - x.clone()).detach();
+    x + rounding
+}
+
+/// `x` unchanged, with its gradient multiplied by `factor` (LSQ's step-size gradient scale).
+///
+/// Adds an exact zero, so the forward value keeps every bit.
+pub fn scale_gradient<const D: usize>(x: Tensor<D>, factor: f64) -> Tensor<D> {
+    let scaled = x.clone() * factor;
+    x.detach() + (scaled.clone() - scaled.detach())
+}
+
+/// A weight in any float rank-2 layout as `[groups, group_len]`; free when it is contiguous.
+pub fn reshape_grouped(weight: Tensor<2>, grouped: [usize; 2]) -> Tensor<2> {
+    if weight.dims() == grouped { weight } else { weight.reshape(grouped) }
+}
+
+/// FlexRound's integers (Lee et al. 2023, eq. 2, in the log form of the released code):
+/// `q = clamp(round(W / exp(θ)) , -z, L - z)` with `θ = log_scale + log_division + log_row`.
+///
+/// Gradients: true clamp (1 inside and on the bounds, 0 outside), straight-through round.
+/// The bounds differ by row, so `z` is added, the codes clamped to `[0, L]`, and `z` taken off
+/// again: the same integers.
+///
+/// # Shapes
+/// - weight, log_division: `[groups, group_len]`
+/// - log_scale, log_row, zero_point: `[groups, 1]`
+/// - result: `[groups, group_len]`, integers `code - zero_point`
+pub fn flexround(
+    weight: Tensor<2>,
+    log_scale: Tensor<2>,
+    log_division: Tensor<2>,
+    log_row: Tensor<2>,
+    zero_point: Tensor<2>,
+    max_code: u8,
+) -> Tensor<2> {
+    let divisor = (log_division + (log_scale + log_row)).exp();
+    let codes = round_ste(weight / divisor) + zero_point.clone();
+    codes.clamp(0.0, f32::from(max_code)) - zero_point
+}
+
+/// Which way the stretched elastic grid sends an exact tie. A zero weight is such a tie, and
+/// INT4 weights are full of zeros, so the rule moves a sixth of them (methods-core 6.2).
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TieRule {
+    /// Ties to even, as PyTorch and burn round: a zero goes to `+1/4`.
+    #[default]
+    HalfEven,
+    /// `floor(x + 1/2)`: the exact bit nesting `code >> 2` of INT4 codes.
+    HalfUp,
+}
+
+/// Stretched elastic quantization's 2-bit levels (ParetoQ; methods-core 6.2 and 7.1), in units of
+/// half a step: `round(2 clamp(W/Δ, ±(1 - ε)) - 1/2) + 1/2`, one of ±1/2, ±3/2, so that
+/// `W_hat = (Δ/2) · level`. No level is zero.
+///
+/// # Shapes
+/// - weight: `[groups, group_len]`
+/// - step: `[groups, 1]`, `Δ`
+/// - result: `[groups, group_len]`
+pub fn seq_levels(weight: Tensor<2>, step: Tensor<2>, epsilon: f32, ties: TieRule) -> Tensor<2> {
+    let x = (weight / step).clamp(epsilon - 1.0, 1.0 - epsilon) * 2.0 - 0.5;
+    let rounded = match ties {
+        TieRule::HalfEven => round_ste(x),
+        TieRule::HalfUp => {
+            let rounding = ((x.clone() + 0.5).floor() - x.clone()).detach();
+            x + rounding
+        }
+    };
+    rounded + 0.5
+}

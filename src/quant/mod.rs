@@ -1,0 +1,19 @@
+//! The quantizer core: what a grid is, how it is observed, and how codes are stored.
+//!
+//! The vocabulary, in one place:
+//!
+//! * a weight is `[out, in]`; a *group* is a run of weights that share one scale, and every tensor
+//!   of this layer is in grouped form `[groups, group_len]` (see [`GroupLayout`]);
+//! * `codes` are the stored integers `0..2^bits`; a uniform grid means
+//!   `w = scale * (code - zero_point)`;
+//! * the *zero kind* says what a zero point may be: an integer, an integer plus a half (SEQ's
+//!   zero-free 2-bit grid), or any real number. It decides which file formats can hold the weight.
+
+pub mod bits;
+mod grid;
+mod observer;
+mod spec;
+
+pub use grid::{CodeHistogram, Grid, QuantizedWeight, Repr, ZeroKind};
+pub use observer::{MinMaxConfig, MseConfig, ObserverConfig, QuantParams, SCALE_FLOOR};
+pub use spec::{Bits, GroupLayout, GroupSize, QuantSpec, Symmetry};

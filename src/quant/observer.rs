@@ -1,0 +1,233 @@
+//! Observers: from a weight to the grid it starts on.
+//!
+//! Sources: methods-core 1.1 to 1.3 (the LRQ code's min-max and its clip search; OmniQuant's and
+//! EfficientQAT's min-max without zero in range).
+
+use burn::tensor::{Bool, Tensor};
+use serde::{Deserialize, Serialize};
+
+use super::{Bits, Symmetry};
+use crate::error::Result;
+
+/// No step is smaller than this (the LRQ code's floor).
+pub const SCALE_FLOOR: f32 = 1e-8;
+
+/// Step and zero point of each group, both `[groups, 1]`; zero points hold integers.
+#[derive(Clone, Debug)]
+pub struct QuantParams {
+    /// Step.
+    pub scale: Tensor<2>,
+    /// Zero point in code units, `w = scale * (code - zero_point)`.
+    pub zero_point: Tensor<2>,
+}
+
+impl QuantParams {
+    /// Codes of a grouped weight on this grid, `[groups, group_len]`, as floats:
+    /// `clamp(round(w / scale) + z, 0, L)`.
+    pub fn codes(&self, weight: Tensor<2>, bits: Bits) -> Tensor<2> {
+        ((weight / self.scale.clone()).round() + self.zero_point.clone())
+            .clamp(0.0, f32::from(bits.max_code()))
+    }
+
+    /// The values those codes stand for.
+    pub fn dequantize(&self, codes: Tensor<2>) -> Tensor<2> {
+        self.scale.clone() * (codes - self.zero_point.clone())
+    }
+}
+
+/// Which statistics choose the grid.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ObserverConfig {
+    /// The group's smallest and largest weight.
+    MinMax(MinMaxConfig),
+    /// The clipping that minimizes `mean |W - W_hat|^p`.
+    Mse(MseConfig),
+}
+
+impl Default for ObserverConfig {
+    fn default() -> Self {
+        Self::MinMax(MinMaxConfig::default())
+    }
+}
+
+/// Keys of `observer.min_max`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MinMaxConfig {
+    /// Widen the range until it holds zero, so that zero is a level. Off: OmniQuant's and
+    /// EfficientQAT's form, where a one-sided group keeps all its levels on its side.
+    pub zero_in_range: bool,
+}
+
+impl Default for MinMaxConfig {
+    fn default() -> Self {
+        Self { zero_in_range: true }
+    }
+}
+
+/// Keys of `observer.mse`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MseConfig {
+    /// The `p` of the norm; the LRQ code's 2.4.
+    pub power: f32,
+    /// Thresholds tried, as fractions `i / grid` of the range.
+    pub grid: u32,
+}
+
+impl Default for MseConfig {
+    fn default() -> Self {
+        Self { power: 2.4, grid: 100 }
+    }
+}
+
+impl ObserverConfig {
+    /// The starting grid of a grouped weight.
+    ///
+    /// # Shapes
+    /// - weight: `[groups, group_len]`
+    /// - result: `[groups, 1]` each
+    ///
+    /// # Errors
+    /// None today; observers that need activations will have some.
+    pub fn observe(&self, weight: &Tensor<2>, bits: Bits, symmetry: Symmetry) -> Result<QuantParams> {
+        Ok(match (self, symmetry) {
+            (Self::MinMax(config), Symmetry::Asymmetric) => {
+                min_max(weight, bits, config.zero_in_range)
+            }
+            (Self::MinMax(_), _) => symmetric(&abs_max(weight), bits, symmetry),
+            (Self::Mse(config), Symmetry::Asymmetric) => mse_asymmetric(config, weight, bits),
+            (Self::Mse(config), _) => mse_symmetric(config, weight, bits, symmetry),
+        })
+    }
+}
+
+/// Largest magnitude of each group, `[groups, 1]`.
+fn abs_max(weight: &Tensor<2>) -> Tensor<2> {
+    weight.clone().abs().max_dim(1)
+}
+
+fn min_max(weight: &Tensor<2>, bits: Bits, zero_in_range: bool) -> QuantParams {
+    let low = weight.clone().min_dim(1);
+    let high = weight.clone().max_dim(1);
+    if zero_in_range {
+        from_range(low.clamp_max(0.0), high.clamp_min(0.0), bits)
+    } else {
+        let scale = step(low.clone(), high, bits);
+        // The integer may lie outside 0..=L: then zero itself is no level of this group.
+        let zero_point = (low / scale.clone()).round().neg();
+        QuantParams { scale, zero_point }
+    }
+}
+
+/// methods-core 1.1: a range that holds zero to a step and a zero point in `0..=L`.
+fn from_range(low: Tensor<2>, high: Tensor<2>, bits: Bits) -> QuantParams {
+    let scale = step(low.clone(), high, bits);
+    let zero_point =
+        (low / scale.clone()).round().neg().clamp(0.0, f32::from(bits.max_code()));
+    QuantParams { scale, zero_point }
+}
+
+fn step(low: Tensor<2>, high: Tensor<2>, bits: Bits) -> Tensor<2> {
+    ((high - low) / f32::from(bits.max_code())).clamp_min(SCALE_FLOOR)
+}
+
+/// methods-core 1.2; `threshold` is the largest magnitude that the grid shall reach, `[groups, 1]`.
+fn symmetric(threshold: &Tensor<2>, bits: Bits, symmetry: Symmetry) -> QuantParams {
+    let middle = (bits.levels() / 2) as f32;
+    let scale = if symmetry == Symmetry::FullRange {
+        threshold.clone() * 2.0 / f32::from(bits.max_code())
+    } else {
+        threshold.clone() / (middle - 1.0)
+    }
+    .clamp_min(SCALE_FLOOR);
+    let zero_point = scale.full_like(middle);
+    QuantParams { scale, zero_point }
+}
+
+/// Keeps the candidate with the smallest error per group; the first one wins a tie.
+struct Search<'a> {
+    weight: &'a Tensor<2>,
+    bits: Bits,
+    power: f32,
+    best: Option<(Tensor<2>, QuantParams)>,
+}
+
+impl Search<'_> {
+    /// `excluded`, `[groups, 1]`: groups for which this candidate does not count.
+    fn offer(&mut self, candidate: QuantParams, excluded: Option<Tensor<2, Bool>>) {
+        let codes = candidate.codes(self.weight.clone(), self.bits);
+        let error = (self.weight.clone() - candidate.dequantize(codes)).abs();
+        let error = error.powf_scalar(self.power).mean_dim(1);
+        let error = match excluded {
+            Some(mask) => error.mask_fill(mask, f32::INFINITY),
+            None => error,
+        };
+        self.best = Some(match self.best.take() {
+            None => (error, candidate),
+            Some((best_error, best)) => {
+                let better = error.clone().lower(best_error.clone());
+                (
+                    best_error.mask_where(better.clone(), error),
+                    QuantParams {
+                        scale: best.scale.mask_where(better.clone(), candidate.scale),
+                        zero_point: best.zero_point.mask_where(better, candidate.zero_point),
+                    },
+                )
+            }
+        });
+    }
+
+    fn into_best(self, otherwise: impl FnOnce() -> QuantParams) -> QuantParams {
+        self.best.map_or_else(otherwise, |(_, best)| best)
+    }
+}
+
+/// methods-core 1.3: thresholds times zero points. A one-sided group only counts candidates
+/// whose range starts (or ends) at zero, which is the 1-D search of the source.
+fn mse_asymmetric(config: &MseConfig, weight: &Tensor<2>, bits: Bits) -> QuantParams {
+    let max_code = bits.max_code();
+    let low = weight.clone().min_dim(1).clamp_max(0.0);
+    let high = weight.clone().max_dim(1).clamp_min(0.0);
+    let no_negative = low.clone().equal_scalar(0.0);
+    let no_positive = high.clone().equal_scalar(0.0);
+    let range = high - low;
+    let mut search = Search { weight, bits, power: config.power, best: None };
+    for i in 1..=config.grid {
+        let threshold = range.clone() * (i as f32 / config.grid as f32);
+        let delta = threshold.clone() / f32::from(max_code);
+        for zero in 0..=max_code {
+            let low = delta.clone() * -f32::from(zero);
+            let high = threshold.clone() + low.clone();
+            let mut excluded = None;
+            if zero != 0 {
+                excluded = Some(no_negative.clone());
+            }
+            if zero != max_code {
+                excluded = Some(match excluded {
+                    None => no_positive.clone(),
+                    Some(mask) => mask.bool_or(no_positive.clone()),
+                });
+            }
+            search.offer(from_range(low, high, bits), excluded);
+        }
+    }
+    search.into_best(|| min_max(weight, bits, true))
+}
+
+fn mse_symmetric(
+    config: &MseConfig,
+    weight: &Tensor<2>,
+    bits: Bits,
+    symmetry: Symmetry,
+) -> QuantParams {
+    let reach = abs_max(weight);
+    let mut search = Search { weight, bits, power: config.power, best: None };
+    for i in 1..=config.grid {
+        let threshold = reach.clone() * (i as f32 / config.grid as f32);
+        search.offer(symmetric(&threshold, bits, symmetry), None);
+    }
+    search.into_best(|| symmetric(&reach, bits, symmetry))
+}
+

@@ -1,0 +1,211 @@
+//! Recipes: the whole TOML surface, composed from the configurations of the layers below, and its
+//! resolution into a plan.
+
+mod builtin;
+mod parse;
+mod plan;
+
+use std::fmt;
+use std::path::PathBuf;
+
+use burn::tensor::DType;
+use serde::de::{self, SeqAccess};
+use serde::{Deserialize, Deserializer, Serialize};
+
+pub use builtin::{Builtin, builtins, find};
+pub use parse::{parse, to_toml};
+pub use plan::{Plan, PlannedStage};
+
+use crate::quant::{Bits, GroupSize, ObserverConfig, Symmetry};
+use crate::stage::StageConfig;
+
+/// A recipe as written.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Seed of everything random.
+    #[serde(default)]
+    pub seed: u64,
+    /// The run's folder.
+    pub output: PathBuf,
+    /// `auto`, `cpu`, `cuda[:i]`, ...
+    #[serde(default = "auto")]
+    pub device: String,
+    /// The model.
+    pub model: ModelSection,
+    /// The data sets.
+    #[serde(default)]
+    pub data: DataSection,
+    /// Default quantization of every linear of the decoder blocks.
+    pub quant: QuantSection,
+    /// What is done, in order.
+    pub stage: Vec<StageConfig>,
+}
+
+fn auto() -> String {
+    "auto".to_owned()
+}
+
+/// `[model]`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelSection {
+    /// A folder, `embedded:NAME` or a hub id.
+    pub path: String,
+    /// The type activations are computed in; learned parameters stay f32.
+    #[serde(default)]
+    pub compute: Compute,
+}
+
+/// A compute type.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compute {
+    /// 32-bit floats.
+    #[default]
+    F32,
+    /// bfloat16.
+    Bf16,
+}
+
+impl Compute {
+    /// burn's name of it.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+}
+
+/// `[data]`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DataSection {
+    /// Put the model's BOS token before each document, where it has one.
+    pub bos: bool,
+    /// For reconstruct.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<DataConfig>,
+    /// For distill.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub train: Option<DataConfig>,
+    /// For evaluate, and for the export's gate.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub validation: Option<DataConfig>,
+}
+
+impl Default for DataSection {
+    fn default() -> Self {
+        Self { bos: true, calibration: None, train: None, validation: None }
+    }
+}
+
+/// One data set.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataConfig {
+    /// A file or a list of files, joined in order: JSONL, a JSON list of strings, or plain text.
+    pub path: Paths,
+    /// Windows drawn, evenly spread; default all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub samples: Option<usize>,
+    /// Tokens in a window; default the model's context, at most 2048.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub length: Option<usize>,
+    /// What a document is.
+    #[serde(default)]
+    pub format: DataFormat,
+}
+
+/// What a document is.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DataFormat {
+    /// Plain text.
+    #[default]
+    Text,
+}
+
+/// One path or several.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+#[serde(transparent)]
+pub struct Paths(pub Vec<String>);
+
+impl<'de> Deserialize<'de> for Paths {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> de::Visitor<'de> for Visitor {
+            type Value = Paths;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a path or a list of paths")
+            }
+
+            fn visit_str<E: de::Error>(self, path: &str) -> Result<Paths, E> {
+                Ok(Paths(vec![path.to_owned()]))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Paths, A::Error> {
+                let mut paths = Vec::new();
+                while let Some(path) = seq.next_element()? {
+                    paths.push(path);
+                }
+                if paths.is_empty() {
+                    return Err(de::Error::custom("path = [] names no file"));
+                }
+                Ok(Paths(paths))
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+/// `[quant]`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct QuantSection {
+    /// Width of a code.
+    pub bits: Bits,
+    /// Weights that share a scale.
+    #[serde(default = "channel")]
+    pub group_size: GroupSize,
+    /// Where zero lies.
+    #[serde(default = "asymmetric")]
+    pub symmetric: Symmetry,
+    /// How grids start.
+    #[serde(default)]
+    pub observer: ObserverConfig,
+    /// Exceptions; later ones win.
+    #[serde(default, rename = "override", skip_serializing_if = "Vec::is_empty")]
+    pub overrides: Vec<Override>,
+}
+
+fn channel() -> GroupSize {
+    GroupSize::PerChannel
+}
+
+fn asymmetric() -> Symmetry {
+    Symmetry::Asymmetric
+}
+
+/// `[[quant.override]]`: an exception for some linears, in every stage.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Override {
+    /// Shell-style pattern on full names such as `model.layers.0.mlp.down_proj`.
+    #[serde(rename = "match")]
+    pub pattern: String,
+    /// Bits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bits: Option<Bits>,
+    /// Group size.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub group_size: Option<GroupSize>,
+    /// Symmetry.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub symmetric: Option<Symmetry>,
+    /// Leave these linears float.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keep: bool,
+}

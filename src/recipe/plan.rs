@@ -1,0 +1,287 @@
+//! Recipe → plan: stages type-checked in order, every linear's specification resolved.
+//!
+//! Reads `config.json` and tensor headers, never a weight.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use toml::de::{DeTable, DeValue};
+use wildmatch::WildMatch;
+
+use super::{QuantSection, Recipe};
+use crate::error::{Error, Result};
+use crate::method::MethodConfig;
+use crate::model::{ModelConfig, linear_shapes, weight_name};
+use crate::quant::{ObserverConfig, QuantSpec, Repr};
+use crate::stage::{SpecChange, StageConfig};
+use crate::store::TensorSource;
+use crate::store::safetensors::Checkpoint;
+
+/// A recipe that makes sense for a model.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The recipe.
+    pub recipe: Recipe,
+    /// Its stages, resolved.
+    pub stages: Vec<PlannedStage>,
+}
+
+/// One stage with everything decided.
+#[derive(Clone, Debug)]
+pub struct PlannedStage {
+    /// The stage.
+    pub config: StageConfig,
+    /// What it quantizes, by linear.
+    pub specs: BTreeMap<String, QuantSpec>,
+    /// Linears that an earlier stage quantized and this one leaves as they are.
+    pub kept: Vec<String>,
+    /// How grids start.
+    pub observer: ObserverConfig,
+    /// The specification of linears without an override.
+    pub default_spec: QuantSpec,
+    /// The last quantizing stage so far, this one included.
+    pub latest: &'static str,
+    /// Optimizer steps of all earlier stages.
+    pub first_step: u64,
+}
+
+impl Plan {
+    /// Resolves and type-checks `recipe` for a model. `text` is the recipe's text, to name lines.
+    ///
+    /// # Errors
+    /// Usage errors (exit 2) for a recipe that makes no sense, preflight errors (exit 3) for one
+    /// that does not fit this model.
+    pub fn new(
+        recipe: Recipe,
+        model: &ModelConfig,
+        checkpoint: &Checkpoint,
+        text: &str,
+    ) -> Result<Self> {
+        let lines = Lines::new(text);
+        if recipe.stage.is_empty() {
+            return Err(Error::usage("the recipe has no stage").fix("a [[stage]] table"));
+        }
+        check_model(model, checkpoint)?;
+        let mut stages: Vec<PlannedStage> = Vec::new();
+        let mut repr = Repr::Dense;
+        let mut latest = "float";
+        let mut quantized = BTreeSet::new();
+        for (index, config) in recipe.stage.iter().enumerate() {
+            let at = |error: Error| error.at(lines.place(&format!("stage.{index}.{}", config.name())));
+            config.check().map_err(at)?;
+            repr = config.leaves(repr).map_err(at)?;
+            let first_step =
+                stages.last().map_or(0, |s| s.first_step + s.config.steps(model.n_blocks));
+            let change = config.quantizes();
+            let resolved = Specs::resolve(&recipe.quant, change, model, &quantized, &lines)
+                .map_err(|error| if change.is_some() { at(error) } else { error })?;
+            if change.is_some() {
+                latest = config.name();
+                quantized.extend(resolved.specs.keys().cloned());
+            }
+            stages.push(PlannedStage {
+                config: config.clone(),
+                specs: resolved.specs,
+                kept: resolved.kept,
+                observer: observer(config).unwrap_or(&recipe.quant.observer).clone(),
+                default_spec: default_spec(&recipe.quant, change),
+                latest,
+                first_step,
+            });
+        }
+        Ok(Self { recipe, stages })
+    }
+
+    /// `dense → reconstruct(flexround, w4) → ...`.
+    pub fn summary(&self) -> String {
+        let mut parts = vec!["dense".to_owned()];
+        parts.extend(self.stages.iter().map(PlannedStage::summary));
+        parts.join(" → ")
+    }
+
+    /// Every linear that some stage quantizes.
+    pub fn quantized(&self) -> BTreeSet<&str> {
+        self.stages.iter().flat_map(|stage| stage.specs.keys().map(String::as_str)).collect()
+    }
+
+    /// Optimizer steps in all.
+    pub fn steps(&self, blocks: usize) -> u64 {
+        self.stages.iter().map(|stage| stage.config.steps(blocks)).sum()
+    }
+}
+
+impl PlannedStage {
+    fn summary(&self) -> String {
+        let name = self.config.name();
+        match &self.config {
+            StageConfig::Calibrate(config) => {
+                format!("{name}({}, {})", config.method.name(), self.default_spec)
+            }
+            StageConfig::Reconstruct(config) => {
+                format!("{name}({}, {})", config.method.name(), self.default_spec)
+            }
+            StageConfig::Distill(config) => {
+                let (method, objective) = (config.method.name(), config.objective.name());
+                format!("{name}({method}, {}, {objective})", self.default_spec)
+            }
+            StageConfig::Evaluate(_) => name.to_owned(),
+            StageConfig::Export(config) => {
+                let formats: Vec<&str> =
+                    config.format.formats().iter().map(|format| format.name()).collect();
+                format!("{name}({})", formats.join(", "))
+            }
+        }
+    }
+}
+
+fn observer(config: &StageConfig) -> Option<&ObserverConfig> {
+    match config {
+        StageConfig::Calibrate(config) => config.observer.as_ref(),
+        StageConfig::Reconstruct(config) => config.observer.as_ref(),
+        StageConfig::Distill(config) => config.observer.as_ref(),
+        StageConfig::Evaluate(_) | StageConfig::Export(_) => None,
+    }
+}
+
+fn default_spec(quant: &QuantSection, change: Option<(&MethodConfig, SpecChange)>) -> QuantSpec {
+    let change = change.map(|(_, change)| change).unwrap_or_default();
+    QuantSpec {
+        bits: change.bits.unwrap_or(quant.bits),
+        group_size: change.group_size.unwrap_or(quant.group_size),
+        symmetry: change.symmetric.unwrap_or(quant.symmetric),
+    }
+}
+
+/// Every linear is in the checkpoint, with the shape that config.json gives it.
+fn check_model(model: &ModelConfig, checkpoint: &Checkpoint) -> Result<()> {
+    for (name, shape) in linear_shapes(model) {
+        let name = weight_name(&name);
+        let found = checkpoint.info(&name).ok_or_else(|| {
+            Error::preflight("the checkpoint lacks a tensor that config.json asks for")
+                .at(&name)
+                .fix("a float Hugging Face model folder; a packed one cannot be trained further")
+        })?;
+        if found.shape != shape {
+            return Err(Error::preflight(format!(
+                "the tensor has shape {:?}, config.json asks for {shape:?}",
+                found.shape
+            ))
+            .at(&name)
+            .fix("check that config.json belongs to these weights"));
+        }
+    }
+    Ok(())
+}
+
+/// The linears of one stage.
+#[derive(Default)]
+struct Specs {
+    specs: BTreeMap<String, QuantSpec>,
+    kept: Vec<String>,
+}
+
+impl Specs {
+    fn resolve(
+        quant: &QuantSection,
+        change: Option<(&MethodConfig, SpecChange)>,
+        model: &ModelConfig,
+        quantized: &BTreeSet<String>,
+        lines: &Lines<'_>,
+    ) -> Result<Self> {
+        let default = default_spec(quant, change);
+        let patterns: Vec<WildMatch> =
+            quant.overrides.iter().map(|o| WildMatch::new(&o.pattern)).collect();
+        let mut used = vec![false; patterns.len()];
+        let mut resolved = Self::default();
+        for (name, shape) in linear_shapes(model) {
+            let mut spec = default;
+            let mut keep = false;
+            for (index, (pattern, rule)) in patterns.iter().zip(&quant.overrides).enumerate() {
+                if pattern.matches(&name) {
+                    used[index] = true;
+                    spec.bits = rule.bits.unwrap_or(spec.bits);
+                    spec.group_size = rule.group_size.unwrap_or(spec.group_size);
+                    spec.symmetry = rule.symmetric.unwrap_or(spec.symmetry);
+                    keep = rule.keep;
+                }
+            }
+            let Some((method, _)) = change.filter(|_| !keep) else { continue };
+            spec.layout(shape).map_err(|error| {
+                error.at(weight_name(&name)).at(lines.place("quant.group_size"))
+            })?;
+            match method.accepts(&spec) {
+                Ok(()) => {
+                    resolved.specs.insert(name, spec);
+                }
+                // A linear whose override asks for other bits than this method has stays as an
+                // earlier stage left it.
+                Err(_) if spec.bits != default.bits && quantized.contains(&name) => {
+                    resolved.kept.push(name);
+                }
+                Err(error) => return Err(error.at(name)),
+            }
+        }
+        if let Some(index) = used.iter().position(|used| !used) {
+            let pattern = &quant.overrides[index].pattern;
+            return Err(Error::usage(format!("the override `{pattern}` matches no linear"))
+                .at(lines.place(&format!("quant.override.{index}.match")))
+                .fix("a pattern such as \"*.down_proj\" or \"model.layers.0.*\""));
+        }
+        Ok(resolved)
+    }
+}
+
+/// Where keys stand in the recipe's text.
+struct Lines<'a> {
+    text: &'a str,
+    root: Option<DeTable<'a>>,
+}
+
+impl<'a> Lines<'a> {
+    fn new(text: &'a str) -> Self {
+        Self { text, root: DeTable::parse(text).ok().map(toml::Spanned::into_inner) }
+    }
+
+    /// `key (recipe line N)`, or only the key when the text does not hold it.
+    fn place(&self, key: &str) -> String {
+        match self.line(key) {
+            Some(line) => format!("{key} (recipe line {line})"),
+            None => key.to_owned(),
+        }
+    }
+
+    fn line(&self, key: &str) -> Option<usize> {
+        let mut parts = key.split('.');
+        let first = parts.next()?;
+        let (name, mut value) = self.root.as_ref()?.get_key_value(first)?;
+        let mut at = name.span().start;
+        for part in parts {
+            match value.get_ref() {
+                DeValue::Table(table) => {
+                    let (name, inner) = table.get_key_value(part)?;
+                    at = name.span().start;
+                    value = inner;
+                }
+                DeValue::Array(list) => {
+                    value = list.get(part.parse::<usize>().ok()?)?;
+                    at = value.span().start;
+                }
+                _ => return None,
+            }
+        }
+        Some(self.text[..at].matches('\n').count() + 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_keys_in_tables_and_lists() {
+        let text = "seed = 0\n[quant]\nbits = 4\n\n[[stage]]\n[stage.reconstruct]\nsteps = 1\n";
+        let lines = Lines::new(text);
+        assert_eq!(lines.place("quant.bits"), "quant.bits (recipe line 3)");
+        assert_eq!(lines.line("stage.0.reconstruct.steps"), Some(7));
+        assert_eq!(lines.place("quant.group_size"), "quant.group_size");
+    }
+}

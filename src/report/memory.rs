@@ -1,0 +1,50 @@
+//! Main memory of this process, as the system counts it.
+
+/// Peak resident memory so far in GiB; `None` where the system does not tell.
+pub fn peak_gib() -> Option<f64> {
+    status_gib("VmHWM:")
+}
+
+/// Resident memory now in GiB; `None` where the system does not tell.
+pub fn current_gib() -> Option<f64> {
+    status_gib("VmRSS:")
+}
+
+#[cfg(target_os = "linux")]
+fn status_gib(key: &str) -> Option<f64> {
+    field_gib(&std::fs::read_to_string("/proc/self/status").ok()?, key)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn status_gib(_key: &str) -> Option<f64> {
+    None
+}
+
+/// Finds `key` among lines like `VmHWM:     5120 kB`; the kernel's kB is KiB.
+#[cfg(any(target_os = "linux", test))]
+fn field_gib(status: &str, key: &str) -> Option<f64> {
+    let rest = status.lines().find_map(|line| line.strip_prefix(key))?;
+    let kib: f64 = rest.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib / (1024.0 * 1024.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_the_field() {
+        let status = "Name:\tfewbit\nVmHWM:\t 3145728 kB\nVmRSS:\t 1048576 kB\n";
+        assert_eq!(field_gib(status, "VmHWM:"), Some(3.0));
+        assert_eq!(field_gib(status, "VmRSS:"), Some(1.0));
+        assert_eq!(field_gib(status, "VmSwap:"), None);
+        assert_eq!(field_gib("VmHWM: many kB", "VmHWM:"), None);
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn this_process_has_a_peak() {
+        let (peak, now) = (peak_gib().unwrap(), current_gib().unwrap());
+        assert!(peak > 0.0 && now > 0.0 && now < 1024.0, "{peak} {now}");
+    }
+}

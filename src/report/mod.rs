@@ -1,0 +1,412 @@
+//! What the user sees while a run goes on.
+//!
+//! Stages say what happened as [`Event`]s; each [`Reporter`] shows them in its own way: lines and a
+//! bar on the terminal ([`terminal`]), one JSON object a line ([`jsonl`]), the terminal's lines
+//! with a time in `run.log` ([`log`]), and TensorBoard's event files ([`tensorboard`]).
+//! Reporting never fails a run: a reporter that cannot write warns once and goes on.
+
+pub mod jsonl;
+pub mod log;
+pub mod memory;
+pub mod tensorboard;
+pub mod terminal;
+
+use serde::ser::SerializeMap;
+use serde::{Serialize, Serializer};
+
+/// Something that happened in a run.
+///
+/// Stages, blocks and their like count from zero here, as in tensor names and recipe paths; the
+/// screen counts them from one. A number that is not finite becomes `null` in JSON.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// The stages to come, in one line of text.
+    Plan {
+        /// `dense → reconstruct(flexround, w4) → …`
+        text: String,
+    },
+    /// The model that is being worked on.
+    Model {
+        /// Name of the folder or hub id.
+        name: String,
+        /// Decoder blocks.
+        blocks: usize,
+        /// Linear layers that get quantized.
+        quantized: usize,
+        /// Layers that stay as they are, by short name.
+        kept: Vec<String>,
+    },
+    /// What the preflight expects the run to need.
+    Needs {
+        /// The device, e.g. `cuda:0`.
+        device: String,
+        /// Memory on the device in bytes, if it has its own.
+        device_bytes: Option<u64>,
+        /// Main memory in bytes.
+        host_bytes: u64,
+        /// Disk space in bytes.
+        disk_bytes: u64,
+        /// Estimated time in seconds.
+        seconds: f64,
+    },
+    /// An unfinished run goes on.
+    Resumed {
+        /// The stage's name.
+        stage: String,
+        /// Where in the stage, e.g. `step 1200/2000`.
+        position: String,
+    },
+    /// A stage begins.
+    StageStart {
+        /// Index of the stage, from zero.
+        stage: usize,
+        /// Number of stages.
+        of: usize,
+        /// The stage's name, e.g. `distill`.
+        name: String,
+    },
+    /// A stage is complete.
+    StageEnd {
+        /// Index of the stage, from zero.
+        stage: usize,
+        /// Number of stages.
+        of: usize,
+        /// The stage's name.
+        name: String,
+        /// Wall-clock time in seconds.
+        seconds: f64,
+    },
+    /// A decoder block is finished.
+    Block {
+        /// Index of the stage, from zero.
+        stage: usize,
+        /// Index of the block, from zero.
+        index: usize,
+        /// Number of blocks.
+        of: usize,
+        /// What was done to it, e.g. `reconstruct`.
+        verb: String,
+        /// Output error before the work.
+        mse_before: f64,
+        /// Output error after the work.
+        mse_after: f64,
+        /// Optimizer steps spent.
+        steps: u64,
+        /// Wall-clock time in seconds.
+        seconds: f64,
+        /// Peak memory in GiB, where the system tells.
+        memory_gib: Option<f64>,
+    },
+    /// A log point of training.
+    Step {
+        /// Index of the stage, from zero.
+        stage: usize,
+        /// What is being done, e.g. `distill`.
+        verb: String,
+        /// Steps done in this stage.
+        step: u64,
+        /// Steps of this stage.
+        of: u64,
+        /// Step on TensorBoard's axis; grows over the whole run.
+        global_step: u64,
+        /// TensorBoard tag and value, e.g. `train/loss`; on the screen in this order.
+        #[serde(serialize_with = "as_map")]
+        values: Vec<(String, f64)>,
+    },
+    /// One point of the loss curve inside a block: tag `block/BB/loss`.
+    BlockLoss {
+        /// Index of the block, from zero.
+        block: usize,
+        /// Optimizer step inside the block.
+        step: u64,
+        /// The loss.
+        loss: f64,
+    },
+    /// Moves the bar; written nowhere.
+    Progress {
+        /// What is being done.
+        verb: String,
+        /// Units done.
+        done: u64,
+        /// Units in all.
+        of: u64,
+        /// A few words beside the bar.
+        detail: String,
+    },
+    /// A model was evaluated.
+    Evaluation {
+        /// Index of the stage, from zero.
+        stage: usize,
+        /// Which model: `float`, `rtn w2`, `after reconstruct`.
+        what: String,
+        /// Perplexity per token.
+        perplexity: f64,
+        /// Mean negative log likelihood per token, in nats.
+        nll_per_token: f64,
+        /// Tokens predicted.
+        tokens: u64,
+        /// Window length in tokens.
+        context: usize,
+        /// Tokens between the starts of two windows.
+        stride: usize,
+        /// Whether a BOS token opens each document.
+        bos: bool,
+        /// The text it was measured on.
+        data: String,
+        /// Perplexity divided by the float model's.
+        ratio_to_float: Option<f64>,
+        /// Step on TensorBoard's axis.
+        global_step: u64,
+        /// Whether this is the model in training: only then `eval/*` gets a point.
+        track: bool,
+    },
+    /// A histogram, for TensorBoard and JSON. Tags: `codes/…`, `scale_change/…`.
+    Histogram {
+        /// TensorBoard tag.
+        tag: String,
+        /// Step on TensorBoard's axis.
+        global_step: u64,
+        /// Bucket edges, ascending: one more than `counts`.
+        edges: Vec<f64>,
+        /// Entries in each bucket.
+        counts: Vec<u64>,
+    },
+    /// A text for TensorBoard, shown as it is (not as Markdown). Tag of the recipe: `recipe`.
+    Text {
+        /// TensorBoard tag.
+        tag: String,
+        /// The text.
+        text: String,
+    },
+    /// A packed model was written.
+    Exported {
+        /// Name of the format, e.g. `gguf`.
+        format: String,
+        /// Folder or file.
+        path: String,
+        /// Size in bytes.
+        bytes: u64,
+        /// Mean over the quantized weights, scales included.
+        bits_per_weight: f64,
+        /// Result of the parity check, e.g. `codes exact`.
+        parity: String,
+        /// Wall-clock time in seconds.
+        seconds: f64,
+    },
+    /// Something worth knowing.
+    Note {
+        /// One sentence without a full stop.
+        text: String,
+    },
+    /// Something the user may want to act on.
+    Warning {
+        /// One sentence without a full stop.
+        text: String,
+    },
+    /// The run is complete.
+    Done {
+        /// The run's folder.
+        run: String,
+        /// Perplexity of the float model, if measured.
+        perplexity_float: Option<f64>,
+        /// Perplexity of the result, if measured.
+        perplexity_final: Option<f64>,
+        /// Size of the export in bytes, if there is one.
+        bytes: Option<u64>,
+        /// Bits per quantized weight of the export, if there is one.
+        bits_per_weight: Option<f64>,
+        /// Whether the export holds exactly the codes of training; shown only with `bytes`.
+        codes_exact: bool,
+        /// Wall-clock time in seconds.
+        seconds: f64,
+    },
+}
+
+/// Pairs as one JSON object, so that a script can ask for `values["train/loss"]`.
+fn as_map<S: Serializer>(pairs: &[(String, f64)], serializer: S) -> Result<S::Ok, S::Error> {
+    let mut map = serializer.serialize_map(Some(pairs.len()))?;
+    for (tag, value) in pairs {
+        map.serialize_entry(tag, value)?;
+    }
+    map.end()
+}
+
+/// Shows or stores events. Never fails; a reporter in trouble warns once and goes on.
+pub trait Reporter {
+    /// Takes one event.
+    fn emit(&mut self, event: &Event);
+
+    /// Writes out what is still held back.
+    fn flush(&mut self) {}
+}
+
+/// Hands each event to several reporters, in order.
+#[derive(Default)]
+pub struct Reporters(Vec<Box<dyn Reporter>>);
+
+impl Reporters {
+    /// Reporters to hand events to; the list may be empty.
+    pub fn new(reporters: Vec<Box<dyn Reporter>>) -> Self {
+        Self(reporters)
+    }
+
+    /// Adds one more.
+    pub fn push(&mut self, reporter: impl Reporter + 'static) {
+        self.0.push(Box::new(reporter));
+    }
+}
+
+impl Reporter for Reporters {
+    fn emit(&mut self, event: &Event) {
+        for reporter in &mut self.0 {
+            reporter.emit(event);
+        }
+    }
+
+    fn flush(&mut self) {
+        for reporter in &mut self.0 {
+            reporter.flush();
+        }
+    }
+}
+
+/// Shows nothing.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Silent;
+
+impl Reporter for Silent {
+    fn emit(&mut self, _event: &Event) {}
+}
+
+/// Lets about 20 steps of each stage pass, and every other event.
+#[derive(Debug, Default)]
+struct Thinning {
+    stage: Option<usize>,
+    part: Option<u64>,
+}
+
+impl Thinning {
+    fn passes(&mut self, event: &Event) -> bool {
+        match event {
+            Event::StageStart { .. } => {
+                *self = Self::default();
+                true
+            }
+            Event::Step { stage, step, of, .. } => {
+                if self.stage != Some(*stage) {
+                    *self = Self { stage: Some(*stage), part: None };
+                }
+                let part = Some(step.saturating_mul(20) / (*of).max(1));
+                let passes = part > self.part;
+                self.part = self.part.max(part);
+                passes
+            }
+            _ => true,
+        }
+    }
+}
+
+/// Bytes for people, in powers of 1000: `0.61 GB`, `26 MB`, `512 B`.
+pub fn size(bytes: u64) -> String {
+    let (unit, scale) = match bytes {
+        0..1_000 => return format!("{bytes} B"),
+        1_000..100_000 => ("kB", 1e3),
+        100_000..100_000_000 => ("MB", 1e6),
+        100_000_000..1_000_000_000_000 => ("GB", 1e9),
+        _ => ("TB", 1e12),
+    };
+    let amount = bytes as f64 / scale;
+    let decimals = if amount < 0.995 { 2 } else { usize::from(amount < 9.95) };
+    format!("{amount:.decimals$} {unit}")
+}
+
+/// Seconds for people: `4.2 s`, `61 s`, `3 min 20 s`, `18 min`, `2 h 10 min`, `3 d 4 h`.
+pub fn duration(seconds: f64) -> String {
+    if !seconds.is_finite() || seconds < 0.0 {
+        return "? s".into();
+    }
+    if seconds < 9.95 {
+        return format!("{seconds:.1} s");
+    }
+    let whole = seconds.round() as u64;
+    let minutes = (seconds / 60.0).round() as u64;
+    let hours = (seconds / 3600.0).round() as u64;
+    match whole {
+        0..120 => format!("{whole} s"),
+        120..600 => format!("{} min {} s", whole / 60, whole % 60),
+        _ if minutes < 60 => format!("{minutes} min"),
+        _ if minutes < 48 * 60 => format!("{} h {} min", minutes / 60, minutes % 60),
+        _ => format!("{} d {} h", hours / 24, hours % 24),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::rc::Rc;
+
+    use super::*;
+
+    struct Count(Rc<RefCell<(usize, usize)>>);
+
+    impl Reporter for Count {
+        fn emit(&mut self, _event: &Event) {
+            self.0.borrow_mut().0 += 1;
+        }
+
+        fn flush(&mut self) {
+            self.0.borrow_mut().1 += 1;
+        }
+    }
+
+    #[test]
+    fn fans_out() {
+        let count = Rc::new(RefCell::new((0, 0)));
+        let mut all = Reporters::new(vec![Box::new(Count(count.clone())), Box::new(Silent)]);
+        all.push(Count(count.clone()));
+        all.emit(&Event::Note { text: "x".into() });
+        all.flush();
+        assert_eq!(*count.borrow(), (2, 2));
+    }
+
+    #[test]
+    fn json_is_tagged_and_values_are_an_object() {
+        let event = Event::Step {
+            stage: 1,
+            verb: "distill".into(),
+            step: 10,
+            of: 20,
+            global_step: 110,
+            values: vec![("train/loss".into(), 2.5), ("train/grad_norm".into(), f64::NAN)],
+        };
+        assert_eq!(
+            serde_json::to_string(&event).unwrap(),
+            r#"{"event":"step","stage":1,"verb":"distill","step":10,"of":20,"global_step":110,"#
+                .to_owned()
+                + r#""values":{"train/loss":2.5,"train/grad_norm":null}}"#
+        );
+    }
+
+    #[test]
+    fn units_for_people() {
+        let seconds = [0.04, 9.96, 61.0, 119.6, 200.0, 1080.0, 3599.0, 7800.0, 273_600.0, f64::NAN];
+        assert_eq!(
+            seconds.map(duration),
+            [
+                "0.0 s",
+                "10 s",
+                "61 s",
+                "2 min 0 s",
+                "3 min 20 s",
+                "18 min",
+                "1 h 0 min",
+                "2 h 10 min",
+                "3 d 4 h",
+                "? s"
+            ]
+        );
+        let bytes = [512, 1_500, 26_000_000, 612_000_000, 5_100_000_000, 12_340_000_000];
+        assert_eq!(bytes.map(size), ["512 B", "1.5 kB", "26 MB", "0.61 GB", "5.1 GB", "12 GB"]);
+    }
+}

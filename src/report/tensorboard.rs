@@ -1,0 +1,366 @@
+//! Event files for TensorBoard.
+//!
+//! Messages are tensorboard-proto's and records are framed by tensorboard-rs. Its `SummaryWriter`
+//! is left out on purpose: it writes in a thread of its own that panics when the disk is full, and
+//! has no text. The trait that serializes messages belongs to the crate protobuf 2, which neither
+//! crate re-exports and which is not worth depending on for five small messages: see `Wire`.
+
+use std::path::Path;
+use std::process;
+
+use tensorboard_proto::event::Event as Record;
+use tensorboard_proto::summary::{
+    HistogramProto, Summary, Summary_Value, SummaryMetadata, SummaryMetadata_PluginData,
+};
+use tensorboard_proto::tensor::TensorProto;
+use tensorboard_proto::tensor_shape::{TensorShapeProto, TensorShapeProto_Dim};
+use tensorboard_proto::types::DataType;
+use tensorboard_rs::record_writer::RecordWriter;
+
+use super::log::{Appender, unix_seconds};
+use super::{Event, Reporter};
+
+/// Writes scalars, histograms and texts to one event file; TensorBoard reads them at once.
+///
+/// Each start of a run has its own file; TensorBoard joins the files of a folder. Every event is
+/// handed to the system as it comes, so there is nothing to flush.
+pub struct TensorBoard {
+    file: Option<Appender>,
+}
+
+impl TensorBoard {
+    /// Starts an event file in `folder`, usually `tensorboard/`, and makes the folder if need be.
+    /// If that fails it warns and every event is ignored: monitoring is not worth a run.
+    pub fn open(folder: &Path) -> Self {
+        let time = unix_seconds();
+        let name = format!("events.out.tfevents.{:010}.fewbit.{}", time as u64, process::id());
+        let file = Appender::open(&folder.join(name))
+            .inspect_err(|error| tracing::warn!("no TensorBoard events: {error}"))
+            .ok();
+        let mut board = Self { file };
+        let mut record = Record::new();
+        record.set_wall_time(time);
+        record.set_file_version("brain.Event:2".into());
+        board.write(&[record]);
+        board
+    }
+
+    fn write(&mut self, records: &[Record]) {
+        let Some(file) = &mut self.file else { return };
+        let mut bytes = Vec::new();
+        let mut framed = RecordWriter::new(&mut bytes);
+        for record in records {
+            // Writing to a vector does not fail.
+            let _ = framed.write(&encode(record));
+        }
+        if !bytes.is_empty() {
+            file.write(&bytes);
+        }
+    }
+}
+
+impl Reporter for TensorBoard {
+    fn emit(&mut self, event: &Event) {
+        self.write(&records(event));
+    }
+}
+
+/// What TensorBoard shows of an event, which may be nothing.
+fn records(event: &Event) -> Vec<Record> {
+    match event {
+        Event::Block { index, mse_before, mse_after, .. } => vec![record(
+            *index as u64,
+            [scalar("block/mse_before", *mse_before), scalar("block/mse_after", *mse_after)],
+        )],
+        Event::BlockLoss { block, step, loss } => {
+            vec![record(*step, [scalar(&format!("block/{block:02}/loss"), *loss)])]
+        }
+        Event::Step { global_step, values, .. } => {
+            vec![record(*global_step, values.iter().map(|(tag, v)| scalar(tag, *v)))]
+        }
+        Event::Evaluation { global_step, perplexity, nll_per_token, track: true, .. } => {
+            vec![record(
+                *global_step,
+                [scalar("eval/perplexity", *perplexity), scalar("eval/loss", *nll_per_token)],
+            )]
+        }
+        Event::Histogram { tag, global_step, edges, counts } => histogram(tag, edges, counts)
+            .map(|value| record(*global_step, [value]))
+            .into_iter()
+            .collect(),
+        Event::Text { tag, text: content } => vec![record(0, [text(tag, content)])],
+        _ => Vec::new(),
+    }
+}
+
+fn record(step: u64, values: impl IntoIterator<Item = Summary_Value>) -> Record {
+    let mut summary = Summary::new();
+    for value in values {
+        summary.mut_value().push(value);
+    }
+    let mut record = Record::new();
+    record.set_wall_time(unix_seconds());
+    record.set_step(i64::try_from(step).unwrap_or(i64::MAX));
+    record.set_summary(summary);
+    record
+}
+
+fn scalar(tag: &str, number: f64) -> Summary_Value {
+    let mut value = Summary_Value::new();
+    value.set_tag(tag.into());
+    value.set_simple_value(number as f32);
+    value
+}
+
+/// Sums are taken at the middle of each bucket. Nothing for edges and counts that do not match.
+fn histogram(tag: &str, edges: &[f64], counts: &[u64]) -> Option<Summary_Value> {
+    let (&first, &last) = (edges.first()?, edges.last()?);
+    if counts.is_empty() || edges.len() != counts.len() + 1 {
+        tracing::warn!(
+            "histogram {tag} has {} edges for {} counts; it is left out",
+            edges.len(),
+            counts.len()
+        );
+        return None;
+    }
+    let buckets: Vec<f64> = counts.iter().map(|&count| count as f64).collect();
+    let middles = edges.windows(2).map(|pair| f64::midpoint(pair[0], pair[1]));
+    let (sum, squares) = middles
+        .zip(&buckets)
+        .fold((0.0, 0.0), |(sum, squares), (x, count)| (sum + x * count, squares + x * x * count));
+    let mut proto = HistogramProto::new();
+    proto.set_min(first);
+    proto.set_max(last);
+    proto.set_num(buckets.iter().sum());
+    proto.set_sum(sum);
+    proto.set_sum_squares(squares);
+    proto.set_bucket_limit(edges[1..].to_vec());
+    proto.set_bucket(buckets);
+    let mut value = Summary_Value::new();
+    value.set_tag(tag.into());
+    value.set_histo(proto);
+    Some(value)
+}
+
+/// TensorBoard reads texts as Markdown; four spaces make each line a line of code.
+fn text(tag: &str, text: &str) -> Summary_Value {
+    let mut code = String::new();
+    for line in text.lines() {
+        code.push_str("    ");
+        code.push_str(line);
+        code.push('\n');
+    }
+    let mut dim = TensorShapeProto_Dim::new();
+    dim.set_size(1);
+    let mut shape = TensorShapeProto::new();
+    shape.mut_dim().push(dim);
+    let mut tensor = TensorProto::new();
+    tensor.set_dtype(DataType::DT_STRING);
+    tensor.set_tensor_shape(shape);
+    tensor.mut_string_val().push(code.into_bytes());
+    let mut plugin = SummaryMetadata_PluginData::new();
+    plugin.set_plugin_name("text".into());
+    let mut metadata = SummaryMetadata::new();
+    metadata.set_plugin_data(plugin);
+    let mut value = Summary_Value::new();
+    value.set_tag(tag.into());
+    value.set_metadata(metadata);
+    value.set_tensor(tensor);
+    value
+}
+
+/// Bytes in protobuf's wire format, for the fields set above and no others. The numbers at the
+/// calls are the field numbers in TensorBoard's `.proto` files.
+#[derive(Default)]
+struct Wire(Vec<u8>);
+
+impl Wire {
+    fn varint(&mut self, mut number: u64) {
+        while number >= 0x80 {
+            self.0.push(number as u8 | 0x80);
+            number >>= 7;
+        }
+        self.0.push(number as u8);
+    }
+
+    fn int(&mut self, field: u64, number: i64) {
+        self.varint(field << 3);
+        self.varint(number as u64);
+    }
+
+    fn double(&mut self, field: u64, number: f64) {
+        self.varint(field << 3 | 1);
+        self.0.extend(number.to_le_bytes());
+    }
+
+    fn float(&mut self, field: u64, number: f32) {
+        self.varint(field << 3 | 5);
+        self.0.extend(number.to_le_bytes());
+    }
+
+    fn bytes(&mut self, field: u64, bytes: &[u8]) {
+        self.varint(field << 3 | 2);
+        self.varint(bytes.len() as u64);
+        self.0.extend(bytes);
+    }
+
+    fn message(&mut self, field: u64, fill: impl FnOnce(&mut Self)) {
+        let mut inner = Self::default();
+        fill(&mut inner);
+        self.bytes(field, &inner.0);
+    }
+
+    fn doubles(&mut self, field: u64, numbers: &[f64]) {
+        let packed: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
+        self.bytes(field, &packed);
+    }
+}
+
+fn encode(record: &Record) -> Vec<u8> {
+    let mut wire = Wire::default();
+    wire.double(1, record.get_wall_time());
+    wire.int(2, record.get_step());
+    if record.has_file_version() {
+        wire.bytes(3, record.get_file_version().as_bytes());
+    }
+    if record.has_summary() {
+        wire.message(5, |wire| {
+            for value in record.get_summary().get_value() {
+                wire.message(1, |wire| encode_value(wire, value));
+            }
+        });
+    }
+    wire.0
+}
+
+fn encode_value(wire: &mut Wire, value: &Summary_Value) {
+    wire.bytes(1, value.get_tag().as_bytes());
+    if value.has_simple_value() {
+        wire.float(2, value.get_simple_value());
+    }
+    if value.has_histo() {
+        let histogram = value.get_histo();
+        wire.message(5, |wire| {
+            wire.double(1, histogram.get_min());
+            wire.double(2, histogram.get_max());
+            wire.double(3, histogram.get_num());
+            wire.double(4, histogram.get_sum());
+            wire.double(5, histogram.get_sum_squares());
+            wire.doubles(6, histogram.get_bucket_limit());
+            wire.doubles(7, histogram.get_bucket());
+        });
+    }
+    if value.has_tensor() {
+        let tensor = value.get_tensor();
+        wire.message(8, |wire| {
+            wire.int(1, tensor.get_dtype() as i64);
+            wire.message(2, |wire| {
+                for dim in tensor.get_tensor_shape().get_dim() {
+                    wire.message(2, |wire| wire.int(1, dim.get_size()));
+                }
+            });
+            for text in tensor.get_string_val() {
+                wire.bytes(8, text);
+            }
+        });
+    }
+    if value.has_metadata() {
+        let plugin = value.get_metadata().get_plugin_data();
+        wire.message(9, |wire| {
+            wire.message(1, |wire| wire.bytes(1, plugin.get_plugin_name().as_bytes()));
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    /// Payloads of the records in the only event file of `folder`.
+    fn payloads(folder: &Path) -> Vec<Vec<u8>> {
+        let path = fs::read_dir(folder).unwrap().next().unwrap().unwrap().path();
+        let bytes = fs::read(path).unwrap();
+        let mut rest = &bytes[..];
+        let mut payloads = Vec::new();
+        while !rest.is_empty() {
+            let length = u64::from_le_bytes(rest[..8].try_into().unwrap()) as usize;
+            payloads.push(rest[12..12 + length].to_vec());
+            rest = &rest[12 + length + 4..];
+        }
+        payloads
+    }
+
+    fn contains(haystack: &[u8], needle: &[u8]) -> bool {
+        haystack.windows(needle.len()).any(|window| window == needle)
+    }
+
+    #[test]
+    fn encodes_a_scalar() {
+        let mut record = record(300, [scalar("a", 1.0)]);
+        record.set_wall_time(2.0);
+        let mut expected = vec![0x09, 0, 0, 0, 0, 0, 0, 0, 0x40];
+        expected.extend([0x10, 0xac, 0x02]);
+        expected.extend([0x2a, 10, 0x0a, 8, 0x0a, 1, b'a', 0x15, 0, 0, 0x80, 0x3f]);
+        assert_eq!(encode(&record), expected);
+    }
+
+    #[test]
+    fn records_are_in_the_file_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("tensorboard");
+        let mut board = TensorBoard::open(&folder);
+        board.emit(&Event::BlockLoss { block: 3, step: 7, loss: 0.5 });
+        board.emit(&Event::BlockLoss { block: 103, step: 7, loss: 0.5 });
+        board.emit(&Event::Note { text: "not for TensorBoard".into() });
+        board.emit(&Event::Text { tag: "recipe".into(), text: "# a\nb = 1".into() });
+        let payloads = payloads(&folder);
+        assert_eq!(payloads.len(), 4);
+        assert!(contains(&payloads[0], b"brain.Event:2"));
+        assert!(contains(&payloads[1], b"block/03/loss"));
+        assert!(contains(&payloads[2], b"block/103/loss"));
+        assert!(contains(&payloads[3], b"    # a\n    b = 1\n"));
+    }
+
+    #[test]
+    fn only_the_trained_model_is_tracked() {
+        let evaluation = |track| Event::Evaluation {
+            stage: 0,
+            what: "float".into(),
+            perplexity: 10.0,
+            nll_per_token: 2.3,
+            tokens: 1,
+            context: 1,
+            stride: 1,
+            bos: true,
+            data: String::new(),
+            ratio_to_float: None,
+            global_step: 0,
+            track,
+        };
+        assert!(records(&evaluation(false)).is_empty());
+        assert_eq!(records(&evaluation(true))[0].get_summary().get_value().len(), 2);
+    }
+
+    #[test]
+    fn histogram_sums_and_mismatch() {
+        let value = histogram("codes/a", &[-0.5, 0.5, 1.5], &[3, 5]).unwrap();
+        let proto = value.get_histo();
+        assert_eq!((proto.get_num(), proto.get_sum()), (8.0, 5.0));
+        assert_eq!((proto.get_min(), proto.get_max()), (-0.5, 1.5));
+        assert_eq!(proto.get_bucket_limit(), [0.5, 1.5]);
+        assert!(histogram("codes/a", &[0.0, 1.0], &[3, 5]).is_none());
+        assert!(histogram("codes/a", &[], &[]).is_none());
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_made_is_no_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, "x").unwrap();
+        let mut board = TensorBoard::open(&file.join("tensorboard"));
+        board.emit(&Event::BlockLoss { block: 0, step: 0, loss: 1.0 });
+        assert_eq!(fs::read_to_string(&file).unwrap(), "x");
+    }
+}

@@ -1,0 +1,130 @@
+//! The run's folder: who may write there, what is kept, what starting over removes.
+
+use std::fs::{File, TryLockError};
+use std::path::{Path, PathBuf};
+
+use super::record::{RECORD_FILE, RunRecord};
+use super::{Prepared, Status};
+use crate::error::{Error, Result};
+use crate::recipe::to_toml;
+use crate::store::folder::write_atomic;
+
+/// Everything a run writes; starting over removes these and nothing else.
+const CONTENTS: [&str; 9] = [
+    "recipe.toml",
+    RECORD_FILE,
+    "metrics.jsonl",
+    "run.log",
+    "tensorboard",
+    "checkpoints",
+    "export",
+    "adapters",
+    "eval",
+];
+const LOCK_FILE: &str = ".lock";
+
+/// A run's folder, held by this process.
+#[derive(Debug)]
+pub struct RunFolder {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl RunFolder {
+    /// Opens the output folder for `prepared`: new, resumed, or (with `fresh`) started over.
+    ///
+    /// # Errors
+    /// Exit 6 when it holds a run of another recipe, model or data; a usage error when it holds
+    /// something else, or another process works in it.
+    pub fn open(prepared: &Prepared, fresh: bool) -> Result<(Self, RunRecord)> {
+        let path = prepared.plan.recipe.output.clone();
+        refuse_foreign(&path)?;
+        std::fs::create_dir_all(&path).map_err(|e| Error::io("create", &path, &e))?;
+        let folder = Self { _lock: lock(&path)?, path };
+        if fresh {
+            folder.clear()?;
+        }
+        let names: Vec<&str> = prepared.plan.stages.iter().map(|s| s.config.name()).collect();
+        let new =
+            RunRecord::new(&names, prepared.needs.clone(), prepared.fingerprint.clone());
+        let Some(mut record) = RunRecord::read(&folder.path)? else {
+            let recipe = to_toml(&prepared.plan.recipe)?;
+            write_atomic(&folder.path.join("recipe.toml"), recipe.as_bytes())?;
+            new.save(&folder.path)?;
+            return Ok((folder, new));
+        };
+        if let Some(difference) = record.fingerprint.difference(&prepared.fingerprint) {
+            return Err(Error::mismatch(format!("{difference} since this run began"))
+                .at(folder.path.display())
+                .fix("the old one to go on, --output for a second run, or --fresh to start over"));
+        }
+        if record.status != Status::Done {
+            record.needs = new.needs;
+            record.fewbit = new.fewbit;
+        }
+        Ok((folder, record))
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where stage `index` keeps its state.
+    pub fn stage_dir(&self, index: usize, name: &str) -> PathBuf {
+        self.path.join("checkpoints").join(format!("{index:02}-{name}"))
+    }
+
+    fn clear(&self) -> Result<()> {
+        for name in CONTENTS {
+            let path = self.path.join(name);
+            let removed = if path.is_dir() {
+                std::fs::remove_dir_all(&path)
+            } else {
+                std::fs::remove_file(&path)
+            };
+            match removed {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(Error::io("remove", &path, &e));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A folder with files that no run wrote is not ours to write into.
+fn refuse_foreign(path: &Path) -> Result<()> {
+    if path.is_file() {
+        return Err(Error::usage("the output is a file").at(path.display()).fix("another --output"));
+    }
+    if !path.is_dir() || path.join(RECORD_FILE).exists() {
+        return Ok(());
+    }
+    for entry in std::fs::read_dir(path).map_err(|e| Error::io("list", path, &e))? {
+        let name = entry.map_err(|e| Error::io("list", path, &e))?.file_name();
+        let name = name.to_string_lossy();
+        if name != LOCK_FILE && !CONTENTS.contains(&name.as_ref()) && !name.contains(".tmp") {
+            return Err(Error::usage("the output folder holds files of something else")
+                .at(path.join(name.as_ref()).display())
+                .fix("another --output"));
+        }
+    }
+    Ok(())
+}
+
+fn lock(path: &Path) -> Result<File> {
+    let lock_path = path.join(LOCK_FILE);
+    let file = File::create(&lock_path).map_err(|e| Error::io("create", &lock_path, &e))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => {
+            Err(Error::usage("another fewbit process is working in this folder")
+                .at(path.display())
+                .fix("wait for it, or another --output"))
+        }
+        // A file system without locks: go on rather than refuse to work at all.
+        Err(TryLockError::Error(_)) => Ok(file),
+    }
+}

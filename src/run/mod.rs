@@ -1,0 +1,214 @@
+//! A run: one execution of a plan, in one folder, that can be stopped and resumed at any time.
+//!
+//! Nothing is kept but files: what is done stands in `run.json`, what was learned under
+//! `checkpoints/`. Data order is a function of seed, stage and step. A run whose recipe, model or
+//! data changed is refused (exit 6), never silently mixed.
+
+mod folder;
+mod preflight;
+mod record;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+pub use folder::RunFolder;
+pub use preflight::{Needs, Prepared, prepare};
+pub use record::{Fingerprint, RunRecord, StageRecord, Status};
+
+use crate::error::{Error, Kind, Result};
+use crate::export::Provenance;
+use crate::recipe::to_toml;
+use crate::report::jsonl::JsonLines;
+use crate::report::log::LogFile;
+use crate::report::tensorboard::TensorBoard;
+use crate::report::{Event, Reporter, Reporters, memory};
+use crate::stage::{Results, StageContext};
+use crate::stop::StopFlag;
+
+/// How a recipe is to be run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// A recipe's path or name.
+    pub recipe: String,
+    /// `--set` overrides.
+    pub set: Vec<String>,
+    /// `--output`.
+    pub output: Option<PathBuf>,
+    /// `--device`.
+    pub device: Option<String>,
+    /// Start over, whatever the folder holds.
+    pub fresh: bool,
+}
+
+/// Runs a recipe to its end, or to a signal; resumes by itself.
+///
+/// # Errors
+/// Everything that can go wrong; what was saved stays, and the same command goes on from it.
+pub fn train(options: &Options, mut report: Reporters, stop: &StopFlag) -> Result<RunRecord> {
+    let prepared = prepare(options, stop)?;
+    announce(&prepared, &mut report);
+    prepared.needs.check(&prepared.plan.recipe.output)?;
+    let (folder, mut record) = RunFolder::open(&prepared, options.fresh)?;
+    if record.status == Status::Done {
+        report.emit(&Event::Note {
+            text: "this run is already complete; --fresh starts it over".to_owned(),
+        });
+        report.emit(&done(&record, folder.path()));
+        return Ok(record);
+    }
+    attach_files(&mut report, folder.path())?;
+    announce_to_files(&prepared, &mut report);
+    let start = Instant::now();
+    let before = record.seconds;
+    let outcome = execute(prepared, &folder, &mut record, &mut report, stop);
+    record.seconds = before + start.elapsed().as_secs_f64();
+    let peak = memory::peak_gib();
+    record.peak_gib = record.peak_gib.zip(peak).map(|(a, b)| a.max(b)).or(peak);
+    record.status = match &outcome {
+        Ok(()) => Status::Done,
+        Err(error) if matches!(error.kind(), Kind::Stopped(_)) => Status::Stopped,
+        Err(_) => Status::Failed,
+    };
+    let saved = record.save(folder.path());
+    outcome.and(saved)?;
+    report.emit(&done(&record, folder.path()));
+    report.flush();
+    Ok(record)
+}
+
+fn execute(
+    prepared: Prepared,
+    folder: &RunFolder,
+    record: &mut RunRecord,
+    report: &mut Reporters,
+    stop: &StopFlag,
+) -> Result<()> {
+    let Prepared { plan, device, mut model, data, fingerprint, .. } = prepared;
+    let provenance = Provenance {
+        model: model.name.clone(),
+        model_sha256: fingerprint.model.clone(),
+        data_sha256: fingerprint.data.clone(),
+        recipe: to_toml(&plan.recipe)?,
+        seed: plan.recipe.seed,
+        device: device.name.clone(),
+    };
+    record.status = Status::Running;
+    record.device.clone_from(&device.name);
+    record.save(folder.path())?;
+    for (index, stage) in plan.stages.iter().enumerate() {
+        let name = stage.config.name();
+        let dir = folder.stage_dir(index, name);
+        let was = record.stages[index].status;
+        let mut results = std::mem::take(&mut record.results);
+        if was != Status::Done {
+            discard_of(&mut results, index);
+        }
+        let mut ctx = StageContext {
+            model: &mut model,
+            data: &data,
+            device: &device,
+            compute: plan.recipe.model.compute.dtype(),
+            seed: plan.recipe.seed,
+            stage: index,
+            latest: stage.latest,
+            first_step: stage.first_step,
+            specs: &stage.specs,
+            observer: &stage.observer,
+            default_spec: stage.default_spec,
+            dir: &dir,
+            run_dir: folder.path(),
+            report,
+            stop,
+            results: &mut results,
+            provenance: &provenance,
+        };
+        let start = Instant::now();
+        let outcome = match was {
+            Status::Done => stage.config.restore(&mut ctx),
+            _ => begin(&mut ctx, name, plan.stages.len(), &dir, was != Status::Pending)
+                .and_then(|()| stage.config.run(&mut ctx)),
+        };
+        record.results = results;
+        if was == Status::Done {
+            outcome?;
+            continue;
+        }
+        record.stages[index].seconds += start.elapsed().as_secs_f64();
+        record.stages[index].status = match &outcome {
+            Ok(()) => Status::Done,
+            Err(error) if matches!(error.kind(), Kind::Stopped(_)) => Status::Stopped,
+            Err(_) => Status::Failed,
+        };
+        record.save(folder.path())?;
+        outcome?;
+        let (stage, of, name) = (index, plan.stages.len(), name.to_owned());
+        report.emit(&Event::StageEnd { stage, of, name, seconds: record.stages[index].seconds });
+        report.flush();
+    }
+    Ok(())
+}
+
+/// An unfinished stage measures again: what an interrupted attempt noted is dropped.
+fn discard_of(results: &mut Results, stage: usize) {
+    results.measured.retain(|measured| measured.stage < stage);
+}
+
+fn begin(
+    ctx: &mut StageContext<'_>,
+    name: &str,
+    of: usize,
+    dir: &Path,
+    resumed: bool,
+) -> Result<()> {
+    std::fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, &e))?;
+    let stage = ctx.stage;
+    ctx.report.emit(&Event::StageStart { stage, of, name: name.to_owned() });
+    if resumed {
+        let position = "from its last checkpoint".to_owned();
+        ctx.report.emit(&Event::Resumed { stage: name.to_owned(), position });
+    }
+    Ok(())
+}
+
+/// Plan, model and needs on the screen, before anything is touched.
+pub fn announce(prepared: &Prepared, report: &mut dyn Reporter) {
+    let plan = &prepared.plan;
+    report.emit(&Event::Plan { text: plan.summary() });
+    report.emit(&Event::Model {
+        name: prepared.model.name.clone(),
+        blocks: prepared.model.config.n_blocks,
+        quantized: plan.quantized().len(),
+        kept: prepared.kept(),
+    });
+    report.emit(&prepared.needs.event(&prepared.device));
+}
+
+/// The recipe for TensorBoard; the opening lines for the log.
+fn announce_to_files(prepared: &Prepared, report: &mut Reporters) {
+    let text = to_toml(&prepared.plan.recipe).unwrap_or_default();
+    report.emit(&Event::Text { tag: "recipe".to_owned(), text });
+}
+
+fn attach_files(report: &mut Reporters, dir: &Path) -> Result<()> {
+    report.push(JsonLines::open(&dir.join("metrics.jsonl"))?);
+    report.push(LogFile::open(&dir.join("run.log"))?);
+    report.push(TensorBoard::open(&dir.join("tensorboard")));
+    Ok(())
+}
+
+fn done(record: &RunRecord, dir: &Path) -> Event {
+    let results = &record.results;
+    let last = results.measured.iter().rev().find(|measured| measured.what.starts_with("after"));
+    let task = last.map(|measured| &measured.task);
+    let float = results.measured.iter().find(|m| m.what == "float" && Some(&m.task) == task);
+    let export = results.exports.first();
+    Event::Done {
+        run: dir.display().to_string(),
+        perplexity_float: float.map(|measured| measured.result.perplexity),
+        perplexity_final: last.map(|measured| measured.result.perplexity),
+        bytes: export.map(|export| export.bytes),
+        bits_per_weight: export.map(|export| export.bits_per_weight),
+        codes_exact: true,
+        seconds: record.seconds,
+    }
+}

@@ -1,0 +1,430 @@
+//! The preflight: everything that can be refused is refused before a weight is read, and what the
+//! run will need is estimated.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use burn::tensor::{Device, Distribution, Tensor};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::{Fingerprint, Options};
+use crate::data::{TokenStream, Tokenizer, read_documents, sha256_of};
+use crate::device::{self, NamedDevice};
+use crate::error::{Error, Kind, Result};
+use crate::model::{ModelConfig, linear_shapes};
+use crate::recipe::{self, DataConfig, Plan, Recipe, to_toml};
+use crate::report::{Event, size};
+use crate::stage::{Corpus, Data, ModelState, StageConfig};
+use crate::stop::StopFlag;
+use crate::store::folder::{free_bytes, sha256_file};
+use crate::store::locate;
+use crate::store::safetensors::Checkpoint;
+
+/// Window length when neither the recipe nor the model says less.
+const DEFAULT_LENGTH: usize = 2048;
+/// Memory of the process itself: code, tokenizer, buffers.
+const BASE_BYTES: u64 = 150 << 20;
+
+/// A run that passed the preflight.
+pub struct Prepared {
+    /// The plan.
+    pub plan: Plan,
+    /// The device.
+    pub device: NamedDevice,
+    /// The model; no weight read yet.
+    pub model: ModelState,
+    /// The data, tokenized.
+    pub data: Data,
+    /// What checkpoints depend on.
+    pub fingerprint: Fingerprint,
+    /// What the run will need.
+    pub needs: Needs,
+}
+
+/// What a run will need: an estimate.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Needs {
+    /// Memory on the device, when it has its own.
+    pub device_bytes: Option<u64>,
+    /// Main memory.
+    pub host_bytes: u64,
+    /// Disk space in the output folder.
+    pub disk_bytes: u64,
+    /// Seconds.
+    pub seconds: f64,
+}
+
+/// Reads the recipe, opens device, model headers and data, and type-checks the plan.
+///
+/// # Errors
+/// Exit 2 for the recipe, exit 3 for what does not fit.
+pub fn prepare(options: &Options, stop: &StopFlag) -> Result<Prepared> {
+    let (text, file) = recipe::find(&options.recipe)?;
+    let (mut recipe, _): (Recipe, _) = recipe::parse(&text, &file, &options.set)?;
+    if let Some(output) = &options.output {
+        recipe.output.clone_from(output);
+    }
+    if let Some(device) = &options.device {
+        recipe.device.clone_from(device);
+    }
+    let device = device::open(&recipe.device)?;
+    let model = open_model(&recipe)?;
+    let plan = Plan::new(recipe, &model.config, &model.checkpoint, &text)?;
+    stop.check()?;
+    let data = load_data(&plan, &model)?;
+    check_data(&plan, &model, &data)?;
+    let fingerprint = fingerprint(&plan, &model, &data)?;
+    let needs = Needs::estimate(&plan, &model, &data, &device);
+    Ok(Prepared { plan, device, model, data, fingerprint, needs })
+}
+
+fn open_model(recipe: &Recipe) -> Result<ModelState> {
+    let dir = locate::model(&recipe.model.path).map_err(|e| e.at("model.path"))?;
+    let manifest = crate::export::Manifest::read(&dir)?;
+    if manifest.is_some_and(|manifest| manifest.format == crate::export::Format::Fewbit) {
+        return Err(Error::preflight("the model is packed already")
+            .at(dir.display())
+            .fix("the float model it was made from"));
+    }
+    let name = recipe.model.path.trim_end_matches('/');
+    let name = name.rsplit(['/', ':']).next().unwrap_or(name).to_owned();
+    let as_preflight = |error: Error| match error.kind() {
+        Kind::Failed => error.with_kind(Kind::Preflight),
+        _ => error,
+    };
+    Ok(ModelState {
+        config: ModelConfig::read(&dir).map_err(as_preflight)?,
+        checkpoint: Checkpoint::open(&dir).map_err(as_preflight)?,
+        quantized: BTreeMap::new(),
+        dir,
+        name,
+    })
+}
+
+fn load_data(plan: &Plan, model: &ModelState) -> Result<Data> {
+    let section = &plan.recipe.data;
+    let any = [&section.calibration, &section.train, &section.validation];
+    if any.iter().all(|config| config.is_none()) {
+        return Ok(Data::default());
+    }
+    let tokenizer = Tokenizer::load(&model.dir)?;
+    if tokenizer.vocab_size() > model.config.vocab {
+        return Err(Error::preflight(format!(
+            "the tokenizer has {} tokens, the model's embedding {}",
+            tokenizer.vocab_size(),
+            model.config.vocab
+        ))
+        .at(model.dir.display())
+        .fix("the tokenizer.json that belongs to this model"));
+    }
+    let bos = match model.config.bos {
+        _ if !section.bos => None,
+        Some(bos) => Some(bos),
+        None => tokenizer.bos_id()?,
+    };
+    let load = |config: &Option<DataConfig>, role: &str| -> Result<Option<Corpus>> {
+        let Some(config) = config else { return Ok(None) };
+        let corpus = load_corpus(config, model, &tokenizer, bos);
+        corpus.map(Some).map_err(|e| e.at(format!("data.{role}")))
+    };
+    Ok(Data {
+        calibration: load(&section.calibration, "calibration")?,
+        train: load(&section.train, "train")?,
+        validation: load(&section.validation, "validation")?,
+        bos,
+    })
+}
+
+fn load_corpus(
+    config: &DataConfig,
+    model: &ModelState,
+    tokenizer: &Tokenizer,
+    bos: Option<u32>,
+) -> Result<Corpus> {
+    let length = config.length.unwrap_or(model.config.max_positions.min(DEFAULT_LENGTH));
+    if length < 2 || length > model.config.max_positions {
+        return Err(Error::preflight(format!(
+            "length {length} is not between 2 and the model's context {}",
+            model.config.max_positions
+        ))
+        .fix(format!("length = {}", model.config.max_positions.min(DEFAULT_LENGTH))));
+    }
+    let paths: Vec<PathBuf> =
+        config.path.0.iter().map(|path| locate::data(path)).collect::<Result<_>>()?;
+    let mut documents = Vec::new();
+    for path in &paths {
+        documents.extend(read_documents(path)?);
+    }
+    let names = config.path.0.iter().map(|path| path.rsplit('/').next().unwrap_or(path));
+    Ok(Corpus {
+        stream: TokenStream::build(&documents, tokenizer, bos)?,
+        sha256: sha256_of(&paths)?,
+        name: names.collect::<Vec<_>>().join("+"),
+        samples: config.samples,
+        length,
+    })
+}
+
+/// Every stage finds the data it needs, and enough of it.
+fn check_data(plan: &Plan, model: &ModelState, data: &Data) -> Result<()> {
+    for stage in &plan.stages {
+        match &stage.config {
+            StageConfig::Reconstruct(_) => {
+                let corpus = Data::need(data.calibration.as_ref(), "calibration")?;
+                let samples = corpus.samples.unwrap_or(1);
+                corpus.stream.spread(samples, corpus.length).map_err(|e| e.at("data.calibration"))?;
+            }
+            StageConfig::Distill(_) => {
+                let corpus = Data::need(data.train.as_ref(), "train")?;
+                corpus.stream.spread(1, corpus.length).map_err(|e| e.at("data.train"))?;
+            }
+            StageConfig::Evaluate(config) => {
+                let corpus = Data::need(data.validation.as_ref(), "validation")?;
+                let crate::stage::TaskConfig::Ppl(task) = &config.task;
+                let (context, stride) = task.protocol(&model.config)?;
+                corpus.stream.strided(context, stride).map_err(|e| e.at("data.validation"))?;
+            }
+            StageConfig::Calibrate(_) | StageConfig::Export(_) => {}
+        }
+    }
+    Ok(())
+}
+
+fn fingerprint(plan: &Plan, model: &ModelState, data: &Data) -> Result<Fingerprint> {
+    let mut recipe = plan.recipe.clone();
+    recipe.output = PathBuf::new();
+    recipe.device = String::new();
+    let mut hash = Sha256::new();
+    let config = model.dir.join("config.json");
+    for file in std::iter::once(config.as_path()).chain(model.checkpoint.files().iter().map(PathBuf::as_path)) {
+        hash.update(sha256_file(file)?);
+    }
+    let corpora = [
+        ("calibration", &data.calibration),
+        ("train", &data.train),
+        ("validation", &data.validation),
+    ];
+    Ok(Fingerprint {
+        recipe: to_toml(&recipe)?,
+        model: hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect(),
+        data: corpora
+            .into_iter()
+            .filter_map(|(role, corpus)| {
+                corpus.as_ref().map(|corpus| (role.to_owned(), corpus.sha256.clone()))
+            })
+            .collect(),
+    })
+}
+
+impl Prepared {
+    /// What stays float: embedding, head, and linears that no stage quantizes.
+    pub fn kept(&self) -> Vec<String> {
+        let quantized = self.plan.quantized();
+        let mut kept = vec!["embed".to_owned(), "head".to_owned()];
+        let linears = linear_shapes(&self.model.config).into_iter().map(|(name, _)| name);
+        kept.extend(linears.filter(|name| !quantized.contains(name.as_str())));
+        kept
+    }
+}
+
+/// Counts an estimate is made of.
+struct Sizes {
+    /// Weights of all linears.
+    linears: u64,
+    /// Weights of one block's linears.
+    block: u64,
+    /// Embedding and head.
+    rest: u64,
+}
+
+impl Needs {
+    fn estimate(plan: &Plan, model: &ModelState, data: &Data, device: &NamedDevice) -> Self {
+        let config = &model.config;
+        let linears: u64 = linear_shapes(config).iter().map(|(_, [o, i])| (o * i) as u64).sum();
+        let heads = if config.tied { 1 } else { 2 };
+        let sizes = Sizes {
+            linears,
+            block: linears / config.n_blocks.max(1) as u64,
+            rest: (heads * config.vocab * config.d_model) as u64,
+        };
+        let speed = Speed::measure(&device.device);
+        let (mut on_device, mut on_host, mut disk, mut seconds) = (0, linears, 0, 0.0);
+        for stage in &plan.stages {
+            let cost = stage_cost(&stage.config, model, data, &sizes, &speed);
+            on_device = on_device.max(cost.device);
+            on_host = on_host.max(linears + cost.host);
+            disk += cost.disk;
+            seconds += cost.seconds;
+        }
+        let host = BASE_BYTES + on_host + if device.discrete { 0 } else { on_device };
+        Self {
+            device_bytes: device.discrete.then_some(on_device),
+            host_bytes: host,
+            disk_bytes: disk + (1 << 20),
+            seconds,
+        }
+    }
+
+    /// The event that shows it.
+    pub fn event(&self, device: &NamedDevice) -> Event {
+        Event::Needs {
+            device: device.name.clone(),
+            device_bytes: self.device_bytes,
+            host_bytes: self.host_bytes,
+            disk_bytes: self.disk_bytes,
+            seconds: self.seconds,
+        }
+    }
+
+    /// Refuses a disk that is too small for the run.
+    ///
+    /// # Errors
+    /// Exit 3, with both sizes.
+    pub fn check(&self, output: &Path) -> Result<()> {
+        match free_bytes(output) {
+            Some(free) if free < self.disk_bytes => Err(Error::preflight(format!(
+                "the run needs about {} of disk, and {} are free",
+                size(self.disk_bytes),
+                size(free)
+            ))
+            .at(output.display())
+            .fix("free some space, or --output on another disk")),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[derive(Default)]
+struct Cost {
+    device: u64,
+    host: u64,
+    disk: u64,
+    seconds: f64,
+}
+
+/// Bytes per learned weight: weight, fake-quantized copies on the tape, gradient, two moments,
+/// and the update's transients.
+const TRAINED_WEIGHT_BYTES: u64 = 4 * 14;
+
+fn stage_cost(
+    stage: &StageConfig,
+    model: &ModelState,
+    data: &Data,
+    sizes: &Sizes,
+    speed: &Speed,
+) -> Cost {
+    let config = &model.config;
+    // Hidden-sized tensors that one block keeps for its backward pass, per token, and attention.
+    let tape = |tokens: u64, length: u64| {
+        4 * tokens * (14 * config.d_model as u64 + 5 * config.d_ff as u64)
+            + 12 * tokens * length * config.n_heads as u64
+    };
+    match stage {
+        StageConfig::Calibrate(_) => Cost {
+            device: 8 * sizes.block,
+            disk: sizes.linears,
+            seconds: sizes.linears as f64 * 40.0 / speed.bytes,
+            ..Cost::default()
+        },
+        StageConfig::Reconstruct(stage) => {
+            let Some(corpus) = &data.calibration else { return Cost::default() };
+            let length = corpus.length as u64;
+            let samples =
+                corpus.samples.unwrap_or_else(|| corpus.stream.windows(corpus.length)) as u64;
+            let tokens = stage.batch as u64 * length;
+            let steps = (stage.steps * config.n_blocks as u64) as f64;
+            let flops = 6.0 * (sizes.block * tokens) as f64 * steps
+                + 6.0 * (sizes.linears * samples * length) as f64;
+            let moved = steps * (sizes.block * 4 * 40 + tape(tokens, length) * 3) as f64;
+            Cost {
+                device: TRAINED_WEIGHT_BYTES * sizes.block + tape(tokens, length),
+                host: 12 * samples * length * config.d_model as u64,
+                disk: sizes.linears,
+                seconds: speed.seconds(flops, moved, steps),
+            }
+        }
+        StageConfig::Distill(stage) => {
+            let Some(corpus) = &data.train else { return Cost::default() };
+            let length = corpus.length as u64;
+            let micro = stage.batch as u64 * length;
+            let tokens = micro * stage.accumulate as u64;
+            let blocks = config.n_blocks as u64;
+            let weights = sizes.linears + sizes.rest;
+            let flops = 8.0 * (weights * tokens * stage.steps) as f64;
+            let per_step = sizes.linears * 4 * 40
+                + (tape(micro, length) * 3 * blocks + micro * config.vocab as u64 * 4 * 30)
+                    * stage.accumulate as u64;
+            Cost {
+                device: TRAINED_WEIGHT_BYTES * sizes.linears
+                    + 4 * (sizes.linears + 2 * sizes.rest)
+                    + tape(micro, length) * blocks
+                    + 12 * 4 * (1 << 23),
+                host: 0,
+                disk: sizes.linears * (1 + 24),
+                seconds: speed.seconds(flops, (per_step * stage.steps) as f64, stage.steps as f64),
+            }
+        }
+        StageConfig::Evaluate(stage) => {
+            let Some(corpus) = &data.validation else { return Cost::default() };
+            let models = 1 + stage.baselines.len() as u64;
+            let weights = sizes.linears + sizes.rest;
+            let tokens = corpus.stream.tokens.len() as u64 * models;
+            Cost {
+                device: 4 * weights + tape(2048, 2048),
+                seconds: speed.seconds(2.0 * (weights * tokens) as f64, 0.0, 0.0),
+                ..Cost::default()
+            }
+        }
+        StageConfig::Export(stage) => {
+            let dense = model.checkpoint.total_bytes();
+            let formats = stage.format.formats().len() as u64;
+            Cost { disk: formats * (dense + 4 * sizes.linears), seconds: 0.2, ..Cost::default() }
+        }
+    }
+}
+
+/// What this device reaches in a quick measurement.
+struct Speed {
+    /// Matrix multiplication, floating-point operations per second.
+    flops: f64,
+    /// Element-wise work, bytes per second.
+    bytes: f64,
+    /// One operation, seconds.
+    launch: f64,
+}
+
+impl Speed {
+    /// About a tenth of a second of work of the kind that training does.
+    fn measure(device: &Device) -> Self {
+        const SIDE: usize = 384;
+        let random = || Tensor::<2>::random([SIDE, SIDE], Distribution::Default, device);
+        let (a, b) = (random(), random());
+        let time = |work: &dyn Fn() -> Tensor<2>, times: u32| {
+            let finish = |tensor: Tensor<2>| tensor.sum().into_scalar::<f32>();
+            finish(work());
+            let start = Instant::now();
+            for _ in 1..times {
+                drop(work());
+            }
+            finish(work());
+            start.elapsed().as_secs_f64() / f64::from(times)
+        };
+        let product = time(&|| a.clone().matmul(b.clone()), 8);
+        let sum = time(&|| a.clone() + b.clone(), 16);
+        let tiny = a.clone().narrow(0, 0, 1).narrow(1, 0, 8);
+        let launch = time(&|| tiny.clone() + tiny.clone(), 64);
+        Self {
+            flops: 2.0 * (SIDE as f64).powi(3) / product,
+            bytes: 12.0 * (SIDE as f64).powi(2) / sum,
+            launch,
+        }
+    }
+
+    fn seconds(&self, flops: f64, bytes: f64, steps: f64) -> f64 {
+        /// Operations in one step, forward and backward, of a block.
+        const OPERATIONS: f64 = 400.0;
+        flops / self.flops + bytes / self.bytes + steps * OPERATIONS * self.launch
+    }
+}

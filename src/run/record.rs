@@ -1,0 +1,182 @@
+//! `run.json`: what a run is made of, how far it got, and what came out.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::Needs;
+use crate::error::{Error, Result};
+use crate::stage::Results;
+use crate::store::folder::write_atomic;
+
+/// The record's name in a run's folder.
+pub(super) const RECORD_FILE: &str = "run.json";
+/// Version of the record and of the checkpoints.
+const RECORD_VERSION: u32 = 1;
+
+/// How far something got.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Status {
+    /// Not begun.
+    Pending,
+    /// Begun; if no process runs it, it was killed.
+    Running,
+    /// Stopped by a signal after a clean save.
+    Stopped,
+    /// Ended by an error.
+    Failed,
+    /// Complete.
+    Done,
+}
+
+/// One stage's progress.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct StageRecord {
+    /// The stage's name.
+    pub name: String,
+    /// How far it got.
+    pub status: Status,
+    /// Wall-clock seconds spent in it, over all attempts.
+    pub seconds: f64,
+}
+
+/// What a checkpoint depends on. Output folder and device are not part of it.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Fingerprint {
+    /// The resolved recipe as TOML, without output and device.
+    pub recipe: String,
+    /// SHA-256 over the model's config and weight files.
+    pub model: String,
+    /// SHA-256 of each data set, by role.
+    pub data: BTreeMap<String, String>,
+}
+
+impl Fingerprint {
+    /// What differs from another one, in words.
+    pub fn difference(&self, other: &Self) -> Option<String> {
+        if self.recipe != other.recipe {
+            let mut lines = self.recipe.lines().zip(other.recipe.lines());
+            return Some(match lines.find(|(a, b)| a != b) {
+                Some((was, is)) => format!("the recipe changed: `{was}` became `{is}`"),
+                None => "the recipe changed: its list of stages or keys is another".to_owned(),
+            });
+        }
+        if self.model != other.model {
+            return Some("the model's files changed".to_owned());
+        }
+        let roles = self.data.keys().chain(other.data.keys());
+        let mut changed = roles.filter(|role| self.data.get(*role) != other.data.get(*role));
+        changed.next().map(|role| format!("the {role} data changed"))
+    }
+}
+
+/// The record.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct RunRecord {
+    /// Version of this layout.
+    pub version: u32,
+    /// The fewbit that wrote it last.
+    pub fewbit: String,
+    /// How far the run got.
+    pub status: Status,
+    /// What it was run on last.
+    pub device: String,
+    /// Every stage in order.
+    pub stages: Vec<StageRecord>,
+    /// What the preflight expected.
+    pub needs: Needs,
+    /// Wall-clock seconds, over all attempts.
+    pub seconds: f64,
+    /// Peak memory of the process, where the system tells.
+    pub peak_gib: Option<f64>,
+    /// Perplexities, errors and exports.
+    pub results: Results,
+    /// What the checkpoints depend on.
+    pub fingerprint: Fingerprint,
+}
+
+impl RunRecord {
+    /// The record of a run that has not begun.
+    pub fn new(stages: &[&str], needs: Needs, fingerprint: Fingerprint) -> Self {
+        let pending = |name: &&str| StageRecord {
+            name: (*name).to_owned(),
+            status: Status::Pending,
+            seconds: 0.0,
+        };
+        Self {
+            version: RECORD_VERSION,
+            fewbit: env!("CARGO_PKG_VERSION").to_owned(),
+            status: Status::Pending,
+            device: String::new(),
+            stages: stages.iter().map(pending).collect(),
+            needs,
+            seconds: 0.0,
+            peak_gib: None,
+            results: Results::default(),
+            fingerprint,
+        }
+    }
+
+    /// Reads `dir/run.json`; `None` when there is none.
+    ///
+    /// # Errors
+    /// When it cannot be read or is damaged.
+    pub fn read(dir: &Path) -> Result<Option<Self>> {
+        let path = dir.join(RECORD_FILE);
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(Error::io("read", &path, &e)),
+        };
+        let damaged = |why: String| {
+            Err(Error::failed(format!("run.json cannot be used: {why}"))
+                .at(path.display())
+                .fix("--fresh to start over, or another --output"))
+        };
+        match serde_json::from_str::<Self>(&text) {
+            Ok(record) if record.version == RECORD_VERSION => Ok(Some(record)),
+            Ok(record) => damaged(format!("it has version {}, not {RECORD_VERSION}", record.version)),
+            Err(error) => damaged(error.to_string()),
+        }
+    }
+
+    /// Writes `dir/run.json`, whole or not at all.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        let text = serde_json::to_string_pretty(self)
+            .map_err(|e| Error::failed(format!("cannot encode run.json: {e}")))?;
+        write_atomic(&dir.join(RECORD_FILE), text.as_bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fingerprint() -> Fingerprint {
+        Fingerprint {
+            recipe: "seed = 0\nsteps = 100\n".to_owned(),
+            model: "m".to_owned(),
+            data: BTreeMap::from([("train".to_owned(), "t".to_owned())]),
+        }
+    }
+
+    #[test]
+    fn differences_are_named() {
+        assert_eq!(fingerprint().difference(&fingerprint()), None);
+        let mut other = fingerprint();
+        other.recipe = "seed = 0\nsteps = 200\n".to_owned();
+        let text = fingerprint().difference(&other).unwrap();
+        assert!(text.contains("`steps = 100` became `steps = 200`"), "{text}");
+        let mut other = fingerprint();
+        other.model = "n".to_owned();
+        assert!(fingerprint().difference(&other).unwrap().contains("model"));
+        let mut other = fingerprint();
+        other.data.insert("validation".to_owned(), "v".to_owned());
+        assert!(fingerprint().difference(&other).unwrap().contains("validation"));
+    }
+}

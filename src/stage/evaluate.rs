@@ -1,0 +1,184 @@
+//! `evaluate`: the current model under one protocol, beside its baselines.
+
+use std::collections::BTreeMap;
+
+use burn::tensor::{Tensor, TensorData};
+use serde::{Deserialize, Serialize};
+
+use super::{Corpus, Data, Measured, ModelState, StageContext};
+use crate::error::Result;
+use crate::model::{Loader, WeightSource, weight_name};
+use crate::ops;
+use crate::quant::{Grid, QuantizedWeight, Symmetry, ZeroKind};
+use crate::report::{Event, Reporter};
+use crate::task::{self, Perplexity, PplConfig};
+
+/// Keys of `[stage.evaluate]`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct EvaluateConfig {
+    /// What is measured.
+    pub task: TaskConfig,
+    /// What is measured beside it, so that a number never stands alone.
+    #[serde(default = "float_only")]
+    pub baselines: Vec<Baseline>,
+}
+
+fn float_only() -> Vec<Baseline> {
+    vec![Baseline::Float]
+}
+
+/// `task.NAME = { ... }`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TaskConfig {
+    /// Perplexity on `[data.validation]`.
+    Ppl(PplConfig),
+}
+
+/// Something to compare with.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Baseline {
+    /// The float model.
+    Float,
+    /// Round-to-nearest from the float weights, at the current bits and grouping.
+    Rtn,
+}
+
+pub(super) fn run(config: &EvaluateConfig, ctx: &mut StageContext<'_>) -> Result<()> {
+    let TaskConfig::Ppl(task) = &config.task;
+    for baseline in &config.baselines {
+        match baseline {
+            Baseline::Float => float(task, ctx).map(drop)?,
+            Baseline::Rtn => rtn(task, ctx)?,
+        }
+    }
+    let what = if ctx.model.quantized.is_empty() {
+        "float".to_owned()
+    } else {
+        format!("after {}", ctx.latest)
+    };
+    if what != "float" || config.baselines.is_empty() {
+        let result = perplexity(ctx, ctx.model, task)?;
+        record(ctx, what, result, task);
+    }
+    Ok(())
+}
+
+/// The float model's perplexity, measured once per protocol and run.
+fn float(task: &PplConfig, ctx: &mut StageContext<'_>) -> Result<Perplexity> {
+    if let Some(known) = known_float(ctx, task) {
+        return Ok(known);
+    }
+    let result = perplexity(ctx, &ctx.model.checkpoint, task)?;
+    record(ctx, "float".to_owned(), result.clone(), task);
+    Ok(result)
+}
+
+fn known_float(ctx: &StageContext<'_>, task: &PplConfig) -> Option<Perplexity> {
+    let measured = ctx.results.measured.iter();
+    measured.filter(|m| m.what == "float" && m.task == *task).map(|m| m.result.clone()).next()
+}
+
+/// What rounding alone would give at these bits: the price that learning has to beat.
+fn rtn(task: &PplConfig, ctx: &mut StageContext<'_>) -> Result<()> {
+    let mut baseline = Rounded { model: ctx.model, weights: BTreeMap::new() };
+    let mut widths = Vec::new();
+    for (name, (current, _)) in &ctx.model.quantized {
+        baseline.weights.insert(name.clone(), round(ctx, name, current)?);
+        widths.push(current.bits);
+    }
+    widths.sort_unstable();
+    widths.dedup();
+    let widths: Vec<String> = widths.iter().map(|bits| format!("w{bits}")).collect();
+    if widths.is_empty() {
+        return Ok(());
+    }
+    let result = perplexity(ctx, &baseline, task)?;
+    record(ctx, format!("rtn {}", widths.join("+")), result, task);
+    Ok(())
+}
+
+fn round(ctx: &StageContext<'_>, name: &str, current: &QuantizedWeight) -> Result<QuantizedWeight> {
+    let layout = current.layout;
+    let values = ctx.model.checkpoint.weight(&weight_name(name), &[layout.out, layout.inputs])?;
+    let data = TensorData::new(values, layout.grouped());
+    let weight = ops::reshape_grouped(Tensor::from_data(data, &ctx.device.device), layout.grouped());
+    let symmetry = if current.bits.get() == 1 { Symmetry::Asymmetric } else { ctx.default_spec.symmetry };
+    let grid = ctx.observer.observe(&weight, current.bits, symmetry)?;
+    let host = |tensor: Tensor<2>| tensor.into_data().iter::<f32>().collect::<Vec<f32>>();
+    QuantizedWeight {
+        codes: host(grid.codes(weight, current.bits)).into_iter().map(|c| c as u8).collect(),
+        grid: Grid::Uniform {
+            scale: host(grid.scale),
+            zero_point: host(grid.zero_point),
+            zero_kind: ZeroKind::Integer,
+        },
+        bits: current.bits,
+        layout,
+    }
+    .checked()
+}
+
+/// The float model with every quantized linear rounded instead.
+struct Rounded<'a> {
+    model: &'a ModelState,
+    weights: BTreeMap<String, QuantizedWeight>,
+}
+
+impl WeightSource for Rounded<'_> {
+    fn weight(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        match self.weights.get(name.strip_suffix(".weight").unwrap_or(name)) {
+            Some(weight) => Ok(weight.dequantize()),
+            None => self.model.checkpoint.weight(name, shape),
+        }
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.model.checkpoint.contains(name)
+    }
+}
+
+/// Perplexity of the model that `source` holds, on the validation data.
+pub(super) fn perplexity(
+    ctx: &StageContext<'_>,
+    source: &dyn WeightSource,
+    task: &PplConfig,
+) -> Result<Perplexity> {
+    let corpus = validation(ctx)?;
+    let config = &ctx.model.config;
+    let device = &ctx.device.device;
+    let model = Loader { config, source, device, dtype: ctx.compute }.model()?;
+    task::measure(&model, config, &corpus.stream, task, device, ctx.stop, &mut |_, _| ())
+}
+
+pub(super) fn validation<'a>(ctx: &'a StageContext<'_>) -> Result<&'a Corpus> {
+    Data::need(ctx.data.validation.as_ref(), "validation")
+}
+
+fn record(ctx: &mut StageContext<'_>, what: String, result: Perplexity, task: &PplConfig) {
+    let corpus = ctx.data.validation.as_ref();
+    let ratio = known_float(ctx, task).filter(|_| what != "float");
+    ctx.report.emit(&Event::Evaluation {
+        stage: ctx.stage,
+        what: what.clone(),
+        perplexity: result.perplexity,
+        nll_per_token: result.nll_per_token,
+        tokens: result.tokens,
+        context: result.context,
+        stride: result.stride,
+        bos: ctx.data.bos.is_some(),
+        data: corpus.map(|corpus| corpus.name.clone()).unwrap_or_default(),
+        ratio_to_float: ratio.map(|float| result.perplexity / float.perplexity),
+        global_step: ctx.first_step,
+        track: what.starts_with("after"),
+    });
+    ctx.results.measured.push(Measured {
+        stage: ctx.stage,
+        what,
+        result,
+        data_sha256: corpus.map(|corpus| corpus.sha256.clone()).unwrap_or_default(),
+        task: task.clone(),
+    });
+}

@@ -1,0 +1,88 @@
+//! `export`: every format asked for, each behind the parity gate.
+
+use serde::{Deserialize, Serialize};
+
+use super::evaluate;
+use super::{ExportRecord, StageContext};
+use crate::error::{Error, Result};
+use crate::export::{self, FormatsConfig, ModelParts, OpenModel, Parity};
+use crate::model::Loader;
+use crate::report::{Event, Reporter};
+use crate::task::{self, PplConfig};
+
+/// Windows of the validation text that the gate's perplexity is measured on, at most.
+pub const PARITY_WINDOWS: usize = 64;
+
+/// Keys of `[stage.export]`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExportConfig {
+    /// The formats to write.
+    pub format: FormatsConfig,
+}
+
+impl ExportConfig {
+    pub(super) fn check(&self) -> Result<()> {
+        if self.format.formats().is_empty() {
+            return Err(Error::usage("stage.export names no format").fix("format.fewbit = {}"));
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn run(config: &ExportConfig, ctx: &mut StageContext<'_>) -> Result<()> {
+    let task = PplConfig { windows: Some(PARITY_WINDOWS), ..PplConfig::default() };
+    // Without validation text the gate still compares every code and weight.
+    let trained = match ctx.data.validation {
+        Some(_) => Some(evaluate::perplexity(ctx, ctx.model, &task)?),
+        None => None,
+    };
+    for format in config.format.formats() {
+        ctx.stop.check()?;
+        let target = ctx.run_dir.join("export").join(format.name());
+        let mut measure = |opened: &OpenModel| -> Result<f64> {
+            let corpus = evaluate::validation(ctx)?;
+            let device = &ctx.device.device;
+            let loader =
+                Loader { config: &opened.config, source: opened, device, dtype: ctx.compute };
+            let model = loader.model()?;
+            let stream = &corpus.stream;
+            let measured =
+                task::measure(&model, &opened.config, stream, &task, device, ctx.stop, &mut |_, _| ());
+            measured.map(|result| result.perplexity)
+        };
+        let parity = trained.as_ref().zip(ctx.data.validation.as_ref()).map(|(trained, corpus)| {
+            Parity {
+                trained: trained.perplexity,
+                tokens: trained.tokens,
+                context: trained.context,
+                data_sha256: corpus.sha256.clone(),
+                measure: &mut measure,
+            }
+        });
+        let checked = if parity.is_some() { "codes and perplexity exact" } else { "codes exact" };
+        let parts = ModelParts {
+            dir: &ctx.model.dir,
+            source: &ctx.model.checkpoint,
+            quantized: &ctx.model.quantized,
+            provenance: ctx.provenance.clone(),
+        };
+        let exported = export::write(&parts, format, &target, parity)?;
+        ctx.report.emit(&Event::Exported {
+            format: format.name().to_owned(),
+            path: exported.path.display().to_string(),
+            bytes: exported.bytes,
+            bits_per_weight: exported.bits_per_weight,
+            parity: checked.to_owned(),
+            seconds: exported.seconds,
+        });
+        ctx.results.exports.retain(|record| record.format != format.name());
+        ctx.results.exports.push(ExportRecord {
+            format: format.name().to_owned(),
+            path: exported.path,
+            bytes: exported.bytes,
+            bits_per_weight: exported.bits_per_weight,
+        });
+    }
+    Ok(())
+}

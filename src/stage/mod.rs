@@ -1,0 +1,460 @@
+//! Stages: the only place where model, method, data, objective and export meet.
+//!
+//! A stage states what it takes and what it leaves ([`StageConfig::leaves`]), so that a plan
+//! type-checks before a weight is read, and it saves what it has done as it goes, so that a run
+//! that was stopped goes on from there.
+
+mod activations;
+mod calibrate;
+mod distill;
+mod evaluate;
+mod export;
+mod reconstruct;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use burn::module::Module;
+use burn::nn::Linear;
+use burn::tensor::DType;
+use serde::{Deserialize, Serialize};
+
+pub use calibrate::CalibrateConfig;
+pub use distill::DistillConfig;
+pub use evaluate::{Baseline, EvaluateConfig, TaskConfig};
+pub use export::{ExportConfig, PARITY_WINDOWS};
+pub use reconstruct::ReconstructConfig;
+
+use crate::data::TokenStream;
+use crate::device::NamedDevice;
+use crate::error::{Error, Result};
+use crate::export::{Provenance, fewbit};
+use crate::method::{self, FakeQuant, MethodConfig};
+use crate::model::{ModelConfig, WeightSource};
+use crate::ops;
+use crate::quant::{Bits, GroupSize, ObserverConfig, QuantSpec, QuantizedWeight, Repr, Symmetry};
+use crate::report::{Event, Reporter, Reporters};
+use crate::stop::StopFlag;
+use crate::store::safetensors::Checkpoint;
+use crate::task::{Perplexity, PplConfig};
+
+/// One entry of a recipe's stage list.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StageConfig {
+    /// Observers only: grids without learning.
+    Calibrate(CalibrateConfig),
+    /// Block by block, each fitted to the float block's output.
+    Reconstruct(ReconstructConfig),
+    /// The whole model at once, against a frozen teacher.
+    Distill(DistillConfig),
+    /// Perplexity.
+    Evaluate(EvaluateConfig),
+    /// Packed files.
+    Export(ExportConfig),
+}
+
+/// What a stage changes in the quantization of `[quant]`, for the stages that quantize.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SpecChange {
+    /// Bits.
+    pub bits: Option<Bits>,
+    /// Group size.
+    pub group_size: Option<GroupSize>,
+    /// Symmetry.
+    pub symmetric: Option<Symmetry>,
+}
+
+impl StageConfig {
+    /// Name in recipes and folders.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Calibrate(_) => "calibrate",
+            Self::Reconstruct(_) => "reconstruct",
+            Self::Distill(_) => "distill",
+            Self::Evaluate(_) => "evaluate",
+            Self::Export(_) => "export",
+        }
+    }
+
+    /// What the model is after this stage, given what it is before: the typing rule.
+    ///
+    /// # Errors
+    /// A usage error when this stage cannot follow.
+    pub fn leaves(&self, input: Repr) -> Result<Repr> {
+        let needs_dense = |leaves| match input {
+            Repr::Dense => Ok(leaves),
+            Repr::Uniform => Err(Error::usage(format!(
+                "{} needs float weights, but an earlier stage has quantized them",
+                self.name()
+            ))
+            .fix("put this stage first, or use stage.distill")),
+        };
+        match self {
+            Self::Calibrate(config) => needs_dense(config.method.leaves()),
+            Self::Reconstruct(config) => needs_dense(config.method.leaves()),
+            Self::Distill(config) => Ok(config.method.leaves()),
+            Self::Evaluate(_) => Ok(input),
+            Self::Export(_) if input == Repr::Dense => {
+                Err(Error::usage("export needs quantized weights, and no earlier stage makes any")
+                    .fix("a stage.calibrate, stage.reconstruct or stage.distill before it"))
+            }
+            Self::Export(_) => Ok(input),
+        }
+    }
+
+    /// Method and specification change, for the stages that quantize.
+    pub fn quantizes(&self) -> Option<(&MethodConfig, SpecChange)> {
+        macro_rules! of {
+            ($config:expr) => {
+                Some((
+                    &$config.method,
+                    SpecChange {
+                        bits: $config.bits,
+                        group_size: $config.group_size,
+                        symmetric: $config.symmetric,
+                    },
+                ))
+            };
+        }
+        match self {
+            Self::Calibrate(config) => of!(config),
+            Self::Reconstruct(config) => of!(config),
+            Self::Distill(config) => of!(config),
+            Self::Evaluate(_) | Self::Export(_) => None,
+        }
+    }
+
+    /// Optimizer steps in all, for estimates and TensorBoard's axis.
+    pub fn steps(&self, blocks: usize) -> u64 {
+        match self {
+            Self::Reconstruct(config) => config.steps * blocks as u64,
+            Self::Distill(config) => config.steps,
+            Self::Calibrate(_) | Self::Evaluate(_) | Self::Export(_) => 0,
+        }
+    }
+
+    /// Refuses values that no type can refuse.
+    ///
+    /// # Errors
+    /// Usage errors that name the key.
+    pub fn check(&self) -> Result<()> {
+        match self {
+            Self::Calibrate(config) => config.check(),
+            Self::Reconstruct(config) => config.check(),
+            Self::Distill(config) => config.check(),
+            Self::Evaluate(_) => Ok(()),
+            Self::Export(config) => config.check(),
+        }
+    }
+
+    /// Runs the stage.
+    ///
+    /// # Errors
+    /// Whatever goes wrong; what was saved before stays.
+    pub fn run(&self, ctx: &mut StageContext<'_>) -> Result<()> {
+        match self {
+            Self::Calibrate(config) => calibrate::run(config, ctx),
+            Self::Reconstruct(config) => reconstruct::run(config, ctx),
+            Self::Distill(config) => distill::run(config, ctx),
+            Self::Evaluate(config) => evaluate::run(config, ctx),
+            Self::Export(config) => export::run(config, ctx),
+        }
+    }
+
+    /// Brings back the model a finished stage left.
+    ///
+    /// # Errors
+    /// When its checkpoints are missing or damaged.
+    pub fn restore(&self, ctx: &mut StageContext<'_>) -> Result<()> {
+        match self {
+            Self::Calibrate(_) | Self::Reconstruct(_) | Self::Distill(_) => ctx.restore_linears(),
+            Self::Evaluate(_) | Self::Export(_) => Ok(()),
+        }
+    }
+}
+
+/// The model between stages.
+pub struct ModelState {
+    /// The source folder.
+    pub dir: PathBuf,
+    /// The name it goes by.
+    pub name: String,
+    /// Its shape.
+    pub config: ModelConfig,
+    /// Its float tensors.
+    pub checkpoint: Checkpoint,
+    /// Quantized linears by full name, with the method that made each.
+    pub quantized: BTreeMap<String, (QuantizedWeight, String)>,
+}
+
+/// The current weights: the checkpoint with the quantized linears in place.
+impl WeightSource for ModelState {
+    fn weight(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let linear = name.strip_suffix(".weight").unwrap_or(name);
+        match self.quantized.get(linear) {
+            Some((weight, _)) => Ok(weight.dequantize()),
+            None => self.checkpoint.weight(name, shape),
+        }
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.checkpoint.contains(name)
+    }
+}
+
+/// One data set, tokenized.
+pub struct Corpus {
+    /// The stream.
+    pub stream: TokenStream,
+    /// SHA-256 of its files.
+    pub sha256: String,
+    /// How it goes by in reports.
+    pub name: String,
+    /// Windows to draw; all of them when absent.
+    pub samples: Option<usize>,
+    /// Window length.
+    pub length: usize,
+}
+
+/// The data sets of a recipe.
+#[derive(Default)]
+pub struct Data {
+    /// For reconstruct.
+    pub calibration: Option<Corpus>,
+    /// For distill.
+    pub train: Option<Corpus>,
+    /// For evaluate and the export's gate.
+    pub validation: Option<Corpus>,
+    /// Token put before documents.
+    pub bos: Option<u32>,
+}
+
+impl Data {
+    /// A data set that a stage cannot do without.
+    ///
+    /// # Errors
+    /// A usage error that names the table to add.
+    pub fn need<'a>(corpus: Option<&'a Corpus>, role: &str) -> Result<&'a Corpus> {
+        corpus.ok_or_else(|| {
+            Error::usage(format!("the recipe has no [data.{role}]"))
+                .fix(format!("[data.{role}] with a path"))
+        })
+    }
+}
+
+/// A measured perplexity, kept for reports and for the run's last line.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Measured {
+    /// Stage index.
+    pub stage: usize,
+    /// `float`, `rtn w2`, `after distill`, ...
+    pub what: String,
+    /// The number and its protocol.
+    pub result: Perplexity,
+    /// The data's SHA-256.
+    pub data_sha256: String,
+    /// The protocol asked for.
+    pub task: PplConfig,
+}
+
+/// What was exported.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct ExportRecord {
+    /// The format's name.
+    pub format: String,
+    /// The folder.
+    pub path: PathBuf,
+    /// Its size.
+    pub bytes: u64,
+    /// Bits per quantized weight.
+    pub bits_per_weight: f64,
+}
+
+/// Results that outlive a stage; saved in `run.json`.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+pub struct Results {
+    /// Perplexities in order of measurement.
+    pub measured: Vec<Measured>,
+    /// Exports in order of writing.
+    pub exports: Vec<ExportRecord>,
+    /// Block errors per stage, `[before, after]` per block.
+    pub block_mse: BTreeMap<usize, Vec<[f64; 2]>>,
+    /// Largest difference ever found between a folded and a fake-quantized weight: 0.
+    pub fold_difference: f32,
+}
+
+/// Everything a stage may touch, nothing else.
+pub struct StageContext<'a> {
+    /// The model.
+    pub model: &'a mut ModelState,
+    /// The data.
+    pub data: &'a Data,
+    /// Where tensors live.
+    pub device: &'a NamedDevice,
+    /// The type activations are computed in (latent weights and scales are always f32).
+    pub compute: DType,
+    /// Seed of the run.
+    pub seed: u64,
+    /// Index of this stage.
+    pub stage: usize,
+    /// Index of the last stage that quantized, this one included: names the current model.
+    pub latest: &'static str,
+    /// Steps of all earlier stages, TensorBoard's axis.
+    pub first_step: u64,
+    /// What this stage quantizes, by linear.
+    pub specs: &'a BTreeMap<String, QuantSpec>,
+    /// The observer of this stage's grids.
+    pub observer: &'a ObserverConfig,
+    /// `[quant]`, the stage's overrides aside: baselines use its grouping.
+    pub default_spec: QuantSpec,
+    /// This stage's folder under `checkpoints/`.
+    pub dir: &'a Path,
+    /// The run's folder.
+    pub run_dir: &'a Path,
+    /// Where reports go.
+    pub report: &'a mut Reporters,
+    /// Set by signals.
+    pub stop: &'a StopFlag,
+    /// Results so far.
+    pub results: &'a mut Results,
+    /// Provenance of exports.
+    pub provenance: &'a Provenance,
+}
+
+impl StageContext<'_> {
+    /// Attaches `method` to `linear`'s weight, started on the weight it holds (f32, `[in, out]`).
+    fn attach(&self, name: &str, linear: &mut Linear, method: &MethodConfig) -> Result<()> {
+        let spec = &self.specs[name];
+        let weight = linear.weight.base();
+        let [inputs, out] = weight.dims();
+        let layout = spec.layout([out, inputs]).map_err(|e| e.at(name))?;
+        let grouped = ops::reshape_grouped(weight.transpose(), layout.grouped());
+        let attached = method.init(spec, self.observer, &grouped).map_err(|e| e.at(name))?;
+        let fake_quant = FakeQuant::new(attached, layout, spec.bits, self.compute);
+        let trains_base = method.trains_base();
+        replace_with(&mut linear.weight, |weight| method::attach(weight, fake_quant, trains_base));
+        Ok(())
+    }
+
+    /// Folds one linear and checks the law on the real tensor: the folded weight is the
+    /// fake-quantized one, bit for bit on a CPU (a GPU may differ in the last bit; recorded).
+    fn fold(&mut self, name: &str, linear: &Linear) -> Result<QuantizedWeight> {
+        let folded = method::fold(&linear.weight)
+            .ok_or_else(|| Error::failed("nothing to fold").at(name))?
+            .map_err(|e| e.at(name))?;
+        let trained = linear.weight.val().transpose().cast(DType::F32).into_data();
+        let widest = if self.compute == DType::F32 {
+            let pairs = trained.iter::<f32>().zip(folded.dequantize());
+            pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+        } else {
+            0.0
+        };
+        self.results.fold_difference = self.results.fold_difference.max(widest);
+        if widest > 0.0 && self.device.name == "cpu" {
+            return Err(Error::gate(format!("the folded weight differs by {widest:e}")).at(name));
+        }
+        Ok(folded)
+    }
+
+    /// Emits the code histogram of everything quantized so far, one per width.
+    fn report_codes(&mut self) {
+        let mut widths: BTreeMap<u8, crate::quant::CodeHistogram> = BTreeMap::new();
+        for (weight, _) in self.model.quantized.values() {
+            let histogram = weight.histogram();
+            widths
+                .entry(weight.bits.get())
+                .and_modify(|sum| sum.merge(&histogram))
+                .or_insert(histogram);
+        }
+        for (bits, histogram) in widths {
+            let edges = (0..=histogram.0.len()).map(|code| code as f64 - 0.5).collect();
+            self.report.emit(&Event::Histogram {
+                tag: format!("codes/{}_w{bits}", self.latest),
+                global_step: self.first_step,
+                edges,
+                counts: histogram.0,
+            });
+        }
+    }
+
+    /// Emits how far learned steps moved from where they started: `ln(scale / start)`.
+    fn report_scale_change(&mut self, changes: &[f32], step: u64) {
+        const BUCKETS: usize = 40;
+        let (low, high) = changes
+            .iter()
+            .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), c| {
+                (low.min(f64::from(*c)), high.max(f64::from(*c)))
+            });
+        if changes.is_empty() || !(high - low).is_finite() {
+            return;
+        }
+        let width = ((high - low) / BUCKETS as f64).max(1e-12);
+        let mut counts = vec![0; BUCKETS];
+        for change in changes {
+            let bucket = ((f64::from(*change) - low) / width) as usize;
+            counts[bucket.min(BUCKETS - 1)] += 1;
+        }
+        self.report.emit(&Event::Histogram {
+            tag: format!("scale_change/{}", self.latest),
+            global_step: step,
+            edges: (0..=BUCKETS).map(|i| low + width * i as f64).collect(),
+            counts,
+        });
+    }
+
+    /// The file of block `index`'s linears in this stage.
+    fn block_file(&self, index: usize) -> PathBuf {
+        self.dir.join(format!("block-{index:04}.safetensors"))
+    }
+
+    /// Loads every linear this stage saved.
+    fn restore_linears(&mut self) -> Result<()> {
+        for index in 0..self.model.config.n_blocks {
+            let path = self.block_file(index);
+            if path.exists() {
+                let (linears, _) = fewbit::read_linears(&path)?;
+                self.take(linears);
+            }
+        }
+        for name in self.specs.keys() {
+            if !self.model.quantized.contains_key(name) {
+                return Err(Error::failed("a finished stage lacks a linear")
+                    .at(self.dir.display())
+                    .at(name)
+                    .fix("--fresh to start over"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts quantized linears into the model.
+    fn take(&mut self, linears: Vec<(String, QuantizedWeight, String)>) {
+        for (name, weight, method) in linears {
+            self.model.quantized.insert(name, (weight, method));
+        }
+    }
+
+    /// Saves quantized linears block by block, then takes them.
+    fn save_linears(&mut self, linears: Vec<(String, QuantizedWeight, String)>) -> Result<()> {
+        let mut blocks: BTreeMap<usize, Vec<(String, QuantizedWeight, String)>> = BTreeMap::new();
+        for linear in linears {
+            blocks.entry(block_of(&linear.0)).or_default().push(linear);
+        }
+        for (index, linears) in blocks {
+            fewbit::write_linears(&self.block_file(index), &linears, BTreeMap::new())?;
+            self.take(linears);
+        }
+        Ok(())
+    }
+}
+
+/// The block a linear belongs to, from its name `model.layers.INDEX...`.
+fn block_of(linear: &str) -> usize {
+    linear.split('.').nth(2).and_then(|index| index.parse().ok()).unwrap_or(0)
+}
+
+/// Changes a parameter in place through a function that consumes it.
+fn replace_with<T: Module>(slot: &mut T, change: impl FnOnce(T) -> T) {
+    *slot = change(slot.clone());
+}

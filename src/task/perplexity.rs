@@ -1,0 +1,158 @@
+//! Perplexity, with the protocol that produced it.
+//!
+//! The default protocol: BOS before each document, documents joined into one stream, windows of
+//! `context` tokens, stride equal to the context, positions from 0 in each window, the first token
+//! of a window not predicted, the tail dropped.
+
+use burn::tensor::{Device, Tensor, TensorData};
+use serde::{Deserialize, Serialize};
+
+use crate::data::{ScoredWindow, TokenStream};
+use crate::error::{Error, Result};
+use crate::model::{CausalLm, ModelConfig, Positions};
+use crate::ops;
+use crate::stop::StopFlag;
+
+/// The context when neither the recipe nor the model says less.
+const DEFAULT_CONTEXT: usize = 2048;
+/// Tokens per forward pass.
+const TOKENS_PER_BATCH: usize = 2048;
+/// Logits held at once.
+const LOGITS_PER_CHUNK: usize = 1 << 24;
+
+/// `task.ppl = { ... }`.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PplConfig {
+    /// Window length; default the model's context, at most 2048.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub context: Option<usize>,
+    /// Tokens between window starts; default the context.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stride: Option<usize>,
+    /// Use only this many windows, evenly spread; default all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub windows: Option<usize>,
+}
+
+/// A perplexity and the protocol it was measured with.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Perplexity {
+    /// `exp(nll_per_token)`.
+    pub perplexity: f64,
+    /// Mean negative log-likelihood, nats.
+    pub nll_per_token: f64,
+    /// Predicted tokens.
+    pub tokens: u64,
+    /// Window length.
+    pub context: usize,
+    /// Tokens between window starts.
+    pub stride: usize,
+    /// Windows used.
+    pub windows: usize,
+}
+
+impl PplConfig {
+    /// Window length and stride for a model.
+    ///
+    /// # Errors
+    /// A usage error when they make no sense for it.
+    pub fn protocol(&self, config: &ModelConfig) -> Result<(usize, usize)> {
+        let context = self.context.unwrap_or(config.max_positions.min(DEFAULT_CONTEXT));
+        let stride = self.stride.unwrap_or(context);
+        if context < 2 || context > config.max_positions {
+            return Err(Error::usage(format!(
+                "context = {context} is not between 2 and the model's {}",
+                config.max_positions
+            ))
+            .fix(format!("context = {}", config.max_positions.min(DEFAULT_CONTEXT))));
+        }
+        if stride == 0 || stride > context {
+            return Err(Error::usage(format!("stride = {stride} is not between 1 and {context}"))
+                .fix(format!("stride = {context}")));
+        }
+        Ok((context, stride))
+    }
+}
+
+/// Measures the perplexity of `model` on `stream`. `progress(done, of)` is called per batch.
+///
+/// # Errors
+/// When the text is shorter than one window, the protocol does not fit the model, the model gives
+/// a value that is not finite, or a signal came.
+pub fn measure(
+    model: &CausalLm,
+    config: &ModelConfig,
+    stream: &TokenStream,
+    task: &PplConfig,
+    device: &Device,
+    stop: &StopFlag,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Perplexity> {
+    let (context, stride) = task.protocol(config)?;
+    let mut windows = stream.strided(context, stride)?;
+    if let Some(limit) = task.windows.filter(|limit| *limit > 0 && *limit < windows.len()) {
+        windows = (0..limit).map(|i| windows[i * windows.len() / limit]).collect();
+    }
+    let positions = Positions::new(config, 0, context, model.dtype(), device);
+    let mut nll = 0.0;
+    let mut tokens = 0;
+    for (index, batch) in windows.chunks((TOKENS_PER_BATCH / context).max(1)).enumerate() {
+        stop.check()?;
+        progress((index * batch.len()) as u64, windows.len() as u64);
+        for losses in batch_nll(model, stream, batch, context, &positions, device) {
+            nll += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
+            tokens += losses.len() as u64;
+        }
+    }
+    let nll_per_token = nll / tokens as f64;
+    if !nll_per_token.is_finite() {
+        return Err(Error::failed(format!("the model's mean loss is {nll_per_token}"))
+            .fix("fewbit inspect on the model, or a smaller learning_rate"));
+    }
+    Ok(Perplexity {
+        perplexity: nll_per_token.exp(),
+        nll_per_token,
+        tokens,
+        context,
+        stride,
+        windows: windows.len(),
+    })
+}
+
+/// Negative log-likelihoods of the scored tokens of each window.
+fn batch_nll(
+    model: &CausalLm,
+    stream: &TokenStream,
+    batch: &[ScoredWindow],
+    context: usize,
+    positions: &Positions,
+    device: &Device,
+) -> Vec<Vec<f32>> {
+    let rows: Vec<&[u32]> =
+        batch.iter().map(|window| &stream.tokens[window.start..window.start + context]).collect();
+    let hidden = model.hidden(CausalLm::tokens(&rows, device), positions);
+    let [_, _, d_model] = hidden.dims();
+    rows.iter()
+        .zip(batch)
+        .enumerate()
+        .map(|(row, (tokens, window))| {
+            // Position t predicts token t + 1.
+            let first = context - 1 - window.scored;
+            let hidden = hidden.clone().narrow(0, row, 1).narrow(1, first, window.scored);
+            let hidden = hidden.reshape([window.scored, d_model]);
+            let chunk = (LOGITS_PER_CHUNK / model.vocab()).max(1);
+            let mut losses = Vec::with_capacity(window.scored);
+            for start in (0..window.scored).step_by(chunk) {
+                let len = chunk.min(window.scored - start);
+                let logits: Tensor<2> = model.logits(hidden.clone().narrow(0, start, len));
+                let next: Vec<i32> =
+                    tokens[first + 1 + start..][..len].iter().map(|id| *id as i32).collect();
+                let next = Tensor::from_data(TensorData::new(next, [len, 1]), device);
+                let nll = ops::log_softmax(logits, 1.0).gather(1, next).neg();
+                losses.extend(nll.into_data().iter::<f32>());
+            }
+            losses
+        })
+        .collect()
+}

@@ -1,0 +1,174 @@
+//! Learning rates as pure functions of the step.
+
+use std::fmt;
+
+use serde::{Deserialize, Deserializer, Serialize, de};
+
+/// Which learning rate drives a learned parameter.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum Role {
+    /// Steps of the grid.
+    Scale,
+    /// What chooses the integers: division factors.
+    Rounding,
+    /// The latent weight itself.
+    Weight,
+}
+
+/// Base learning rates, one per role. In a recipe a single number, or
+/// `{ scale = ..., rounding = ..., weight = ... }`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct LearningRate {
+    /// Of the steps of the grid.
+    pub scale: f64,
+    /// Of what chooses the integers.
+    pub rounding: f64,
+    /// Of latent weights.
+    pub weight: f64,
+}
+
+impl LearningRate {
+    /// The same rate for every role.
+    pub fn uniform(rate: f64) -> Self {
+        Self { scale: rate, rounding: rate, weight: rate }
+    }
+
+    /// The rate of a role.
+    pub fn of(&self, role: Role) -> f64 {
+        match role {
+            Role::Scale => self.scale,
+            Role::Rounding => self.rounding,
+            Role::Weight => self.weight,
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for LearningRate {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct PerRole {
+            scale: Option<f64>,
+            rounding: Option<f64>,
+            weight: Option<f64>,
+        }
+        struct Visitor;
+        impl<'de> de::Visitor<'de> for Visitor {
+            type Value = LearningRate;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a number, or a table with scale, rounding, weight")
+            }
+
+            fn visit_f64<E: de::Error>(self, rate: f64) -> Result<LearningRate, E> {
+                if rate.is_finite() && rate >= 0.0 {
+                    Ok(LearningRate::uniform(rate))
+                } else {
+                    Err(E::custom(format!("learning_rate = {rate} is not a rate")))
+                }
+            }
+
+            fn visit_i64<E: de::Error>(self, rate: i64) -> Result<LearningRate, E> {
+                self.visit_f64(rate as f64)
+            }
+
+            fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<LearningRate, A::Error> {
+                let rates = PerRole::deserialize(de::value::MapAccessDeserializer::new(map))?;
+                let check = |rate: Option<f64>| match rate.unwrap_or(0.0) {
+                    rate if rate.is_finite() && rate >= 0.0 => Ok(rate),
+                    rate => Err(de::Error::custom(format!("learning_rate {rate} is not a rate"))),
+                };
+                Ok(LearningRate {
+                    scale: check(rates.scale)?,
+                    rounding: check(rates.rounding)?,
+                    weight: check(rates.weight)?,
+                })
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+/// How the rate moves over the steps.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum ScheduleConfig {
+    /// No change.
+    Constant {},
+    /// Half a cosine from 1 down to `final_ratio` over all steps.
+    Cosine {
+        /// What is left of the rate at the end.
+        #[serde(default)]
+        final_ratio: f64,
+        /// Steps of linear warm-up before it.
+        #[serde(default)]
+        warmup: u64,
+    },
+    /// A straight line from 1 down to `final_ratio` over all steps.
+    Linear {
+        /// What is left of the rate at the end.
+        #[serde(default)]
+        final_ratio: f64,
+        /// Steps of linear warm-up before it.
+        #[serde(default)]
+        warmup: u64,
+    },
+}
+
+impl Default for ScheduleConfig {
+    fn default() -> Self {
+        Self::Cosine { final_ratio: 0.0, warmup: 0 }
+    }
+}
+
+impl ScheduleConfig {
+    /// The factor on the base rate at `step` of `steps` (the first step is 0). The cosine is
+    /// PyTorch's `CosineAnnealingLR` with `T_max = steps`.
+    pub fn factor(&self, step: u64, steps: u64) -> f64 {
+        let (final_ratio, warmup, cosine) = match *self {
+            Self::Constant {} => return 1.0,
+            Self::Cosine { final_ratio, warmup } => (final_ratio, warmup, true),
+            Self::Linear { final_ratio, warmup } => (final_ratio, warmup, false),
+        };
+        if step < warmup {
+            return (step + 1) as f64 / (warmup + 1) as f64;
+        }
+        let done = (step - warmup) as f64 / (steps.saturating_sub(warmup).max(1)) as f64;
+        let left = if cosine { (1.0 + (std::f64::consts::PI * done).cos()) / 2.0 } else { 1.0 - done };
+        final_ratio + (1.0 - final_ratio) * left
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cosine_runs_from_one_to_the_final_ratio() {
+        let cosine = ScheduleConfig::Cosine { final_ratio: 0.05, warmup: 0 };
+        assert!((cosine.factor(0, 100) - 1.0).abs() < 1e-12);
+        assert!((cosine.factor(50, 100) - 0.525).abs() < 1e-12);
+        assert!((cosine.factor(100, 100) - 0.05).abs() < 1e-12);
+    }
+
+    #[test]
+    fn warm_up_is_linear_and_joins_the_curve() {
+        let linear = ScheduleConfig::Linear { final_ratio: 0.0, warmup: 3 };
+        let rates: Vec<f64> = (0..7).map(|step| linear.factor(step, 7)).collect();
+        assert_eq!(rates, [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25]);
+    }
+
+    #[test]
+    fn rates_are_a_number_or_a_table() {
+        #[derive(Deserialize)]
+        struct T {
+            learning_rate: LearningRate,
+        }
+        let rate = |text: &str| toml::from_str::<T>(text).map(|t| t.learning_rate);
+        assert_eq!(rate("learning_rate = 1").unwrap(), LearningRate::uniform(1.0));
+        let table = rate("learning_rate = { scale = 1e-4, rounding = 3e-3 }").unwrap();
+        assert_eq!((table.scale, table.rounding, table.weight), (1e-4, 3e-3, 0.0));
+        assert!(rate("learning_rate = -1.0").is_err());
+        assert!(rate("learning_rate = { scala = 1.0 }").is_err());
+    }
+}
