@@ -28,7 +28,8 @@ impl StopFlag {
                 signal_hook::flag::register_usize(signal, Arc::clone(&flag.0), signal as usize)?;
                 Ok(())
             };
-            install().map_err(|e| Error::failed(format!("cannot install a signal handler: {e}")))?;
+            install()
+                .map_err(|e| Error::failed(format!("cannot install a signal handler: {e}")))?;
         }
         Ok(flag)
     }
@@ -38,9 +39,9 @@ impl StopFlag {
     /// # Errors
     /// That error.
     pub fn check(&self) -> Result<()> {
-        match self.0.load(Ordering::Relaxed) {
+        match i32::try_from(self.0.load(Ordering::Relaxed)).unwrap_or(SIGTERM) {
             0 => Ok(()),
-            signal => Err(Error::new(Kind::Stopped(signal as i32), "stopped by a signal")
+            signal => Err(Error::new(Kind::Stopped(signal), "stopped by a signal")
                 .fix("the same command to go on from the last checkpoint")),
         }
     }

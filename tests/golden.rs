@@ -103,7 +103,7 @@ fn linear_with(w: &Tensor<2>, method: Method, spec: &QuantSpec, trains_base: boo
     let layout = spec.layout(w.dims()).unwrap();
     let weight = Param::initialized(ParamId::new(), w.clone().transpose());
     let fake_quant = FakeQuant::new(method, layout, spec.bits, DType::F32);
-    Linear { weight: attach(weight, fake_quant, trains_base), bias: None }
+    Linear { weight: attach(&weight, fake_quant, trains_base), bias: None }
 }
 
 /// `trained.steps` on `mean((linear(x) - target)^2)`; the loss before each step.

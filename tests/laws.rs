@@ -117,7 +117,7 @@ fn linear_with(w: &Tensor<2>, method: Method, spec: &QuantSpec, trains_base: boo
     let layout = spec.layout(w.dims()).unwrap();
     let fake_quant = FakeQuant::new(method, layout, spec.bits, DType::F32);
     let weight = Param::initialized(ParamId::new(), w.clone().transpose());
-    Linear { weight: attach(weight, fake_quant, trains_base), bias: None }
+    Linear { weight: attach(&weight, fake_quant, trains_base), bias: None }
 }
 
 /// The same with the method on its start.

@@ -28,7 +28,7 @@ fn resident_memory_stays_flat_over_300_steps() {
     let layout = spec.layout(w.dims()).unwrap();
     let fake_quant = FakeQuant::new(method, layout, spec.bits, DType::F32);
     let weight = Param::initialized(ParamId::new(), w.transpose());
-    let mut linear = Linear { weight: attach(weight, fake_quant, false), bias: None };
+    let mut linear = Linear { weight: attach(&weight, fake_quant, false), bias: None };
     let mut optimizer = Optimizer::new(&AdamWConfig::default());
     let mut warm = None;
     for step in 0..STEPS {

@@ -252,7 +252,7 @@ fn round_to_nearest(model: &mut CausalLm, bits: u8, group_size: impl Fn(usize) -
             .init(&spec, &ObserverConfig::default(), &grouped)
             .unwrap();
         let fake_quant = FakeQuant::new(method, layout, bits, DType::F32);
-        linear.weight = attach(linear.weight.clone(), fake_quant, false);
+        linear.weight = attach(&linear.weight, fake_quant, false);
     }
 }
 

@@ -8,9 +8,9 @@ use serde_json::json;
 use super::{ModelArgs, output};
 use crate::data::{TokenStream, read_documents, sha256_of};
 use crate::error::Result;
+use crate::report::Event;
 use crate::report::Reporter;
 use crate::report::terminal::Terminal;
-use crate::report::Event;
 use crate::stop::StopFlag;
 use crate::store::locate;
 use crate::task::{self, PplConfig};
@@ -49,7 +49,7 @@ enum Task {
     Ppl,
 }
 
-pub(super) fn run(args: EvalArgs, stop: &StopFlag) -> Result<()> {
+pub(super) fn run(args: &EvalArgs, stop: &StopFlag) -> Result<()> {
     let Task::Ppl = args.task;
     let session = args.model.open()?;
     let task = PplConfig { context: args.context, stride: args.stride, windows: args.windows };

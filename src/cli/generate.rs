@@ -29,7 +29,7 @@ pub(super) struct GenerateArgs {
     seed: u64,
 }
 
-pub(super) fn run(args: GenerateArgs, stop: &StopFlag) -> Result<()> {
+pub(super) fn run(args: &GenerateArgs, stop: &StopFlag) -> Result<()> {
     let session = args.model.open()?;
     let tokenizer = session.tokenizer()?;
     let mut ids: Vec<u32> = session.bos(&tokenizer)?.into_iter().collect();

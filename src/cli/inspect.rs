@@ -32,7 +32,7 @@ struct Linear {
     weight: QuantizedWeight,
 }
 
-pub(super) fn run(args: InspectArgs) -> Result<()> {
+pub(super) fn run(args: &InspectArgs) -> Result<()> {
     let path = if Path::new(&args.path).is_file() {
         PathBuf::from(&args.path)
     } else {
@@ -57,7 +57,10 @@ fn open(path: &Path) -> Result<(Checkpoint, Vec<Linear>)> {
         let file = Checkpoint::open_file(path)?;
         let linears = if file.file_metadata().contains_key("linears") {
             let (linears, _) = fewbit::read_linears(path)?;
-            linears.into_iter().map(|(name, weight, method)| Linear { name, method, weight }).collect()
+            linears
+                .into_iter()
+                .map(|(name, weight, method)| Linear { name, method, weight })
+                .collect()
         } else {
             Vec::new()
         };
@@ -119,7 +122,9 @@ fn as_json(path: &Path, stored: &BTreeMap<String, TensorInfo>, linears: &[Linear
 /// Bits per weight and number of weights of all quantized linears.
 fn stats(linears: &[Linear]) -> Option<(f64, u64)> {
     let mut stats = crate::export::WeightStats::default();
-    linears.iter().for_each(|linear| stats.add(&linear.weight));
+    for linear in linears {
+        stats.add(&linear.weight);
+    }
     (stats.weights > 0).then(|| (stats.bits_per_weight(), stats.weights))
 }
 

@@ -24,7 +24,7 @@ pub(super) struct LogitsArgs {
     output: PathBuf,
 }
 
-pub(super) fn run(args: LogitsArgs) -> Result<()> {
+pub(super) fn run(args: &LogitsArgs) -> Result<()> {
     non_empty(&args.output)?;
     let session = args.model.open()?;
     let config = &session.opened.config;

@@ -78,11 +78,11 @@ fn run(command: Command) -> Result<()> {
         Command::Train(args) => train::train(args, &stop),
         Command::Check(args) => train::check(args, &stop),
         Command::Recipes(args) => recipes::run(args),
-        Command::Eval(args) => eval::run(args, &stop),
-        Command::Verify(args) => verify::run(args, &stop),
-        Command::Inspect(args) => inspect::run(args),
-        Command::Generate(args) => generate::run(args, &stop),
-        Command::Logits(args) => logits::run(args),
+        Command::Eval(args) => eval::run(&args, &stop),
+        Command::Verify(args) => verify::run(&args, &stop),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Generate(args) => generate::run(&args, &stop),
+        Command::Logits(args) => logits::run(&args),
     }
 }
 

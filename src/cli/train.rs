@@ -85,11 +85,9 @@ fn print_check(prepared: &Prepared, json: bool) -> Result<()> {
     let mut lines = Lines(String::new());
     run::announce(prepared, &mut lines);
     for stage in prepared.plan.stages.iter().filter(|stage| !stage.kept.is_empty()) {
-        lines.0 += &format!(
-            "note      {} leaves {} linears as an earlier stage made them\n",
-            stage.config.name(),
-            stage.kept.len()
-        );
+        let (name, kept) = (stage.config.name(), stage.kept.len());
+        let text = format!("{name} leaves {kept} linears as an earlier stage made them");
+        lines.emit(&Event::Note { text });
     }
     output::print(&lines.0)
 }
@@ -142,12 +140,13 @@ fn results_table(record: &RunRecord) -> String {
         return String::new();
     }
     let mut table = format!("{:<24}{:>12}{:>10}\n", "model", "perplexity", "x float");
-    for m in measured {
+    let rows = measured.iter().map(|m| {
         let float = measured.iter().find(|f| f.what == "float" && f.task == m.task);
         let ratio = float.map_or(String::new(), |float| {
             format!("{:.4}", m.result.perplexity / float.result.perplexity)
         });
-        table += &format!("{:<24}{:>12.4}{ratio:>10}\n", m.what, m.result.perplexity);
-    }
+        format!("{:<24}{:>12.4}{ratio:>10}\n", m.what, m.result.perplexity)
+    });
+    table.extend(rows);
     table
 }

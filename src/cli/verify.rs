@@ -31,7 +31,7 @@ pub(super) struct VerifyArgs {
     json: bool,
 }
 
-pub(super) fn run(args: VerifyArgs, stop: &StopFlag) -> Result<()> {
+pub(super) fn run(args: &VerifyArgs, stop: &StopFlag) -> Result<()> {
     let failed = |error: Error| match error.kind() {
         Kind::Failed | Kind::Preflight => error.with_kind(Kind::Gate),
         _ => error,
@@ -52,7 +52,7 @@ pub(super) fn run(args: VerifyArgs, stop: &StopFlag) -> Result<()> {
         check_linear(&opened, manifest, name).map_err(failed)?;
     }
     let perplexity = match &args.data {
-        Some(data) => Some(check_perplexity(&args, &opened, manifest, data, stop)?),
+        Some(data) => Some(check_perplexity(args, &opened, manifest, data, stop)?),
         None => None,
     };
     let (linears, dense) = (manifest.linears.len(), manifest.dense.len());
@@ -69,7 +69,9 @@ pub(super) fn run(args: VerifyArgs, stop: &StopFlag) -> Result<()> {
     }
     let parity = match (&manifest.parity, perplexity) {
         (_, Some(perplexity)) => format!("perplexity {perplexity:.4} measured again and equal"),
-        (Some(p), None) => format!("perplexity {:.4} recorded, trained and exported equal", p.exported),
+        (Some(p), None) => {
+            format!("perplexity {:.4} recorded, trained and exported equal", p.exported)
+        }
         (None, None) => "no perplexity recorded".to_owned(),
     };
     output::line(&format!(

@@ -4,8 +4,6 @@
 //! text (the whole file is one document). The content decides; the extension only settles whether
 //! a file that opens like JSON but does not parse is broken JSON or prose.
 
-use std::fs::File;
-use std::io::Read as _;
 use std::path::Path;
 
 use serde_json::Value;
@@ -13,9 +11,10 @@ use serde_json::error::Category;
 use sha2::{Digest as _, Sha256};
 
 use crate::error::{Error, Result};
+use crate::store::folder::sha256_file;
+use crate::store::hex;
 
 const SHAPES: &str = "give {\"text\": \"…\"} on each line, a JSON list of strings, or plain text";
-const HASH_CHUNK_BYTES: usize = 1 << 16;
 
 /// Reads the documents of `path`, in file order.
 ///
@@ -55,11 +54,11 @@ pub fn read_documents(path: &Path) -> Result<Vec<String>> {
 /// If a file cannot be read.
 pub fn sha256_of<P: AsRef<Path>>(paths: &[P]) -> Result<String> {
     if let [path] = paths {
-        return file_digest(path.as_ref()).map(|digest| hex(&digest));
+        return sha256_file(path.as_ref());
     }
     let mut all = Sha256::new();
     for path in paths {
-        all.update(file_digest(path.as_ref())?);
+        all.update(sha256_file(path.as_ref())?);
     }
     Ok(hex(&all.finalize()))
 }
@@ -151,27 +150,6 @@ fn kind_of(value: &Value) -> &'static str {
 
 fn refused(what: impl Into<String>, path: &Path) -> Error {
     Error::preflight(what).at(path.display())
-}
-
-fn file_digest(path: &Path) -> Result<[u8; 32]> {
-    let failed = |source| Error::io("read", path, &source);
-    let mut file = File::open(path).map_err(failed)?;
-    let mut hasher = Sha256::new();
-    let mut chunk = vec![0; HASH_CHUNK_BYTES];
-    loop {
-        match file.read(&mut chunk) {
-            Ok(0) => return Ok(hasher.finalize().into()),
-            Ok(length) => hasher.update(&chunk[..length]),
-            Err(source) if source.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(source) => return Err(failed(source)),
-        }
-    }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    let nibbles = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
-    nibbles.map(|nibble| char::from(DIGITS[usize::from(nibble)])).collect()
 }
 
 #[cfg(test)]

@@ -67,7 +67,11 @@ fn encode_zeros(zeros: &[f32], kind: ZeroKind, shape: [usize; 2]) -> HostTensor 
 /// # Errors
 /// When a tensor is missing, has another shape or type than the record says, or holds a code,
 /// scale or zero point that cannot be.
-pub fn decode(name: &str, record: &LinearRecord, source: &dyn TensorSource) -> Result<QuantizedWeight> {
+pub fn decode(
+    name: &str,
+    record: &LinearRecord,
+    source: &dyn TensorSource,
+) -> Result<QuantizedWeight> {
     let [out, inputs] = record.shape;
     let len = out * inputs;
     let group_len = record.group_len;

@@ -14,7 +14,7 @@ use crate::model::{ModelConfig, WeightSource, companions, weight_name};
 use crate::quant::QuantizedWeight;
 use crate::store::folder::StagedFolder;
 use crate::store::safetensors::{Checkpoint, ShardWriter};
-use crate::store::{HostTensor, TensorSource};
+use crate::store::{HostTensor, TensorSource, hex};
 
 /// Largest shard that is written.
 const MAX_SHARD_BYTES: u64 = 5 << 30;
@@ -88,7 +88,7 @@ pub fn weights_sha256(weights: &[f32]) -> String {
         let bytes: Vec<u8> = chunk.iter().flat_map(|w| w.to_le_bytes()).collect();
         hash.update(&bytes);
     }
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&hash.finalize())
 }
 
 /// Writes `parts` as `format` to `target`. The folder appears only when the re-opened files hold
@@ -239,7 +239,8 @@ fn compare_weights(parts: &ModelParts<'_>, opened: &OpenModel) -> Result<()> {
         }
     }
     for name in parts.source.names() {
-        let quantized = name.strip_suffix(".weight").is_some_and(|l| parts.quantized.contains_key(l));
+        let quantized =
+            name.strip_suffix(".weight").is_some_and(|l| parts.quantized.contains_key(l));
         if !quantized && opened.checkpoint.read(name)? != parts.source.read(name)? {
             return differs("tensor", name);
         }

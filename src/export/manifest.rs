@@ -105,7 +105,8 @@ impl Manifest {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(Error::io("read", &path, &e)),
         };
-        let value: serde_json::Value = serde_json::from_str(&text).map_err(|e| damaged(&path, &e))?;
+        let value: serde_json::Value =
+            serde_json::from_str(&text).map_err(|e| damaged(&path, &e))?;
         match value.get("format_version").and_then(serde_json::Value::as_u64) {
             None => return Ok(None),
             Some(version) if version > u64::from(FORMAT_VERSION) => {

@@ -10,7 +10,9 @@ mod manifest;
 
 use serde::{Deserialize, Serialize};
 
-pub use folder::{Exported, ModelParts, OpenModel, Parity, WeightStats, open_model, write, weights_sha256};
+pub use folder::{
+    Exported, ModelParts, OpenModel, Parity, WeightStats, open_model, weights_sha256, write,
+};
 pub use manifest::{LinearRecord, MANIFEST_FILE, Manifest, ParityRecord, Provenance};
 
 /// `[stage.export]`'s `format` table: every format named in it is written.

@@ -63,9 +63,13 @@ impl Reparameterization for FakeQuant {
     }
 }
 
-/// Attaches `fake_quant` to a linear's weight; an earlier one is replaced. The parameter keeps its
+/// A linear's weight with `fake_quant` attached; an earlier one is replaced. The parameter keeps its
 /// id. `trains_base` decides whether the stored weight learns.
-pub fn attach(weight: Param<Tensor<2>>, fake_quant: FakeQuant, trains_base: bool) -> Param<Tensor<2>> {
+pub fn attach(
+    weight: &Param<Tensor<2>>,
+    fake_quant: FakeQuant,
+    trains_base: bool,
+) -> Param<Tensor<2>> {
     // Re-applying over an existing reparameterization keeps the old one: strip it first.
     let bare = Param::initialized(weight.id, weight.base());
     bare.set_require_grad(trains_base).apply_reparameterization(OneShot(Some(fake_quant)))

@@ -56,7 +56,8 @@ impl WeightMethod for FlexRound {
         observer: &ObserverConfig,
         weight: &Tensor<2>,
     ) -> Result<Self> {
-        let QuantParams { scale, zero_point } = observer.observe(weight, spec.bits, spec.symmetry)?;
+        let QuantParams { scale, zero_point } =
+            observer.observe(weight, spec.bits, spec.symmetry)?;
         Ok(Self {
             log_row: Param::from_tensor(scale.zeros_like()),
             log_scale: Param::from_tensor(scale.log()),
@@ -67,12 +68,12 @@ impl WeightMethod for FlexRound {
     }
 
     fn fake_quant(&self, weight: Tensor<2>) -> Tensor<2> {
-        self.log_scale.val().exp() * self.integers(weight)
+        self.log_scale.val().exp() * (self.codes(weight) - self.zero_point.clone())
     }
 
     fn fold(&self, weight: Tensor<2>) -> Folded {
         Folded {
-            codes: self.integers(weight) + self.zero_point.clone(),
+            codes: self.codes(weight),
             scale: self.log_scale.val().exp(),
             zero_point: self.zero_point.clone(),
             zero_kind: ZeroKind::Integer,
@@ -81,7 +82,7 @@ impl WeightMethod for FlexRound {
 }
 
 impl FlexRound {
-    fn integers(&self, weight: Tensor<2>) -> Tensor<2> {
+    fn codes(&self, weight: Tensor<2>) -> Tensor<2> {
         ops::flexround(
             weight,
             self.log_scale.val(),

@@ -54,8 +54,9 @@ pub trait WeightMethod: Module + Sized {
     /// Preflight errors that name the key to change.
     fn accepts(config: &Self::Config, spec: &QuantSpec) -> Result<()>;
 
-    /// The method on its start: codes equal to round-to-nearest's on the observed grid (for
-    /// methods that start from an observer).
+    /// The method on its start. For methods that start from an observer the codes are
+    /// round-to-nearest's on the observed grid, but for exact ties, and the weights equal to within
+    /// the rounding of `exp(ln Δ)` (about `2e-7 + |ln Δ| 2^-24`, relative).
     ///
     /// # Shapes
     /// - weight: `[groups, group_len]`

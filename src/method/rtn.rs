@@ -43,7 +43,8 @@ impl WeightMethod for Rtn {
         observer: &ObserverConfig,
         weight: &Tensor<2>,
     ) -> Result<Self> {
-        let QuantParams { scale, zero_point } = observer.observe(weight, spec.bits, spec.symmetry)?;
+        let QuantParams { scale, zero_point } =
+            observer.observe(weight, spec.bits, spec.symmetry)?;
         Ok(Self { scale, zero_point, max_code: spec.bits.max_code() })
     }
 

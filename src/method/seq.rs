@@ -91,7 +91,11 @@ impl WeightMethod for Seq {
         let [groups, len] = weight.dims();
         Ok(Self {
             step: Param::from_tensor(step),
-            gradient_factor: if config.gradient_scale { ((groups * len) as f64).powf(-0.5) } else { 1.0 },
+            gradient_factor: if config.gradient_scale {
+                ((groups * len) as f64).powf(-0.5)
+            } else {
+                1.0
+            },
             half_up: config.ties == TieRule::HalfUp,
         })
     }
@@ -123,7 +127,8 @@ fn mse_step(weight: &Tensor<2>, max: &Tensor<2>, ties: TieRule) -> Tensor<2> {
     let mut best: Option<(Tensor<2>, Tensor<2>)> = None;
     for i in 1..=START_GRID {
         let step = (max.clone() * (i as f32 / START_GRID as f32)).clamp_min(STEP_FLOOR);
-        let w_hat = step.clone() * 0.5 * ops::seq_levels(weight.clone(), step.clone(), EPSILON, ties);
+        let w_hat =
+            step.clone() * 0.5 * ops::seq_levels(weight.clone(), step.clone(), EPSILON, ties);
         let error = (weight.clone() - w_hat).square().mean_dim(1);
         best = Some(match best {
             None => (error, step),

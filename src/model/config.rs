@@ -177,8 +177,7 @@ fn ids(value: Option<&Value>) -> Vec<u32> {
 /// `rope_theta` and `rope_scaling`.
 fn rope(raw: &Raw) -> Result<Rope> {
     let empty = Value::Null;
-    let parameters =
-        raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref()).unwrap_or(&empty);
+    let parameters = raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref()).unwrap_or(&empty);
     let number = |key: &str| parameters.get(key).and_then(Value::as_f64);
     let needed = |key: &str| need(number(key), &format!("rope_parameters.{key}"));
     let theta = number("rope_theta").or(raw.rope_theta).unwrap_or(10_000.0);
@@ -258,7 +257,10 @@ mod tests {
         for (text, part) in [
             ("{\"model_type\":\"mamba\"}".to_owned(), "mamba"),
             (format!("{{{BASE},\"hidden_act\":\"relu\"}}"), "relu"),
-            (format!("{{{BASE},\"rope_scaling\":{{\"rope_type\":\"yarn\",\"factor\":2}}}}"), "yarn"),
+            (
+                format!("{{{BASE},\"rope_scaling\":{{\"rope_type\":\"yarn\",\"factor\":2}}}}"),
+                "yarn",
+            ),
             (format!("{{{BASE},\"num_key_value_heads\":3}}"), "num_key_value_heads"),
             ("{\"model_type\":\"llama\"}".to_owned(), "num_attention_heads"),
         ] {

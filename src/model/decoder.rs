@@ -57,7 +57,13 @@ pub struct Positions {
 
 impl Positions {
     /// Positions `past..past + seq`, attending to `0..past + seq`.
-    pub fn new(config: &ModelConfig, past: usize, seq: usize, dtype: DType, device: &Device) -> Self {
+    pub fn new(
+        config: &ModelConfig,
+        past: usize,
+        seq: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Self {
         let frequencies = config.rope.inverse_frequencies(config.head_dim);
         let shape = [1, 1, seq, frequencies.len()];
         let table = |f: fn(f64) -> f64| {

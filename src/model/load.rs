@@ -6,9 +6,9 @@ use burn::module::{Param, ParamId};
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
+use super::CausalLm;
 use super::config::ModelConfig;
 use super::decoder::{Attention, Block, LINEARS, Mlp, RmsNorm};
-use super::CausalLm;
 use crate::error::{Error, Result};
 use crate::store::TensorSource;
 use crate::store::safetensors::Checkpoint;
@@ -28,9 +28,11 @@ pub trait WeightSource {
 impl WeightSource for Checkpoint {
     fn weight(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         if self.info(name).is_none() {
-            return Err(Error::preflight("the checkpoint lacks a tensor that config.json asks for")
-                .at(name)
-                .fix("check that config.json belongs to these weights"));
+            return Err(Error::preflight(
+                "the checkpoint lacks a tensor that config.json asks for",
+            )
+            .at(name)
+            .fix("check that config.json belongs to these weights"));
         }
         self.read_f32(name, shape)
     }
@@ -106,7 +108,8 @@ impl Loader<'_> {
     /// As [`WeightSource::weight`].
     pub fn embed(&self) -> Result<Param<Tensor<2>>> {
         let name = "model.embed_tokens.weight";
-        let name = if self.config.tied && !self.source.contains(name) { "lm_head.weight" } else { name };
+        let name =
+            if self.config.tied && !self.source.contains(name) { "lm_head.weight" } else { name };
         let shape = [self.config.vocab, self.config.d_model];
         Ok(frozen(self.tensor(name, shape)?))
     }

@@ -17,7 +17,7 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 pub use config::{ModelConfig, Rope, RopeScaling};
 pub use decoder::{Attention, Block, KvCache, LINEARS, Mlp, Positions, RmsNorm};
 pub use generate::{Sampler, generate};
-pub use load::{companions, Loader, WeightSource, block_prefix, linear_shapes, weight_name};
+pub use load::{Loader, WeightSource, block_prefix, companions, linear_shapes, weight_name};
 
 /// A decoder-only causal language model.
 #[derive(Debug, Module)]
@@ -36,7 +36,8 @@ impl CausalLm {
     /// Token ids of a batch as a tensor, `[batch, seq]`.
     pub fn tokens(rows: &[&[u32]], device: &Device) -> Tensor<2, Int> {
         let seq = rows.first().map_or(0, |row| row.len());
-        let ids: Vec<i32> = rows.iter().flat_map(|row| row.iter().map(|id| *id as i32)).collect();
+        let ids: Vec<i32> =
+            rows.iter().flat_map(|row| row.iter().map(|id| id.cast_signed())).collect();
         Tensor::from_data(TensorData::new(ids, [rows.len(), seq]), device)
     }
 

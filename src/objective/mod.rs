@@ -150,9 +150,10 @@ impl ObjectiveConfig {
                     .fix("objective.jsd = {}"));
             }
         };
-        let teacher = targets.teacher.clone().ok_or_else(|| {
-            Error::failed(format!("objective {} needs a teacher", self.name()))
-        })?;
+        let teacher = targets
+            .teacher
+            .clone()
+            .ok_or_else(|| Error::failed(format!("objective {} needs a teacher", self.name())))?;
         Ok(ops::divergence(kind, student, teacher, targets.weights.clone(), temperature))
     }
 }

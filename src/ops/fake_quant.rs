@@ -26,17 +26,16 @@ pub fn reshape_grouped(weight: Tensor<2>, grouped: [usize; 2]) -> Tensor<2> {
     if weight.dims() == grouped { weight } else { weight.reshape(grouped) }
 }
 
-/// FlexRound's integers (Lee et al. 2023, eq. 2, in the log form of the released code):
-/// `q = clamp(round(W / exp(θ)) , -z, L - z)` with `θ = log_scale + log_division + log_row`.
+/// FlexRound's codes (Lee et al. 2023, eq. 2, in the log form of the released code):
+/// `clamp(round(W / exp(θ)) + z, 0, L)` with `θ = log_scale + log_division + log_row`.
 ///
-/// Gradients: true clamp (1 inside and on the bounds, 0 outside), straight-through round.
-/// The bounds differ by row, so `z` is added, the codes clamped to `[0, L]`, and `z` taken off
-/// again: the same integers.
+/// Gradients: true clamp (1 inside and on the bounds, 0 outside), straight-through round. The
+/// paper's bounds `[-z, L - z]` on the integer differ by row; with `z` added they do not.
 ///
 /// # Shapes
 /// - weight, log_division: `[groups, group_len]`
 /// - log_scale, log_row, zero_point: `[groups, 1]`
-/// - result: `[groups, group_len]`, integers `code - zero_point`
+/// - result: `[groups, group_len]`, integers in `0..=max_code`
 pub fn flexround(
     weight: Tensor<2>,
     log_scale: Tensor<2>,
@@ -46,8 +45,7 @@ pub fn flexround(
     max_code: u8,
 ) -> Tensor<2> {
     let divisor = (log_division + (log_scale + log_row)).exp();
-    let codes = round_ste(weight / divisor) + zero_point.clone();
-    codes.clamp(0.0, f32::from(max_code)) - zero_point
+    (round_ste(weight / divisor) + zero_point).clamp(0.0, f32::from(max_code))
 }
 
 /// Which way the stretched elastic grid sends an exact tie. A zero weight is such a tie, and

@@ -45,7 +45,8 @@ pub fn with_gradient<const D: usize>(
 
 /// Log-probabilities over the last dimension at a temperature, `[tokens, vocab]`.
 pub fn log_softmax(logits: Tensor<2>, temperature: f64) -> Tensor<2> {
-    let logits = if temperature.to_bits() == 1.0f64.to_bits() { logits } else { logits / temperature };
+    let logits =
+        if temperature.to_bits() == 1.0f64.to_bits() { logits } else { logits / temperature };
     activation::log_softmax(logits, 1)
 }
 

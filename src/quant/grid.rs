@@ -123,7 +123,9 @@ impl QuantizedWeight {
         self.codes
             .chunks_exact(self.layout.group_len)
             .zip(scale.iter().zip(zero_point))
-            .flat_map(|(group, (scale, zero))| group.iter().map(move |c| scale * (f32::from(*c) - zero)))
+            .flat_map(|(group, (scale, zero))| {
+                group.iter().map(move |c| scale * (f32::from(*c) - zero))
+            })
             .collect()
     }
 
@@ -132,7 +134,7 @@ impl QuantizedWeight {
     pub fn bits_per_weight(&self) -> f64 {
         let Grid::Uniform { zero_point, zero_kind, .. } = &self.grid;
         let zero_bits = match zero_kind {
-            _ if zero_point.windows(2).all(|w| w[0] == w[1]) => 0.0,
+            _ if zero_point.windows(2).all(|w| w[0].to_bits() == w[1].to_bits()) => 0.0,
             ZeroKind::Integer if zero_point.iter().all(|z| (0.0..=255.0).contains(z)) => 8.0,
             _ => 32.0,
         };
@@ -206,11 +208,8 @@ mod tests {
         };
         assert!(w.checked().is_err());
         let mut w = weight();
-        w.grid = Grid::Uniform {
-            scale: vec![0.5],
-            zero_point: vec![1.5],
-            zero_kind: ZeroKind::Integer,
-        };
+        w.grid =
+            Grid::Uniform { scale: vec![0.5], zero_point: vec![1.5], zero_kind: ZeroKind::Integer };
         assert!(w.checked().is_err());
     }
 }

@@ -91,7 +91,12 @@ impl ObserverConfig {
     ///
     /// # Errors
     /// None today; observers that need activations will have some.
-    pub fn observe(&self, weight: &Tensor<2>, bits: Bits, symmetry: Symmetry) -> Result<QuantParams> {
+    pub fn observe(
+        &self,
+        weight: &Tensor<2>,
+        bits: Bits,
+        symmetry: Symmetry,
+    ) -> Result<QuantParams> {
         Ok(match (self, symmetry) {
             (Self::MinMax(config), Symmetry::Asymmetric) => {
                 min_max(weight, bits, config.zero_in_range)
@@ -124,8 +129,7 @@ fn min_max(weight: &Tensor<2>, bits: Bits, zero_in_range: bool) -> QuantParams {
 /// methods-core 1.1: a range that holds zero to a step and a zero point in `0..=L`.
 fn from_range(low: Tensor<2>, high: Tensor<2>, bits: Bits) -> QuantParams {
     let scale = step(low.clone(), high, bits);
-    let zero_point =
-        (low / scale.clone()).round().neg().clamp(0.0, f32::from(bits.max_code()));
+    let zero_point = (low / scale.clone()).round().neg().clamp(0.0, f32::from(bits.max_code()));
     QuantParams { scale, zero_point }
 }
 
@@ -230,4 +234,3 @@ fn mse_symmetric(
     }
     search.into_best(|| symmetric(&reach, bits, symmetry))
 }
-

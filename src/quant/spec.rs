@@ -13,7 +13,10 @@ use crate::error::{Error, Result};
 pub struct Bits(u8);
 
 impl Bits {
-    /// A width of `bits`; an error outside `1..=8`.
+    /// A width of `bits`.
+    ///
+    /// # Errors
+    /// Outside `1..=8`.
     pub fn new(bits: u8) -> Result<Self> {
         Self::try_from(i64::from(bits)).map_err(Error::usage)
     }

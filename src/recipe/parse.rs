@@ -545,14 +545,14 @@ mod tests {
     #[derive(Debug, Deserialize, PartialEq, Serialize)]
     #[serde(rename_all = "snake_case")]
     enum Stage {
-        Reconstruct(Steps),
-        Distill(Steps),
+        Reconstruct(Training),
+        Distill(Training),
         TuneScales { steps: usize },
     }
 
     #[derive(Debug, Deserialize, PartialEq, Serialize)]
     #[serde(deny_unknown_fields)]
-    struct Steps {
+    struct Training {
         method: Method,
         steps: usize,
         #[serde(default)]

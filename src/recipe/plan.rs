@@ -66,7 +66,8 @@ impl Plan {
         let mut latest = "float";
         let mut quantized = BTreeSet::new();
         for (index, config) in recipe.stage.iter().enumerate() {
-            let at = |error: Error| error.at(lines.place(&format!("stage.{index}.{}", config.name())));
+            let at =
+                |error: Error| error.at(lines.place(&format!("stage.{index}.{}", config.name())));
             config.check().map_err(at)?;
             repr = config.leaves(repr).map_err(at)?;
             let first_step =

@@ -45,8 +45,7 @@ impl RunFolder {
             folder.clear()?;
         }
         let names: Vec<&str> = prepared.plan.stages.iter().map(|s| s.config.name()).collect();
-        let new =
-            RunRecord::new(&names, prepared.needs.clone(), prepared.fingerprint.clone());
+        let new = RunRecord::new(&names, prepared.needs.clone(), prepared.fingerprint.clone());
         let Some(mut record) = RunRecord::read(&folder.path)? else {
             let recipe = to_toml(&prepared.plan.recipe)?;
             write_atomic(&folder.path.join("recipe.toml"), recipe.as_bytes())?;
@@ -97,7 +96,9 @@ impl RunFolder {
 /// A folder with files that no run wrote is not ours to write into.
 fn refuse_foreign(path: &Path) -> Result<()> {
     if path.is_file() {
-        return Err(Error::usage("the output is a file").at(path.display()).fix("another --output"));
+        return Err(Error::usage("the output is a file")
+            .at(path.display())
+            .fix("another --output"));
     }
     if !path.is_dir() || path.join(RECORD_FILE).exists() {
         return Ok(());
@@ -118,13 +119,12 @@ fn lock(path: &Path) -> Result<File> {
     let lock_path = path.join(LOCK_FILE);
     let file = File::create(&lock_path).map_err(|e| Error::io("create", &lock_path, &e))?;
     match file.try_lock() {
-        Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => {
             Err(Error::usage("another fewbit process is working in this folder")
                 .at(path.display())
                 .fix("wait for it, or another --output"))
         }
         // A file system without locks: go on rather than refuse to work at all.
-        Err(TryLockError::Error(_)) => Ok(file),
+        Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
     }
 }

@@ -86,8 +86,8 @@ fn execute(
     let Prepared { plan, device, mut model, data, fingerprint, .. } = prepared;
     let provenance = Provenance {
         model: model.name.clone(),
-        model_sha256: fingerprint.model.clone(),
-        data_sha256: fingerprint.data.clone(),
+        model_sha256: fingerprint.model,
+        data_sha256: fingerprint.data,
         recipe: to_toml(&plan.recipe)?,
         seed: plan.recipe.seed,
         device: device.name.clone(),

@@ -19,8 +19,8 @@ use crate::report::{Event, size};
 use crate::stage::{Corpus, Data, ModelState, StageConfig};
 use crate::stop::StopFlag;
 use crate::store::folder::{free_bytes, sha256_file};
-use crate::store::locate;
 use crate::store::safetensors::Checkpoint;
+use crate::store::{hex, locate};
 
 /// Window length when neither the recipe nor the model says less.
 const DEFAULT_LENGTH: usize = 2048;
@@ -174,7 +174,10 @@ fn check_data(plan: &Plan, model: &ModelState, data: &Data) -> Result<()> {
             StageConfig::Reconstruct(_) => {
                 let corpus = Data::need(data.calibration.as_ref(), "calibration")?;
                 let samples = corpus.samples.unwrap_or(1);
-                corpus.stream.spread(samples, corpus.length).map_err(|e| e.at("data.calibration"))?;
+                corpus
+                    .stream
+                    .spread(samples, corpus.length)
+                    .map_err(|e| e.at("data.calibration"))?;
             }
             StageConfig::Distill(_) => {
                 let corpus = Data::need(data.train.as_ref(), "train")?;
@@ -198,7 +201,9 @@ fn fingerprint(plan: &Plan, model: &ModelState, data: &Data) -> Result<Fingerpri
     recipe.device = String::new();
     let mut hash = Sha256::new();
     let config = model.dir.join("config.json");
-    for file in std::iter::once(config.as_path()).chain(model.checkpoint.files().iter().map(PathBuf::as_path)) {
+    for file in std::iter::once(config.as_path())
+        .chain(model.checkpoint.files().iter().map(PathBuf::as_path))
+    {
         hash.update(sha256_file(file)?);
     }
     let corpora = [
@@ -208,7 +213,7 @@ fn fingerprint(plan: &Plan, model: &ModelState, data: &Data) -> Result<Fingerpri
     ];
     Ok(Fingerprint {
         recipe: to_toml(&recipe)?,
-        model: hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect(),
+        model: hex(&hash.finalize()),
         data: corpora
             .into_iter()
             .filter_map(|(role, corpus)| {
@@ -413,8 +418,8 @@ impl Speed {
         };
         let product = time(&|| a.clone().matmul(b.clone()), 8);
         let sum = time(&|| a.clone() + b.clone(), 16);
-        let tiny = a.clone().narrow(0, 0, 1).narrow(1, 0, 8);
-        let launch = time(&|| tiny.clone() + tiny.clone(), 64);
+        let tiny = random().narrow(0, 0, 1).narrow(1, 0, 8);
+        let launch = time(&|| tiny.clone() + 1.0, 64);
         Self {
             flops: 2.0 * (SIDE as f64).powi(3) / product,
             bytes: 12.0 * (SIDE as f64).powi(2) / sum,

@@ -137,7 +137,9 @@ impl RunRecord {
         };
         match serde_json::from_str::<Self>(&text) {
             Ok(record) if record.version == RECORD_VERSION => Ok(Some(record)),
-            Ok(record) => damaged(format!("it has version {}, not {RECORD_VERSION}", record.version)),
+            Ok(record) => {
+                damaged(format!("it has version {}, not {RECORD_VERSION}", record.version))
+            }
             Err(error) => damaged(error.to_string()),
         }
     }

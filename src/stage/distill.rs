@@ -19,7 +19,7 @@ use super::{Data, StageContext};
 use crate::data::{Order, TokenStream};
 use crate::error::{Error, Kind, Result};
 use crate::method::{self, MethodConfig};
-use crate::model::{CausalLm, Loader, Positions, WeightSource, block_prefix, weight_name};
+use crate::model::{Block, CausalLm, Loader, Positions, WeightSource, block_prefix, weight_name};
 use crate::objective::{ObjectiveConfig, Targets};
 use crate::ops::{self, Divergence};
 use crate::quant::{Bits, Grid, GroupSize, ObserverConfig, Symmetry};
@@ -169,8 +169,7 @@ impl Session {
             config.batch * config.accumulate,
         )?;
         let device = &ctx.device.device;
-        let positions =
-            Positions::new(&ctx.model.config, 0, corpus.length, ctx.compute, device);
+        let positions = Positions::new(&ctx.model.config, 0, corpus.length, ctx.compute, device);
         let load = |source: &dyn WeightSource| {
             Loader { config: &ctx.model.config, source, device, dtype: ctx.compute }.model()
         };
@@ -198,31 +197,36 @@ impl Session {
         let step = self.step;
         let corpus = Data::need(ctx.data.train.as_ref(), "train")?;
         let factor = config.schedule.factor(step, config.steps);
-        let rates = config.learning_rate;
-        let rate_of = |path: &str| method::role_of(path).map_or(0.0, |role| rates.of(role) * factor);
-        let order = self.order.batch(step);
+        let base = config.learning_rate;
+        let rate_of = |path: &str| method::role_of(path).map_or(0.0, |role| base.of(role) * factor);
+        let drawn = self.order.batch(step);
         let (teacher, positions, timer) = (&self.teacher, &self.positions, &mut self.timer);
-        let logs = (step + 1).is_multiple_of(config.log_every) || step + 1 == config.steps;
+        let log_point = (step + 1).is_multiple_of(config.log_every) || step + 1 == config.steps;
         let mut closeness = None;
         let student = self.student.take().ok_or_else(|| Error::failed("the student is gone"))?;
-        let (student, stats) =
-            train::step(student, &mut self.optimizer, config.accumulate, &rate_of, |student, micro| {
+        let (student, stats) = train::step(
+            student,
+            &mut self.optimizer,
+            config.accumulate,
+            &rate_of,
+            |student, part| {
                 let waiting = Instant::now();
-                let windows = &order[micro * config.batch..][..config.batch];
+                let windows = &drawn[part * config.batch..][..config.batch];
                 let batch = Batch::new(&corpus.stream, windows, corpus.length, &ctx.device.device);
                 timer.data += waiting.elapsed();
                 timer.tokens += windows.len() * corpus.length;
-                let compare = logs && micro == 0;
+                let compare = log_point && part == 0;
                 let (loss, measured) =
                     batch.loss(student, teacher.as_ref(), positions, &config.objective, compare)?;
                 closeness = closeness.take().or(measured);
                 Ok(loss)
-            })
-            .map_err(|e| e.at(format!("stage {}, step {step}", ctx.stage)))?;
+            },
+        )
+        .map_err(|e| e.at(format!("stage {}, step {step}", ctx.stage)))?;
         self.student = Some(student);
         self.step += 1;
-        if logs {
-            self.report(config, ctx, stats, closeness, rates.weight.max(rates.scale) * factor);
+        if log_point {
+            self.report(config, ctx, stats, closeness, base.weight.max(base.scale) * factor);
         } else {
             ctx.report.emit(&Event::Progress {
                 verb: "distill".to_owned(),
@@ -333,7 +337,8 @@ impl Session {
         }
         let file = Checkpoint::open_file(&path)?;
         let number = |key: &str| file.file_metadata().get(key).and_then(|text| text.parse().ok());
-        let (Some(step), Some(optimizer_steps)) = (number("step"), number("optimizer_steps")) else {
+        let (Some(step), Some(optimizer_steps)) = (number("step"), number("optimizer_steps"))
+        else {
             return Err(Error::failed("the training state has no step")
                 .at(path.display())
                 .fix("--fresh to start over"));
@@ -374,7 +379,11 @@ fn state_file(ctx: &StageContext<'_>) -> PathBuf {
 }
 
 /// Puts the method on every linear of the plan. Latents are f32 whatever the model's type.
-fn attach_all(student: &mut CausalLm, config: &DistillConfig, ctx: &StageContext<'_>) -> Result<()> {
+fn attach_all(
+    student: &mut CausalLm,
+    config: &DistillConfig,
+    ctx: &StageContext<'_>,
+) -> Result<()> {
     for (index, block) in student.blocks.iter_mut().enumerate() {
         for (name, linear) in block.linears_mut() {
             let name = format!("{}.{name}", block_prefix(index));
@@ -397,7 +406,7 @@ fn attach_all(student: &mut CausalLm, config: &DistillConfig, ctx: &StageContext
 /// The steps of every quantized linear, in order.
 fn scales(model: &CausalLm) -> Result<Vec<f32>> {
     let mut all = Vec::new();
-    for (_, linear) in model.blocks.iter().flat_map(|block| block.linears()) {
+    for (_, linear) in model.blocks.iter().flat_map(Block::linears) {
         if let Some(folded) = method::fold(&linear.weight) {
             let Grid::Uniform { scale, .. } = folded?.grid;
             all.extend(scale);
@@ -475,7 +484,8 @@ impl Batch {
             windows.iter().map(|w| stream.window(*w as usize, length)).collect();
         let count = rows.len() * length;
         let last = |i: usize| i % length == length - 1;
-        let flat: Vec<i32> = rows.iter().flat_map(|row| row.iter().map(|id| *id as i32)).collect();
+        let flat: Vec<i32> =
+            rows.iter().flat_map(|row| row.iter().map(|id| id.cast_signed())).collect();
         let next = (0..count).map(|i| if last(i) { 0 } else { flat[i + 1] }).collect();
         let predicted = (rows.len() * (length - 1)).max(1) as f32;
         let weights = (0..count).map(|i| if last(i) { 0.0 } else { 1.0 / predicted }).collect();

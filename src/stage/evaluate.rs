@@ -104,8 +104,10 @@ fn round(ctx: &StageContext<'_>, name: &str, current: &QuantizedWeight) -> Resul
     let layout = current.layout;
     let values = ctx.model.checkpoint.weight(&weight_name(name), &[layout.out, layout.inputs])?;
     let data = TensorData::new(values, layout.grouped());
-    let weight = ops::reshape_grouped(Tensor::from_data(data, &ctx.device.device), layout.grouped());
-    let symmetry = if current.bits.get() == 1 { Symmetry::Asymmetric } else { ctx.default_spec.symmetry };
+    let weight =
+        ops::reshape_grouped(Tensor::from_data(data, &ctx.device.device), layout.grouped());
+    let symmetry =
+        if current.bits.get() == 1 { Symmetry::Asymmetric } else { ctx.default_spec.symmetry };
     let grid = ctx.observer.observe(&weight, current.bits, symmetry)?;
     let host = |tensor: Tensor<2>| tensor.into_data().iter::<f32>().collect::<Vec<f32>>();
     QuantizedWeight {

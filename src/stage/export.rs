@@ -47,19 +47,25 @@ pub(super) fn run(config: &ExportConfig, ctx: &mut StageContext<'_>) -> Result<(
                 Loader { config: &opened.config, source: opened, device, dtype: ctx.compute };
             let model = loader.model()?;
             let stream = &corpus.stream;
-            let measured =
-                task::measure(&model, &opened.config, stream, &task, device, ctx.stop, &mut |_, _| ());
+            let measured = task::measure(
+                &model,
+                &opened.config,
+                stream,
+                &task,
+                device,
+                ctx.stop,
+                &mut |_, _| (),
+            );
             measured.map(|result| result.perplexity)
         };
-        let parity = trained.as_ref().zip(ctx.data.validation.as_ref()).map(|(trained, corpus)| {
-            Parity {
+        let parity =
+            trained.as_ref().zip(ctx.data.validation.as_ref()).map(|(trained, corpus)| Parity {
                 trained: trained.perplexity,
                 tokens: trained.tokens,
                 context: trained.context,
                 data_sha256: corpus.sha256.clone(),
                 measure: &mut measure,
-            }
-        });
+            });
         let checked = if parity.is_some() { "codes and perplexity exact" } else { "codes exact" };
         let parts = ModelParts {
             dir: &ctx.model.dir,

@@ -14,7 +14,6 @@ mod reconstruct;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use burn::module::Module;
 use burn::nn::Linear;
 use burn::tensor::DType;
 use serde::{Deserialize, Serialize};
@@ -94,12 +93,11 @@ impl StageConfig {
             Self::Calibrate(config) => needs_dense(config.method.leaves()),
             Self::Reconstruct(config) => needs_dense(config.method.leaves()),
             Self::Distill(config) => Ok(config.method.leaves()),
-            Self::Evaluate(_) => Ok(input),
             Self::Export(_) if input == Repr::Dense => {
                 Err(Error::usage("export needs quantized weights, and no earlier stage makes any")
                     .fix("a stage.calibrate, stage.reconstruct or stage.distill before it"))
             }
-            Self::Export(_) => Ok(input),
+            Self::Evaluate(_) | Self::Export(_) => Ok(input),
         }
     }
 
@@ -326,14 +324,14 @@ impl StageContext<'_> {
     /// Attaches `method` to `linear`'s weight, started on the weight it holds (f32, `[in, out]`).
     fn attach(&self, name: &str, linear: &mut Linear, method: &MethodConfig) -> Result<()> {
         let spec = &self.specs[name];
-        let weight = linear.weight.base();
+        let weight = linear.weight.base().inner();
         let [inputs, out] = weight.dims();
         let layout = spec.layout([out, inputs]).map_err(|e| e.at(name))?;
         let grouped = ops::reshape_grouped(weight.transpose(), layout.grouped());
         let attached = method.init(spec, self.observer, &grouped).map_err(|e| e.at(name))?;
         let fake_quant = FakeQuant::new(attached, layout, spec.bits, self.compute);
         let trains_base = method.trains_base();
-        replace_with(&mut linear.weight, |weight| method::attach(weight, fake_quant, trains_base));
+        linear.weight = method::attach(&linear.weight, fake_quant, trains_base);
         Ok(())
     }
 
@@ -381,9 +379,8 @@ impl StageContext<'_> {
     /// Emits how far learned steps moved from where they started: `ln(scale / start)`.
     fn report_scale_change(&mut self, changes: &[f32], step: u64) {
         const BUCKETS: usize = 40;
-        let (low, high) = changes
-            .iter()
-            .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), c| {
+        let (low, high) =
+            changes.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), c| {
                 (low.min(f64::from(*c)), high.max(f64::from(*c)))
             });
         if changes.is_empty() || !(high - low).is_finite() {
@@ -452,9 +449,4 @@ impl StageContext<'_> {
 /// The block a linear belongs to, from its name `model.layers.INDEX...`.
 fn block_of(linear: &str) -> usize {
     linear.split('.').nth(2).and_then(|index| index.parse().ok()).unwrap_or(0)
-}
-
-/// Changes a parameter in place through a function that consumes it.
-fn replace_with<T: Module>(slot: &mut T, change: impl FnOnce(T) -> T) {
-    *slot = change(slot.clone());
 }

@@ -188,7 +188,12 @@ impl Streams {
         Ok(())
     }
 
-    fn forward(&self, ctx: &StageContext<'_>, block: &Block, x: &Activations) -> Result<Activations> {
+    fn forward(
+        &self,
+        ctx: &StageContext<'_>,
+        block: &Block,
+        x: &Activations,
+    ) -> Result<Activations> {
         x.map(&ctx.device.device, |x| {
             ctx.stop.check()?;
             Ok(block.forward(x, &self.positions))
@@ -238,7 +243,8 @@ fn fit(
         ctx.stop.check()?;
         let batch = order.batch(step);
         let factor = config.schedule.factor(step, config.steps);
-        let rate_of = |path: &str| method::role_of(path).map_or(0.0, |role| rates.of(role) * factor);
+        let rate_of =
+            |path: &str| method::role_of(path).map_or(0.0, |role| rates.of(role) * factor);
         let (trained, stats) = train::step(student, &mut optimizer, 1, &rate_of, |student, _| {
             let output = student.forward(input.batch(&batch, &device), &positions);
             let target = target.batch(&batch, &device);

@@ -35,7 +35,8 @@ const FILES: &[(&str, &[u8])] = embed![
 /// When nothing of this name is built in, or the cache folder cannot be written.
 pub fn extract(name: &str) -> Result<PathBuf> {
     let name = name.trim_end_matches('/');
-    let wanted: Vec<_> = FILES.iter().filter(|(path, _)| Path::new(path).starts_with(name)).collect();
+    let wanted: Vec<_> =
+        FILES.iter().filter(|(path, _)| Path::new(path).starts_with(name)).collect();
     if wanted.is_empty() || name.is_empty() {
         let mut known: Vec<&str> = FILES.iter().map(|(path, _)| *path).collect();
         known.insert(0, "tinystories-656k");

@@ -147,7 +147,7 @@ fn batch_nll(
                 let len = chunk.min(window.scored - start);
                 let logits: Tensor<2> = model.logits(hidden.clone().narrow(0, start, len));
                 let next: Vec<i32> =
-                    tokens[first + 1 + start..][..len].iter().map(|id| *id as i32).collect();
+                    tokens[first + 1 + start..][..len].iter().map(|id| id.cast_signed()).collect();
                 let next = Tensor::from_data(TensorData::new(next, [len, 1]), device);
                 let nll = ops::log_softmax(logits, 1.0).gather(1, next).neg();
                 losses.extend(nll.into_data().iter::<f32>());

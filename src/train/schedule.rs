@@ -134,7 +134,11 @@ impl ScheduleConfig {
             return (step + 1) as f64 / (warmup + 1) as f64;
         }
         let done = (step - warmup) as f64 / (steps.saturating_sub(warmup).max(1)) as f64;
-        let left = if cosine { (1.0 + (std::f64::consts::PI * done).cos()) / 2.0 } else { 1.0 - done };
+        let left = if cosine {
+            f64::midpoint(1.0, (std::f64::consts::PI * done).cos())
+        } else {
+            1.0 - done
+        };
         final_ratio + (1.0 - final_ratio) * left
     }
 }
