@@ -43,11 +43,76 @@ pub fn with_gradient<const D: usize>(
     linear.clone() - linear.detach() + value
 }
 
-/// Log-probabilities over the last dimension at a temperature, `[tokens, vocab]`.
-pub fn log_softmax(logits: Tensor<2>, temperature: f64) -> Tensor<2> {
-    let logits =
-        if temperature.to_bits() == 1.0f64.to_bits() { logits } else { logits / temperature };
+/// Log-probabilities over the last dimension, `[tokens, vocab]`.
+pub fn log_softmax(logits: Tensor<2>) -> Tensor<2> {
     activation::log_softmax(logits, 1)
+}
+
+/// Probabilities and log-probabilities of student `q` and teacher `p`, each `[tokens, vocab]`.
+#[derive(Clone, Debug)]
+pub struct Distributions {
+    q: Tensor<2>,
+    log_q: Tensor<2>,
+    p: Tensor<2>,
+    log_p: Tensor<2>,
+}
+
+impl Distributions {
+    /// From logits, f32, not tracked, at a temperature.
+    ///
+    /// # Shapes
+    /// - student, teacher: `[tokens, vocab]`
+    pub fn new(student: Tensor<2>, teacher: Tensor<2>, temperature: f64) -> Self {
+        let (q, log_q) = softmax_and_log(student, temperature);
+        let (p, log_p) = softmax_and_log(teacher, temperature);
+        Self { q, log_q, p, log_p }
+    }
+
+    /// A divergence of each token, `[tokens, 1]`.
+    pub fn per_token(&self, kind: Divergence) -> Tensor<2> {
+        self.evaluate(kind).0
+    }
+
+    /// Share of tokens on which both have the same most likely token; `weights` as in
+    /// [`divergence`].
+    pub fn top1_agreement(&self, weights: Tensor<2>) -> Tensor<1> {
+        let same = self.log_q.clone().argmax(1).equal(self.log_p.clone().argmax(1));
+        (same.float() * weights).sum()
+    }
+
+    /// The divergence per token, `[tokens, 1]`, and what its gradient to the student's logits is
+    /// made of: `factor * q * (ratio - offset)`, all untempered.
+    fn evaluate(&self, kind: Divergence) -> (Tensor<2>, Gradient) {
+        let Self { q, log_q, p, log_p } = self;
+        match kind {
+            Divergence::KlForward => {
+                let kl = (p.clone() * (log_p.clone() - log_q.clone())).sum_dim(1);
+                (kl, Gradient::Difference)
+            }
+            Divergence::KlReverse => {
+                let ratio = log_q.clone() - log_p.clone();
+                let kl = (q.clone() * ratio.clone()).sum_dim(1);
+                (kl.clone(), Gradient::Ratio { ratio, mean: kl, factor: 1.0 })
+            }
+            Divergence::Jsd { beta } => {
+                let teacher_part = log_p.clone() + beta.ln();
+                let log_m = log_add_exp(teacher_part, log_q.clone() + (1.0 - beta).ln());
+                let ratio = log_q.clone() - log_m.clone();
+                let kl_q = (q.clone() * ratio.clone()).sum_dim(1);
+                let kl_p = (p.clone() * (log_p.clone() - log_m)).sum_dim(1);
+                let jsd = kl_p * beta + kl_q.clone() * (1.0 - beta);
+                (jsd, Gradient::Ratio { ratio, mean: kl_q, factor: 1.0 - beta })
+            }
+        }
+    }
+}
+
+/// The gradient of a divergence with respect to tempered student logits.
+enum Gradient {
+    /// `q - p`.
+    Difference,
+    /// `factor * q * (ratio - mean)`.
+    Ratio { ratio: Tensor<2>, mean: Tensor<2>, factor: f64 },
 }
 
 /// Masked mean of a divergence over tokens, and its gradient to the student's logits.
@@ -62,34 +127,15 @@ pub fn divergence(
     weights: Tensor<2>,
     temperature: f64,
 ) -> LossValue {
-    let log_q = log_softmax(student, temperature);
-    let log_p = log_softmax(teacher, temperature);
-    let q = log_q.clone().exp();
-    let (per_token, gradient) = match kind {
-        Divergence::KlForward => {
-            let p = log_p.clone().exp();
-            let kl = (p.clone() * (log_p - log_q)).sum_dim(1);
-            (kl, q - p)
-        }
-        Divergence::KlReverse => {
-            let ratio = log_q - log_p;
-            let kl = (q.clone() * ratio.clone()).sum_dim(1);
-            (kl.clone(), q * (ratio - kl))
-        }
-        Divergence::Jsd { beta } => {
-            let p = log_p.clone().exp();
-            let log_m = log_add_exp(log_p.clone() + beta.ln(), log_q.clone() + (1.0 - beta).ln());
-            let ratio = log_q - log_m.clone();
-            let kl_q = (q.clone() * ratio.clone()).sum_dim(1);
-            let kl_p = (p * (log_p - log_m)).sum_dim(1);
-            let jsd = kl_p * beta + kl_q.clone() * (1.0 - beta);
-            (jsd, q * (ratio - kl_q) * (1.0 - beta))
-        }
+    let both = Distributions::new(student, teacher, temperature);
+    let (per_token, gradient) = both.evaluate(kind);
+    let value = (per_token * weights.clone()).sum();
+    let weights = weights / temperature;
+    let gradient = match gradient {
+        Gradient::Difference => (both.q - both.p) * weights,
+        Gradient::Ratio { ratio, mean, factor } => both.q * (ratio - mean) * (weights * factor),
     };
-    LossValue {
-        value: (per_token * weights.clone()).sum(),
-        gradient: gradient * (weights / temperature),
-    }
+    LossValue { value, gradient }
 }
 
 /// Masked mean of the next-token cross-entropy, and its gradient to the logits.
@@ -99,10 +145,10 @@ pub fn divergence(
 /// - targets: `[tokens, 1]`
 /// - weights: `[tokens, 1]`, the mask divided by the number of unmasked tokens
 pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<2, Int>, weights: Tensor<2>) -> LossValue {
-    let log_q = log_softmax(logits, 1.0);
-    let nll = log_q.clone().gather(1, targets.clone()).neg();
+    let (q, log_q) = softmax_and_log(logits, 1.0);
+    let nll = log_q.gather(1, targets.clone()).neg();
     // q - onehot, without a one-hot tensor: take the weight off at the target alone.
-    let gradient = (log_q.exp() * weights.clone()).scatter(
+    let gradient = (q * weights.clone()).scatter(
         1,
         targets,
         weights.clone().neg(),
@@ -120,6 +166,19 @@ pub fn block_mse(output: Tensor<3>, target: Tensor<3>, sum_sequence: bool) -> Te
     let [_, seq, _] = output.dims();
     let mse = (output - target).square().mean();
     if sum_sequence { mse * seq as f64 } else { mse }
+}
+
+/// Softmax and its logarithm over the last dimension at a temperature, with one exponential.
+fn softmax_and_log(logits: Tensor<2>, temperature: f64) -> (Tensor<2>, Tensor<2>) {
+    let logits = tempered(logits, temperature);
+    let shifted = logits.clone() - logits.max_dim(1);
+    let e = shifted.clone().exp();
+    let sum = e.clone().sum_dim(1);
+    (e / sum.clone(), shifted - sum.log())
+}
+
+fn tempered(logits: Tensor<2>, temperature: f64) -> Tensor<2> {
+    if temperature.to_bits() == 1.0f64.to_bits() { logits } else { logits / temperature }
 }
 
 /// `ln(e^a + e^b)` without overflow.

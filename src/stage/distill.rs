@@ -21,7 +21,7 @@ use crate::error::{Error, Kind, Result};
 use crate::method::{self, MethodConfig};
 use crate::model::{Block, CausalLm, Loader, Positions, WeightSource, block_prefix, weight_name};
 use crate::objective::{ObjectiveConfig, Targets};
-use crate::ops::{self, Divergence};
+use crate::ops::{self, Distributions, Divergence};
 use crate::quant::{Bits, Grid, GroupSize, ObserverConfig, Symmetry};
 use crate::report::{Event, Reporter, memory};
 use crate::store::safetensors::{Checkpoint, write_file};
@@ -548,15 +548,12 @@ impl Batch {
 
 impl Closeness {
     fn add(&mut self, student: &Tensor<2>, teacher: &Tensor<2>, weights: &Tensor<2>) {
+        let both = Distributions::new(student.clone(), teacher.clone(), 1.0);
         let scalar = |value: Tensor<1>| f64::from(value.into_scalar::<f32>());
-        let divergence = |kind| {
-            let (student, teacher) = (student.clone(), teacher.clone());
-            scalar(ops::divergence(kind, student, teacher, weights.clone(), 1.0).value)
-        };
-        self.jsd += divergence(Divergence::Jsd { beta: 0.5 });
-        self.kl_forward += divergence(Divergence::KlForward);
-        self.kl_reverse += divergence(Divergence::KlReverse);
-        let same = student.clone().argmax(1).equal(teacher.clone().argmax(1)).float();
-        self.top1 += scalar((same * weights.clone()).sum());
+        let mean = |kind| scalar((both.per_token(kind) * weights.clone()).sum());
+        self.jsd += mean(Divergence::Jsd { beta: 0.5 });
+        self.kl_forward += mean(Divergence::KlForward);
+        self.kl_reverse += mean(Divergence::KlReverse);
+        self.top1 += scalar(both.top1_agreement(weights.clone()));
     }
 }

@@ -149,7 +149,7 @@ fn batch_nll(
                 let next: Vec<i32> =
                     tokens[first + 1 + start..][..len].iter().map(|id| id.cast_signed()).collect();
                 let next = Tensor::from_data(TensorData::new(next, [len, 1]), device);
-                let nll = ops::log_softmax(logits, 1.0).gather(1, next).neg();
+                let nll = ops::log_softmax(logits).gather(1, next).neg();
                 losses.extend(nll.into_data().iter::<f32>());
             }
             losses

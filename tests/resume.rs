@@ -1,0 +1,290 @@
+//! The resume law: stopped, killed and resumed in any way, a run ends in the same bytes.
+#![cfg(unix)] // the law is about signals
+#![allow(clippy::unwrap_used)] // a test may fail by panicking, its helpers too
+
+mod common;
+
+use std::path::PathBuf;
+use std::process::{Child, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{Ended, Place, events, few_stories};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+/// Five blocks to reconstruct, then a distillation; long enough for a signal to land inside.
+const RECIPE: &str = r#"output = "run"
+device = "cpu"
+model.path = "model"
+quant.bits = 4
+
+[data]
+validation.path = "few.json"
+[data.calibration]
+path = "text.json"
+samples = 8
+length = 64
+[data.train]
+path = "text.json"
+length = 64
+
+[[stage]]
+[stage.reconstruct]
+method.flexround = {}
+steps = 25
+batch = 4
+learning_rate = 1e-2
+[[stage]]
+[stage.distill]
+bits = 2
+method.seq = {}
+objective.jsd = {}
+steps = 48
+batch = 4
+learning_rate = 1e-3
+checkpoint_every = 4
+log_every = 1
+[[stage]]
+[stage.evaluate]
+task.ppl = { context = 64 }
+[[stage]]
+[stage.export]
+format.fewbit = {}
+"#;
+
+/// Time for anything to happen in a run.
+const PATIENCE: Duration = Duration::from_secs(120);
+const TRAIN: [&str; 3] = ["train", "--recipe", "recipe.toml"];
+const STATE: &str = "run/checkpoints/01-distill/state.safetensors";
+
+/// A place with the recipe, its model and its text.
+fn prepared() -> Place {
+    let place = Place::new();
+    place.write("recipe.toml", RECIPE);
+    place.write("few.json", few_stories(4));
+    place.write("text.json", few_stories(40));
+    place.copy_model("stories260k", "model");
+    place
+}
+
+/// A run in the background; killed when dropped, so that a failing test leaves nothing behind.
+struct Background(Option<Child>);
+
+impl Background {
+    fn start(place: &Place) -> Self {
+        let mut command = place.command(&TRAIN);
+        Self(Some(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()))
+    }
+
+    /// Waits until `ready`; fails when the run ends before.
+    fn wait_for(&mut self, what: &str, mut ready: impl FnMut() -> bool) {
+        let start = Instant::now();
+        while !ready() {
+            let ended = self.0.as_mut().unwrap().try_wait().unwrap();
+            assert!(ended.is_none() || ready(), "the run ended before {what}");
+            assert!(start.elapsed() < PATIENCE, "no {what} in {PATIENCE:?}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        let child = self.0.as_ref().unwrap();
+        kill_process(Pid::from_child(child), signal).unwrap();
+    }
+
+    fn end(mut self) -> Output {
+        self.0.take().unwrap().wait_with_output().unwrap()
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Events of the run so far. The last line may be half written while the run goes on.
+fn so_far(place: &Place) -> Vec<Value> {
+    let text = std::fs::read_to_string(place.path("run/metrics.jsonl")).unwrap_or_default();
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+    whole.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// Blocks that are reconstructed.
+fn blocks(place: &Place) -> usize {
+    so_far(place).iter().filter(|event| event["event"] == "block").count()
+}
+
+/// Steps of the distillation that are done.
+fn steps(place: &Place) -> u64 {
+    let steps = so_far(place);
+    steps
+        .iter()
+        .filter(|event| event["event"] == "step")
+        .filter_map(|e| e["step"].as_u64())
+        .max()
+        .unwrap_or(0)
+}
+
+fn block_file(place: &Place, index: usize) -> PathBuf {
+    place.path(&format!("run/checkpoints/00-reconstruct/block-{index:04}.safetensors"))
+}
+
+/// The text a stopped run ends with.
+fn stopped(output: &Output, code: i32) {
+    let Ended { code: found, err, .. } = Ended::from(output);
+    assert_eq!(found, code, "{err}");
+    let lines: Vec<&str> = err.lines().rev().take(2).collect();
+    assert_eq!(lines[1], "error: stopped by a signal");
+    assert!(lines[0].starts_with("  try  the same command"), "{err}");
+}
+
+fn status(place: &Place) -> Value {
+    serde_json::from_str::<Value>(&place.read("run/run.json")).unwrap()["status"].take()
+}
+
+/// The whole export of a finished run, byte for byte, manifest included.
+fn exported(place: &Place) -> std::collections::BTreeMap<String, Vec<u8>> {
+    assert_eq!(status(place), "done");
+    let export = place.tree("run/export/fewbit");
+    assert!(export.contains_key("model.safetensors") && export.contains_key("manifest.json"));
+    export
+}
+
+/// Positions from which a run said that it went on.
+fn resumed(place: &Place) -> Vec<String> {
+    let events = events(&place.path("run/metrics.jsonl"));
+    let resumed = events.iter().filter(|event| event["event"] == "resumed");
+    resumed.map(|event| event["position"].as_str().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn however_a_run_is_stopped_it_ends_in_the_same_bytes() {
+    let undisturbed = prepared();
+    undisturbed.ok(&TRAIN);
+    let expected = exported(&undisturbed);
+
+    let twin = prepared();
+    twin.ok(&TRAIN);
+    assert!(exported(&twin) == expected, "two runs of one recipe differ");
+
+    let asked = prepared();
+    stop_in_reconstruct(&asked);
+    stop_in_distill(&asked);
+    asked.ok(&TRAIN);
+    assert!(exported(&asked) == expected, "SIGINT, SIGTERM and resuming changed the export");
+    assert!(!asked.path(STATE).exists(), "the training state is gone when it is not needed");
+
+    let killed = prepared();
+    kill_in_distill(&killed);
+    killed.ok(&TRAIN);
+    assert!(exported(&killed) == expected, "SIGKILL and resuming changed the export");
+    let position = resumed(&killed).pop().unwrap();
+    let step: u64 = position["step ".len()..].split('/').next().unwrap().parse().unwrap();
+    assert!(
+        step > 0 && step.is_multiple_of(4),
+        "resumed at {position}, no checkpoint stands there"
+    );
+}
+
+fn stop_in_reconstruct(place: &Place) {
+    let mut run = Background::start(place);
+    run.wait_for("two blocks", || blocks(place) >= 2);
+    run.signal(Signal::INT);
+    stopped(&run.end(), 130);
+    assert_eq!(status(place), "stopped");
+    assert!(block_file(place, 1).exists() && !block_file(place, 4).exists());
+}
+
+fn stop_in_distill(place: &Place) {
+    let mut run = Background::start(place);
+    run.wait_for("distillation steps", || steps(place) >= 6);
+    run.signal(Signal::TERM);
+    stopped(&run.end(), 143);
+    assert_eq!(status(place), "stopped");
+    assert!(place.path(STATE).exists() && steps(place) < 48);
+    assert_eq!(resumed(place), ["from its last checkpoint"]);
+}
+
+fn kill_in_distill(place: &Place) {
+    let mut run = Background::start(place);
+    run.wait_for("a checkpoint and steps after it", || {
+        place.path(STATE).exists() && steps(place) % 4 == 2
+    });
+    run.signal(Signal::KILL);
+    assert!(run.end().status.code().is_none(), "the run ended before the signal");
+    assert_eq!(status(place), "running");
+}
+
+#[test]
+fn a_finished_run_says_so_and_refuses_what_changed() {
+    let place = prepared();
+    place.write("recipe.toml", RECIPE.replace("= 25", "= 1").replace("= 48", "= 1"));
+    place.ok(&TRAIN);
+    let before = place.tree("run/export");
+
+    let again = place.run(&TRAIN);
+    assert_eq!(again.code, 0);
+    assert!(again.err.contains("already complete"), "{}", again.err);
+    assert!(again.err.contains("--fresh") && again.err.contains("\ndone "), "{}", again.err);
+
+    let changed = |args: &[&str], sentence: &str| {
+        let error = place.refused(&[&TRAIN[..], args].concat());
+        assert!(error.starts_with("exit 6\n") && error.contains(sentence), "{error}");
+    };
+    changed(&["--set", "seed=1"], "the recipe changed: `seed = 0` became `seed = 1`");
+    changed(&["--set", "stage.1.distill.steps=2"], "`steps = 1` became `steps = 2`");
+    place.write("text.json", few_stories(41));
+    changed(&[], "the calibration data changed since this run began");
+    place.write("text.json", few_stories(40));
+    place.write("few.json", few_stories(5));
+    changed(&[], "the validation data changed");
+    place.write("few.json", few_stories(4));
+    let config = place.read("model/config.json");
+    place.write("model/config.json", format!("{config}\n"));
+    changed(&[], "the model's files changed");
+    place.write("model/config.json", config);
+    assert!(place.tree("run/export") == before);
+
+    // Starting over is the one way on, and removes only what a run writes.
+    place.write("run/notes.txt", "mine");
+    let fresh = place.run(&[&TRAIN[..], &["--set", "seed=1", "--fresh"]].concat());
+    assert_eq!(fresh.code, 0, "{}", fresh.err);
+    assert!(place.tree("run/export") != before && place.read("run/notes.txt") == "mine");
+    changed(&[], "`seed = 1` became `seed = 0`");
+}
+
+#[test]
+fn one_folder_has_one_process_and_damaged_checkpoints_are_named() {
+    let place = prepared();
+    let mut run = Background::start(&place);
+    run.wait_for("the run's record", || place.path("run/run.json").exists());
+    let second = place.run(&TRAIN);
+    assert_eq!(second.code, 2, "{}", second.err);
+    let sentence = "error: another fewbit process is working in this folder\n  at   run\n  try  ";
+    assert!(second.err.contains(sentence), "{}", second.err);
+    run.wait_for("distillation steps", || steps(&place) >= 2);
+    run.signal(Signal::TERM);
+    stopped(&run.end(), 143);
+    events(&place.path("run/metrics.jsonl"));
+
+    for damaged in [STATE, "run/checkpoints/00-reconstruct/block-0001.safetensors", "run/run.json"]
+    {
+        let whole = std::fs::read(place.path(damaged)).unwrap();
+        place.write(damaged, &whole[..whole.len() / 2]);
+        let ended = place.run(&TRAIN);
+        assert!([1, 3, 6].contains(&ended.code), "{}", ended.err);
+        assert!(ended.err.contains("\n  at   ") && ended.err.contains(damaged), "{}", ended.err);
+        place.write(damaged, whole);
+    }
+
+    // A crash may cut the last line of the metrics.
+    let metrics = place.read("run/metrics.jsonl");
+    place.write("run/metrics.jsonl", format!("{metrics}{{\"time\":17"));
+    place.ok(&TRAIN);
+    assert!(events(&place.path("run/metrics.jsonl")).iter().any(|event| event["event"] == "done"));
+    assert_eq!(exported(&place).len(), place.tree("run/export/fewbit").len());
+}
