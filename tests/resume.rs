@@ -53,7 +53,7 @@ format.fewbit = {}
 "#;
 
 /// Time for anything to happen in a run.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_mins(2);
 const TRAIN: [&str; 3] = ["train", "--recipe", "recipe.toml"];
 const STATE: &str = "run/checkpoints/01-distill/state.safetensors";
 

@@ -9,5 +9,6 @@ mod loss;
 
 pub use fake_quant::{TieRule, flexround, reshape_grouped, round_ste, scale_gradient, seq_levels};
 pub use loss::{
-    Distributions, Divergence, LossValue, block_mse, cross_entropy, divergence, log_softmax, with_gradient,
+    Distributions, Divergence, LossValue, block_mse, cross_entropy, divergence, log_softmax,
+    with_gradient,
 };

@@ -2,12 +2,12 @@
 //!
 //! Messages are tensorboard-proto's and records are framed by tensorboard-rs. Its `SummaryWriter`
 //! is left out on purpose: it writes in a thread of its own that panics when the disk is full, and
-//! has no text. The trait that serializes messages belongs to the crate protobuf 2, which neither
-//! crate re-exports and which is not worth depending on for five small messages: see `Wire`.
+//! has no text.
 
 use std::path::Path;
 use std::process;
 
+use protobuf::Message as _;
 use tensorboard_proto::event::Event as Record;
 use tensorboard_proto::summary::{
     HistogramProto, Summary, Summary_Value, SummaryMetadata, SummaryMetadata_PluginData,
@@ -50,8 +50,8 @@ impl TensorBoard {
         let mut bytes = Vec::new();
         let mut framed = RecordWriter::new(&mut bytes);
         for record in records {
-            // Writing to a vector does not fail.
-            let _ = framed.write(&encode(record));
+            // Neither encoding a message of ours nor writing to a vector fails.
+            let _ = record.write_to_bytes().map(|message| framed.write(&message));
         }
         if !bytes.is_empty() {
             file.write(&bytes);
@@ -169,109 +169,6 @@ fn text(tag: &str, text: &str) -> Summary_Value {
     value
 }
 
-/// Bytes in protobuf's wire format, for the fields set above and no others. The numbers at the
-/// calls are the field numbers in TensorBoard's `.proto` files.
-#[derive(Default)]
-struct Wire(Vec<u8>);
-
-impl Wire {
-    fn varint(&mut self, mut number: u64) {
-        while number >= 0x80 {
-            self.0.push(number as u8 | 0x80);
-            number >>= 7;
-        }
-        self.0.push(number as u8);
-    }
-
-    fn int(&mut self, field: u64, number: i64) {
-        self.varint(field << 3);
-        self.varint(number as u64);
-    }
-
-    fn double(&mut self, field: u64, number: f64) {
-        self.varint(field << 3 | 1);
-        self.0.extend(number.to_le_bytes());
-    }
-
-    fn float(&mut self, field: u64, number: f32) {
-        self.varint(field << 3 | 5);
-        self.0.extend(number.to_le_bytes());
-    }
-
-    fn bytes(&mut self, field: u64, bytes: &[u8]) {
-        self.varint(field << 3 | 2);
-        self.varint(bytes.len() as u64);
-        self.0.extend(bytes);
-    }
-
-    fn message(&mut self, field: u64, fill: impl FnOnce(&mut Self)) {
-        let mut inner = Self::default();
-        fill(&mut inner);
-        self.bytes(field, &inner.0);
-    }
-
-    fn doubles(&mut self, field: u64, numbers: &[f64]) {
-        let packed: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
-        self.bytes(field, &packed);
-    }
-}
-
-fn encode(record: &Record) -> Vec<u8> {
-    let mut wire = Wire::default();
-    wire.double(1, record.get_wall_time());
-    wire.int(2, record.get_step());
-    if record.has_file_version() {
-        wire.bytes(3, record.get_file_version().as_bytes());
-    }
-    if record.has_summary() {
-        wire.message(5, |wire| {
-            for value in record.get_summary().get_value() {
-                wire.message(1, |wire| encode_value(wire, value));
-            }
-        });
-    }
-    wire.0
-}
-
-fn encode_value(wire: &mut Wire, value: &Summary_Value) {
-    wire.bytes(1, value.get_tag().as_bytes());
-    if value.has_simple_value() {
-        wire.float(2, value.get_simple_value());
-    }
-    if value.has_histo() {
-        let histogram = value.get_histo();
-        wire.message(5, |wire| {
-            wire.double(1, histogram.get_min());
-            wire.double(2, histogram.get_max());
-            wire.double(3, histogram.get_num());
-            wire.double(4, histogram.get_sum());
-            wire.double(5, histogram.get_sum_squares());
-            wire.doubles(6, histogram.get_bucket_limit());
-            wire.doubles(7, histogram.get_bucket());
-        });
-    }
-    if value.has_tensor() {
-        let tensor = value.get_tensor();
-        wire.message(8, |wire| {
-            wire.int(1, tensor.get_dtype() as i64);
-            wire.message(2, |wire| {
-                for dim in tensor.get_tensor_shape().get_dim() {
-                    wire.message(2, |wire| wire.int(1, dim.get_size()));
-                }
-            });
-            for text in tensor.get_string_val() {
-                wire.bytes(8, text);
-            }
-        });
-    }
-    if value.has_metadata() {
-        let plugin = value.get_metadata().get_plugin_data();
-        wire.message(9, |wire| {
-            wire.message(1, |wire| wire.bytes(1, plugin.get_plugin_name().as_bytes()));
-        });
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs;
@@ -303,7 +200,7 @@ mod tests {
         let mut expected = vec![0x09, 0, 0, 0, 0, 0, 0, 0, 0x40];
         expected.extend([0x10, 0xac, 0x02]);
         expected.extend([0x2a, 10, 0x0a, 8, 0x0a, 1, b'a', 0x15, 0, 0, 0x80, 0x3f]);
-        assert_eq!(encode(&record), expected);
+        assert_eq!(record.write_to_bytes().unwrap(), expected);
     }
 
     #[test]

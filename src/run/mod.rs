@@ -88,7 +88,8 @@ fn execute(
         model: model.name.clone(),
         model_sha256: fingerprint.model,
         data_sha256: fingerprint.data,
-        recipe: to_toml(&plan.recipe)?,
+        // Without output folder and device: equal runs give equal manifests.
+        recipe: fingerprint.recipe,
         seed: plan.recipe.seed,
         device: device.name.clone(),
     };

@@ -58,7 +58,7 @@ impl Place {
     /// Runs to the end, whatever that is; only a panic shown to the user is never right.
     pub(crate) fn run(&self, args: &[&str]) -> Ended {
         let mut command = assert_cmd::Command::from_std(self.command(args));
-        let ended = Ended::from(&command.timeout(Duration::from_secs(240)).output().unwrap());
+        let ended = Ended::from(&command.timeout(Duration::from_mins(4)).output().unwrap());
         assert!(!ended.err.contains("panicked"), "{args:?}: {}", ended.err);
         assert!(!ended.err.contains("internal error"), "{args:?}: {}", ended.err);
         ended

@@ -1,0 +1,186 @@
+//! The recipes that ship: they parse, they are the built-in ones, and each trains to known numbers.
+#![allow(clippy::unwrap_used)] // a test may fail by panicking, its helpers too
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use common::{Place, events, few_stories};
+use fewbit::recipe::{Recipe, builtins, find, parse, to_toml};
+use serde_json::Value;
+
+/// Relative to a stored number: what another CPU's summation order may change.
+const TOLERANCE: f64 = 1e-3;
+
+/// A recipe, what makes it short, and the numbers it then gives. A change of them is a line in the
+/// CHANGELOG.
+struct Stored {
+    recipe: &'static str,
+    set: &'static [&'static str],
+    numbers: &'static [(&'static str, f64)],
+}
+
+const STORED: &[Stored] = &[
+    Stored {
+        recipe: "rtn_w4g128",
+        set: &[],
+        numbers: &[("float", 34.6142), ("after calibrate", 37.4020)],
+    },
+    Stored {
+        recipe: "flexround_w4",
+        set: &["data.calibration.samples=16", "stage.0.reconstruct.steps=4"],
+        numbers: &[
+            ("block 0 loss", 3.1458),
+            ("block 1 loss", 18.1445),
+            ("float", 34.6142),
+            ("rtn w4", 37.1045),
+            ("after reconstruct", 35.5716),
+        ],
+    },
+    Stored {
+        recipe: "upq_int2",
+        set: &[
+            "data.calibration.samples=16",
+            "stage.1.reconstruct.steps=4",
+            "stage.3.distill.steps=4",
+            "stage.3.distill.log_every=1",
+        ],
+        numbers: &[
+            ("float", 34.6142),
+            ("block 0 loss", 3.2080),
+            ("block 1 loss", 18.9669),
+            ("rtn w4", 37.1045),
+            ("after reconstruct", 35.4536),
+            ("first loss", 0.2754),
+            ("rtn w2", 859.0840),
+            ("after distill", 146.8242),
+        ],
+    },
+];
+
+fn files() -> BTreeMap<String, String> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
+    let mut files = BTreeMap::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
+        files.insert(name, std::fs::read_to_string(&path).unwrap());
+    }
+    files
+}
+
+#[test]
+fn the_files_are_the_built_in_recipes() {
+    let built_in: BTreeMap<String, String> =
+        builtins().iter().map(|recipe| (recipe.name.to_owned(), recipe.text.to_owned())).collect();
+    assert!(!built_in.is_empty());
+    assert_eq!(files(), built_in);
+    for (name, text) in files() {
+        assert_eq!(find(&name).unwrap().0, text);
+    }
+}
+
+#[test]
+fn each_parses_and_survives_being_written() {
+    for (name, text) in files() {
+        let (recipe, _): (Recipe, _) = parse(&text, &name, &[]).unwrap();
+        assert_eq!(recipe.output, Path::new("runs").join(&name));
+        let (again, _): (Recipe, _) = parse(&to_toml(&recipe).unwrap(), &name, &[]).unwrap();
+        assert_eq!(recipe, again, "{name}");
+    }
+}
+
+#[test]
+fn each_opens_with_what_it_does_what_it_needs_and_its_command() {
+    for (name, text) in files() {
+        let head: Vec<&str> = text.lines().take_while(|line| line.starts_with('#')).collect();
+        let head = head.join("\n");
+        let command = format!("fewbit train --recipe {name}.toml");
+        for words in ["# What it does ", "# What it needs ", "# Run ", "# A real model ", &command]
+        {
+            assert!(head.contains(words), "{name}.toml does not say {words:?}");
+        }
+        assert!(
+            head.contains("--set model.path="),
+            "{name}.toml does not say how to set the model"
+        );
+    }
+}
+
+/// The dotted keys that head comments set exist.
+#[test]
+fn the_keys_that_head_comments_set_exist() {
+    for (name, text) in files() {
+        let head = text.lines().take_while(|line| line.starts_with('#'));
+        let words = head.flat_map(|line| line.trim_matches(['#', '\\', ' ']).split_whitespace());
+        let words: Vec<&str> = words.collect();
+        let sets: Vec<String> = words
+            .windows(2)
+            .filter(|pair| pair[0] == "--set" && pair[1].contains('='))
+            .map(|pair| pair[1].trim_end_matches([',', '.', ';']).to_owned())
+            .collect();
+        assert!(!sets.is_empty(), "{name}");
+        let result = parse::<Recipe>(&text, &name, &sets);
+        assert!(result.is_ok(), "{name}: {}", result.unwrap_err());
+    }
+}
+
+#[test]
+fn each_resolves_to_a_plan() {
+    let place = Place::new();
+    for name in files().keys() {
+        let check = place.json(&["check", "--recipe", name, "--json"]);
+        assert_eq!(check["ok"], true, "{name}");
+        let plan = check["plan"].as_str().unwrap();
+        assert!(plan.starts_with("dense → ") && plan.contains("export("), "{name}: {plan}");
+    }
+}
+
+#[test]
+fn each_trains_to_the_stored_numbers() {
+    for name in files().keys() {
+        assert!(
+            STORED.iter().any(|stored| stored.recipe == name),
+            "recipes/{name}.toml has no stored numbers: add a row to tests/recipes.rs"
+        );
+    }
+    let mut faults = String::new();
+    for stored in STORED {
+        let found = train(stored);
+        let equal = found.len() == stored.numbers.len()
+            && found.iter().zip(stored.numbers).all(|((name, value), (stored_name, expected))| {
+                name == stored_name && (value / expected - 1.0).abs() <= TOLERANCE
+            });
+        if !equal {
+            let lines = found.iter().map(|(name, value)| format!("    ({name:?}, {value:.4}),\n"));
+            faults.extend([stored.recipe, " gives\n", &lines.collect::<String>()]);
+        }
+    }
+    assert!(faults.is_empty(), "{faults}");
+}
+
+/// The first loss of every block and stage, and every perplexity, in order.
+fn train(stored: &Stored) -> Vec<(String, f64)> {
+    let place = Place::new();
+    place.write("few.json", few_stories(12));
+    let mut args = vec!["train", "--recipe", stored.recipe, "--output", "run", "--device", "cpu"];
+    for set in stored.set.iter().chain(&["data.validation.path=few.json"]) {
+        args.extend(["--set", set]);
+    }
+    place.ok(&args);
+    let events = events(&place.path("run/metrics.jsonl"));
+    events.iter().filter_map(number).collect()
+}
+
+fn number(event: &Value) -> Option<(String, f64)> {
+    let (name, value) = match event["event"].as_str()? {
+        "block_loss" if event["step"] == 0 => {
+            (format!("block {} loss", event["block"]), &event["loss"])
+        }
+        "step" if event["step"] == 1 => ("first loss".to_owned(), &event["values"]["train/loss"]),
+        "evaluation" => (event["what"].as_str()?.to_owned(), &event["perplexity"]),
+        _ => return None,
+    };
+    Some((name, value.as_f64()?))
+}
