@@ -21,6 +21,10 @@ pub struct NamedDevice {
 /// # Errors
 /// A usage error for an unknown name, or a backend that this binary was built without.
 pub fn open(name: &str) -> Result<NamedDevice> {
+    named(name).map_err(|error| error.at(format!("--device {name}, or `device` in the recipe")))
+}
+
+fn named(name: &str) -> Result<NamedDevice> {
     let name = if name == "auto" { best() } else { name };
     let (kind, index) = match name.split_once(':') {
         None => (name, None),
@@ -111,6 +115,8 @@ mod tests {
     fn unknown_devices_are_usage_errors() {
         assert_eq!(open("gpu").unwrap_err().kind().exit_code(), 2);
         assert_eq!(open("cuda:x").unwrap_err().kind().exit_code(), 2);
+        let text = open("gpu").unwrap_err().to_string();
+        assert!(text.contains("  at   --device gpu, or `device` in the recipe"), "{text}");
     }
 
     #[cfg(feature = "flex")]

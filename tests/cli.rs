@@ -146,6 +146,16 @@ mod recipes {
               at   mine.toml
               try  another name
         ");
+        let folder = place.refused(&["recipes", "copy", "rtn_w4g128", "none/mine.toml"]);
+        assert_snapshot!(folder, @r"
+            exit 2
+            error: there is no such folder to write to
+              at   none
+              try  create it first, or check the path
+        ");
+        let output = ["--tokens", "1", "--output", "none/l.safetensors"];
+        let logits = place.refused(&[&["logits", "--model", "x/y"], &output[..]].concat());
+        assert_eq!(logits, folder);
         let unknown = place.refused(&["recipes", "copy", "rtn_w4", "other.toml"]);
         assert_snapshot!(unknown, @r"
             exit 2
@@ -255,7 +265,7 @@ mod recipe_errors {
             exit 2
             error: there is no recipe `missing.toml`
               at   the path itself, recipes/, and the built-in recipes
-              try  upq_int2, or `fewbit recipes list`
+              try  `fewbit recipes list`
         ");
         assert_snapshot!(place.refused(&["check", "--recipe", "upq_in2"]), @r"
             exit 2
@@ -291,12 +301,26 @@ mod recipe_errors {
     #[test]
     fn bits_out_of_range() {
         let place = edited("rtn_w4g128", "bits = 4", "bits = 9");
-        assert_snapshot!(place.refused_briefly(&["check", "--recipe", "recipe.toml"]), @r"
+        assert_snapshot!(check_refuses(&place, &[]), @r"
             exit 2
-            error: `bits`: bits = 9 is not in 1..=8
+            error: bits = 9 is not in 1..=8
               at   recipe.toml line 20:
                    20 | bits = 9
                       |        ^
+              try  write a number from 1 to 8
+        ");
+    }
+
+    #[test]
+    fn a_learning_rate_below_zero() {
+        let place = edited("flexround_w4", "learning_rate = 1e-2", "learning_rate = -1");
+        assert_snapshot!(check_refuses(&place, &[]), @r"
+            exit 2
+            error: learning_rate = -1 is not a rate
+              at   recipe.toml line 36:
+                   36 | learning_rate = -1
+                      |                 ^^
+              try  write a number of at least 0
         ");
     }
 
@@ -306,8 +330,8 @@ mod recipe_errors {
         assert_snapshot!(check_refuses(&place, &[]), @r"
             exit 3
             error: group_size 100 does not divide in_features 128
-              at   model.layers.0.self_attn.q_proj.weight, quant.group_size (recipe line 21), stage.0.calibrate (recipe line 26)
-              try  group_size = 128, or an [[quant.override]] for this linear
+              at   model.layers.0.self_attn.q_proj.weight, quant.group_size (recipe line 21)
+              try  group_size = 128, or a [[quant.override]] for this linear
         ");
     }
 
@@ -318,7 +342,7 @@ mod recipe_errors {
         assert_snapshot!(check_refuses(&place, &[]), @r#"
             exit 2
             error: the override `*.down_prj` matches no linear
-              at   quant.override.0.match (recipe line 24), stage.0.calibrate (recipe line 29)
+              at   quant.override.0.match (recipe line 24)
               try  a pattern such as "*.down_proj" or "model.layers.0.*"
         "#);
     }
@@ -347,7 +371,10 @@ mod recipe_errors {
     fn a_device_that_is_not_compiled_in() {
         let place = Place::new();
         let args = ["check", "--recipe", "rtn_w4g128", "--device", "abacus"];
-        assert!(place.refused_briefly(&args).starts_with("exit 2\nerror: unknown device `abacus`"));
+        let error = place.refused(&args);
+        let place = "\n  at   --device abacus, or `device` in the recipe\n  try  one of: auto, ";
+        assert!(error.starts_with("exit 2\nerror: unknown device `abacus`"), "{error}");
+        assert!(error.contains(place), "{error}");
     }
 }
 
@@ -364,7 +391,7 @@ mod data_errors {
     fn text_that_is_too_short() {
         assert_snapshot!(check_refuses_text("short.json", "[\"Once upon a time.\"]"), @r"
             exit 3
-            error: the data has 7 tokens, but one window of 256 tokens need 256
+            error: the data has 7 tokens, but one window of 256 tokens needs 256
               at   data.validation
               try  add text, or use a shorter context
         ");
@@ -514,9 +541,10 @@ mod model_errors {
     fn a_model_that_is_not_there() {
         let place = Place::new();
         let args = ["eval", "--model", "nowhere", "--data", "embedded:tinystories/train.json"];
-        assert_snapshot!(place.refused_briefly(&args), @r"
+        assert_snapshot!(place.refused(&args), @r"
             exit 2
-            error: there is no model `nowhere`
+            error: there is no such model
+              at   nowhere
               try  a Hugging Face folder, a fewbit run or export, or a hub id owner/name
         ");
     }
@@ -533,11 +561,19 @@ mod model_errors {
         ");
         place.write("text.txt", "Once upon a time.");
         let args = ["eval", "--model", "model", "--data", "text.txt", "--context", "4096"];
-        assert_snapshot!(place.refused_briefly(&args), @r"
+        assert_snapshot!(place.refused(&args), @r"
             exit 2
             error: context = 4096 is not between 2 and the model's 512
+              at   --context
               try  context = 512
         ");
+        let args = ["eval", "--model", "model", "--data", "text.txt", "--stride", "600"];
+        let stride = place.refused(&args);
+        assert!(stride.starts_with("exit 2\n") && stride.contains("at   --stride\n"), "{stride}");
+        let short = place.refused(&["eval", "--model", "model", "--data", "text.txt"]);
+        assert!(short.starts_with("exit 3\n") && short.contains("at   text.txt\n"), "{short}");
+        let many = vec!["1"; 513].join(",");
+        place.refused(&["logits", "--model", "model", "--tokens", &many, "--output", "l"]);
     }
 }
 
@@ -726,11 +762,41 @@ mod results {
         }
         let text = place.ok(&["inspect", "run"]);
         assert!(text.contains("all 2-bit codes") && text.contains("lm_head.weight"), "{text}");
+        assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
+        let heading = text.lines().find(|line| line.starts_with("linear ")).unwrap();
+        assert!(heading.ends_with("  bits  group  bits/weight    codes, share in %"), "{heading}");
+        let text = place.ok(&["inspect", "run/checkpoints/00-reconstruct/block-0001.safetensors"]);
+        assert!(text.contains("all 4-bit codes") && !text.contains("other tensor"), "{text}");
+        assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
         let text = place.ok(&["inspect", "inspected"]);
         assert!(
             text.contains("model.embed_tokens.weight") && text.contains("47 tensors"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn inspect_names_what_is_no_model_and_what_is_missing() {
+        let place = Place::new();
+        place.write("notes.txt", "Not a model, and longer than eight bytes.");
+        assert_snapshot!(place.refused(&["inspect", "notes.txt"]), @r"
+            exit 3
+            error: this is not a safetensors file
+              at   notes.txt
+              try  check the path; if it should be one, download it again
+        ");
+        copy_folder(&finished().path("run/export/fewbit"), &place.path("packed"));
+        let file = place.path("packed/model.safetensors");
+        let (mut header, values) = split_safetensors(&file);
+        for part in ["codes", "scales"] {
+            let name = format!("model.layers.0.mlp.up_proj.{part}");
+            let entry = header.as_object_mut().unwrap().remove(&name).unwrap();
+            header[part] = entry;
+            join_safetensors(&file, &header, &values);
+            let error = place.refused(&["inspect", "packed"]);
+            assert!(error.contains("no tensor of this name"), "{error}");
+            assert!(error.ends_with("try  export the run again\n"), "{error}");
+        }
     }
 
     fn reference(model: &str) -> Value {

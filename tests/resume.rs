@@ -206,7 +206,8 @@ fn stop_in_distill(place: &Place) {
     stopped(&run.end(), 143);
     assert_eq!(status(place), "stopped");
     assert!(place.path(STATE).exists() && steps(place) < 48);
-    assert_eq!(resumed(place), ["from its last checkpoint"]);
+    let resumed = resumed(place);
+    assert!(matches!(&resumed[..], [one] if one.starts_with("block ") && one.ends_with("/5")));
 }
 
 fn kill_in_distill(place: &Place) {

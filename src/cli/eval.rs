@@ -8,6 +8,7 @@ use serde_json::json;
 use super::{ModelArgs, output};
 use crate::data::{TokenStream, read_documents, sha256_of};
 use crate::error::Result;
+use crate::model::ModelConfig;
 use crate::report::Event;
 use crate::report::Reporter;
 use crate::report::terminal::Terminal;
@@ -53,7 +54,8 @@ pub(super) fn run(args: &EvalArgs, stop: &StopFlag) -> Result<()> {
     let Task::Ppl = args.task;
     let session = args.model.open()?;
     let task = PplConfig { context: args.context, stride: args.stride, windows: args.windows };
-    task.protocol(&session.opened.config)?;
+    let config = &session.opened.config;
+    let (context, stride) = protocol(&task, config)?;
     let paths: Vec<PathBuf> = args.data.iter().map(|d| locate::data(d)).collect::<Result<_>>()?;
     let mut documents = Vec::new();
     for path in &paths {
@@ -62,13 +64,15 @@ pub(super) fn run(args: &EvalArgs, stop: &StopFlag) -> Result<()> {
     let tokenizer = session.tokenizer()?;
     let bos = if args.no_bos { None } else { session.bos(&tokenizer)? };
     let stream = TokenStream::build(&documents, &tokenizer, bos)?;
+    // Before the weights are read.
+    stream.strided(context, stride).map_err(|error| error.at(args.data.join(", ")))?;
     let model = session.load()?;
     let mut terminal = Terminal::new();
     let mut progress = |done, of| {
         let (verb, detail) = ("eval".to_owned(), String::new());
         terminal.emit(&Event::Progress { verb, done, of, detail });
     };
-    let (config, device) = (&session.opened.config, &session.device.device);
+    let device = &session.device.device;
     let result = task::measure(&model, config, &stream, &task, device, stop, &mut progress)?;
     terminal.flush();
     let data_sha256 = sha256_of(&paths)?;
@@ -89,7 +93,8 @@ pub(super) fn run(args: &EvalArgs, stop: &StopFlag) -> Result<()> {
     }
     output::line(&format!(
         "perplexity {:.4}   nll {:.5} per token over {} tokens\n\
-         protocol   {} windows of {} tokens, stride {}, first token of a window not predicted, {}\n\
+         protocol   {} windows of {} tokens, stride {},\n           \
+         first token of a window not predicted, {}\n\
          data       {} sha256 {}\n\
          model      {} on {}",
         result.perplexity,
@@ -104,4 +109,14 @@ pub(super) fn run(args: &EvalArgs, stop: &StopFlag) -> Result<()> {
         args.model.model,
         session.device.name,
     ))
+}
+
+/// Window length and stride; an error names the option to blame, which is why they are tried one
+/// after the other.
+fn protocol(task: &PplConfig, config: &ModelConfig) -> Result<(usize, usize)> {
+    let context = PplConfig { context: task.context, ..PplConfig::default() };
+    context.protocol(config).map_err(|error| error.at("--context"))?;
+    let stride = PplConfig { stride: task.stride, ..context };
+    stride.protocol(config).map_err(|error| error.at("--stride"))?;
+    task.protocol(config)
 }

@@ -1,6 +1,6 @@
 //! `fewbit inspect PATH`: what is in a model folder, an export, a run or a safetensors file.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
@@ -9,11 +9,14 @@ use serde_json::{Value, json};
 
 use super::output;
 use crate::error::Result;
-use crate::export::{Manifest, fewbit};
+use crate::export::{Format, Manifest, fewbit};
 use crate::quant::{CodeHistogram, QuantizedWeight};
 use crate::report::size;
 use crate::store::safetensors::Checkpoint;
 use crate::store::{TensorInfo, TensorSource, locate};
+
+/// Shares of codes on one line.
+const BINS: usize = 16;
 
 /// Arguments of `inspect`.
 #[derive(Args, Debug)]
@@ -68,13 +71,12 @@ fn open(path: &Path) -> Result<(Checkpoint, Vec<Linear>)> {
     }
     let checkpoint = Checkpoint::open(path)?;
     let mut linears = Vec::new();
-    if let Some(manifest) = Manifest::read(path)? {
+    // A dequantized export has records, but no codes.
+    if let Some(manifest) = Manifest::read(path)?.filter(|m| m.format == Format::Fewbit) {
         for (name, record) in manifest.linears {
-            // A dequantized export has records, but no codes.
-            if checkpoint.info(&fewbit::tensor_names(&name)[0]).is_some() {
-                let weight = fewbit::decode(&name, &record, &checkpoint)?;
-                linears.push(Linear { name, method: record.method, weight });
-            }
+            let weight = fewbit::decode(&name, &record, &checkpoint)
+                .map_err(|error| error.fix("export the run again"))?;
+            linears.push(Linear { name, method: record.method, weight });
         }
     }
     Ok((checkpoint, linears))
@@ -132,53 +134,96 @@ fn as_text(path: &Path, stored: &BTreeMap<String, TensorInfo>, linears: &[Linear
     let mut text = String::new();
     // Writing to a String cannot fail.
     let _ = writeln!(text, "{}", path.display());
-    if !linears.is_empty() {
-        let _ = writeln!(
-            text,
-            "\n{:<42}{:>11}{:>6}{:>7}{:>11}  codes, share in %",
-            "linear", "out x in", "bits", "group", "bits/weight"
-        );
-    }
     let mut widths: BTreeMap<u8, CodeHistogram> = BTreeMap::new();
+    let mut rows = Vec::new();
     for Linear { name, weight, .. } in linears {
         let histogram = weight.histogram();
         let layout = weight.layout;
-        let _ = writeln!(
-            text,
-            "{name:<42}{:>11}{:>6}{:>7}{:>11.4}  {}",
+        // More codes than four are in the summary only: the line would not fit a screen.
+        let few = weight.bits.levels() <= 4;
+        rows.push(vec![
+            name.clone(),
             format!("{} x {}", layout.out, layout.inputs),
-            weight.bits,
-            layout.group_len,
-            weight.bits_per_weight(),
-            shares(&histogram),
-        );
+            weight.bits.to_string(),
+            layout.group_len.to_string(),
+            format!("{:.4}", weight.bits_per_weight()),
+            if few { shares(&histogram) } else { String::new() },
+        ]);
         widths.entry(weight.bits.get()).and_modify(|h| h.merge(&histogram)).or_insert(histogram);
     }
-    let quantized: std::collections::BTreeSet<String> =
+    let codes = if rows.iter().any(|row| !row[5].is_empty()) { "codes, share in %" } else { "" };
+    text += &table(&["linear", "out x in", "bits", "group", "bits/weight", codes], &rows);
+    let quantized: BTreeSet<String> =
         linears.iter().flat_map(|linear| fewbit::tensor_names(&linear.name)).collect();
-    let _ = writeln!(text, "\n{:<42}{:>11}{:>20}{:>11}", "other tensor", "dtype", "shape", "size");
-    for (name, info) in stored.iter().filter(|(name, _)| !quantized.contains(*name)) {
-        let shape: Vec<String> = info.shape.iter().map(ToString::to_string).collect();
-        let (dtype, shape) = (info.dtype.name(), shape.join(" x "));
-        let _ = writeln!(text, "{name:<42}{dtype:>11}{shape:>20}{:>11}", size(bytes(info)));
-    }
+    let others = stored.iter().filter(|(name, _)| !quantized.contains(*name));
+    let rows: Vec<Vec<String>> = others
+        .map(|(name, info)| {
+            let shape: Vec<String> = info.shape.iter().map(ToString::to_string).collect();
+            vec![name.clone(), info.dtype.name().into(), shape.join(" x "), size(bytes(info))]
+        })
+        .collect();
+    let heading = if linears.is_empty() { "tensor" } else { "other tensor" };
+    text += &table(&[heading, "dtype", "shape", "size"], &rows);
     text.push('\n');
     for (bits, histogram) in &widths {
-        let _ = writeln!(text, "all {bits}-bit codes, share in %: {}", shares(histogram));
+        let bins =
+            if histogram.0.len() > BINS { format!(" in {BINS} bins") } else { String::new() };
+        let _ = writeln!(text, "all {bits}-bit codes{bins}, share in %\n {}", shares(histogram));
     }
     if let Some((bits, weights)) = stats(linears) {
         let _ = writeln!(text, "{weights} quantized weights, {bits:.4} bits each with scales");
     }
-    let total = stored.values().map(bytes).sum();
-    let _ = writeln!(text, "{} in {} tensors", size(total), stored.len());
+    let (total, count) = (stored.values().map(bytes).sum(), stored.len());
+    let tensors = if count == 1 { "tensor" } else { "tensors" };
+    let _ = writeln!(text, "{} in {count} {tensors}", size(total));
     text
 }
 
-/// `3.1 20.4 ...`: at most 16 codes, the rest summed in bins.
+/// An empty line, the heading and the rows, each column as wide as its longest entry and all but
+/// the first aligned right. Nothing where there are no rows.
+fn table(heading: &[&str], rows: &[Vec<String>]) -> String {
+    if rows.is_empty() {
+        return String::new();
+    }
+    let width = |column: usize| {
+        let entries = rows.iter().map(|row| row[column].chars().count());
+        entries.max().unwrap_or(0).max(heading[column].chars().count())
+    };
+    let widths: Vec<usize> = (0..heading.len()).map(width).collect();
+    let mut text = String::from("\n");
+    let heading = heading.iter().map(ToString::to_string).collect();
+    for row in std::iter::once(&heading).chain(rows) {
+        let mut line = format!("{:<1$}", row[0], widths[0]);
+        for (entry, width) in row.iter().zip(&widths).skip(1) {
+            let _ = write!(line, "  {entry:>width$}");
+        }
+        text += line.trim_end();
+        text.push('\n');
+    }
+    text
+}
+
+/// `3.1 20.4 ...`: at most [`BINS`] codes, more summed in as many bins.
 fn shares(histogram: &CodeHistogram) -> String {
     let counts = &histogram.0;
     let total = counts.iter().sum::<u64>().max(1) as f64;
-    let bin = counts.len().div_ceil(16);
+    let bin = counts.len().div_ceil(BINS);
     let shares = counts.chunks(bin).map(|c| 100.0 * c.iter().sum::<u64>() as f64 / total);
-    shares.map(|share| format!("{share:.1}")).collect::<Vec<_>>().join(" ")
+    shares.map(|share| format!("{share:>4.1}")).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_are_as_wide_as_their_names() {
+        let row = |name: &str, number: &str| vec![name.to_owned(), number.to_owned()];
+        assert_eq!(
+            table(&["name", "n"], &[row("a.long.name", "1"), row("b", "100")]),
+            "\nname           n\na.long.name    1\nb            100\n"
+        );
+        assert_eq!(table(&["name", "n"], &[]), "");
+        assert_eq!(table(&["name", ""], &[row("b", "")]), "\nname\nb\n");
+    }
 }

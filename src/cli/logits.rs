@@ -5,11 +5,11 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{ModelArgs, non_empty, output};
+use super::{ModelArgs, output};
 use crate::error::{Error, Result};
 use crate::model::{CausalLm, Positions};
-use crate::store::HostTensor;
 use crate::store::safetensors::write_file;
+use crate::store::{HostTensor, locate};
 
 /// Arguments of `logits`.
 #[derive(Args, Debug)]
@@ -25,7 +25,7 @@ pub(super) struct LogitsArgs {
 }
 
 pub(super) fn run(args: &LogitsArgs) -> Result<()> {
-    non_empty(&args.output)?;
+    locate::output_file(&args.output)?;
     let session = args.model.open()?;
     let config = &session.opened.config;
     if let Some(id) = args.tokens.iter().find(|id| **id as usize >= config.vocab) {
@@ -39,7 +39,8 @@ pub(super) fn run(args: &LogitsArgs) -> Result<()> {
             "{seq} tokens do not fit in the model's context {}",
             config.max_positions
         ))
-        .at("--tokens"));
+        .at("--tokens")
+        .fix(format!("at most {} tokens", config.max_positions)));
     }
     let model = session.load()?;
     let device = &session.device.device;

@@ -10,6 +10,7 @@ use serde_json::json;
 use super::output;
 use crate::error::{Error, Result};
 use crate::recipe::{builtins, find};
+use crate::store::locate;
 
 /// Arguments of `recipes`.
 #[derive(Args, Debug)]
@@ -59,6 +60,9 @@ pub(super) fn run(args: RecipesArgs) -> Result<()> {
         RecipesCommand::Show { name } => output::print(&find(&name)?.0),
         RecipesCommand::Copy { name, path } => {
             let (text, _) = find(&name)?;
+            if !path.exists() {
+                locate::output_file(&path)?;
+            }
             let mut file = match OpenOptions::new().write(true).create_new(true).open(&path) {
                 Ok(file) => file,
                 Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {

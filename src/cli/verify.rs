@@ -1,6 +1,6 @@
 //! `fewbit verify DIR`: an export against its own manifest.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use clap::Args;
 use serde_json::json;
@@ -12,14 +12,15 @@ use crate::export::{self, Manifest, OpenModel, open_model};
 use crate::model::{WeightSource, weight_name};
 use crate::stage::PARITY_WINDOWS;
 use crate::stop::StopFlag;
+use crate::store::folder::sha256_file;
 use crate::store::{TensorSource, locate};
 use crate::task::{self, PplConfig};
 
 /// Arguments of `verify`.
 #[derive(Args, Debug)]
 pub(super) struct VerifyArgs {
-    /// The exported folder
-    dir: PathBuf,
+    /// The exported folder, or a run: then its packed export
+    dir: String,
     /// Also measure the perplexity the manifest recorded, on this text
     #[arg(long, value_name = "FILE")]
     data: Option<String>,
@@ -36,12 +37,20 @@ pub(super) fn run(args: &VerifyArgs, stop: &StopFlag) -> Result<()> {
         Kind::Failed | Kind::Preflight => error.with_kind(Kind::Gate),
         _ => error,
     };
-    let opened = open_model(&args.dir).map_err(failed)?;
-    let manifest = opened.manifest.as_ref().ok_or_else(|| {
+    let dir = locate::model(&args.dir)?;
+    let manifest = Manifest::read(&dir).map_err(failed)?.ok_or_else(|| {
         Error::usage("the folder has no manifest.json of fewbit's")
-            .at(args.dir.display())
+            .at(dir.display())
             .fix("a folder under a run's export/")
     })?;
+    for (name, sha256) in &manifest.files {
+        let path = dir.join(name);
+        if sha256_file(&path).map_err(failed)? != *sha256 {
+            return Err(damaged("a file does not match its hash", &dir, name));
+        }
+    }
+    let opened = open_model(&dir).map_err(failed)?;
+    let manifest = &manifest;
     check_names(&opened, manifest).map_err(failed)?;
     for (name, sha256) in &manifest.dense {
         stop.check()?;
@@ -51,6 +60,7 @@ pub(super) fn run(args: &VerifyArgs, stop: &StopFlag) -> Result<()> {
         stop.check()?;
         check_linear(&opened, manifest, name).map_err(failed)?;
     }
+    check_record(&opened, manifest)?;
     let perplexity = match &args.data {
         Some(data) => Some(check_perplexity(args, &opened, manifest, data, stop)?),
         None => None,
@@ -76,10 +86,34 @@ pub(super) fn run(args: &VerifyArgs, stop: &StopFlag) -> Result<()> {
     };
     output::line(&format!(
         "ok  {}  {linears} linears: hashes, shapes, codes, scales, weights\n\
-         ok  {dense} other tensors: hashes\n\
+         ok  {dense} other tensors and {} files: hashes\n\
          ok  {parity}",
         manifest.format.name(),
+        manifest.files.len(),
     ))
+}
+
+/// What the manifest says of itself agrees with the files.
+fn check_record(opened: &OpenModel, manifest: &Manifest) -> Result<()> {
+    let mut stats = export::WeightStats::default();
+    for name in manifest.linears.keys() {
+        if let Some(weight) = opened.quantized(name)? {
+            stats.add(&weight);
+        }
+    }
+    let stored = stats.bits_per_weight();
+    if stats.weights > 0 && stored.to_bits() != manifest.bits_per_weight.to_bits() {
+        let says = manifest.bits_per_weight;
+        let what = format!("the weights take {stored} bits each, the manifest says {says}");
+        return Err(damaged(&what, &opened.dir, "bits_per_weight"));
+    }
+    match &manifest.parity {
+        Some(parity) if parity.trained.to_bits() != parity.exported.to_bits() => {
+            let what = "the recorded perplexities of trained and exported model differ";
+            Err(damaged(what, &opened.dir, "parity"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Nothing missing, nothing the manifest does not know.
@@ -134,7 +168,7 @@ fn check_perplexity(
     stop: &StopFlag,
 ) -> Result<f64> {
     let recorded = manifest.parity.as_ref().ok_or_else(|| {
-        Error::usage("the manifest records no perplexity").at(args.dir.display()).fix("no --data")
+        Error::usage("the manifest records no perplexity").at(&args.dir).fix("no --data")
     })?;
     let path = locate::data(data)?;
     if sha256_of(&[&path])? != recorded.data_sha256 {
@@ -142,7 +176,7 @@ fn check_perplexity(
             .at(data)
             .fix(format!("the text with sha256 {}", recorded.data_sha256)));
     }
-    let dir = args.dir.display().to_string();
+    let dir = args.dir.clone();
     let compute = crate::recipe::Compute::F32;
     let session = ModelArgs { model: dir, device: args.device.clone(), compute }.open()?;
     let tokenizer = session.tokenizer()?;
@@ -166,7 +200,8 @@ fn check_perplexity(
         "the perplexity is {}, the manifest says {}",
         result.perplexity, recorded.exported
     ))
-    .at(args.dir.display()))
+    .at(&args.dir)
+    .fix("the same device as the run's, or export the run again"))
 }
 
 fn damaged(what: &str, dir: &Path, name: &str) -> Error {

@@ -66,14 +66,11 @@ impl TokenStream {
         }
         let windows = self.windows(length);
         if windows < samples {
-            let needed = samples.saturating_mul(length);
-            return Err(self.too_short(needed, &format!("{samples} windows of {length}")).fix(
-                if windows == 0 {
-                    "add text, or shorten the windows".to_owned()
-                } else {
-                    format!("add text, shorten the windows, or set samples to at most {windows}")
-                },
-            ));
+            return Err(self.too_short(samples, length).fix(if windows == 0 {
+                "add text, or shorten the windows".to_owned()
+            } else {
+                format!("add text, shorten the windows, or set samples to at most {windows}")
+            }));
         }
         // u128: the product of two stream-sized numbers may pass 64 bits.
         let index = |i: usize| (i as u128 * windows as u128 / samples as u128) as usize;
@@ -101,20 +98,20 @@ impl TokenStream {
             .fix(format!("use stride {context} for windows that do not overlap")));
         }
         let Some(last) = self.tokens.len().checked_sub(context) else {
-            return Err(self
-                .too_short(context, &format!("one window of {context}"))
-                .fix("add text, or use a shorter context"));
+            return Err(self.too_short(1, context).fix("add text, or use a shorter context"));
         };
         let scored = |start| if start == 0 { context - 1 } else { stride.min(context - 1) };
         let starts = (0..=last).step_by(stride);
         Ok(starts.map(|start| ScoredWindow { start, scored: scored(start) }).collect())
     }
 
-    fn too_short(&self, needed: usize, purpose: &str) -> Error {
-        Error::preflight(format!(
-            "the data has {} tokens, but {purpose} tokens need {needed}",
-            self.tokens.len()
-        ))
+    fn too_short(&self, windows: usize, length: usize) -> Error {
+        let (found, needed) = (self.tokens.len(), windows.saturating_mul(length));
+        let purpose = match windows {
+            1 => format!("one window of {length} tokens needs"),
+            _ => format!("{windows} windows of {length} tokens need"),
+        };
+        Error::preflight(format!("the data has {found} tokens, but {purpose} {needed}"))
     }
 }
 
@@ -165,7 +162,7 @@ mod tests {
         );
         assert_eq!(
             stream(0).spread(1, 4).unwrap_err().to_string(),
-            "the data has 0 tokens, but 1 windows of 4 tokens need 4\n  \
+            "the data has 0 tokens, but one window of 4 tokens needs 4\n  \
              try  add text, or shorten the windows"
         );
         assert!(stream(9).spread(0, 4).is_err());
@@ -199,7 +196,7 @@ mod tests {
         }
         assert_eq!(
             stream(3).strided(4, 4).unwrap_err().what(),
-            "the data has 3 tokens, but one window of 4 tokens need 4"
+            "the data has 3 tokens, but one window of 4 tokens needs 4"
         );
     }
 }

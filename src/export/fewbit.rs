@@ -160,22 +160,22 @@ pub type Linears = (Vec<(String, QuantizedWeight, String)>, BTreeMap<String, Str
 /// # Errors
 /// When the file is damaged.
 pub fn read_linears(path: &std::path::Path) -> Result<Linears> {
-    let file = crate::store::safetensors::Checkpoint::open_file(path)?;
+    let damaged = |what: &str| {
+        Error::failed(format!("the checkpoint cannot be used: {what}"))
+            .at(path.display())
+            .fix("remove that file to repeat its work, or --fresh to start over")
+    };
+    let file =
+        crate::store::safetensors::Checkpoint::open_file(path).map_err(|e| damaged(e.what()))?;
     let mut metadata = file.file_metadata().clone();
     let records = metadata.remove("linears").unwrap_or_default();
-    let records: BTreeMap<String, LinearRecord> = serde_json::from_str(&records).map_err(|e| {
-        Error::failed(format!("the checkpoint's records are damaged: {e}"))
-            .at(path.display())
-            .fix("--fresh to start over")
-    })?;
+    let records: BTreeMap<String, LinearRecord> =
+        serde_json::from_str(&records).map_err(|e| damaged(&format!("its records: {e}")))?;
     let mut linears = Vec::new();
     for (name, record) in records {
-        let weight = decode(&name, &record, &file).map_err(|e| e.at(path.display()))?;
+        let weight = decode(&name, &record, &file).map_err(|e| damaged(e.what()))?;
         if weights_sha256(&weight.dequantize()) != record.weights_sha256 {
-            return Err(Error::failed("a checkpoint's weights do not match their hash")
-                .at(path.display())
-                .at(&name)
-                .fix("--fresh to start over"));
+            return Err(damaged(&format!("{name} does not match its hash")));
         }
         linears.push((name, weight, record.method));
     }

@@ -12,7 +12,7 @@ use super::{Format, dequantized, fewbit};
 use crate::error::{Error, Result};
 use crate::model::{ModelConfig, WeightSource, companions, weight_name};
 use crate::quant::QuantizedWeight;
-use crate::store::folder::StagedFolder;
+use crate::store::folder::{StagedFolder, sha256_file};
 use crate::store::safetensors::{Checkpoint, ShardWriter};
 use crate::store::{HostTensor, TensorSource, hex};
 
@@ -105,7 +105,7 @@ pub fn write(
     let start = Instant::now();
     let staged = StagedFolder::create(target)?;
     let mut manifest = write_tensors(parts, format, staged.path())?;
-    write_companions(parts, format, staged.path())?;
+    manifest.files = write_companions(parts, format, staged.path())?;
     manifest.write(staged.path())?;
     let opened = open_model(staged.path())?;
     compare_weights(parts, &opened)?;
@@ -179,6 +179,7 @@ fn write_tensors(parts: &ModelParts<'_>, format: Format, dir: &Path) -> Result<M
         provenance: parts.provenance.clone(),
         linears,
         dense,
+        files: BTreeMap::new(),
         bits_per_weight: stats.bits_per_weight(),
         parity: None,
     })
@@ -188,8 +189,12 @@ fn write_all(writer: &mut ShardWriter, tensors: &[(String, HostTensor)]) -> Resu
     tensors.iter().try_for_each(|(name, tensor)| writer.add(name, tensor))
 }
 
-/// config.json, tokenizer files, chat template, generation settings.
-fn write_companions(parts: &ModelParts<'_>, format: Format, dir: &Path) -> Result<()> {
+/// config.json, tokenizer files, chat template, generation settings; gives the hash of each.
+fn write_companions(
+    parts: &ModelParts<'_>,
+    format: Format,
+    dir: &Path,
+) -> Result<BTreeMap<String, String>> {
     let path = parts.dir.join("config.json");
     let text = std::fs::read_to_string(&path).map_err(|e| Error::io("read", &path, &e))?;
     let mut config: Value = serde_json::from_str(&text)
@@ -209,13 +214,15 @@ fn write_companions(parts: &ModelParts<'_>, format: Format, dir: &Path) -> Resul
     }
     let path = dir.join("config.json");
     std::fs::write(&path, format!("{config:#}\n")).map_err(|e| Error::io("write", &path, &e))?;
+    let mut hashes = BTreeMap::from([("config.json".to_owned(), sha256_file(&path)?)]);
     for source in companions(parts.dir) {
         if let Some(name) = source.file_name() {
             let to = dir.join(name);
             std::fs::copy(&source, &to).map_err(|e| Error::io("copy", &source, &e))?;
+            hashes.insert(name.to_string_lossy().into_owned(), sha256_file(&to)?);
         }
     }
-    Ok(())
+    Ok(hashes)
 }
 
 /// Codes equal, weights bit-equal, nothing missing.

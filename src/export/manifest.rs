@@ -34,6 +34,8 @@ pub struct Manifest {
     pub linears: BTreeMap<String, LinearRecord>,
     /// SHA-256 of every other tensor's bytes, by name.
     pub dense: BTreeMap<String, String>,
+    /// SHA-256 of config.json, tokenizer and the other files of the folder, by name.
+    pub files: BTreeMap<String, String>,
     /// Mean stored bits of a quantized weight, scales and zero points included.
     pub bits_per_weight: f64,
     /// Perplexity of the trained and the re-opened model.

@@ -80,19 +80,19 @@ impl Distributions {
         (same.float() * weights).sum()
     }
 
-    /// The divergence per token, `[tokens, 1]`, and what its gradient to the student's logits is
-    /// made of: `factor * q * (ratio - offset)`, all untempered.
-    fn evaluate(&self, kind: Divergence) -> (Tensor<2>, Gradient) {
+    /// The divergence per token, `[tokens, 1]`, and what its gradient is made of; `None` is
+    /// `q - p`.
+    fn evaluate(&self, kind: Divergence) -> (Tensor<2>, Option<RatioGradient>) {
         let Self { q, log_q, p, log_p } = self;
         match kind {
             Divergence::KlForward => {
                 let kl = (p.clone() * (log_p.clone() - log_q.clone())).sum_dim(1);
-                (kl, Gradient::Difference)
+                (kl, None)
             }
             Divergence::KlReverse => {
                 let ratio = log_q.clone() - log_p.clone();
                 let kl = (q.clone() * ratio.clone()).sum_dim(1);
-                (kl.clone(), Gradient::Ratio { ratio, mean: kl, factor: 1.0 })
+                (kl.clone(), Some(RatioGradient { ratio, mean: kl, factor: 1.0 }))
             }
             Divergence::Jsd { beta } => {
                 let teacher_part = log_p.clone() + beta.ln();
@@ -101,18 +101,17 @@ impl Distributions {
                 let kl_q = (q.clone() * ratio.clone()).sum_dim(1);
                 let kl_p = (p.clone() * (log_p.clone() - log_m)).sum_dim(1);
                 let jsd = kl_p * beta + kl_q.clone() * (1.0 - beta);
-                (jsd, Gradient::Ratio { ratio, mean: kl_q, factor: 1.0 - beta })
+                (jsd, Some(RatioGradient { ratio, mean: kl_q, factor: 1.0 - beta }))
             }
         }
     }
 }
 
-/// The gradient of a divergence with respect to tempered student logits.
-enum Gradient {
-    /// `q - p`.
-    Difference,
-    /// `factor * q * (ratio - mean)`.
-    Ratio { ratio: Tensor<2>, mean: Tensor<2>, factor: f64 },
+/// The gradient `factor * q * (ratio - mean)` of a divergence to the tempered student logits.
+struct RatioGradient {
+    ratio: Tensor<2>,
+    mean: Tensor<2>,
+    factor: f64,
 }
 
 /// Masked mean of a divergence over tokens, and its gradient to the student's logits.
@@ -132,8 +131,8 @@ pub fn divergence(
     let value = (per_token * weights.clone()).sum();
     let weights = weights / temperature;
     let gradient = match gradient {
-        Gradient::Difference => (both.q - both.p) * weights,
-        Gradient::Ratio { ratio, mean, factor } => both.q * (ratio - mean) * (weights * factor),
+        None => (both.q - both.p) * weights,
+        Some(RatioGradient { ratio, mean, factor }) => both.q * (ratio - mean) * (weights * factor),
     };
     LossValue { value, gradient }
 }

@@ -215,7 +215,7 @@ impl QuantSpec {
                 return Err(Error::preflight(format!(
                     "group_size {size} does not divide in_features {inputs}"
                 ))
-                .fix(format!("group_size = {near}, or an [[quant.override]] for this linear")));
+                .fix(format!("group_size = {near}, or a [[quant.override]] for this linear")));
             }
         };
         Ok(GroupLayout { out, inputs, groups, group_len })

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::parse::nearest;
 use crate::error::{Error, Result};
 
 /// A recipe that ships with the binary.
@@ -40,7 +41,7 @@ pub fn builtins() -> &'static [Builtin] {
 /// ones; `.toml` may be left out.
 ///
 /// # Errors
-/// A usage error that names the nearest built-in recipe.
+/// A usage error that names a built-in recipe with a similar name, where there is one.
 pub fn find(name: &str) -> Result<(String, String)> {
     let bare = name.strip_suffix(".toml").unwrap_or(name);
     let in_folder = Path::new("recipes").join(format!("{bare}.toml"));
@@ -56,15 +57,14 @@ pub fn find(name: &str) -> Result<(String, String)> {
     if let Some(builtin) = BUILTINS.iter().find(|builtin| builtin.name == bare) {
         return Ok((builtin.text.to_owned(), format!("{bare}.toml (built in)")));
     }
-    let near = BUILTINS
-        .iter()
-        .max_by(|a, b| {
-            strsim::jaro_winkler(a.name, bare).total_cmp(&strsim::jaro_winkler(b.name, bare))
-        })
-        .map_or("upq_int2", |builtin| builtin.name);
+    let names: Vec<_> = BUILTINS.iter().map(|builtin| builtin.name).collect();
+    let fix = match nearest(bare, &names) {
+        Some(near) => format!("{near}, or `fewbit recipes list`"),
+        None => "`fewbit recipes list`".to_owned(),
+    };
     Err(Error::usage(format!("there is no recipe `{name}`"))
         .at("the path itself, recipes/, and the built-in recipes")
-        .fix(format!("{near}, or `fewbit recipes list`")))
+        .fix(fix))
 }
 
 #[cfg(test)]
@@ -82,5 +82,7 @@ mod tests {
         let error = find("upq_in2.toml").unwrap_err();
         assert!(error.to_string().contains("try  upq_int2"), "{error}");
         assert_eq!(error.kind().exit_code(), 2);
+        let error = find("missing.toml").unwrap_err();
+        assert!(error.to_string().ends_with("try  `fewbit recipes list`"), "{error}");
     }
 }

@@ -19,6 +19,8 @@ use crate::error::{Error, Result};
 const LISTED_NAMES: usize = 12;
 /// Characters of a wrong string shown in an error.
 const SHOWN_CHARS: usize = 40;
+/// What to try where nothing better is known.
+const EXPLAINED: &str = "`fewbit recipes show upq_int2` explains each key";
 /// Jaro-Winkler similarity from which a known name counts as what was meant.
 const SIMILAR: f64 = 0.88;
 
@@ -300,15 +302,11 @@ fn explain(error: &toml::de::Error, root: &Spanned<DeValue<'_>>, source: &Source
     } else if message.starts_with("invalid type: unit variant, ") {
         bare_choice(&found, source.override_at(span.start))
     } else if message == "expected empty table" {
-        (format!("`{name}` takes no settings"), Some(format!("`{name} = {{}}`")))
+        (format!("`{name}` takes no settings"), format!("`{name} = {{}}`"))
     } else {
         wrong_value(message, &found, source, &span)
     };
-    let error = Error::usage(what).at(source.place(&span));
-    match fix {
-        Some(fix) => error.fix(fix),
-        None => error,
-    }
+    Error::usage(what).at(source.place(&span)).fix(fix)
 }
 
 /// The names serde lists; from the right, because the wrong name before them is the user's text.
@@ -318,7 +316,7 @@ fn known_names(message: &str) -> Vec<&str> {
 }
 
 /// What happened and what to try.
-type Advice = (String, Option<String>);
+type Advice = (String, String);
 
 fn unknown(kind: &str, name: &str, known: &[&str]) -> Advice {
     let mut sorted = known.to_vec();
@@ -330,11 +328,11 @@ fn unknown(kind: &str, name: &str, known: &[&str]) -> Advice {
         None if sorted.is_empty() => "remove it, there is nothing to set here".to_owned(),
         None => format!("one of: {list}"),
     };
-    (format!("unknown {kind} `{name}`"), Some(fix))
+    (format!("unknown {kind} `{name}`"), fix)
 }
 
 /// The known name that was probably meant: few edits away, or alike from its beginning.
-fn nearest<'k>(name: &str, known: &[&'k str]) -> Option<&'k str> {
+pub(super) fn nearest<'k>(name: &str, known: &[&'k str]) -> Option<&'k str> {
     let name = name.to_lowercase().replace('-', "_");
     let edits = |known: &str| strsim::damerau_levenshtein(&name, &known.to_lowercase());
     let near = known.iter().copied().min_by_key(|known| edits(known))?;
@@ -348,10 +346,10 @@ fn nearest<'k>(name: &str, known: &[&'k str]) -> Option<&'k str> {
 
 fn missing(key: &str, found: &Found<'_, '_>) -> Advice {
     if found.path.is_empty() {
-        return (format!("missing key `{key}`"), Some(format!("add `{key}` to the file")));
+        return (format!("missing key `{key}`"), format!("add `{key}` to the file"));
     }
     let what = format!("missing key `{key}` in `{}`", found.name());
-    (what, Some(format!("add it to this table, or --set {}.{key}=…", found.path.join("."))))
+    (what, format!("add it to this table, or --set {}.{key}=…", found.path.join(".")))
 }
 
 /// The position to blame, where it is not the table's own, and the advice.
@@ -377,7 +375,7 @@ fn not_one_choice(found: &Found<'_, '_>, source: &Source<'_>) -> (Option<Range<u
         0 => format!("`{name}` is empty, expected exactly one choice"),
         _ => format!("`{name}` has {count} choices ({list}), expected exactly one"),
     };
-    (added.map(|key| key.span()), (what, Some(fix)))
+    (added.map(|key| key.span()), (what, fix))
 }
 
 /// `method = "lrq"` where the choice holds a table.
@@ -387,7 +385,7 @@ fn bare_choice(found: &Found<'_, '_>, set: Option<&Override<'_>>) -> Advice {
         Some(_) => format!("--set '{}={{ {choice} = {{}} }}'", found.path.join(".")),
         None => format!("`{}.{choice} = {{}}`", found.name()),
     };
-    (format!("`{choice}` has settings, so it is written as a table"), Some(fix))
+    (format!("`{choice}` has settings, so it is written as a table"), fix)
 }
 
 fn wrong_value(
@@ -399,11 +397,13 @@ fn wrong_value(
     let header = source.text.get(span.clone()).filter(|text| text.starts_with("[["));
     if let Some(header) = header.filter(|_| message.starts_with("invalid ")) {
         let name = header.trim_matches(['[', ']', ' ']);
-        return (format!("`{name}` is one table, not a list"), Some(format!("write [{name}]")));
+        return (format!("`{name}` is one table, not a list"), format!("write [{name}]"));
     }
-    let prefix = |sentence: String| match found.name() {
-        name if name.is_empty() => sentence,
-        name => format!("`{name}`: {sentence}"),
+    let name = found.name();
+    let named = |sentence: String| {
+        // A type's own sentence may open with the key.
+        let again = sentence.strip_prefix(&name).is_some_and(|rest| rest.starts_with(' '));
+        if again || name.is_empty() { sentence } else { format!("`{name}`: {sentence}") }
     };
     let expected = match message.strip_prefix("invalid ") {
         _ if message == "wanted string or table" => Some("a name or a table".to_owned()),
@@ -415,7 +415,7 @@ fn wrong_value(
         }
         _ => None,
     };
-    let Some(expected) = expected else { return (prefix(message.to_owned()), None) };
+    let Some(expected) = expected else { return (named(message.to_owned()), remedy(message)) };
     let quotes = ["a string", "a path"].contains(&&*expected);
     let fix = match (source.override_at(span.start), found.value) {
         (_, DeValue::Array(_) | DeValue::Table(_)) => format!("write {expected}"),
@@ -428,7 +428,17 @@ fn wrong_value(
         _ => format!("write {expected}"),
     };
     let sentence = format!("expected {expected}, found {}", found_words(found.value));
-    (prefix(sentence), Some(fix))
+    (named(sentence), fix)
+}
+
+/// What to try after a type's own sentence, read from the sentence where it tells.
+fn remedy(message: &str) -> String {
+    let range = message.rsplit_once(" is not in ").and_then(|(_, range)| range.split_once("..="));
+    match range {
+        Some((low, high)) => format!("write a number from {low} to {high}"),
+        None if message.ends_with(" is not a rate") => "write a number of at least 0".to_owned(),
+        None => EXPLAINED.to_owned(),
+    }
 }
 
 /// A value in an error: its type, and the value where it is short.
@@ -540,6 +550,7 @@ mod tests {
     struct QuantOverride {
         r#match: String,
         group_size: Option<NonZeroUsize>,
+        width: Option<Width>,
     }
 
     #[derive(Debug, Deserialize, PartialEq, Serialize)]
@@ -559,6 +570,30 @@ mod tests {
         learning_rate: f64,
         #[serde(default)]
         betas: Vec<f64>,
+    }
+
+    /// A width with a sentence of its own.
+    #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+    #[serde(try_from = "i64", into = "i64")]
+    struct Width(i64);
+
+    impl TryFrom<i64> for Width {
+        type Error = String;
+
+        fn try_from(width: i64) -> std::result::Result<Self, String> {
+            match width {
+                1..=8 => Ok(Self(width)),
+                0 => Err("width = 0 holds nothing".to_owned()),
+                ..0 => Err("a width below 0".to_owned()),
+                _ => Err(format!("width = {width} is not in 1..=8")),
+            }
+        }
+    }
+
+    impl From<Width> for i64 {
+        fn from(width: Width) -> Self {
+            width.0
+        }
     }
 
     #[derive(Debug, Deserialize, PartialEq, Serialize)]
@@ -859,6 +894,21 @@ learning_rate = 1
     }
 
     #[test]
+    fn a_types_own_sentence_gets_a_place_and_advice() {
+        let at_11 = |value: &str, what: &str, fix: &str| {
+            let line = format!("       11 | width = {value}");
+            let carets = format!("          |         {}", "^".repeat(value.len()));
+            let fix = format!("  try  {fix}");
+            let expected = [what, "  at   r.toml line 11:", &line, &carets, &fix];
+            assert_error("group_size = 32", &format!("width = {value}"), &expected);
+        };
+        at_11("9", "width = 9 is not in 1..=8", "write a number from 1 to 8");
+        at_11("0", "width = 0 holds nothing", EXPLAINED);
+        at_11("-1", "`width`: a width below 0", EXPLAINED);
+        assert_eq!(remedy("learning_rate = -1 is not a rate"), "write a number of at least 0");
+    }
+
+    #[test]
     fn a_choice_is_exactly_one_table() {
         assert_error(
             "[[stage]]\n[stage.distill]",
@@ -1060,7 +1110,7 @@ learning_rate = 1
     fn long_lists_and_long_values_are_cut() {
         let known: Vec<String> = (10..30).map(|i| format!("key_{i}")).collect();
         let known: Vec<&str> = known.iter().map(String::as_str).collect();
-        let fix = unknown("key", "zzz", &known).1.unwrap();
+        let fix = unknown("key", "zzz", &known).1;
         assert!(fix.ends_with("key_20, key_21, …"), "{fix}");
         let error = read(RECIPE, &[&format!("seed={}", "x".repeat(500))]).unwrap_err();
         assert!(error.what().len() < 100, "{error}");

@@ -45,7 +45,8 @@ pub struct PlannedStage {
 }
 
 impl Plan {
-    /// Resolves and type-checks `recipe` for a model. `text` is the recipe's text, to name lines.
+    /// Resolves and type-checks `recipe` for a model. `text` is the recipe's text and `set` what
+    /// overrides it, to name places.
     ///
     /// # Errors
     /// Usage errors (exit 2) for a recipe that makes no sense, preflight errors (exit 3) for one
@@ -55,8 +56,9 @@ impl Plan {
         model: &ModelConfig,
         checkpoint: &Checkpoint,
         text: &str,
+        set: &[String],
     ) -> Result<Self> {
-        let lines = Lines::new(text);
+        let lines = Lines::new(text, set);
         if recipe.stage.is_empty() {
             return Err(Error::usage("the recipe has no stage").fix("a [[stage]] table"));
         }
@@ -73,8 +75,7 @@ impl Plan {
             let first_step =
                 stages.last().map_or(0, |s| s.first_step + s.config.steps(model.n_blocks));
             let change = config.quantizes();
-            let resolved = Specs::resolve(&recipe.quant, change, model, &quantized, &lines)
-                .map_err(|error| if change.is_some() { at(error) } else { error })?;
+            let resolved = Specs::resolve(&recipe.quant, change, model, &quantized, &lines)?;
             if change.is_some() {
                 latest = config.name();
                 quantized.extend(resolved.specs.keys().cloned());
@@ -218,7 +219,7 @@ impl Specs {
                 Err(_) if spec.bits != default.bits && quantized.contains(&name) => {
                     resolved.kept.push(name);
                 }
-                Err(error) => return Err(error.at(name)),
+                Err(error) => return Err(error.at(name).at(lines.place("quant.bits"))),
             }
         }
         if let Some(index) = used.iter().position(|used| !used) {
@@ -234,16 +235,21 @@ impl Specs {
 /// Where keys stand in the recipe's text.
 struct Lines<'a> {
     text: &'a str,
+    set: &'a [String],
     root: Option<DeTable<'a>>,
 }
 
 impl<'a> Lines<'a> {
-    fn new(text: &'a str) -> Self {
-        Self { text, root: DeTable::parse(text).ok().map(toml::Spanned::into_inner) }
+    fn new(text: &'a str, set: &'a [String]) -> Self {
+        Self { text, set, root: DeTable::parse(text).ok().map(toml::Spanned::into_inner) }
     }
 
-    /// `key (recipe line N)`, or only the key when the text does not hold it.
+    /// `key (recipe line N)`, the override that set it, or only the key.
     fn place(&self, key: &str) -> String {
+        let sets = |set: &&String| set.split('=').next().is_some_and(|name| name.trim() == key);
+        if let Some(set) = self.set.iter().rev().find(sets) {
+            return format!("--set {set}");
+        }
         match self.line(key) {
             Some(line) => format!("{key} (recipe line {line})"),
             None => key.to_owned(),
@@ -280,9 +286,11 @@ mod tests {
     #[test]
     fn lines_of_keys_in_tables_and_lists() {
         let text = "seed = 0\n[quant]\nbits = 4\n\n[[stage]]\n[stage.reconstruct]\nsteps = 1\n";
-        let lines = Lines::new(text);
+        let set = ["quant.group_size=100".to_owned()];
+        let lines = Lines::new(text, &set);
         assert_eq!(lines.place("quant.bits"), "quant.bits (recipe line 3)");
         assert_eq!(lines.line("stage.0.reconstruct.steps"), Some(7));
-        assert_eq!(lines.place("quant.group_size"), "quant.group_size");
+        assert_eq!(lines.place("quant.symmetric"), "quant.symmetric");
+        assert_eq!(lines.place("quant.group_size"), "--set quant.group_size=100");
     }
 }

@@ -10,6 +10,12 @@ pub fn current_gib() -> Option<f64> {
     status_gib("VmRSS:")
 }
 
+/// Main memory of the machine in bytes; `None` where the system does not tell.
+pub fn total_bytes() -> Option<u64> {
+    let gib = field_gib(&std::fs::read_to_string("/proc/meminfo").ok()?, "MemTotal:")?;
+    Some((gib * f64::from(1 << 30)) as u64)
+}
+
 #[cfg(target_os = "linux")]
 fn status_gib(key: &str) -> Option<f64> {
     field_gib(&std::fs::read_to_string("/proc/self/status").ok()?, key)
@@ -21,7 +27,6 @@ fn status_gib(_key: &str) -> Option<f64> {
 }
 
 /// Finds `key` among lines like `VmHWM:     5120 kB`; the kernel's kB is KiB.
-#[cfg(any(target_os = "linux", test))]
 fn field_gib(status: &str, key: &str) -> Option<f64> {
     let rest = status.lines().find_map(|line| line.strip_prefix(key))?;
     let kib: f64 = rest.trim().strip_suffix("kB")?.trim().parse().ok()?;

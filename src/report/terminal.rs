@@ -186,7 +186,10 @@ fn result(event: &Event, width: usize) -> Option<String> {
                 Field::new(&format!("{steps:>4} steps")),
                 Field::new(&format!("{:>6}", brief(*seconds))),
             ];
-            fields.extend(memory_gib.map(|gib| Field::new(&memory(gib))));
+            fields.extend(memory_gib.map(|gib| {
+                let text = memory(gib);
+                Field::new(&text).or(text.trim_start_matches("mem "))
+            }));
             Some(fit(&Field::new(&format!("{head}  mse {before:>7} → {after:<7}")), &fields, width))
         }
         Event::Evaluation {
@@ -226,12 +229,13 @@ fn result(event: &Event, width: usize) -> Option<String> {
 fn ending(event: &Event, width: usize) -> Option<String> {
     match event {
         Event::Exported { format, path, bytes, bits_per_weight, parity, seconds } => {
-            let head = labelled("export", &format!("{format:<8}"));
+            let head = labelled("export", &format!("{format:<VERB$}"));
             let fields = [
-                Field::new(&size(*bytes)),
-                bits(*bits_per_weight),
+                Field::new(&format!("{:>7}", size(*bytes))),
+                Field::new(&format!("{bits_per_weight:>5.2} bits/weight"))
+                    .or(&format!("{bits_per_weight:>5.2} bits")),
                 Field::new(parity),
-                Field::new(&duration(*seconds)),
+                Field::new(&format!("{:>6}", brief(*seconds))),
                 Field::path(path),
             ];
             Some(fit(&head, &fields, width))
@@ -398,8 +402,11 @@ fn value(tag: &str, value: f64) -> String {
     clean(&format!("{label} {:<7}", significant(value, 4)))
 }
 
+/// `mem 0.10 GB`, `mem 3.20 GB`, `mem 45.1 GB`: one unit in one width, to compare line by line.
 fn memory(gib: f64) -> String {
-    format!("mem {}", size((gib * 1_073_741_824.0) as u64))
+    let gb = gib * 1.073_741_824;
+    let decimals = if gb < 9.995 { 2 } else { usize::from(gb < 99.95) };
+    format!("mem {gb:>4.decimals$} GB")
 }
 
 /// An error: `4.11e-4`.
@@ -565,15 +572,15 @@ mod tests {
     fn block_and_stage_lines() {
         assert_eq!(
             at(&block(0, 16, 61.0), 80),
-            "block  1/16  reconstruct  mse 4.11e-4 → 9.02e-5  5000 steps    61 s  mem 3.2 GB"
+            "block  1/16  reconstruct  mse 4.11e-4 → 9.02e-5  5000 steps    61 s  mem 3.20 GB"
         );
         assert_eq!(
             at(&block(15, 16, 9.0), 80),
-            "block 16/16  reconstruct  mse 4.11e-4 → 9.02e-5  5000 steps   9.0 s  mem 3.2 GB"
+            "block 16/16  reconstruct  mse 4.11e-4 → 9.02e-5  5000 steps   9.0 s  mem 3.20 GB"
         );
         assert_eq!(
             at(&block(1, 2, 7800.0), 120),
-            "block  2/2   reconstruct  mse 4.11e-4 → 9.02e-5   5000 steps    2.2 h   mem 3.2 GB"
+            "block  2/2   reconstruct  mse 4.11e-4 → 9.02e-5   5000 steps    2.2 h   mem 3.20 GB"
         );
         let start = Event::StageStart { stage: 1, of: 4, name: "distill".into() };
         assert_eq!(at(&start, 80), "stage  2/4   distill");
@@ -590,7 +597,7 @@ mod tests {
         assert_eq!(
             at(&step(100), 120),
             "step  100/2000  distill      loss 2.314     lr 2.00e-5   grad 0.5000     1234 tok/s   \
-             wait  3%   mem 3.2 GB"
+             wait  3%   mem 3.20 GB"
         );
         assert_eq!(
             at(&evaluation(), 80),
@@ -643,7 +650,7 @@ mod tests {
         };
         assert_eq!(
             at(&exported, 80),
-            "export    gguf      0.61 GB  2.63 bits  codes exact  12 s  …/gguf"
+            "export    gguf         0.61 GB   2.63 bits  codes exact    12 s  …/gguf"
         );
         let bare = Event::Done {
             run: "runs/x".into(),

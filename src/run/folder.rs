@@ -31,6 +31,19 @@ pub struct RunFolder {
 }
 
 impl RunFolder {
+    /// Refuses what [`RunFolder::open`] would refuse, and changes nothing.
+    ///
+    /// # Errors
+    /// As [`RunFolder::open`], but for a folder that another process works in.
+    pub fn check(prepared: &Prepared, fresh: bool) -> Result<()> {
+        let path = &prepared.plan.recipe.output;
+        refuse_foreign(path)?;
+        match RunRecord::read(path)? {
+            Some(record) if !fresh => refuse_other(&record, prepared),
+            _ => Ok(()),
+        }
+    }
+
     /// Opens the output folder for `prepared`: new, resumed, or (with `fresh`) started over.
     ///
     /// # Errors
@@ -52,11 +65,8 @@ impl RunFolder {
             new.save(&folder.path)?;
             return Ok((folder, new));
         };
-        if let Some(difference) = record.fingerprint.difference(&prepared.fingerprint) {
-            return Err(Error::mismatch(format!("{difference} since this run began"))
-                .at(folder.path.display())
-                .fix("the old one to go on, --output for a second run, or --fresh to start over"));
-        }
+        refuse_other(&record, prepared)?;
+        record.reopen_lost_exports(&folder.path);
         if record.status != Status::Done {
             record.needs = new.needs;
             record.fewbit = new.fewbit;
@@ -90,6 +100,16 @@ impl RunFolder {
             }
         }
         Ok(())
+    }
+}
+
+/// Checkpoints of another recipe, model or data are never mixed in.
+fn refuse_other(record: &RunRecord, prepared: &Prepared) -> Result<()> {
+    match record.fingerprint.difference(&prepared.fingerprint) {
+        None => Ok(()),
+        Some(difference) => Err(Error::mismatch(format!("{difference} since this run began"))
+            .at(prepared.plan.recipe.output.display())
+            .fix("the old one to go on, --output for a second run, or --fresh to start over")),
     }
 }
 

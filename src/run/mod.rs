@@ -47,7 +47,6 @@ pub struct Options {
 pub fn train(options: &Options, mut report: Reporters, stop: &StopFlag) -> Result<RunRecord> {
     let prepared = prepare(options, stop)?;
     announce(&prepared, &mut report);
-    prepared.needs.check(&prepared.plan.recipe.output)?;
     let (folder, mut record) = RunFolder::open(&prepared, options.fresh)?;
     if record.status == Status::Done {
         report.emit(&Event::Note {
@@ -70,6 +69,11 @@ pub fn train(options: &Options, mut report: Reporters, stop: &StopFlag) -> Resul
         Err(_) => Status::Failed,
     };
     let saved = record.save(folder.path());
+    // Once a run has begun, whatever a weight turns out to be is a failure, not a refusal.
+    let outcome = outcome.map_err(|error| match error.kind() {
+        Kind::Preflight => error.with_kind(Kind::Failed),
+        _ => error,
+    });
     outcome.and(saved)?;
     report.emit(&done(&record, folder.path()));
     report.flush();
@@ -126,7 +130,7 @@ fn execute(
         let start = Instant::now();
         let outcome = match was {
             Status::Done => stage.config.restore(&mut ctx),
-            _ => begin(&mut ctx, name, plan.stages.len(), &dir, was != Status::Pending)
+            _ => begin(&mut ctx, name, plan.stages.len(), &dir)
                 .and_then(|()| stage.config.run(&mut ctx)),
         };
         record.results = results;
@@ -154,20 +158,10 @@ fn discard_of(results: &mut Results, stage: usize) {
     results.measured.retain(|measured| measured.stage < stage);
 }
 
-fn begin(
-    ctx: &mut StageContext<'_>,
-    name: &str,
-    of: usize,
-    dir: &Path,
-    resumed: bool,
-) -> Result<()> {
+fn begin(ctx: &mut StageContext<'_>, name: &str, of: usize, dir: &Path) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, &e))?;
     let stage = ctx.stage;
     ctx.report.emit(&Event::StageStart { stage, of, name: name.to_owned() });
-    if resumed {
-        let position = "from its last checkpoint".to_owned();
-        ctx.report.emit(&Event::Resumed { stage: name.to_owned(), position });
-    }
     Ok(())
 }
 

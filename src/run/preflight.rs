@@ -9,13 +9,13 @@ use burn::tensor::{Device, Distribution, Tensor};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{Fingerprint, Options};
+use super::{Fingerprint, Options, RunFolder};
 use crate::data::{TokenStream, Tokenizer, read_documents, sha256_of};
 use crate::device::{self, NamedDevice};
 use crate::error::{Error, Kind, Result};
-use crate::model::{ModelConfig, linear_shapes};
+use crate::model::{ModelConfig, companions, linear_shapes};
 use crate::recipe::{self, DataConfig, Plan, Recipe, to_toml};
-use crate::report::{Event, size};
+use crate::report::{Event, memory, size};
 use crate::stage::{Corpus, Data, ModelState, StageConfig};
 use crate::stop::StopFlag;
 use crate::store::folder::{free_bytes, sha256_file};
@@ -71,13 +71,16 @@ pub fn prepare(options: &Options, stop: &StopFlag) -> Result<Prepared> {
     }
     let device = device::open(&recipe.device)?;
     let model = open_model(&recipe)?;
-    let plan = Plan::new(recipe, &model.config, &model.checkpoint, &text)?;
+    let plan = Plan::new(recipe, &model.config, &model.checkpoint, &text, &options.set)?;
     stop.check()?;
     let data = load_data(&plan, &model)?;
     check_data(&plan, &model, &data)?;
     let fingerprint = fingerprint(&plan, &model, &data)?;
     let needs = Needs::estimate(&plan, &model, &data, &device);
-    Ok(Prepared { plan, device, model, data, fingerprint, needs })
+    let prepared = Prepared { plan, device, model, data, fingerprint, needs };
+    RunFolder::check(&prepared, options.fresh)?;
+    prepared.needs.check(&prepared.plan.recipe.output)?;
+    Ok(prepared)
 }
 
 fn open_model(recipe: &Recipe) -> Result<ModelState> {
@@ -200,11 +203,11 @@ fn fingerprint(plan: &Plan, model: &ModelState, data: &Data) -> Result<Fingerpri
     recipe.output = PathBuf::new();
     recipe.device = String::new();
     let mut hash = Sha256::new();
-    let config = model.dir.join("config.json");
-    for file in std::iter::once(config.as_path())
-        .chain(model.checkpoint.files().iter().map(PathBuf::as_path))
-    {
-        hash.update(sha256_file(file)?);
+    let mut files = vec![model.dir.join("config.json")];
+    files.extend(model.checkpoint.files().iter().cloned());
+    files.extend(companions(&model.dir)); // another tokenizer makes other tokens
+    for file in files {
+        hash.update(sha256_file(&file)?);
     }
     let corpora = [
         ("calibration", &data.calibration),
@@ -283,11 +286,20 @@ impl Needs {
         }
     }
 
-    /// Refuses a disk that is too small for the run.
+    /// Refuses a disk or a memory that is too small for the run.
     ///
     /// # Errors
     /// Exit 3, with both sizes.
-    pub fn check(&self, output: &Path) -> Result<()> {
+    fn check(&self, output: &Path) -> Result<()> {
+        if let Some(total) = memory::total_bytes().filter(|total| *total < self.host_bytes) {
+            return Err(Error::preflight(format!(
+                "the run needs about {} of memory, and this machine has {}",
+                size(self.host_bytes),
+                size(total)
+            ))
+            .at("batch, length and samples of the recipe")
+            .fix("smaller ones, or a larger machine"));
+        }
         match free_bytes(output) {
             Some(free) if free < self.disk_bytes => Err(Error::preflight(format!(
                 "the run needs about {} of disk, and {} are free",
@@ -359,13 +371,13 @@ fn stage_cost(
             let weights = sizes.linears + sizes.rest;
             let flops = 8.0 * (weights * tokens * stage.steps) as f64;
             let per_step = sizes.linears * 4 * 40
-                + (tape(micro, length) * 3 * blocks + micro * config.vocab as u64 * 4 * 30)
+                + (tape(micro, length) * 3 * blocks + micro * config.vocab as u64 * 4 * 60)
                     * stage.accumulate as u64;
             Cost {
                 device: TRAINED_WEIGHT_BYTES * sizes.linears
                     + 4 * (sizes.linears + 2 * sizes.rest)
                     + tape(micro, length) * blocks
-                    + 12 * 4 * (1 << 23),
+                    + 12 * 4 * (micro * config.vocab as u64).min(1 << 23),
                 host: 0,
                 disk: sizes.linears * (1 + 24),
                 seconds: speed.seconds(flops, (per_step * stage.steps) as f64, stage.steps as f64),
@@ -404,8 +416,9 @@ impl Speed {
     /// About a tenth of a second of work of the kind that training does.
     fn measure(device: &Device) -> Self {
         const SIDE: usize = 384;
-        let random = || Tensor::<2>::random([SIDE, SIDE], Distribution::Default, device);
-        let (a, b) = (random(), random());
+        /// Too large for the caches, as activations are.
+        const WIDE: usize = 1536;
+        let random = |side| Tensor::<2>::random([side, side], Distribution::Default, device);
         let time = |work: &dyn Fn() -> Tensor<2>, times: u32| {
             let finish = |tensor: Tensor<2>| tensor.sum().into_scalar::<f32>();
             finish(work());
@@ -416,13 +429,15 @@ impl Speed {
             finish(work());
             start.elapsed().as_secs_f64() / f64::from(times)
         };
+        let (a, b) = (random(SIDE), random(SIDE));
         let product = time(&|| a.clone().matmul(b.clone()), 8);
-        let sum = time(&|| a.clone() + b.clone(), 16);
-        let tiny = random().narrow(0, 0, 1).narrow(1, 0, 8);
+        let (a, b) = (random(WIDE), random(WIDE));
+        let sum = time(&|| a.clone() + b.clone(), 6);
+        let tiny = random(8);
         let launch = time(&|| tiny.clone() + 1.0, 64);
         Self {
             flops: 2.0 * (SIDE as f64).powi(3) / product,
-            bytes: 12.0 * (SIDE as f64).powi(2) / sum,
+            bytes: 12.0 * (WIDE as f64).powi(2) / sum,
             launch,
         }
     }

@@ -47,7 +47,7 @@ pub struct StageRecord {
 pub struct Fingerprint {
     /// The resolved recipe as TOML, without output and device.
     pub recipe: String,
-    /// SHA-256 over the model's config and weight files.
+    /// SHA-256 over the model's config, weight and tokenizer files.
     pub model: String,
     /// SHA-256 of each data set, by role.
     pub data: BTreeMap<String, String>,
@@ -141,6 +141,18 @@ impl RunRecord {
                 damaged(format!("it has version {}, not {RECORD_VERSION}", record.version))
             }
             Err(error) => damaged(error.to_string()),
+        }
+    }
+
+    /// An export that is gone is written again: its stage counts as not begun.
+    pub(super) fn reopen_lost_exports(&mut self, dir: &Path) {
+        let folder = |format: &str| dir.join("export").join(format);
+        if self.results.exports.iter().all(|export| folder(&export.format).is_dir()) {
+            return;
+        }
+        self.status = Status::Stopped;
+        for stage in self.stages.iter_mut().filter(|stage| stage.name == "export") {
+            stage.status = Status::Pending;
         }
     }
 

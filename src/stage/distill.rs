@@ -7,25 +7,22 @@
 //! The head is frozen, so the loss's gradient is brought back to the hidden state chunk by chunk,
 //! and nothing of size `[tokens, vocab]` outlives its chunk.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use super::{Data, StageContext};
+use super::{Data, StageContext, training_state};
 use crate::data::{Order, TokenStream};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::method::{self, MethodConfig};
 use crate::model::{Block, CausalLm, Loader, Positions, WeightSource, block_prefix, weight_name};
 use crate::objective::{ObjectiveConfig, Targets};
 use crate::ops::{self, Distributions, Divergence};
 use crate::quant::{Bits, Grid, GroupSize, ObserverConfig, Symmetry};
 use crate::report::{Event, Reporter, memory};
-use crate::store::safetensors::{Checkpoint, write_file};
-use crate::store::{HostTensor, TensorSource};
 use crate::train::{self, AdamWConfig, LearningRate, Optimizer, ScheduleConfig, StepStats};
 
 /// Logits held at once, student's and teacher's each.
@@ -306,66 +303,23 @@ impl Session {
         Ok(())
     }
 
-    /// Learned parameters, optimizer state and step, in one file.
     fn save(&self, ctx: &StageContext<'_>) -> Result<()> {
-        let mut visitor = Learned(Vec::new(), Vec::new());
-        if let Some(student) = &self.student {
-            student.visit(&mut visitor);
+        match &self.student {
+            Some(student) => {
+                training_state::save(&state_file(ctx), student, &self.optimizer, self.step)
+            }
+            None => Ok(()),
         }
-        let (moments, steps) = self.optimizer.save();
-        let named = visitor.1.into_iter().map(|(path, data)| (format!("param:{path}"), data));
-        let moments = moments.into_iter().map(|(path, data)| (format!("optim:{path}"), data));
-        let tensors: Vec<(String, HostTensor)> = named
-            .chain(moments)
-            .map(|(name, data)| {
-                let shape: Vec<usize> = data.shape().iter().copied().collect();
-                (name, HostTensor::f32(shape, &data.iter::<f32>().collect::<Vec<f32>>()))
-            })
-            .collect();
-        let metadata = BTreeMap::from([
-            ("step".to_owned(), self.step.to_string()),
-            ("optimizer_steps".to_owned(), steps.to_string()),
-        ]);
-        write_file(&state_file(ctx), &tensors, &metadata)
     }
 
-    /// Restores what [`Session::save`] wrote, if anything.
+    /// Goes on from a saved state, if there is one.
     fn load(&mut self, config: &DistillConfig, ctx: &mut StageContext<'_>) -> Result<()> {
         let path = state_file(ctx);
-        if !path.exists() {
-            return Ok(());
-        }
-        let file = Checkpoint::open_file(&path)?;
-        let number = |key: &str| file.file_metadata().get(key).and_then(|text| text.parse().ok());
-        let (Some(step), Some(optimizer_steps)) = (number("step"), number("optimizer_steps"))
-        else {
-            return Err(Error::failed("the training state has no step")
-                .at(path.display())
-                .fix("--fresh to start over"));
-        };
+        let Some(student) = self.student.take_if(|_| path.exists()) else { return Ok(()) };
+        let device = &ctx.device.device;
+        let (student, step) = training_state::load(&path, student, &mut self.optimizer, device)?;
+        self.student = Some(student);
         self.step = step;
-        let mut parameters = BTreeMap::new();
-        let mut moments = Vec::new();
-        for name in file.names() {
-            let tensor = file.read(name)?;
-            let data = TensorData::new(tensor.to_f32()?, tensor.shape.clone());
-            match name.split_once(':') {
-                Some(("param", path)) => {
-                    parameters.insert(path.to_owned(), data);
-                }
-                Some(("optim", path)) => moments.push((path.to_owned(), data)),
-                _ => {}
-            }
-        }
-        self.optimizer.load(moments, optimizer_steps, &ctx.device.device)?;
-        let mut restore = Restore { path: Vec::new(), parameters };
-        self.student = self.student.take().map(|student| student.map(&mut restore));
-        if let Some(left) = restore.parameters.keys().next() {
-            return Err(Error::new(Kind::Mismatch, "the training state has a parameter too many")
-                .at(path.display())
-                .at(left)
-                .fix("--fresh to start over"));
-        }
         ctx.report.emit(&Event::Resumed {
             stage: "distill".to_owned(),
             position: format!("step {}/{}", self.step, config.steps),
@@ -413,52 +367,6 @@ fn scales(model: &CausalLm) -> Result<Vec<f32>> {
         }
     }
     Ok(all)
-}
-
-/// Collects every learned parameter by path.
-struct Learned(Vec<String>, Vec<(String, TensorData)>);
-
-impl ModuleVisitor for Learned {
-    fn enter_module(&mut self, name: &str, _container_type: &str) {
-        self.0.push(name.to_owned());
-    }
-
-    fn exit_module(&mut self, _name: &str, _container_type: &str) {
-        self.0.pop();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let value = param.base();
-        if value.is_require_grad() {
-            self.1.push((self.0.join("."), value.inner().into_data()));
-        }
-    }
-}
-
-/// Puts saved parameters back by path.
-struct Restore {
-    path: Vec<String>,
-    parameters: BTreeMap<String, TensorData>,
-}
-
-impl ModuleMapper for Restore {
-    fn enter_module(&mut self, name: &str, _container_type: &str) {
-        self.path.push(name.to_owned());
-    }
-
-    fn exit_module(&mut self, _name: &str, _container_type: &str) {
-        self.path.pop();
-    }
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        match self.parameters.remove(&self.path.join(".")) {
-            None => param,
-            Some(data) => param.map(|old| {
-                let value = Tensor::<D>::from_data(data, &old.device().inner());
-                Tensor::from_inner(value).require_grad()
-            }),
-        }
-    }
 }
 
 /// How close the student is to the teacher, means over tokens.

@@ -10,6 +10,7 @@ mod distill;
 mod evaluate;
 mod export;
 mod reconstruct;
+mod training_state;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

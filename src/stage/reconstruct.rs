@@ -97,6 +97,11 @@ impl ReconstructConfig {
 pub(super) fn run(config: &ReconstructConfig, ctx: &mut StageContext<'_>) -> Result<()> {
     let mut streams = Streams::start(ctx)?;
     let blocks = ctx.model.config.n_blocks;
+    let saved = (0..blocks).take_while(|index| ctx.block_file(*index).exists()).count();
+    if saved > 0 {
+        let (stage, position) = ("reconstruct".to_owned(), format!("block {saved}/{blocks}"));
+        ctx.report.emit(&Event::Resumed { stage, position });
+    }
     for index in 0..blocks {
         ctx.stop.check()?;
         let start = Instant::now();
@@ -104,6 +109,7 @@ pub(super) fn run(config: &ReconstructConfig, ctx: &mut StageContext<'_>) -> Res
         let saved = ctx.block_file(index);
         let [before, after] = if saved.exists() {
             let (linears, metadata) = fewbit::read_linears(&saved)?;
+
             ctx.take(linears);
             streams.advance(ctx, index, target)?;
             metadata_mse(&metadata)

@@ -28,7 +28,8 @@ pub fn model(name: &str) -> Result<PathBuf> {
     }
     match hub_id(name) {
         Some((owner, repository, revision)) => download(owner, repository, revision),
-        None => Err(Error::usage(format!("there is no model `{name}`"))
+        None => Err(Error::usage("there is no such model")
+            .at(name)
             .fix("a Hugging Face folder, a fewbit run or export, or a hub id owner/name")),
     }
 }
@@ -46,6 +47,26 @@ pub fn data(name: &str) -> Result<PathBuf> {
         return Ok(path);
     }
     Err(Error::usage("there is no such data file").at(name).fix("check the path"))
+}
+
+/// Checks the path of a file to be written: it has a name, and the folder it goes to exists.
+///
+/// # Errors
+/// A usage error that names the folder or the path.
+pub fn output_file(path: &Path) -> Result<()> {
+    if path.file_name().is_none() || path.is_dir() {
+        return Err(Error::usage("the output needs the name of a file")
+            .at(format!("{:?}", path.display().to_string()))
+            .fix("end the path in a file name"));
+    }
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() && !folder.is_dir() => {
+            Err(Error::usage("there is no such folder to write to")
+                .at(folder.display())
+                .fix("create it first, or check the path"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The folder that stands for a run: its packed export before its dense one.
@@ -115,5 +136,16 @@ mod tests {
     fn a_missing_path_is_a_usage_error() {
         assert_eq!(model("no-such-model").unwrap_err().kind().exit_code(), 2);
         assert_eq!(data("no-such-file.json").unwrap_err().kind().exit_code(), 2);
+    }
+
+    #[test]
+    fn a_file_is_written_only_to_a_folder_that_exists() {
+        let dir = tempfile::tempdir().unwrap();
+        for good in [dir.path().join("new.toml"), PathBuf::from("new.toml")] {
+            output_file(&good).unwrap();
+        }
+        for bad in [dir.path().join("none").join("new.toml"), dir.path().into(), "".into()] {
+            assert_eq!(output_file(&bad).unwrap_err().kind().exit_code(), 2, "{}", bad.display());
+        }
     }
 }

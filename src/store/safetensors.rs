@@ -127,7 +127,8 @@ impl TensorSource for Checkpoint {
 
     fn read(&self, name: &str) -> Result<HostTensor> {
         let Some(info) = self.tensors.get(name) else {
-            let error = Error::preflight("the checkpoint has no tensor of this name").at(name);
+            let error =
+                Error::preflight("the checkpoint has no tensor of this name").at(name).fix(DAMAGED);
             return Err(match self.files.first().and_then(|file| file.parent()) {
                 Some(folder) => error.at(folder.display()),
                 None => error,
@@ -227,11 +228,10 @@ impl Header {
         }
         let header_bytes = u64::from_le_bytes(prefix);
         if header_bytes > MAX_HEADER_BYTES {
-            let what = format!(
-                "the header says it has {header_bytes} bytes, more than a safetensors header can \
-                 have ({MAX_HEADER_BYTES})"
-            );
-            return Err(damaged(what, path.display()));
+            // Text or another format: its first bytes, taken as a length, are beyond any header.
+            return Err(Error::preflight("this is not a safetensors file")
+                .at(path.display())
+                .fix("check the path; if it should be one, download it again"));
         }
         let data_start = 8 + header_bytes;
         if data_start > file_bytes {
@@ -935,7 +935,7 @@ mod tests {
         let dir = tempdir().unwrap();
         let path = dir.path().join(SINGLE_FILE);
         for (length, expected) in
-            [(u64::MAX, "more than a safetensors header can have"), (9, "at least 17 bytes")]
+            [(u64::MAX, "this is not a safetensors file"), (9, "at least 17 bytes")]
         {
             let mut bytes = length.to_le_bytes().to_vec();
             bytes.extend(b"{}");

@@ -71,6 +71,11 @@ impl PplConfig {
             return Err(Error::usage(format!("stride = {stride} is not between 1 and {context}"))
                 .fix(format!("stride = {context}")));
         }
+        if self.windows == Some(0) {
+            return Err(Error::usage("windows = 0 measures nothing")
+                .at("windows")
+                .fix("windows = 1"));
+        }
         Ok((context, stride))
     }
 }
@@ -91,7 +96,7 @@ pub fn measure(
 ) -> Result<Perplexity> {
     let (context, stride) = task.protocol(config)?;
     let mut windows = stream.strided(context, stride)?;
-    if let Some(limit) = task.windows.filter(|limit| *limit > 0 && *limit < windows.len()) {
+    if let Some(limit) = task.windows.filter(|limit| *limit < windows.len()) {
         windows = (0..limit).map(|i| windows[i * windows.len() / limit]).collect();
     }
     let positions = Positions::new(config, 0, context, model.dtype(), device);

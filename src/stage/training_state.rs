@@ -1,0 +1,151 @@
+//! The state of an unfinished training stage: learned parameters, optimizer moments and the step,
+//! in one file that is there whole or not at all. (The data order is a function of the step.)
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::{Device, Tensor, TensorData};
+
+use crate::error::{Error, Result};
+use crate::store::safetensors::{Checkpoint, write_file};
+use crate::store::{HostTensor, TensorSource};
+use crate::train::Optimizer;
+
+/// Saves `module`'s learned parameters, `optimizer`'s state and `step`.
+///
+/// # Errors
+/// I/O errors; an earlier file stays then.
+pub(super) fn save<M: Module>(
+    path: &Path,
+    module: &M,
+    optimizer: &Optimizer,
+    step: u64,
+) -> Result<()> {
+    let mut learned = Learned { path: Vec::new(), parameters: Vec::new() };
+    module.visit(&mut learned);
+    let (moments, optimizer_steps) = optimizer.save();
+    let parameters =
+        learned.parameters.into_iter().map(|(path, data)| (format!("param:{path}"), data));
+    let moments = moments.into_iter().map(|(path, data)| (format!("optim:{path}"), data));
+    let tensors: Vec<(String, HostTensor)> = parameters
+        .chain(moments)
+        .map(|(name, data)| {
+            let shape: Vec<usize> = data.shape().iter().copied().collect();
+            (name, HostTensor::f32(shape, &data.iter::<f32>().collect::<Vec<f32>>()))
+        })
+        .collect();
+    let metadata = BTreeMap::from([
+        ("sha256".to_owned(), hash(&tensors)),
+        ("step".to_owned(), step.to_string()),
+        ("optimizer_steps".to_owned(), optimizer_steps.to_string()),
+    ]);
+    write_file(path, &tensors, &metadata)
+}
+
+/// Restores what [`save`] wrote into `module` and `optimizer`; gives them and the step.
+///
+/// # Errors
+/// When the file is damaged or belongs to another module.
+pub(super) fn load<M: Module>(
+    path: &Path,
+    module: M,
+    optimizer: &mut Optimizer,
+    device: &Device,
+) -> Result<(M, u64)> {
+    let damaged = |what: &str| {
+        Error::failed(format!("the training state cannot be used: {what}"))
+            .at(path.display())
+            .fix("remove that file to repeat the stage, or --fresh to start over")
+    };
+    let file = Checkpoint::open_file(path).map_err(|e| damaged(e.what()))?;
+    let tensors: Vec<(String, HostTensor)> = file
+        .names()
+        .into_iter()
+        .map(|name| Ok((name.to_owned(), file.read(name)?)))
+        .collect::<Result<_>>()
+        .map_err(|e| damaged(e.what()))?;
+    if file.file_metadata().get("sha256") != Some(&hash(&tensors)) {
+        return Err(damaged("it does not match its hash"));
+    }
+    let number = |key: &str| file.file_metadata().get(key).and_then(|text| text.parse().ok());
+    let (Some(step), Some(optimizer_steps)) = (number("step"), number("optimizer_steps")) else {
+        return Err(damaged("it has no step"));
+    };
+    let mut restore = Restore { path: Vec::new(), parameters: BTreeMap::new() };
+    let mut moments = Vec::new();
+    for (name, tensor) in tensors {
+        let data = TensorData::new(tensor.to_f32()?, tensor.shape);
+        match name.split_once(':') {
+            Some(("param", path)) => {
+                restore.parameters.insert(path.to_owned(), data);
+            }
+            Some(("optim", path)) => moments.push((path.to_owned(), data)),
+            _ => return Err(damaged("it holds a tensor of no known kind")),
+        }
+    }
+    optimizer.load(moments, optimizer_steps, device).map_err(|e| damaged(e.what()))?;
+    let module = module.map(&mut restore);
+    match restore.parameters.keys().next() {
+        Some(left) => Err(damaged(&format!("nothing learns its {left}"))),
+        None => Ok((module, step)),
+    }
+}
+
+/// SHA-256 over names and contents, whatever their order.
+fn hash(tensors: &[(String, HostTensor)]) -> String {
+    let hashes: BTreeMap<&str, String> =
+        tensors.iter().map(|(name, tensor)| (name.as_str(), tensor.sha256())).collect();
+    let list = hashes.into_iter().flat_map(|(name, hash)| [name.to_owned(), hash]);
+    let list = list.collect::<Vec<_>>().join("\n");
+    HostTensor::u8([list.len()], list.as_bytes()).sha256()
+}
+
+/// Collects every learned parameter by path.
+struct Learned {
+    path: Vec<String>,
+    parameters: Vec<(String, TensorData)>,
+}
+
+impl ModuleVisitor for Learned {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let value = param.base();
+        if value.is_require_grad() {
+            self.parameters.push((self.path.join("."), value.inner().into_data()));
+        }
+    }
+}
+
+/// Puts saved parameters back by path.
+struct Restore {
+    path: Vec<String>,
+    parameters: BTreeMap<String, TensorData>,
+}
+
+impl ModuleMapper for Restore {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        match self.parameters.remove(&self.path.join(".")) {
+            None => param,
+            Some(data) => param.map(|old| {
+                let value = Tensor::<D>::from_data(data, &old.device().inner());
+                Tensor::from_inner(value).require_grad()
+            }),
+        }
+    }
+}
