@@ -160,6 +160,20 @@ fn each_trains_to_the_stored_numbers() {
     assert!(faults.is_empty(), "{faults}");
 }
 
+#[test]
+fn bf16_activations_stay_near_f32() {
+    let f32 = STORED.iter().find(|stored| stored.recipe == "upq_int2").unwrap();
+    let set: Vec<&str> = [f32.set, &["model.compute=bf16"]].concat();
+    let found = train(&Stored { recipe: f32.recipe, set: set.leak(), numbers: &[] });
+    assert_eq!(found.len(), f32.numbers.len());
+    for ((name, value), (_, expected)) in found.iter().zip(f32.numbers) {
+        assert!(
+            (value / expected - 1.0).abs() < 0.03,
+            "{name}: {value} in bf16, {expected} in f32"
+        );
+    }
+}
+
 /// The first loss of every block and stage, and every perplexity, in order.
 fn train(stored: &Stored) -> Vec<(String, f64)> {
     let place = Place::new();

@@ -32,14 +32,15 @@ pub(super) struct GenerateArgs {
 pub(super) fn run(args: &GenerateArgs, stop: &StopFlag) -> Result<()> {
     let session = args.model.open()?;
     let tokenizer = session.tokenizer()?;
-    let mut ids: Vec<u32> = session.bos(&tokenizer)?.into_iter().collect();
-    ids.extend(tokenizer.encode(&args.prompt)?);
+    let mut text = tokenizer.encode(&args.prompt)?;
+    let prompt: Vec<u32> = session.bos(&tokenizer)?.into_iter().chain(text.clone()).collect();
     let limit = session.opened.config.max_positions;
-    if ids.is_empty() || ids.len() >= limit {
+    if prompt.is_empty() || prompt.len() >= limit {
         return Err(Error::usage(format!(
             "the prompt has {} tokens, and the model's context {limit}",
-            ids.len()
+            prompt.len()
         ))
+        .at("--prompt")
         .fix("a prompt of another length"));
     }
     let model = session.load()?;
@@ -48,19 +49,14 @@ pub(super) fn run(args: &GenerateArgs, stop: &StopFlag) -> Result<()> {
     let mut shown = 0;
     let mut outcome = Ok(());
     let mut each = |token: u32| {
-        ids.push(token);
-        outcome = stop.check().and_then(|()| show(&tokenizer.decode(&ids, true)?, &mut shown));
+        text.push(token);
+        outcome = stop.check().and_then(|()| show(&tokenizer.decode(&text, true)?, &mut shown));
         outcome.is_ok()
-    };
-    let prompt = {
-        let mut prompt: Vec<u32> = session.bos(&tokenizer)?.into_iter().collect();
-        prompt.extend(tokenizer.encode(&args.prompt)?);
-        prompt
     };
     model::generate(&model, config, device, &prompt, args.max_new_tokens, sampler, &mut each);
     outcome?;
-    let whole = tokenizer.decode(&ids, true)?;
-    output::line(&whole[shown.min(whole.len())..])
+    let whole = tokenizer.decode(&text, true)?;
+    output::line(whole.get(shown..).unwrap_or_default())
 }
 
 /// Prints what is new of `text`, but a character whose bytes have not all come.

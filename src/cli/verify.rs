@@ -78,11 +78,16 @@ pub(super) fn run(args: &VerifyArgs, stop: &StopFlag) -> Result<()> {
         }));
     }
     let parity = match (&manifest.parity, perplexity) {
-        (_, Some(perplexity)) => format!("perplexity {perplexity:.4} measured again and equal"),
-        (Some(p), None) => {
-            format!("perplexity {:.4} recorded, trained and exported equal", p.exported)
+        (Some(p), Some(perplexity)) => {
+            format!("perplexity {perplexity:.4} (context {}) measured again and equal", p.context)
         }
-        (None, None) => "no perplexity recorded".to_owned(),
+        (Some(p), None) => {
+            let (perplexity, context) = (p.exported, p.context);
+            format!(
+                "perplexity {perplexity:.4} (context {context}) recorded, trained and exported equal"
+            )
+        }
+        (None, _) => "no perplexity recorded".to_owned(),
     };
     output::line(&format!(
         "ok  {}  {linears} linears: hashes, shapes, codes, scales, weights\n\

@@ -5,7 +5,7 @@
 //! (1-β)q the terms that flow through `ln m` cancel, because both distributions sum to one;
 //! methods-core 6.3.)
 
-use burn::tensor::{Int, Tensor, activation};
+use burn::tensor::{DType, Int, Tensor, activation};
 
 /// A scalar loss and its gradient with respect to the logits.
 #[derive(Clone, Debug)]
@@ -38,7 +38,7 @@ pub fn with_gradient<const D: usize>(
     value: Tensor<1>,
     gradient: Tensor<D>,
 ) -> Tensor<1> {
-    let linear = (x * gradient).sum();
+    let linear = (x * gradient).sum().cast(DType::F32);
     // linear - linear is exactly zero, so the value keeps every bit.
     linear.clone() - linear.detach() + value
 }

@@ -2,7 +2,7 @@
 
 use burn::module::{Param, ParamId};
 use burn::nn::Linear;
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{DType, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use super::StageContext;
@@ -62,7 +62,7 @@ pub(super) fn run(config: &CalibrateConfig, ctx: &mut StageContext<'_>) -> Resul
             let tensor = Tensor::<2>::from_data(TensorData::new(values, shape), &ctx.device.device);
             let weight = Param::initialized(ParamId::new(), tensor.transpose());
             let mut linear = Linear { weight, bias: None };
-            ctx.attach(&name, &mut linear, &config.method)?;
+            ctx.attach(&name, &mut linear, &config.method, DType::F32)?;
             let folded = ctx.fold(&name, &linear)?;
             quantized.push((name, folded, config.method.name().to_owned()));
         }

@@ -351,7 +351,7 @@ fn attach_all(
                 let latent = Tensor::<2>::from_data(latent, &ctx.device.device).transpose();
                 linear.weight = Param::initialized(linear.weight.id, latent);
             }
-            ctx.attach(&name, linear, &config.method)?;
+            ctx.attach(&name, linear, &config.method, ctx.compute)?;
         }
     }
     Ok(())

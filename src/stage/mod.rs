@@ -322,15 +322,22 @@ pub struct StageContext<'a> {
 }
 
 impl StageContext<'_> {
-    /// Attaches `method` to `linear`'s weight, started on the weight it holds (f32, `[in, out]`).
-    fn attach(&self, name: &str, linear: &mut Linear, method: &MethodConfig) -> Result<()> {
+    /// Attaches `method` to `linear`'s weight, started on the weight it holds (f32, `[in, out]`);
+    /// forwards see the result in `compute`.
+    fn attach(
+        &self,
+        name: &str,
+        linear: &mut Linear,
+        method: &MethodConfig,
+        compute: DType,
+    ) -> Result<()> {
         let spec = &self.specs[name];
         let weight = linear.weight.base().inner();
         let [inputs, out] = weight.dims();
         let layout = spec.layout([out, inputs]).map_err(|e| e.at(name))?;
         let grouped = ops::reshape_grouped(weight.transpose(), layout.grouped());
         let attached = method.init(spec, self.observer, &grouped).map_err(|e| e.at(name))?;
-        let fake_quant = FakeQuant::new(attached, layout, spec.bits, self.compute);
+        let fake_quant = FakeQuant::new(attached, layout, spec.bits, compute);
         let trains_base = method.trains_base();
         linear.weight = method::attach(&linear.weight, fake_quant, trains_base);
         Ok(())
@@ -342,8 +349,10 @@ impl StageContext<'_> {
         let folded = method::fold(&linear.weight)
             .ok_or_else(|| Error::failed("nothing to fold").at(name))?
             .map_err(|e| e.at(name))?;
-        let trained = linear.weight.val().transpose().cast(DType::F32).into_data();
-        let widest = if self.compute == DType::F32 {
+        let trained = linear.weight.val().transpose();
+        // In bf16 the forward sees the same weights rounded; there is nothing to compare.
+        let widest = if trained.dtype() == DType::F32 {
+            let trained = trained.into_data();
             let pairs = trained.iter::<f32>().zip(folded.dequantize());
             pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
         } else {

@@ -231,7 +231,7 @@ fn fit(
     for (name, linear) in student.linears_mut() {
         let name = format!("{prefix}.{name}");
         if ctx.specs.contains_key(&name) {
-            ctx.attach(&name, linear, &config.method)?;
+            ctx.attach(&name, linear, &config.method, DType::F32)?;
         }
     }
     let start_scales = scales(ctx, &prefix, &student)?;
