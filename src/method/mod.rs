@@ -1,7 +1,7 @@
-//! Quantization methods: one file, one line in [`methods!`] each.
+//! Quantization methods: one file, one line in the `methods!` list each.
 //!
 //! A method sees one weight in grouped form `[groups, group_len]` and knows neither models nor
-//! files. It sits on a stock `nn::Linear`'s weight as a burn [`Reparameterization`]: the learned
+//! files. It sits on a stock `nn::Linear`'s weight as a burn `Reparameterization`: the learned
 //! scales are ordinary parameters, the optimizer and the records see them, and every forward reads
 //! the fake-quantized weight. There is no second kind of linear.
 
