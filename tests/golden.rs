@@ -159,7 +159,7 @@ fn rtn_case(
     // `w` comes grouped, so one scale per row is one scale per group.
     let spec = spec(bits, GroupSize::PerChannel, symmetry);
     let params = observer.observe(w, spec.bits, symmetry).unwrap();
-    let codes = params.codes(w.clone(), spec.bits);
+    let codes = params.codes(w.clone(), spec.bits.max_code());
     golden.bit_equal("scale", &host(params.scale.clone()));
     golden.bit_equal("dequantized", &host(params.dequantize(codes.clone())));
     // PyTorch's symmetric codes are signed; ours start at 0, with the zero point in the middle.
@@ -186,7 +186,7 @@ fn mse_clip_finds_the_same_interval() {
         let golden = Golden::open("mse_clip", &format!("b{bits}"));
         let bits = Bits::new(bits).unwrap();
         let params = observer.observe(&w, bits, Symmetry::Asymmetric).unwrap();
-        let codes = params.codes(w.clone(), bits);
+        let codes = params.codes(w.clone(), bits.max_code());
         let w_hat = params.dequantize(codes.clone());
         golden.agrees("scale", &host(params.scale));
         golden.bit_equal("zero_point", &host(params.zero_point));

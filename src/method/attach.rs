@@ -5,10 +5,10 @@
 use burn::module::{Module, Param, Reparameterization, Reparameterizer};
 use burn::tensor::{DType, Tensor};
 
-use super::{Folded, Method, ROLES};
+use super::{Folded, Method, MethodConfig, ROLES};
 use crate::error::Result;
 use crate::ops;
-use crate::quant::{Bits, Grid, GroupLayout, QuantizedWeight};
+use crate::quant::{Bits, Grid, GroupLayout, ObserverConfig, QuantSpec, QuantizedWeight};
 use crate::train::Role;
 
 /// A method sitting on a linear's weight.
@@ -61,6 +61,26 @@ impl Reparameterization for FakeQuant {
         let w_hat = if w_hat.dtype() == self.compute { w_hat } else { w_hat.cast(self.compute) };
         Tensor::from_dispatch(w_hat.into_dispatch())
     }
+}
+
+/// Codes and grid of a weight under a method as it starts: all there is to a method that learns
+/// nothing.
+///
+/// # Shapes
+/// - weight: `[out, in]`
+///
+/// # Errors
+/// When the observer refuses the weight, or the grid is damaged.
+pub fn quantize(
+    config: &MethodConfig,
+    spec: &QuantSpec,
+    observer: &ObserverConfig,
+    layout: GroupLayout,
+    weight: Tensor<2>,
+) -> Result<QuantizedWeight> {
+    let grouped = ops::reshape_grouped(weight.clone(), layout.grouped());
+    let method = config.init(spec, observer, &grouped)?;
+    FakeQuant::new(method, layout, spec.bits, DType::F32).fold(weight.transpose())
 }
 
 /// A linear's weight with `fake_quant` attached; an earlier one is replaced. The parameter keeps its

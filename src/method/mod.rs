@@ -14,7 +14,7 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-pub use attach::{FakeQuant, attach, attached, fold, role_of};
+pub use attach::{FakeQuant, attach, attached, fold, quantize, role_of};
 pub use flexround::{FlexRound, FlexRoundConfig};
 pub use rtn::{Rtn, RtnConfig};
 pub use seq::{Seq, SeqConfig, SeqStart};

@@ -49,22 +49,23 @@ impl WeightMethod for Rtn {
     }
 
     fn fake_quant(&self, weight: Tensor<2>) -> Tensor<2> {
-        self.scale.clone() * (self.codes(weight) - self.zero_point.clone())
+        let grid = self.grid();
+        grid.dequantize(grid.codes(weight, self.max_code))
     }
 
     fn fold(&self, weight: Tensor<2>) -> Folded {
+        let grid = self.grid();
         Folded {
-            codes: self.codes(weight),
-            scale: self.scale.clone(),
-            zero_point: self.zero_point.clone(),
+            codes: grid.codes(weight, self.max_code),
+            scale: grid.scale,
+            zero_point: grid.zero_point,
             zero_kind: ZeroKind::Integer,
         }
     }
 }
 
 impl Rtn {
-    fn codes(&self, weight: Tensor<2>) -> Tensor<2> {
-        ((weight / self.scale.clone()).round() + self.zero_point.clone())
-            .clamp(0.0, f32::from(self.max_code))
+    fn grid(&self) -> QuantParams {
+        QuantParams { scale: self.scale.clone(), zero_point: self.zero_point.clone() }
     }
 }

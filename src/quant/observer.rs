@@ -24,9 +24,9 @@ pub struct QuantParams {
 impl QuantParams {
     /// Codes of a grouped weight on this grid, `[groups, group_len]`, as floats:
     /// `clamp(round(w / scale) + z, 0, L)`.
-    pub fn codes(&self, weight: Tensor<2>, bits: Bits) -> Tensor<2> {
+    pub fn codes(&self, weight: Tensor<2>, max_code: u8) -> Tensor<2> {
         ((weight / self.scale.clone()).round() + self.zero_point.clone())
-            .clamp(0.0, f32::from(bits.max_code()))
+            .clamp(0.0, f32::from(max_code))
     }
 
     /// The values those codes stand for.
@@ -161,7 +161,7 @@ struct Search<'a> {
 impl Search<'_> {
     /// `excluded`, `[groups, 1]`: groups for which this candidate does not count.
     fn offer(&mut self, candidate: QuantParams, excluded: Option<Tensor<2, Bool>>) {
-        let codes = candidate.codes(self.weight.clone(), self.bits);
+        let codes = candidate.codes(self.weight.clone(), self.bits.max_code());
         let error = (self.weight.clone() - candidate.dequantize(codes)).abs();
         let error = error.powf_scalar(self.power).mean_dim(1);
         let error = match excluded {

@@ -1,13 +1,11 @@
 //! `calibrate`: observers only, one linear at a time; the round-to-nearest baseline.
 
-use burn::module::{Param, ParamId};
-use burn::nn::Linear;
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::tensor::{Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use super::StageContext;
 use crate::error::{Error, Result};
-use crate::method::MethodConfig;
+use crate::method::{self, MethodConfig};
 use crate::model::{WeightSource, linear_shapes, weight_name};
 use crate::quant::{Bits, GroupSize, ObserverConfig, QuantizedWeight, Symmetry};
 use crate::report::{Event, Reporter};
@@ -57,13 +55,15 @@ pub(super) fn run(config: &CalibrateConfig, ctx: &mut StageContext<'_>) -> Resul
             of: total,
             detail: name.clone(),
         });
-        if ctx.specs.contains_key(&name) {
+        if let Some(spec) = ctx.specs.get(&name) {
             let values = ctx.model.weight(&weight_name(&name), &shape)?;
-            let tensor = Tensor::<2>::from_data(TensorData::new(values, shape), &ctx.device.device);
-            let weight = Param::initialized(ParamId::new(), tensor.transpose());
-            let mut linear = Linear { weight, bias: None };
-            ctx.attach(&name, &mut linear, &config.method, DType::F32)?;
-            let folded = ctx.fold(&name, &linear)?;
+            let weight = Tensor::from_data(TensorData::new(values, shape), &ctx.device.device);
+            let folded = spec
+                .layout(shape)
+                .and_then(|layout| {
+                    method::quantize(&config.method, spec, ctx.observer, layout, weight)
+                })
+                .map_err(|e| e.at(&name))?;
             quantized.push((name, folded, config.method.name().to_owned()));
         }
     }

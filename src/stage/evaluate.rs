@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{Corpus, Data, Measured, ModelState, StageContext};
 use crate::error::Result;
+use crate::method::{self, MethodConfig, RtnConfig};
 use crate::model::{Loader, WeightSource, weight_name};
-use crate::ops;
-use crate::quant::{Grid, QuantizedWeight, Symmetry, ZeroKind};
+use crate::quant::{QuantSpec, QuantizedWeight, Symmetry};
 use crate::report::{Event, Reporter};
 use crate::task::{self, Perplexity, PplConfig};
 
@@ -102,25 +102,14 @@ fn rtn(task: &PplConfig, ctx: &mut StageContext<'_>) -> Result<()> {
 
 fn round(ctx: &StageContext<'_>, name: &str, current: &QuantizedWeight) -> Result<QuantizedWeight> {
     let layout = current.layout;
-    let values = ctx.model.checkpoint.weight(&weight_name(name), &[layout.out, layout.inputs])?;
-    let data = TensorData::new(values, layout.grouped());
-    let weight =
-        ops::reshape_grouped(Tensor::from_data(data, &ctx.device.device), layout.grouped());
+    let shape = [layout.out, layout.inputs];
+    let values = ctx.model.checkpoint.weight(&weight_name(name), &shape)?;
+    let weight = Tensor::from_data(TensorData::new(values, shape), &ctx.device.device);
     let symmetry =
         if current.bits.get() == 1 { Symmetry::Asymmetric } else { ctx.default_spec.symmetry };
-    let grid = ctx.observer.observe(&weight, current.bits, symmetry)?;
-    let host = |tensor: Tensor<2>| tensor.into_data().iter::<f32>().collect::<Vec<f32>>();
-    QuantizedWeight {
-        codes: host(grid.codes(weight, current.bits)).into_iter().map(|c| c as u8).collect(),
-        grid: Grid::Uniform {
-            scale: host(grid.scale),
-            zero_point: host(grid.zero_point),
-            zero_kind: ZeroKind::Integer,
-        },
-        bits: current.bits,
-        layout,
-    }
-    .checked()
+    let spec = QuantSpec { bits: current.bits, symmetry, ..ctx.default_spec };
+    let rtn = MethodConfig::Rtn(RtnConfig {});
+    method::quantize(&rtn, &spec, ctx.observer, layout, weight).map_err(|e| e.at(name))
 }
 
 /// The float model with every quantized linear rounded instead.
