@@ -1,4 +1,25 @@
 //! fewbit trains language models into 4-, 3- and 2-bit weights.
+//!
+//! The map of the house, from the top down; `tests/layers.rs` holds the rule of who may use whom.
+//!
+//! | Module | What lives there |
+//! |---|---|
+//! | [`cli`] | the command line, one file per command |
+//! | [`run`] | one execution of a plan in one folder: preflight, resume, `run.json` |
+//! | [`recipe`] | the TOML surface, its errors, its resolution into a plan |
+//! | [`stage`] | calibrate, reconstruct, distill, evaluate, export |
+//! | [`task`] | evaluation tasks and their protocols |
+//! | [`export`] | packed formats, the folder writer, the parity gate |
+//! | [`method`] | quantization methods: one weight in, codes and a grid out |
+//! | [`objective`] | training objectives that a recipe may name |
+//! | [`train`] | the step loop, AdamW, schedules |
+//! | [`model`] | the decoder, from a Hugging Face folder to logits |
+//! | [`data`] | documents, tokens, windows and the order they are visited in |
+//! | [`ops`] | tensor operations of our own behind front functions |
+//! | [`quant`] | bits, groups, grids, observers, bit packing |
+//! | [`store`] | safetensors, crash-safe files, where a name leads to |
+//! | [`report`] | what the user sees: terminal, `metrics.jsonl`, TensorBoard |
+//! | [`error`], [`device`], [`stop`] | used by all |
 
 pub mod cli;
 pub mod data;
