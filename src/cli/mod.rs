@@ -9,7 +9,6 @@ mod recipes;
 mod train;
 mod verify;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use burn::tensor::DType;
@@ -155,14 +154,6 @@ impl Session {
             None => tokenizer.bos_id(),
         }
     }
-}
-
-/// `--output` and friends are paths; an empty one is a usage error everywhere.
-fn non_empty(path: &PathBuf) -> Result<&PathBuf> {
-    if path.as_os_str().is_empty() {
-        return Err(Error::usage("an empty path").fix("a file or folder name"));
-    }
-    Ok(path)
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
-use super::{non_empty, output};
+use super::output;
 use crate::error::Result;
 use crate::report::terminal::{self, Terminal};
 use crate::report::{Event, Reporter, Reporters};
@@ -30,12 +30,9 @@ struct RecipeArgs {
 }
 
 impl RecipeArgs {
-    fn options(self, fresh: bool) -> Result<Options> {
-        if let Some(output) = &self.output {
-            non_empty(output)?;
-        }
+    fn options(self, fresh: bool) -> Options {
         let Self { recipe, set, output, device } = self;
-        Ok(Options { recipe, set, output, device, fresh })
+        Options { recipe, set, output, device, fresh }
     }
 }
 
@@ -63,7 +60,7 @@ pub(super) struct CheckArgs {
 }
 
 pub(super) fn train(args: TrainArgs, stop: &StopFlag) -> Result<()> {
-    let options = args.recipe.options(args.fresh)?;
+    let options = args.recipe.options(args.fresh);
     if args.dry_run {
         return print_check(&prepare(&options, stop)?, false);
     }
@@ -73,7 +70,7 @@ pub(super) fn train(args: TrainArgs, stop: &StopFlag) -> Result<()> {
 }
 
 pub(super) fn check(args: CheckArgs, stop: &StopFlag) -> Result<()> {
-    let prepared = prepare(&args.recipe.options(false)?, stop)?;
+    let prepared = prepare(&args.recipe.options(false), stop)?;
     print_check(&prepared, args.json)
 }
 
