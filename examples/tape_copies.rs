@@ -8,7 +8,7 @@
 use burn::module::{Param, ParamId};
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Distribution, Tensor};
-use fewbit::method::{FakeQuant, FlexRoundConfig, MethodConfig, SeqConfig, attach};
+use fewbit::method::{FakeQuant, FlexRoundConfig, MethodConfig, SeqConfig, Start, attach};
 use fewbit::quant::{Bits, GroupSize, ObserverConfig, QuantSpec, Symmetry};
 use fewbit::report::memory::current_gib;
 
@@ -54,7 +54,8 @@ fn chain(bits: u8, method: Option<&MethodConfig>) -> fewbit::error::Result<Vec<L
                 bias: None,
             };
             if let Some(method) = method {
-                let attached = method.init(&spec, &ObserverConfig::default(), &weight)?;
+                let attached =
+                    method.init(&Start::new(&spec, &ObserverConfig::default(), &weight))?;
                 let fake_quant = FakeQuant::new(attached, layout, spec.bits, DType::F32);
                 linear.weight = attach(&linear.weight, fake_quant, method.trains_base());
             }

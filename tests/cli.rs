@@ -213,7 +213,7 @@ mod recipe_errors {
               at   recipe.toml line 36:
                    36 | learnig_rate = 1e-2
                       | ^^^^^^^^^^^^
-              try  `learning_rate` (known here: batch, bits, group_size, learning_rate, method, objective, observer, optimizer, schedule, steps, symmetric)
+              try  `learning_rate` (known here: batch, bits, group_size, input_prob, keep_best, learning_rate, method, objective, observer, optimizer, quantize_activations, schedule, steps, symmetric)
         ");
         let train = place.refused(&["train", "--recipe", "recipe.toml"]);
         assert_eq!(train, check_refuses(&place, &[]), "train and check say the same");
@@ -241,7 +241,7 @@ mod recipe_errors {
               at   recipe.toml line 33:
                    33 | method.flexrond = {}
                       |        ^^^^^^^^
-              try  `flexround` (known here: flexround, rtn, seq)
+              try  `flexround` (known here: adadim, awq, bcq, block_ap, e2e_qp, flexround, gptq, lrq, lsq, lwc, rtn, seq, sign, signround, ternary, uniquanf)
         ");
     }
 
@@ -282,7 +282,7 @@ mod recipe_errors {
             exit 2
             error: unknown key `bitz`
               at   --set quant.bitz=3
-              try  `bits` (known here: bits, group_size, observer, override, symmetric)
+              try  `bits` (known here: activations, bits, group_size, kv_cache, observer, override, symmetric)
         ");
         assert_snapshot!(check_refuses(&place, &["quant.bits"]), @r"
             exit 2
@@ -343,7 +343,7 @@ mod recipe_errors {
             exit 2
             error: the override `*.down_prj` matches no linear
               at   quant.override.0.match (recipe line 24)
-              try  a pattern such as "*.down_proj" or "model.layers.0.*"
+              try  a pattern such as "*.down_proj", "model.layers.0.*" or "lm_head"
         "#);
     }
 

@@ -5,82 +5,26 @@
 //! is compared bit for bit: both sides do the same few operations in the same order.
 #![allow(clippy::unwrap_used)] // a test may fail by panicking, its helpers too
 
-use std::path::Path;
+#[path = "common/golden.rs"]
+mod golden;
 
 use burn::module::{Module, Param, ParamId};
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use fewbit::method::{
-    FakeQuant, FlexRound, FlexRoundConfig, Method, MethodConfig, RtnConfig, Seq, SeqConfig, attach,
-    attached, fold,
+    FakeQuant, FlexRound, FlexRoundConfig, Folded, Method, MethodConfig, RtnConfig, Seq, SeqConfig,
+    Start, attach, attached, fold,
 };
 use fewbit::objective::{
-    CrossEntropyObjective, JsdObjective, KlObjective, ObjectiveConfig, Targets,
+    CakldObjective, CrossEntropyObjective, JsdObjective, KlObjective, ObjectiveConfig, Targets,
+    Term,
 };
 use fewbit::ops::{self, Divergence, LossValue, TieRule};
 use fewbit::quant::{
     Bits, GroupSize, MinMaxConfig, MseConfig, ObserverConfig, QuantSpec, Symmetry,
 };
-use fewbit::store::TensorSource;
-use fewbit::store::safetensors::Checkpoint;
-use fewbit::train::{self, AdamWConfig, Optimizer, ScheduleConfig};
-
-const TOLERANCE: f64 = 1e-5;
-
-/// The tensors of one case, or of one folder in it.
-struct Golden {
-    file: Checkpoint,
-    folder: String,
-}
-
-impl Golden {
-    fn open(case: &str, folder: &str) -> Self {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-        let file = Checkpoint::open_file(&path.join(format!("{case}.safetensors"))).unwrap();
-        let folder = if folder.is_empty() { String::new() } else { format!("{folder}/") };
-        Self { file, folder }
-    }
-
-    fn values(&self, name: &str) -> Vec<f32> {
-        self.file.read(&format!("{}{name}", self.folder)).unwrap().to_f32().unwrap()
-    }
-
-    /// The values as a matrix with rows of `columns`.
-    fn matrix(&self, name: &str, columns: usize, device: &Device) -> Tensor<2> {
-        let values = self.values(name);
-        let shape = [values.len() / columns, columns];
-        Tensor::from_data(TensorData::new(values, shape), device)
-    }
-
-    /// `found` equals the golden tensor within `TOLERANCE` of its largest magnitude.
-    fn agrees(&self, name: &str, found: &[f32]) {
-        close(&format!("{}{name}", self.folder), found, &self.values(name), 0.0);
-    }
-
-    /// As [`Golden::agrees`], but relative to 1 where every value is smaller: after 20 steps of
-    /// Adam small parameters carry the noise of large ones, and the README allows 1e-5 absolute.
-    fn agrees_after_training(&self, name: &str, found: &[f32]) {
-        close(&format!("{}{name}", self.folder), found, &self.values(name), 1.0);
-    }
-
-    fn bit_equal(&self, name: &str, found: &[f32]) {
-        let bits = |values: &[f32]| -> Vec<u32> {
-            values.iter().map(|value| (value + 0.0).to_bits()).collect() // -0 is 0
-        };
-        let expected = self.values(name);
-        assert_eq!(bits(found), bits(&expected), "{}{name}: {found:?}, {expected:?}", self.folder);
-    }
-}
-
-/// Within `TOLERANCE` of the largest magnitude, taken to be no smaller than `floor`.
-fn close(what: &str, found: &[f32], expected: &[f32], floor: f64) {
-    assert_eq!(found.len(), expected.len(), "{what}");
-    let largest = expected.iter().fold(floor, |max, value| max.max(f64::from(value.abs())));
-    for (i, (a, b)) in found.iter().zip(expected).enumerate() {
-        let gap = (f64::from(*a) - f64::from(*b)).abs();
-        assert!(gap <= TOLERANCE * largest, "{what}[{i}]: {a} instead of {b}");
-    }
-}
+use fewbit::train::{self, Optimizer, OptimizerConfig, ScheduleConfig};
+use golden::Golden;
 
 fn host<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().iter::<f32>().collect()
@@ -114,7 +58,7 @@ fn train_on_outputs(
     steps: usize,
     rate: f64,
 ) -> (Linear, Vec<f32>) {
-    let mut optimizer = Optimizer::new(&AdamWConfig::default());
+    let mut optimizer = Optimizer::new(&OptimizerConfig::default());
     let mut losses = Vec::new();
     for _ in 0..steps {
         let (next, stats) = train::step(linear, &mut optimizer, 1, &|_| rate, |linear, _| {
@@ -171,7 +115,7 @@ fn rtn_case(
     } else {
         assert!(host(params.zero_point).iter().all(|z| z.to_bits() == middle.to_bits()));
     }
-    let rtn = MethodConfig::Rtn(RtnConfig {}).init(&spec, observer, w).unwrap();
+    let rtn = MethodConfig::Rtn(RtnConfig {}).init(&Start::new(&spec, observer, w)).unwrap();
     golden.bit_equal("dequantized", &host(rtn.fake_quant(w.clone())));
     let linear = linear_with(w, rtn, &spec, false);
     golden.bit_equal("dequantized", &fold(&linear.weight).unwrap().unwrap().dequantize());
@@ -214,7 +158,7 @@ impl FlexCase {
         let spec = spec(3, group_of(len), symmetry);
         let grouped = golden.matrix("w", len, device);
         let start = MethodConfig::FlexRound(FlexRoundConfig {})
-            .init(&spec, &ObserverConfig::default(), &grouped)
+            .init(&Start::new(&spec, &ObserverConfig::default(), &grouped))
             .unwrap();
         let Method::FlexRound(mut method) = start else { panic!("another method") };
         golden.agrees("log_scale", &host(method.log_scale.val()));
@@ -238,9 +182,10 @@ fn flexround_values_and_gradients() {
         let w_hat = method.fake_quant(w.clone().reshape(grouped));
         golden.agrees("w_hat", &host(w_hat.clone()));
         let folded = method.fold(w.clone().reshape(grouped));
+        let Folded::Uniform { codes, zero_point, .. } = folded else { panic!("another grid") };
         let middle = if name.ends_with("_sym") { 4.0 } else { 0.0 };
-        golden.bit_equal("codes", &host(folded.codes - middle));
-        golden.bit_equal("zero_point", &host(folded.zero_point - middle));
+        golden.bit_equal("codes", &host(codes - middle));
+        golden.bit_equal("zero_point", &host(zero_point - middle));
 
         let upstream = golden.matrix("upstream", grouped[1], &device);
         let gradients = (w_hat * upstream).sum().backward();
@@ -281,7 +226,8 @@ fn flexround_trains_as_adam_does() {
 fn seq_on(w: &Tensor<2>, step: Tensor<2>, gradient_scale: bool) -> Seq {
     let config = SeqConfig { ties: TieRule::HalfEven, gradient_scale, ..SeqConfig::default() };
     let spec = spec(2, GroupSize::PerChannel, Symmetry::Asymmetric);
-    let start = MethodConfig::Seq(config).init(&spec, &ObserverConfig::default(), w).unwrap();
+    let start =
+        MethodConfig::Seq(config).init(&Start::new(&spec, &ObserverConfig::default(), w)).unwrap();
     let Method::Seq(mut seq) = start else { panic!("another method") };
     seq.step = Param::from_tensor(step);
     seq
@@ -319,7 +265,7 @@ fn seq_trains_latent_and_step_as_adamw_does() {
         let spec = spec(2, GroupSize::PerChannel, Symmetry::Asymmetric);
         let config = SeqConfig { gradient_scale: scaled, ..SeqConfig::default() };
         let config = MethodConfig::Seq(config);
-        let seq = config.init(&spec, &ObserverConfig::default(), &w).unwrap();
+        let seq = config.init(&Start::new(&spec, &ObserverConfig::default(), &w)).unwrap();
         if let Method::Seq(seq) = &seq {
             start.bit_equal("step", &host(seq.step.val()));
         }
@@ -401,6 +347,43 @@ fn divergences_at_every_beta_and_temperature() {
 }
 
 #[test]
+fn cakld_at_every_gamma_and_temperature() {
+    let device = Device::flex();
+    let golden = Golden::open("cakld", "");
+    let [student, teacher] = ["student", "teacher"].map(|name| golden.matrix(name, 11, &device));
+    let weights = masked(&golden.values("mask"), &device);
+    let confidence = ops::confidence(teacher.clone(), weights.clone());
+    golden.agrees("confidence", &host(confidence));
+    let targets = Targets {
+        teacher: Some(teacher),
+        next: labels(&[0.0; 7], &device),
+        next_weights: weights.clone(),
+        weights,
+    };
+    for (percent, gamma) in [("00", 0.0), ("30", 0.3), ("70", 0.7), ("100", 1.0)] {
+        for temperature in [1.0, 2.0] {
+            // A gamma left open becomes the confidence; one that is given stays.
+            let open = CakldObjective { temperature, ..CakldObjective::default() };
+            let open = ObjectiveConfig::Cakld(open);
+            assert_eq!((open.confidence_batches(), open.needs_teacher()), (10, true));
+            let given = CakldObjective { gamma: Some(gamma), temperature, estimate_batches: 10 };
+            assert_eq!(open.with_confidence(gamma), ObjectiveConfig::Cakld(given.clone()));
+            let objective = ObjectiveConfig::Cakld(given).with_confidence(0.9);
+            let loss = objective.on_logits(student.clone(), &targets).unwrap();
+            let case = Golden::open("cakld", &format!("g{percent}_t{temperature}"));
+            case.agrees("loss", &host(loss.value.clone()));
+            case.agrees("grad", &host(loss.gradient.clone()));
+            // A weighted sum is what it says.
+            let term = |weight| Term { weight, objective: objective.clone() };
+            let sum = ObjectiveConfig::Sum(vec![term(0.25), term(0.75)]);
+            let summed = sum.on_logits(student.clone(), &targets).unwrap();
+            case.agrees("loss", &host(summed.value));
+            case.agrees("grad", &host(summed.gradient));
+        }
+    }
+}
+
+#[test]
 fn cross_entropy_masked_shifted_and_at_large_logits() {
     let device = Device::flex();
     let golden = Golden::open("jsd", "");
@@ -462,7 +445,8 @@ fn adamw_with_cosine_decay_and_global_clipping() {
         a: Param::from_tensor(golden.matrix("start/a", 8, &device)),
         b: Param::from_tensor(golden.matrix("start/b", 1, &device)),
     };
-    let config = AdamWConfig { weight_decay: 0.01, clip_norm: Some(1.0), ..AdamWConfig::default() };
+    let config =
+        OptimizerConfig { weight_decay: 0.01, clip_norm: Some(1.0), ..OptimizerConfig::default() };
     let mut optimizer = Optimizer::new(&config);
     let (grads_a, grads_b) =
         (golden.matrix("grads/a", 8, &device), golden.matrix("grads/b", 1, &device));

@@ -7,15 +7,15 @@ use burn::module::{Param, ParamId};
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use fewbit::method::{
-    FakeQuant, FlexRound, FlexRoundConfig, Method, MethodConfig, RtnConfig, SeqConfig, SeqStart,
-    attach, attached, fold,
+    FakeQuant, FlexRound, FlexRoundConfig, Folded, Method, MethodConfig, RtnConfig, SeqConfig,
+    SeqStart, Start, attach, attached, fold,
 };
 use fewbit::ops::{self, Divergence, TieRule};
 use fewbit::quant::{
     Bits, Grid, GroupSize, MinMaxConfig, MseConfig, ObserverConfig, QuantSpec, QuantizedWeight,
     Symmetry,
 };
-use fewbit::train::{self, AdamWConfig, Optimizer};
+use fewbit::train::{self, Optimizer, OptimizerConfig};
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -109,7 +109,7 @@ fn start(
     w: &Tensor<2>,
 ) -> (Method, Tensor<2>) {
     let grouped = ops::reshape_grouped(w.clone(), spec.layout(w.dims()).unwrap().grouped());
-    (config.init(spec, observer, &grouped).unwrap(), grouped)
+    (config.init(&Start::new(spec, observer, &grouped)).unwrap(), grouped)
 }
 
 /// A linear whose weight is `w`, `[out, in]`, with `method` attached.
@@ -537,7 +537,8 @@ fn flexround_by_hand() {
     method.log_division = Param::from_tensor(matrix(&[0.0, -0.3, 0.0, 0.0], 4, &device));
     let method = Method::FlexRound(method);
     near(&host(method.fake_quant(grouped.clone())), &[-1.0, -0.5, 0.5, 0.5], 1e-6);
-    assert_eq!(bits_of(&host(method.fold(grouped).codes)), bits_of(&[0.0, 1.0, 3.0, 3.0]));
+    let Folded::Uniform { codes, .. } = method.fold(grouped) else { panic!("another grid") };
+    assert_eq!(bits_of(&host(codes)), bits_of(&[0.0, 1.0, 3.0, 3.0]));
 }
 
 #[test]
@@ -715,7 +716,9 @@ fn flexround_gradients_are_central_differences_of_the_surrogate() {
         let [groups, len] = spec.layout(SHAPE).unwrap().grouped();
         let (method, grouped) = start(&flexround(), spec, &ObserverConfig::default(), &w);
         let method = perturbed(as_flexround(method), i as u64 + 200, 0.2);
-        let zero = wide(&host(Method::FlexRound(method.clone()).fold(grouped.clone()).zero_point));
+        let folded = Method::FlexRound(method.clone()).fold(grouped.clone());
+        let Folded::Uniform { zero_point, .. } = folded else { panic!("another grid") };
+        let zero = wide(&host(zero_point));
         let top = f64::from(spec.bits.max_code());
         let at: Vec<f64> = [&method.log_scale, &method.log_row, &method.log_division]
             .into_iter()
@@ -824,6 +827,7 @@ fn divergence_by_definition(
             match kind {
                 Divergence::KlForward => kl(&p, &q),
                 Divergence::KlReverse => kl(&q, &p),
+                Divergence::Cakld { gamma } => gamma * kl(&q, &p) + (1.0 - gamma) * kl(&p, &q),
                 Divergence::Jsd { beta } => {
                     let m: Vec<f64> = p
                         .iter()
@@ -868,6 +872,9 @@ fn divergences_by_hand() {
     near(&[value(Divergence::Jsd { beta: 0.5 })], &[0.101_749], 1e-6);
     near(&[value(Divergence::Jsd { beta: 0.1 })], &[0.043_074], 1e-6);
     near(&[value(Divergence::Jsd { beta: 0.9 })], &[0.033_603], 1e-6);
+    near(&[value(Divergence::Cakld { gamma: 0.7 })], &[0.410_893], 1e-6);
+    near(&[value(Divergence::Cakld { gamma: 0.0 })], &[0.510_826], 1e-6);
+    near(&[value(Divergence::Cakld { gamma: 1.0 })], &[0.368_064], 1e-6);
     let (_, gradient) = divergence(Divergence::Jsd { beta: 0.5 }, &student, &teacher, 2, 1.0);
     near(&gradient, &[0.060_747, -0.060_747], 1e-6);
     // The limits are the two one-sided divergences.
@@ -888,6 +895,9 @@ fn divergence_gradients_are_central_differences() {
         Divergence::Jsd { beta: 0.1 },
         Divergence::Jsd { beta: 0.5 },
         Divergence::Jsd { beta: 0.9 },
+        Divergence::Cakld { gamma: 0.0 },
+        Divergence::Cakld { gamma: 0.7 },
+        Divergence::Cakld { gamma: 1.0 },
     ] {
         for temperature in [0.5, 1.0, 2.0] {
             let (value, gradient) = divergence(kind, &student, &teacher, 11, temperature);
@@ -945,7 +955,7 @@ fn four_micro_batches_are_one_batch_of_four() {
     let spec = spec(3, "channel", Symmetry::Asymmetric);
     let train = |accumulate: usize| {
         let mut linear = started(&flexround(), &spec, &ObserverConfig::default(), &w);
-        let config = AdamWConfig { clip_norm: Some(1.0), ..AdamWConfig::default() };
+        let config = OptimizerConfig { clip_norm: Some(1.0), ..OptimizerConfig::default() };
         let mut optimizer = Optimizer::new(&config);
         let (len, mut losses) = (4 / accumulate, Vec::new());
         for _ in 0..10 {

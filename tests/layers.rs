@@ -38,7 +38,7 @@ const LAYERS: [(&str, &[&str]); 14] = [
     // Hashing a file is one function for all.
     ("data", &["store::folder", "store::hex"]),
     ("train", &[]),
-    ("quant", &[]),
+    ("quant", &["ops"]),
     ("ops", &[]),
     ("store", &[]),
 ];

@@ -3,10 +3,10 @@
 use burn::module::{Param, ParamId};
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Distribution, Tensor};
-use fewbit::method::{FakeQuant, FlexRoundConfig, MethodConfig, attach};
+use fewbit::method::{FakeQuant, FlexRoundConfig, MethodConfig, Start, attach};
 use fewbit::quant::{Bits, GroupSize, ObserverConfig, QuantSpec, Symmetry};
 use fewbit::report::memory::current_gib;
-use fewbit::train::{self, AdamWConfig, Optimizer};
+use fewbit::train::{self, Optimizer, OptimizerConfig};
 
 const STEPS: usize = 300;
 /// By then the allocator and the thread pool have what they need.
@@ -23,13 +23,13 @@ fn resident_memory_stays_flat_over_300_steps() {
         symmetry: Symmetry::Asymmetric,
     };
     let method = MethodConfig::FlexRound(FlexRoundConfig {})
-        .init(&spec, &ObserverConfig::default(), &w)
+        .init(&Start::new(&spec, &ObserverConfig::default(), &w))
         .unwrap();
     let layout = spec.layout(w.dims()).unwrap();
     let fake_quant = FakeQuant::new(method, layout, spec.bits, DType::F32);
     let weight = Param::initialized(ParamId::new(), w.transpose());
     let mut linear = Linear { weight: attach(&weight, fake_quant, false), bias: None };
-    let mut optimizer = Optimizer::new(&AdamWConfig::default());
+    let mut optimizer = Optimizer::new(&OptimizerConfig::default());
     let mut warm = None;
     for step in 0..STEPS {
         (linear, _) = train::step(linear, &mut optimizer, 1, &|_| 1e-3, |linear, _| {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use burn::tensor::{DType, Device, Tensor};
 use fewbit::data::{TokenStream, Tokenizer, read_documents};
-use fewbit::method::{FakeQuant, MethodConfig, RtnConfig, attach};
+use fewbit::method::{FakeQuant, MethodConfig, RtnConfig, Start, attach};
 use fewbit::model::{Block, CausalLm, KvCache, Loader, ModelConfig, Positions, Sampler, generate};
 use fewbit::ops;
 use fewbit::quant::{Bits, GroupSize, ObserverConfig, QuantSpec, Symmetry};
@@ -57,7 +57,7 @@ impl Loaded {
             let positions = Positions::new(&self.config, past, len, DType::F32, &self.device);
             let mut hidden = self.model.embed(CausalLm::tokens(&[piece], &self.device));
             for (block, cache) in self.model.blocks.iter().zip(&mut caches) {
-                hidden = block.forward_cached(hidden, &positions, Some(cache));
+                hidden = block.forward_tapped(hidden, &positions, Some(cache), &|_, x| x);
             }
             rows.extend(self.rows(self.model.norm.forward(hidden)));
             past += len;
@@ -249,7 +249,7 @@ fn round_to_nearest(model: &mut CausalLm, bits: u8, group_size: impl Fn(usize) -
         let layout = spec.layout([out, inputs]).unwrap();
         let grouped = ops::reshape_grouped(weight, layout.grouped());
         let method = MethodConfig::Rtn(RtnConfig {})
-            .init(&spec, &ObserverConfig::default(), &grouped)
+            .init(&Start::new(&spec, &ObserverConfig::default(), &grouped))
             .unwrap();
         let fake_quant = FakeQuant::new(method, layout, bits, DType::F32);
         linear.weight = attach(&linear.weight, fake_quant, false);

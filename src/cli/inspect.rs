@@ -59,9 +59,8 @@ fn open(path: &Path) -> Result<(Checkpoint, Vec<Linear>)> {
     if path.is_file() {
         let file = Checkpoint::open_file(path)?;
         let linears = if file.file_metadata().contains_key("linears") {
-            let (linears, _) = fewbit::read_linears(path)?;
-            linears
-                .into_iter()
+            let saved = fewbit::Saved::read(path)?;
+            (saved.linears.into_iter())
                 .map(|(name, weight, method)| Linear { name, method, weight })
                 .collect()
         } else {

@@ -140,7 +140,8 @@ impl ModelArgs {
 impl Session {
     fn load(&self) -> Result<CausalLm> {
         let (config, device) = (&self.opened.config, &self.device.device);
-        Loader { config, source: &self.opened, device, dtype: self.dtype }.model()
+        let model = Loader { config, source: &self.opened, device, dtype: self.dtype }.model()?;
+        Ok(model.with_tap(self.opened.tap()))
     }
 
     fn tokenizer(&self) -> Result<Tokenizer> {

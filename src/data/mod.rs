@@ -8,6 +8,6 @@ pub mod tokenizer;
 pub mod windows;
 
 pub use documents::{read_documents, sha256_of};
-pub use order::Order;
+pub use order::{Order, coin_flips, seed_of};
 pub use tokenizer::Tokenizer;
 pub use windows::{ScoredWindow, TokenStream};

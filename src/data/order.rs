@@ -88,6 +88,19 @@ impl Order {
     }
 }
 
+/// A seed for something that has a name, from the run's seed.
+pub fn seed_of(seed: u64, name: &str) -> u64 {
+    generator(seed, name, 0).next_u64()
+}
+
+/// `n` independent draws that are 1 with `probability`, else 0: a function of its arguments.
+pub fn coin_flips(seed: u64, stream: &str, step: u64, n: usize, probability: f64) -> Vec<f32> {
+    let mut random = generator(seed, stream, step);
+    // 2^32 itself is "always": no draw reaches it.
+    let limit = (probability * 4_294_967_296.0) as u64;
+    (0..n).map(|_| f32::from(u8::from(u64::from(random.next_u32()) < limit))).collect()
+}
+
 fn generator(seed: u64, stream: &str, epoch: u64) -> ChaCha8Rng {
     // The name goes last: the fields before it have fixed widths, so no two keys share their bytes.
     let key = Sha256::new()

@@ -1,20 +1,22 @@
 //! fewbit's own packed layout: the neutral source of truth that every other format comes from.
 //!
-//! Per linear `X`: `X.codes`, u32 `[out, words]`, a dense little-endian bit stream per row;
-//! `X.scales`, f32 `[out, groups]`; `X.zero_points`, u8, i32 or f32 of the same shape, or `[1, 1]`
-//! when they are all equal.
+//! Per linear `X`: `X.codes`, u32 `[out, words]`, a dense little-endian bit stream per row. On a
+//! uniform grid `X.scales`, f32 `[out, groups]`, and `X.zero_points`, u8, i32 or f32 of the same
+//! shape, or `[1, 1]` when they are all equal. In binary coding `X.alphas`, f32
+//! `[out, groups, bits]`, and `X.offsets`, f32 `[out, groups]` or `[1, 1]`. Where groups lie along
+//! the outputs, all of it is that of the transposed weight.
 
 use std::collections::BTreeMap;
 
-use super::manifest::LinearRecord;
+use super::manifest::{GridRecord, LinearRecord};
 use super::weights_sha256;
 use crate::error::{Error, Result};
 use crate::quant::{Grid, GroupLayout, QuantizedWeight, ZeroKind, bits};
 use crate::store::{DType, HostTensor, TensorSource};
 
-/// The names under which linear `name` is stored.
-pub fn tensor_names(name: &str) -> [String; 3] {
-    [format!("{name}.codes"), format!("{name}.scales"), format!("{name}.zero_points")]
+/// The names under which linear `name` is stored, on either grid.
+pub fn tensor_names(name: &str) -> [String; 5] {
+    ["codes", "scales", "zero_points", "alphas", "offsets"].map(|part| format!("{name}.{part}"))
 }
 
 /// The tensors of one linear, and its record for the manifest.
@@ -23,22 +25,35 @@ pub fn encode(
     weight: &QuantizedWeight,
     method: &str,
 ) -> (Vec<(String, HostTensor)>, LinearRecord) {
-    let GroupLayout { out, inputs, group_len, .. } = weight.layout;
-    let Grid::Uniform { scale, zero_point, zero_kind } = &weight.grid;
+    let layout = weight.layout;
     let width = weight.bits.get();
-    let words = bits::pack_rows(&weight.codes, inputs, width);
-    let [codes_name, scales_name, zeros_name] = tensor_names(name);
-    let tensors = vec![
-        (codes_name, HostTensor::u32([out, bits::words_per_row(inputs, width)], &words)),
-        (scales_name, HostTensor::f32(weight.layout.scale_shape(), scale)),
-        (zeros_name, encode_zeros(zero_point, *zero_kind, weight.layout.scale_shape())),
-    ];
+    let [rows, columns] = layout.stored();
+    let words = bits::pack_rows(&weight.codes, columns, width);
+    let [codes_name, scales_name, zeros_name, alphas_name, offsets_name] = tensor_names(name);
+    let codes = HostTensor::u32([rows, bits::words_per_row(columns, width)], &words);
+    let mut tensors = vec![(codes_name, codes)];
+    let scale_shape = layout.scale_shape();
+    let grid = match &weight.grid {
+        Grid::Uniform { scale, zero_point, zero_kind } => {
+            tensors.push((scales_name, HostTensor::f32(scale_shape, scale)));
+            tensors.push((zeros_name, encode_zeros(zero_point, *zero_kind, scale_shape)));
+            GridRecord::Uniform { zero_kind: *zero_kind }
+        }
+        Grid::BinaryCoding { alpha, offset } => {
+            let [rows, groups] = scale_shape;
+            let shape = [rows, groups, usize::from(width)];
+            tensors.push((alphas_name, HostTensor::f32(shape, alpha)));
+            tensors.push((offsets_name, encode_zeros(offset, ZeroKind::Real, scale_shape)));
+            GridRecord::BinaryCoding {}
+        }
+    };
     let record = LinearRecord {
         method: method.to_owned(),
         bits: weight.bits,
-        shape: [out, inputs],
-        group_len,
-        zero_kind: *zero_kind,
+        shape: [layout.out, layout.inputs],
+        group_len: layout.group_len,
+        axis: layout.axis,
+        grid,
         histogram: weight.histogram(),
         sha256: tensors.iter().map(|(name, tensor)| (name.clone(), tensor.sha256())).collect(),
         weights_sha256: weights_sha256(&weight.dequantize()),
@@ -81,24 +96,37 @@ pub fn decode(
         ))
         .at(name));
     }
-    let layout = GroupLayout { out, inputs, groups: len / group_len, group_len };
-    let [codes_name, scales_name, zeros_name] = tensor_names(name);
+    let groups = len / group_len;
+    let layout = GroupLayout { out, inputs, groups, group_len, axis: record.axis };
+    let [rows, columns] = layout.stored();
+    let [codes_name, scales_name, zeros_name, alphas_name, offsets_name] = tensor_names(name);
     let width = record.bits.get();
-    let words = read(source, &codes_name, &[[out, bits::words_per_row(inputs, width)]])?.to_u32();
+    let codes_shape = vec![rows, bits::words_per_row(columns, width)];
+    let words = read(source, &codes_name, &[codes_shape])?.to_u32();
     let words = words.map_err(|e| e.at(&codes_name))?;
-    let scale = read(source, &scales_name, &[layout.scale_shape()])?;
-    let zeros = read(source, &zeros_name, &[layout.scale_shape(), [1, 1]])?;
-    let mut zero_point = decode_zeros(&zeros).map_err(|e| e.at(&zeros_name))?;
-    if zero_point.len() == 1 {
-        zero_point = vec![zero_point[0]; layout.groups];
-    }
-    QuantizedWeight {
-        codes: bits::unpack_rows(&words, inputs, width),
-        grid: Grid::Uniform {
-            scale: scale.to_f32().map_err(|e| e.at(&scales_name))?,
-            zero_point,
-            zero_kind: record.zero_kind,
+    let scale_shape = layout.scale_shape().to_vec();
+    let floats = |name: &str, shape: Vec<usize>| {
+        read(source, name, &[shape])?.to_f32().map_err(|e| e.at(name))
+    };
+    let per_group = |name: &str| -> Result<Vec<f32>> {
+        let stored = read(source, name, &[scale_shape.clone(), vec![1, 1]])?;
+        let values = decode_zeros(&stored).map_err(|e| e.at(name))?;
+        Ok(if values.len() == 1 { vec![values[0]; groups] } else { values })
+    };
+    let grid = match record.grid {
+        GridRecord::Uniform { zero_kind } => Grid::Uniform {
+            scale: floats(&scales_name, scale_shape.clone())?,
+            zero_point: per_group(&zeros_name)?,
+            zero_kind,
         },
+        GridRecord::BinaryCoding {} => Grid::BinaryCoding {
+            alpha: floats(&alphas_name, [&scale_shape[..], &[usize::from(width)]].concat())?,
+            offset: per_group(&offsets_name)?,
+        },
+    };
+    QuantizedWeight {
+        codes: bits::unpack_rows(&words, columns, width),
+        grid,
         bits: record.bits,
         layout,
     }
@@ -106,9 +134,9 @@ pub fn decode(
     .map_err(|e| e.at(name))
 }
 
-fn read(source: &dyn TensorSource, name: &str, shapes: &[[usize; 2]]) -> Result<HostTensor> {
+fn read(source: &dyn TensorSource, name: &str, shapes: &[Vec<usize>]) -> Result<HostTensor> {
     let tensor = source.read(name)?;
-    if shapes.iter().any(|shape| tensor.shape == shape) {
+    if shapes.contains(&tensor.shape) {
         return Ok(tensor);
     }
     Err(Error::failed(format!(
@@ -129,57 +157,79 @@ fn decode_zeros(zeros: &HostTensor) -> Result<Vec<f32>> {
     }
 }
 
-/// Writes quantized linears as one crash-safe file, a stage's checkpoint.
-///
-/// # Errors
-/// I/O errors.
-pub fn write_linears(
-    path: &std::path::Path,
-    linears: &[(String, QuantizedWeight, String)],
-    extra: BTreeMap<String, String>,
-) -> Result<()> {
-    let mut tensors = Vec::new();
-    let mut records = BTreeMap::new();
-    for (name, weight, method) in linears {
-        let (encoded, record) = encode(name, weight, method);
-        tensors.extend(encoded);
-        records.insert(name.clone(), record);
-    }
-    let mut metadata = extra;
-    let records = serde_json::to_string(&records)
-        .map_err(|e| Error::failed(format!("cannot encode a checkpoint's records: {e}")))?;
-    metadata.insert("linears".to_owned(), records);
-    crate::store::safetensors::write_file(path, &tensors, &metadata)
+/// What a stage has made of some linears, and of dense tensors on the way.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Saved {
+    /// Quantized linears with the method that made each.
+    pub linears: Vec<(String, QuantizedWeight, String)>,
+    /// Dense tensors that are no longer the checkpoint's, by name.
+    pub dense: BTreeMap<String, HostTensor>,
+    /// Anything else the stage wants back.
+    pub metadata: BTreeMap<String, String>,
 }
 
-/// A checkpoint's linears with the method of each, and its other metadata.
-pub type Linears = (Vec<(String, QuantizedWeight, String)>, BTreeMap<String, String>);
-
-/// Reads what [`write_linears`] wrote, checking every hash.
-///
-/// # Errors
-/// When the file is damaged.
-pub fn read_linears(path: &std::path::Path) -> Result<Linears> {
-    let damaged = |what: &str| {
-        Error::failed(format!("the checkpoint cannot be used: {what}"))
-            .at(path.display())
-            .fix("remove that file to repeat its work, or --fresh to start over")
-    };
-    let file =
-        crate::store::safetensors::Checkpoint::open_file(path).map_err(|e| damaged(e.what()))?;
-    let mut metadata = file.file_metadata().clone();
-    let records = metadata.remove("linears").unwrap_or_default();
-    let records: BTreeMap<String, LinearRecord> =
-        serde_json::from_str(&records).map_err(|e| damaged(&format!("its records: {e}")))?;
-    let mut linears = Vec::new();
-    for (name, record) in records {
-        let weight = decode(&name, &record, &file).map_err(|e| damaged(e.what()))?;
-        if weights_sha256(&weight.dequantize()) != record.weights_sha256 {
-            return Err(damaged(&format!("{name} does not match its hash")));
+impl Saved {
+    /// Writes one crash-safe file, a stage's checkpoint.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn write(&self, path: &std::path::Path) -> Result<()> {
+        let mut tensors: Vec<(String, HostTensor)> =
+            self.dense.iter().map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
+        let mut records = BTreeMap::new();
+        for (name, weight, method) in &self.linears {
+            let (encoded, record) = encode(name, weight, method);
+            tensors.extend(encoded);
+            records.insert(name.clone(), record);
         }
-        linears.push((name, weight, record.method));
+        let dense: BTreeMap<&String, String> =
+            self.dense.iter().map(|(name, tensor)| (name, tensor.sha256())).collect();
+        let json = |value: serde_json::Result<String>| {
+            value.map_err(|e| Error::failed(format!("cannot encode a checkpoint's records: {e}")))
+        };
+        let mut metadata = self.metadata.clone();
+        metadata.insert("linears".to_owned(), json(serde_json::to_string(&records))?);
+        metadata.insert("dense".to_owned(), json(serde_json::to_string(&dense))?);
+        crate::store::safetensors::write_file(path, &tensors, &metadata)
     }
-    Ok((linears, metadata))
+
+    /// Reads what [`Saved::write`] wrote, checking every hash.
+    ///
+    /// # Errors
+    /// When the file is damaged.
+    pub fn read(path: &std::path::Path) -> Result<Self> {
+        let damaged = |what: &str| {
+            Error::failed(format!("the checkpoint cannot be used: {what}"))
+                .at(path.display())
+                .fix("remove that file to repeat its work, or --fresh to start over")
+        };
+        let unreadable = |e: serde_json::Error| damaged(&format!("its records: {e}"));
+        let file = crate::store::safetensors::Checkpoint::open_file(path)
+            .map_err(|e| damaged(e.what()))?;
+        let mut metadata = file.file_metadata().clone();
+        let records = metadata.remove("linears").unwrap_or_default();
+        let records: BTreeMap<String, LinearRecord> =
+            serde_json::from_str(&records).map_err(unreadable)?;
+        let hashes = metadata.remove("dense").unwrap_or_else(|| "{}".to_owned());
+        let hashes: BTreeMap<String, String> = serde_json::from_str(&hashes).map_err(unreadable)?;
+        let mut linears = Vec::new();
+        for (name, record) in records {
+            let weight = decode(&name, &record, &file).map_err(|e| damaged(e.what()))?;
+            if weights_sha256(&weight.dequantize()) != record.weights_sha256 {
+                return Err(damaged(&format!("{name} does not match its hash")));
+            }
+            linears.push((name, weight, record.method));
+        }
+        let mut dense = BTreeMap::new();
+        for (name, hash) in hashes {
+            let tensor = file.read(&name).map_err(|e| damaged(e.what()))?;
+            if tensor.sha256() != hash {
+                return Err(damaged(&format!("{name} does not match its hash")));
+            }
+            dense.insert(name, tensor);
+        }
+        Ok(Self { linears, dense, metadata })
+    }
 }
 
 #[cfg(test)]
@@ -187,12 +237,13 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::quant::Bits;
+    use crate::quant::{Bits, GroupAxis};
 
+    /// `kind`: a uniform grid with those zero points, or binary coding.
     fn weight(
         bits: u8,
         [out, groups, group_len]: [usize; 3],
-        zero_kind: ZeroKind,
+        kind: Option<ZeroKind>,
         seed: u32,
     ) -> QuantizedWeight {
         let mut state = seed | 1;
@@ -202,21 +253,35 @@ mod tests {
         };
         let bits = Bits::new(bits).unwrap();
         let n = out * groups;
-        QuantizedWeight {
-            codes: (0..n * group_len).map(|_| (next() as usize % bits.levels()) as u8).collect(),
-            grid: Grid::Uniform {
-                scale: (0..n).map(|_| (next() % 1000 + 1) as f32 * 1e-3).collect(),
-                zero_point: (0..n)
-                    .map(|_| match zero_kind {
-                        ZeroKind::Integer => (next() % 300) as f32 - 20.0,
-                        ZeroKind::Half => (next() % 4) as f32 + 0.5,
-                        ZeroKind::Real => next() as f32 * 1e-4,
+        let codes = (0..n * group_len).map(|_| (next() as usize % bits.levels()) as u8).collect();
+        let mut positive =
+            |n: usize| -> Vec<f32> { (0..n).map(|_| (next() % 1000 + 1) as f32 * 1e-3).collect() };
+        let grid = match kind {
+            Some(zero_kind) => Grid::Uniform {
+                scale: positive(n),
+                zero_point: positive(n)
+                    .into_iter()
+                    .map(|x| match zero_kind {
+                        ZeroKind::Integer => (x * 300.0).round() - 20.0,
+                        ZeroKind::Half => (x * 4.0).floor() + 0.5,
+                        ZeroKind::Real => x - 0.5,
                     })
                     .collect(),
                 zero_kind,
             },
+            None => Grid::BinaryCoding {
+                alpha: positive(n * usize::from(bits.get())),
+                offset: positive(n),
+            },
+        };
+        let inputs = groups * group_len;
+        let axis = if seed.is_multiple_of(2) { GroupAxis::In } else { GroupAxis::Out };
+        let (out, inputs) = if axis == GroupAxis::In { (out, inputs) } else { (inputs, out) };
+        QuantizedWeight {
+            codes,
+            grid,
             bits,
-            layout: GroupLayout { out, inputs: groups * group_len, groups: n, group_len },
+            layout: GroupLayout { out, inputs, groups: n, group_len, axis },
         }
     }
 
@@ -227,16 +292,22 @@ mod tests {
             out in 1usize..5,
             groups in 1usize..4,
             group_len in 1usize..20,
-            kind in 0usize..3,
+            kind in 0usize..4,
             seed: u32,
         ) {
-            let kind = [ZeroKind::Integer, ZeroKind::Half, ZeroKind::Real][kind];
+            let kinds = [ZeroKind::Integer, ZeroKind::Half, ZeroKind::Real].map(Some);
+            let kind = kinds.get(kind).copied().flatten();
             let weight = weight(bits, [out, groups, group_len], kind, seed);
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("w.safetensors");
-            let linears = vec![("x".to_owned(), weight, "rtn".to_owned())];
-            write_linears(&path, &linears, BTreeMap::new()).unwrap();
-            prop_assert_eq!(read_linears(&path).unwrap().0, linears);
+            let tensor = HostTensor::f32([2, 1], &[0.5, -1.0]);
+            let saved = Saved {
+                linears: vec![("x".to_owned(), weight, "rtn".to_owned())],
+                dense: BTreeMap::from([("norm".to_owned(), tensor)]),
+                metadata: BTreeMap::from([("note".to_owned(), "a".to_owned())]),
+            };
+            saved.write(&path).unwrap();
+            prop_assert_eq!(Saved::read(&path).unwrap(), saved);
         }
     }
 
@@ -244,12 +315,13 @@ mod tests {
     fn one_flipped_bit_is_found() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("w.safetensors");
-        let w = weight(4, [4, 1, 8], ZeroKind::Integer, 7);
-        write_linears(&path, &[("x".to_owned(), w, "rtn".to_owned())], BTreeMap::new()).unwrap();
+        let w = weight(4, [4, 1, 8], Some(ZeroKind::Integer), 7);
+        let linears = vec![("x".to_owned(), w, "rtn".to_owned())];
+        Saved { linears, ..Saved::default() }.write(&path).unwrap();
         let mut bytes = std::fs::read(&path).unwrap();
         let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
         bytes[8 + header] ^= 1;
         std::fs::write(&path, bytes).unwrap();
-        assert!(read_linears(&path).is_err());
+        assert!(Saved::read(&path).is_err());
     }
 }

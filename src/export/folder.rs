@@ -1,6 +1,6 @@
 //! Writing an export folder, opening any model folder, and the parity gate between the two.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -8,9 +8,9 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::manifest::{FORMAT_VERSION, LinearRecord, Manifest, ParityRecord, Provenance};
-use super::{Format, dequantized, fewbit};
+use super::{ActivationRecord, Format, dequantized, fewbit};
 use crate::error::{Error, Result};
-use crate::model::{ModelConfig, WeightSource, companions, weight_name};
+use crate::model::{HEAD, ModelConfig, ModelTap, WeightSource, companions, weight_name};
 use crate::quant::QuantizedWeight;
 use crate::store::folder::{StagedFolder, sha256_file};
 use crate::store::safetensors::{Checkpoint, ShardWriter};
@@ -27,8 +27,33 @@ pub struct ModelParts<'a> {
     pub source: &'a Checkpoint,
     /// Quantized linears by name, with the method that trained each.
     pub quantized: &'a BTreeMap<String, (QuantizedWeight, String)>,
+    /// Dense tensors that are no longer the source's, by name.
+    pub dense: &'a BTreeMap<String, HostTensor>,
+    /// What happens to activations, where anything does.
+    pub activations: Option<ActivationRecord>,
     /// Where all of it came from.
     pub provenance: Provenance,
+}
+
+impl ModelParts<'_> {
+    /// Every tensor of the export by the name the source has, or would have, for it.
+    fn names(&self) -> BTreeSet<String> {
+        let source = self.source.names().into_iter().map(str::to_owned);
+        source.chain(self.quantized.keys().map(|linear| weight_name(linear))).collect()
+    }
+
+    /// A tensor that is not quantized.
+    fn dense(&self, name: &str) -> Result<HostTensor> {
+        match self.dense.get(name) {
+            Some(tensor) => Ok(tensor.clone()),
+            None => self.source.read(name),
+        }
+    }
+
+    /// Whether a tied model gets a head of its own.
+    fn unties(&self) -> bool {
+        self.quantized.contains_key(HEAD)
+    }
 }
 
 /// The perplexity half of the gate: measured on the trained model before, and by the callback on
@@ -147,12 +172,12 @@ fn write_tensors(parts: &ModelParts<'_>, format: Format, dir: &Path) -> Result<M
     let mut stats = WeightStats::default();
     let mut linears = BTreeMap::new();
     let mut dense = BTreeMap::new();
-    for name in parts.source.names() {
+    for name in &parts.names() {
         let linear = name.strip_suffix(".weight").and_then(|linear| {
             parts.quantized.get(linear).map(|(weight, method)| (linear, weight, method))
         });
         let Some((linear, weight, method)) = linear else {
-            let tensor = parts.source.read(name)?;
+            let tensor = parts.dense(name)?;
             dense.insert(name.to_owned(), tensor.sha256());
             writer.add(name, &tensor)?;
             continue;
@@ -178,6 +203,7 @@ fn write_tensors(parts: &ModelParts<'_>, format: Format, dir: &Path) -> Result<M
         axis: "in".to_owned(),
         provenance: parts.provenance.clone(),
         linears,
+        activations: parts.activations.clone(),
         dense,
         files: BTreeMap::new(),
         bits_per_weight: stats.bits_per_weight(),
@@ -200,7 +226,7 @@ fn write_companions(
     let mut config: Value = serde_json::from_str(&text)
         .map_err(|e| Error::failed(format!("config.json is not valid: {e}")).at(path.display()))?;
     match format {
-        Format::Dequantized => config = dequantized::config(config),
+        Format::Dequantized => config = dequantized::config(config, parts.unties()),
         Format::Fewbit => {
             if let Some(map) = config.as_object_mut() {
                 let about = json!({
@@ -225,7 +251,7 @@ fn write_companions(
     Ok(hashes)
 }
 
-/// Codes equal, weights bit-equal, nothing missing.
+/// Codes equal, weights bit-equal, activations on the same grids, nothing missing.
 fn compare_weights(parts: &ModelParts<'_>, opened: &OpenModel) -> Result<()> {
     let differs = |what: &str, name: &str| {
         Err(Error::gate(format!("the exported {what} is not what was trained"))
@@ -245,10 +271,13 @@ fn compare_weights(parts: &ModelParts<'_>, opened: &OpenModel) -> Result<()> {
             return differs("weight", name);
         }
     }
-    for name in parts.source.names() {
+    if opened.manifest.as_ref().and_then(|m| m.activations.as_ref()) != parts.activations.as_ref() {
+        return differs("grid of the activations", super::MANIFEST_FILE);
+    }
+    for name in &parts.names() {
         let quantized =
             name.strip_suffix(".weight").is_some_and(|l| parts.quantized.contains_key(l));
-        if !quantized && opened.checkpoint.read(name)? != parts.source.read(name)? {
+        if !quantized && opened.checkpoint.read(name)? != parts.dense(name)? {
             return differs("tensor", name);
         }
     }
@@ -286,15 +315,30 @@ pub fn open_model(dir: &Path) -> Result<OpenModel> {
             .at(dir.display())
             .fix("a Hugging Face folder, a fewbit run or export, or a hub id owner/name"));
     }
-    Ok(OpenModel {
+    let opened = OpenModel {
         dir: dir.to_owned(),
         config: ModelConfig::read(dir)?,
         checkpoint: Checkpoint::open(dir)?,
         manifest: Manifest::read(dir)?,
-    })
+    };
+    if let Some(record) = opened.activations() {
+        record.check(opened.config.n_blocks).map_err(|e| {
+            e.at(dir.join(super::MANIFEST_FILE).display()).fix("export the run again")
+        })?;
+    }
+    Ok(opened)
 }
 
 impl OpenModel {
+    fn activations(&self) -> Option<&ActivationRecord> {
+        self.manifest.as_ref()?.activations.as_ref()
+    }
+
+    /// What the model does to activations, as it was trained to.
+    pub fn tap(&self) -> ModelTap {
+        self.activations().map(ActivationRecord::tap).unwrap_or_default()
+    }
+
     /// The record of a linear that is stored as codes.
     fn packed(&self, linear: &str) -> Option<&LinearRecord> {
         let manifest = self.manifest.as_ref().filter(|m| m.format == Format::Fewbit)?;
@@ -332,5 +376,9 @@ impl WeightSource for OpenModel {
     fn contains(&self, name: &str) -> bool {
         self.checkpoint.contains(name)
             || self.packed(name.strip_suffix(".weight").unwrap_or(name)).is_some()
+    }
+
+    fn overrides(&self, name: &str) -> bool {
+        self.packed(name).is_some()
     }
 }

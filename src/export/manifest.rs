@@ -5,9 +5,9 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::Format;
+use super::{ActivationRecord, Format};
 use crate::error::{Error, Result};
-use crate::quant::{Bits, CodeHistogram, ZeroKind};
+use crate::quant::{Bits, CodeHistogram, GroupAxis, ZeroKind};
 
 /// The manifest's name in a folder.
 pub const MANIFEST_FILE: &str = "manifest.json";
@@ -32,6 +32,9 @@ pub struct Manifest {
     pub provenance: Provenance,
     /// Quantized linears by name.
     pub linears: BTreeMap<String, LinearRecord>,
+    /// What happens to activations, where anything does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub activations: Option<ActivationRecord>,
     /// SHA-256 of every other tensor's bytes, by name.
     pub dense: BTreeMap<String, String>,
     /// SHA-256 of config.json, tokenizer and the other files of the folder, by name.
@@ -70,14 +73,29 @@ pub struct LinearRecord {
     pub shape: [usize; 2],
     /// Weights that share a scale.
     pub group_len: usize,
-    /// What the zero points are.
-    pub zero_kind: ZeroKind,
+    /// Along which dimension they lie.
+    pub axis: GroupAxis,
+    /// What the codes stand for.
+    pub grid: GridRecord,
     /// Occurrences of each code.
     pub histogram: CodeHistogram,
     /// SHA-256 of each stored tensor's bytes, by tensor name.
     pub sha256: BTreeMap<String, String>,
     /// SHA-256 of the weights the codes stand for, as little-endian f32, `[out, in]`.
     pub weights_sha256: String,
+}
+
+/// The kind of a linear's grid.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GridRecord {
+    /// `scale * (code - zero_point)`.
+    Uniform {
+        /// What the zero points are.
+        zero_kind: ZeroKind,
+    },
+    /// `±alpha_0 ± alpha_1 ... + offset`, bit `i` of a code set where `alpha_i` is added.
+    BinaryCoding {},
 }
 
 /// Two perplexities that must be equal, and what they were measured on.

@@ -3,6 +3,7 @@
 //! Every export is written to a staged folder, re-opened, decoded by the reader that `--model`
 //! uses, and compared with what was trained; only then does it take its place.
 
+pub mod activations;
 mod dequantized;
 pub mod fewbit;
 mod folder;
@@ -10,6 +11,7 @@ mod manifest;
 
 use serde::{Deserialize, Serialize};
 
+pub use activations::ActivationRecord;
 pub use folder::{
     Exported, ModelParts, OpenModel, Parity, WeightStats, open_model, weights_sha256, write,
 };

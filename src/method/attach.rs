@@ -5,7 +5,7 @@
 use burn::module::{Module, Param, Reparameterization, Reparameterizer};
 use burn::tensor::{DType, Tensor};
 
-use super::{Folded, Method, MethodConfig, ROLES};
+use super::{Folded, Method, MethodConfig, Moment, Problem, ROLES, Start};
 use crate::error::Result;
 use crate::ops;
 use crate::quant::{Bits, Grid, GroupLayout, ObserverConfig, QuantSpec, QuantizedWeight};
@@ -37,11 +37,19 @@ impl FakeQuant {
     /// Codes and grid of this method on `weight` (`[in, out]`), brought to the host.
     fn fold(&self, weight: Tensor<2>) -> Result<QuantizedWeight> {
         let grouped = ops::reshape_grouped(weight.transpose(), self.layout.grouped());
-        let Folded { codes, scale, zero_point, zero_kind } = self.method.fold(grouped);
         let host = |tensor: Tensor<2>| tensor.into_data().iter::<f32>().collect::<Vec<f32>>();
+        let (codes, grid) = match self.method.fold(grouped) {
+            Folded::Uniform { codes, scale, zero_point, zero_kind } => {
+                let (scale, zero_point) = (host(scale), host(zero_point));
+                (codes, Grid::Uniform { scale, zero_point, zero_kind })
+            }
+            Folded::BinaryCoding { codes, alpha, offset } => {
+                (codes, Grid::BinaryCoding { alpha: host(alpha), offset: host(offset) })
+            }
+        };
         QuantizedWeight {
             codes: host(codes).into_iter().map(|code| code as u8).collect(),
-            grid: Grid::Uniform { scale: host(scale), zero_point: host(zero_point), zero_kind },
+            grid,
             bits: self.bits,
             layout: self.layout,
         }
@@ -63,24 +71,38 @@ impl Reparameterization for FakeQuant {
     }
 }
 
-/// Codes and grid of a weight under a method as it starts: all there is to a method that learns
-/// nothing.
+/// Codes and grid of a weight without learning.
 ///
 /// # Shapes
 /// - weight: `[out, in]`
 ///
 /// # Errors
-/// When the observer refuses the weight, or the grid is damaged.
+/// When the observer refuses the weight, the grid is damaged, or the method needs inputs.
 pub fn quantize(
     config: &MethodConfig,
     spec: &QuantSpec,
     observer: &ObserverConfig,
     layout: GroupLayout,
-    weight: Tensor<2>,
+    weight: &Tensor<2>,
 ) -> Result<QuantizedWeight> {
+    config.solve(&Problem {
+        spec,
+        layout,
+        observer,
+        weight,
+        feeds_scores: false,
+        inputs: None,
+        output_error: None,
+    })
+}
+
+/// A weight method as it starts, folded.
+pub(super) fn start_only(config: &MethodConfig, problem: &Problem<'_>) -> Result<QuantizedWeight> {
+    let Problem { spec, layout, observer, weight, .. } = *problem;
     let grouped = ops::reshape_grouped(weight.clone(), layout.grouped());
-    let method = config.init(spec, observer, &grouped)?;
-    FakeQuant::new(method, layout, spec.bits, DType::F32).fold(weight.transpose())
+    let start = Start { layout, ..Start::new(spec, observer, &grouped) };
+    let method = config.init(&start)?;
+    FakeQuant::new(method, layout, spec.bits, DType::F32).fold(weight.clone().transpose())
 }
 
 /// A linear's weight with `fake_quant` attached; an earlier one is replaced. The parameter keeps its
@@ -106,6 +128,16 @@ pub fn attached(weight: &Param<Tensor<2>>) -> Option<&FakeQuant> {
 /// When the learned grid is damaged (a step that is not a positive number, a code out of range).
 pub fn fold(weight: &Param<Tensor<2>>) -> Option<Result<QuantizedWeight>> {
     attached(weight).map(|method| method.fold(weight.base()))
+}
+
+/// The weight after its method's work between steps; `None` for a dense weight.
+pub fn between_steps(weight: &Param<Tensor<2>>, moment: Moment) -> Option<Param<Tensor<2>>> {
+    let attached = attached(weight)?.clone();
+    let base = weight.base();
+    let trains_base = base.is_require_grad();
+    let grouped = ops::reshape_grouped(base.inner().transpose(), attached.layout.grouped());
+    let method = attached.method.between_steps(grouped, moment);
+    Some(attach(weight, FakeQuant { method, ..attached }, trains_base))
 }
 
 /// The role of a parameter, by its path in the module; `None` for one that no method learns.

@@ -11,10 +11,10 @@ use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::{Folded, WeightMethod};
+use super::{Folded, Start, WeightMethod};
 use crate::error::Result;
 use crate::ops;
-use crate::quant::{ObserverConfig, QuantParams, QuantSpec, Repr, ZeroKind};
+use crate::quant::{QuantParams, QuantSpec, Repr, ZeroKind};
 use crate::train::Role;
 
 /// `method.flexround`: no keys.
@@ -50,12 +50,8 @@ impl WeightMethod for FlexRound {
         Ok(())
     }
 
-    fn init(
-        _: &FlexRoundConfig,
-        spec: &QuantSpec,
-        observer: &ObserverConfig,
-        weight: &Tensor<2>,
-    ) -> Result<Self> {
+    fn init(_: &FlexRoundConfig, start: &Start<'_>) -> Result<Self> {
+        let Start { spec, observer, weight, .. } = *start;
         let QuantParams { scale, zero_point } =
             observer.observe(weight, spec.bits, spec.symmetry)?;
         Ok(Self {
@@ -72,7 +68,7 @@ impl WeightMethod for FlexRound {
     }
 
     fn fold(&self, weight: Tensor<2>) -> Folded {
-        Folded {
+        Folded::Uniform {
             codes: self.codes(weight),
             scale: self.log_scale.val().exp(),
             zero_point: self.zero_point.clone(),

@@ -1,52 +1,135 @@
 //! Quantization methods: one file, one line in the `methods!` list each.
 //!
 //! A method sees one weight in grouped form `[groups, group_len]` and knows neither models nor
-//! files. It sits on a stock `nn::Linear`'s weight as a burn `Reparameterization`: the learned
-//! scales are ordinary parameters, the optimizer and the records see them, and every forward reads
-//! the fake-quantized weight. There is no second kind of linear.
+//! files. There are two kinds:
+//!
+//! * a [`WeightMethod`] sits on a stock `nn::Linear`'s weight as a burn `Reparameterization`: what it
+//!   learns are ordinary parameters, the optimizer and the records see them, and every forward reads
+//!   the fake-quantized weight. There is no second kind of linear;
+//! * a [`Solver`] learns nothing: it turns a weight, and if it asks for them statistics of the
+//!   linear's inputs, into codes and a grid at once.
 
+mod adadim;
 mod attach;
+mod awq;
+mod bcq;
+mod block_ap;
+mod e2e_qp;
 mod flexround;
+mod gptq;
+mod lrq;
+mod lsq;
+mod lwc;
 mod rtn;
 mod seq;
+mod sign;
+mod signround;
+mod ternary;
+mod uniquanf;
 
 use burn::module::Module;
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-pub use attach::{FakeQuant, attach, attached, fold, quantize, role_of};
+pub use adadim::{AdaDim, AdaDimConfig};
+pub use attach::{FakeQuant, attach, attached, between_steps, fold, quantize, role_of};
+pub use awq::{Awq, AwqConfig};
+pub use bcq::{Bcq, BcqConfig, BcqSolve};
+pub use block_ap::{BlockAp, BlockApConfig, BlockApStart};
+pub use e2e_qp::{E2eQp, E2eQpConfig};
 pub use flexround::{FlexRound, FlexRoundConfig};
+pub use gptq::{Gptq, GptqConfig};
+pub use lrq::{Division, FullDivision, LowRankDivision, Lrq, LrqConfig, Rank};
+pub use lsq::{Lsq, LsqConfig, LsqGradientScale, LsqStart};
+pub use lwc::{Lwc, LwcConfig};
 pub use rtn::{Rtn, RtnConfig};
 pub use seq::{Seq, SeqConfig, SeqStart};
+pub use sign::{Sign, SignConfig};
+pub use signround::{SignRound, SignRoundConfig};
+pub use ternary::{Ternary, TernaryConfig};
+pub use uniquanf::{UniQuanF, UniQuanFConfig};
 
-use crate::error::Result;
-use crate::quant::{ObserverConfig, QuantSpec, Repr, ZeroKind};
+use crate::error::{Error, Result};
+use crate::quant::{
+    GroupAxis, GroupLayout, Hessian, ObserverConfig, QuantSpec, QuantizedWeight, Repr, ZeroKind,
+};
 use crate::train::Role;
 
 /// A folded weight still on the device: integer codes and their grid.
 #[derive(Clone, Debug)]
-pub struct Folded {
-    /// Codes as floats, `[groups, group_len]`, each an integer in `0..2^bits`.
-    pub codes: Tensor<2>,
-    /// Steps, `[groups, 1]`.
-    pub scale: Tensor<2>,
-    /// Zero points in code units, `[groups, 1]`.
-    pub zero_point: Tensor<2>,
-    /// What the zero points are.
-    pub zero_kind: ZeroKind,
+pub enum Folded {
+    /// `w = scale * (code - zero_point)`.
+    Uniform {
+        /// Codes as floats, `[groups, group_len]`, each an integer in `0..2^bits`.
+        codes: Tensor<2>,
+        /// Steps, `[groups, 1]`.
+        scale: Tensor<2>,
+        /// Zero points in code units, `[groups, 1]`.
+        zero_point: Tensor<2>,
+        /// What the zero points are.
+        zero_kind: ZeroKind,
+    },
+    /// `w = ±alpha_0 ± alpha_1 ... + offset`.
+    BinaryCoding {
+        /// Codes as floats, `[groups, group_len]`; bit `i` is the sign of `alpha_i`.
+        codes: Tensor<2>,
+        /// Scales of the planes, `[groups, bits]`.
+        alpha: Tensor<2>,
+        /// Offsets, `[groups, 1]`.
+        offset: Tensor<2>,
+    },
 }
 
-/// One way to turn a weight into codes and a grid.
+/// What a [`WeightMethod`] starts from.
+pub struct Start<'a> {
+    /// What the linear is to become.
+    pub spec: &'a QuantSpec,
+    /// How its weight falls into groups.
+    pub layout: GroupLayout,
+    /// How uniform grids start.
+    pub observer: &'a ObserverConfig,
+    /// The weight, `[groups, group_len]`, f32.
+    pub weight: &'a Tensor<2>,
+    /// Codes and grid that an earlier stage left, for methods that keep them.
+    pub quantized: Option<&'a QuantizedWeight>,
+    /// For random starts: a function of the run's seed and the linear's name.
+    pub seed: u64,
+}
+
+impl<'a> Start<'a> {
+    /// From a weight of one group per row, `[groups, group_len]`, with nothing else known.
+    pub fn new(spec: &'a QuantSpec, observer: &'a ObserverConfig, weight: &'a Tensor<2>) -> Self {
+        let [groups, group_len] = weight.dims();
+        let axis = GroupAxis::In;
+        let layout = GroupLayout { out: groups, inputs: group_len, groups, group_len, axis };
+        Self { spec, layout, observer, weight, quantized: None, seed: 0 }
+    }
+}
+
+/// When [`WeightMethod::between_steps`] is called.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Moment {
+    /// After this many optimizer steps.
+    Step(u64),
+    /// Training is over; the weight is about to be folded.
+    End,
+}
+
+/// One way to turn a weight into codes and a grid that can learn.
 pub trait WeightMethod: Module + Sized {
     /// The method's keys in a recipe.
     type Config;
 
+    /// What the linear has to be.
+    const TAKES: Repr = Repr::Dense;
     /// What the linear becomes.
     const LEAVES: Repr;
     /// Whether the stored weight itself learns (as a latent) or stays frozen.
     const TRAINS_BASE: bool;
     /// Learned parameters by name, with the learning rate that drives each.
     const ROLES: &'static [(&'static str, Role)];
+    /// Whether [`WeightMethod::between_steps`] does anything.
+    const HAS_HOOK: bool = false;
 
     /// Refuses a specification that this method cannot serve, before any weight is read.
     ///
@@ -58,28 +141,103 @@ pub trait WeightMethod: Module + Sized {
     /// round-to-nearest's on the observed grid, but for exact ties, and the weights equal to within
     /// the rounding of `exp(ln Δ)` (about `2e-7 + |ln Δ| 2^-24`, relative).
     ///
-    /// # Shapes
-    /// - weight: `[groups, group_len]`
-    ///
     /// # Errors
     /// When the observer refuses the weight.
-    fn init(
-        config: &Self::Config,
-        spec: &QuantSpec,
-        observer: &ObserverConfig,
-        weight: &Tensor<2>,
-    ) -> Result<Self>;
+    fn init(config: &Self::Config, start: &Start<'_>) -> Result<Self>;
 
     /// Differentiable stand-in for the weight, `[groups, group_len]`.
     fn fake_quant(&self, weight: Tensor<2>) -> Tensor<2>;
 
-    /// Codes and grid. Law: `scale * (codes - zero_point) == fake_quant(weight)`, bit for bit.
+    /// Codes and grid. Law: the values they stand for are `fake_quant(weight)`, bit for bit.
     fn fold(&self, weight: Tensor<2>) -> Folded;
+
+    /// Work between optimizer steps that no gradient does: remapping codes, projecting into bounds.
+    /// `weight` (`[groups, group_len]`) is not tracked.
+    #[must_use]
+    fn between_steps(self, _weight: Tensor<2>, _moment: Moment) -> Self {
+        self
+    }
+}
+
+/// The task of a [`Solver`]: one linear.
+pub struct Problem<'a> {
+    /// What the linear is to become.
+    pub spec: &'a QuantSpec,
+    /// How its weight falls into groups, unless the solver chooses that itself.
+    pub layout: GroupLayout,
+    /// How uniform grids start.
+    pub observer: &'a ObserverConfig,
+    /// The weight, `[out, in]`, f32.
+    pub weight: &'a Tensor<2>,
+    /// Whether its outputs are queries or keys, whose errors the softmax amplifies.
+    pub feeds_scores: bool,
+    /// Second moments of the linear's inputs, when asked for by [`Solver::NEEDS`].
+    pub inputs: Option<&'a Hessian>,
+    /// The mean squared change of the enclosing module's output when this linear's weight is
+    /// replaced by another, `[out, in]`; when asked for by [`Solver::NEEDS`].
+    pub output_error: Option<&'a OutputError<'a>>,
+}
+
+/// See [`Problem::output_error`].
+pub type OutputError<'a> = dyn Fn(&Tensor<2>) -> Result<f64> + 'a;
+
+impl<'a> Problem<'a> {
+    /// The inputs' second moments.
+    ///
+    /// # Errors
+    /// When the stage gave none.
+    pub fn need_inputs(&self) -> Result<&'a Hessian> {
+        self.inputs.ok_or_else(|| Error::failed("this method needs calibration data"))
+    }
+}
+
+/// What a method looks at besides the weight.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Needs {
+    /// Nothing.
+    Weight,
+    /// Second moments of the linear's inputs.
+    Moments,
+    /// Those, and the outputs of the module around the linear.
+    Outputs,
+}
+
+/// A method that learns nothing.
+pub trait Solver {
+    /// The method's keys in a recipe.
+    type Config;
+
+    /// What the linear becomes.
+    const LEAVES: Repr;
+    /// What it looks at; anything but the weight takes `[data.calibration]`.
+    const NEEDS: Needs;
+
+    /// As [`WeightMethod::accepts`].
+    ///
+    /// # Errors
+    /// Errors that name the key to change.
+    fn accepts(config: &Self::Config, spec: &QuantSpec) -> Result<()>;
+
+    /// Exponents to try when input channels are balanced before quantization (AWQ): channel `c` of
+    /// the weight is multiplied by `(mean |x_c|)^exponent`, and what feeds it divided; the stage
+    /// keeps the exponent with the smallest output error. None: no balancing.
+    fn balance_exponents(_config: &Self::Config) -> Vec<f64> {
+        Vec::new()
+    }
+
+    /// Codes and grid of one linear.
+    ///
+    /// # Errors
+    /// When the observer refuses the weight, or the inputs do not suffice.
+    fn solve(config: &Self::Config, problem: &Problem<'_>) -> Result<QuantizedWeight>;
 }
 
 /// Makes the enum of methods, their configurations and the dispatch; a new method is one line.
 macro_rules! methods {
-    ($($(#[$doc:meta])* $name:ident { $key:ident, $config:ty },)*) => {
+    (
+        learned { $($(#[$doc:meta])* $name:ident { $key:literal, $config:ty },)* }
+        solvers { $($(#[$sdoc:meta])* $solver:ident { $skey:literal, $sconfig:ty },)* }
+    ) => {
         /// A method attached to a weight.
         #[derive(Debug, Module)]
         #[allow(clippy::large_enum_variant)] // a handful of tensor handles either way
@@ -89,25 +247,42 @@ macro_rules! methods {
 
         /// `method.NAME = { ... }` in a recipe.
         #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-        #[serde(rename_all = "lowercase")]
         pub enum MethodConfig {
-            $($(#[$doc])* $name($config),)*
+            $($(#[$doc])* #[serde(rename = $key)] $name($config),)*
+            $($(#[$sdoc])* #[serde(rename = $skey)] $solver($sconfig),)*
         }
+
+        /// The name of every method in recipes.
+        pub const NAMES: &[&str] = &[$($key,)* $($skey,)*];
 
         impl MethodConfig {
             /// The name in recipes and reports.
             pub fn name(&self) -> &'static str {
-                match self { $(Self::$name(_) => stringify!($key),)* }
+                match self { $(Self::$name(_) => $key,)* $(Self::$solver(_) => $skey,)* }
+            }
+
+            /// What linears have to be.
+            pub fn takes(&self) -> Repr {
+                match self {
+                    $(Self::$name(_) => <$name as WeightMethod>::TAKES,)*
+                    $(Self::$solver(_) => Repr::Dense,)*
+                }
             }
 
             /// What linears become.
             pub fn leaves(&self) -> Repr {
-                match self { $(Self::$name(_) => <$name as WeightMethod>::LEAVES,)* }
+                match self {
+                    $(Self::$name(_) => <$name as WeightMethod>::LEAVES,)*
+                    $(Self::$solver(_) => <$solver as Solver>::LEAVES,)*
+                }
             }
 
             /// Whether the stored weight itself learns.
             pub fn trains_base(&self) -> bool {
-                match self { $(Self::$name(_) => <$name as WeightMethod>::TRAINS_BASE,)* }
+                match self {
+                    $(Self::$name(_) => <$name as WeightMethod>::TRAINS_BASE,)*
+                    $(Self::$solver(_) => false,)*
+                }
             }
 
             /// Whether anything learns at all.
@@ -117,6 +292,31 @@ macro_rules! methods {
                         <$name as WeightMethod>::TRAINS_BASE
                             || !<$name as WeightMethod>::ROLES.is_empty()
                     })*
+                    $(Self::$solver(_) => false,)*
+                }
+            }
+
+            /// Whether the method works between optimizer steps.
+            pub fn has_hook(&self) -> bool {
+                match self {
+                    $(Self::$name(_) => <$name as WeightMethod>::HAS_HOOK,)*
+                    $(Self::$solver(_) => false,)*
+                }
+            }
+
+            /// What the method looks at besides the weight.
+            pub fn needs(&self) -> Needs {
+                match self {
+                    $(Self::$name(_) => Needs::Weight,)*
+                    $(Self::$solver(_) => <$solver as Solver>::NEEDS,)*
+                }
+            }
+
+            /// See [`Solver::balance_exponents`].
+            pub fn balance_exponents(&self) -> Vec<f64> {
+                match self {
+                    $(Self::$name(_) => Vec::new(),)*
+                    $(Self::$solver(config) => $solver::balance_exponents(config),)*
                 }
             }
 
@@ -125,24 +325,35 @@ macro_rules! methods {
             /// # Errors
             /// Preflight errors that name the key to change.
             pub fn accepts(&self, spec: &QuantSpec) -> Result<()> {
-                match self { $(Self::$name(config) => $name::accepts(config, spec),)* }
+                match self {
+                    $(Self::$name(config) => <$name as WeightMethod>::accepts(config, spec),)*
+                    $(Self::$solver(config) => <$solver as Solver>::accepts(config, spec),)*
+                }
             }
 
             /// See [`WeightMethod::init`].
             ///
             /// # Errors
-            /// When the observer refuses the weight.
-            pub fn init(
-                &self,
-                spec: &QuantSpec,
-                observer: &ObserverConfig,
-                weight: &Tensor<2>,
-            ) -> Result<Method> {
+            /// When the observer refuses the weight, or this is a [`Solver`].
+            pub fn init(&self, start: &Start<'_>) -> Result<Method> {
                 Ok(match self {
-                    $(Self::$name(config) => {
-                        Method::$name($name::init(config, spec, observer, weight)?)
+                    $(Self::$name(config) => Method::$name($name::init(config, start)?),)*
+                    $(Self::$solver(_) => {
+                        return Err(Error::usage(concat!("method.", $skey, " learns nothing"))
+                            .fix("[stage.calibrate]"));
                     })*
                 })
+            }
+
+            /// Codes and grid without learning: a solver's solution, or a method as it starts.
+            ///
+            /// # Errors
+            /// When the observer refuses the weight, or the grid is damaged.
+            pub fn solve(&self, problem: &Problem<'_>) -> Result<QuantizedWeight> {
+                match self {
+                    $(Self::$solver(config) => $solver::solve(config, problem),)*
+                    _ => attach::start_only(self, problem),
+                }
             }
         }
 
@@ -156,6 +367,14 @@ macro_rules! methods {
             pub fn fold(&self, weight: Tensor<2>) -> Folded {
                 match self { $(Self::$name(method) => method.fold(weight),)* }
             }
+
+            /// See [`WeightMethod::between_steps`].
+            #[must_use]
+            pub fn between_steps(self, weight: Tensor<2>, moment: Moment) -> Self {
+                match self {
+                    $(Self::$name(method) => Self::$name(method.between_steps(weight, moment)),)*
+                }
+            }
         }
 
         /// The learned parameters of every method, `(name, role)`.
@@ -164,10 +383,40 @@ macro_rules! methods {
 }
 
 methods! {
-    /// Round-to-nearest: nothing learned, the baseline.
-    Rtn { rtn, RtnConfig },
-    /// FlexRound: element-wise division factors.
-    FlexRound { flexround, FlexRoundConfig },
-    /// Stretched elastic quantization, 2 bits, latent weights and steps learned.
-    Seq { seq, SeqConfig },
+    learned {
+        /// Round-to-nearest: nothing learned, the baseline.
+        Rtn { "rtn", RtnConfig },
+        /// FlexRound: element-wise division factors.
+        FlexRound { "flexround", FlexRoundConfig },
+        /// UniQuanF: FlexRound's transform and learned binary-coding levels.
+        UniQuanF { "uniquanf", UniQuanFConfig },
+        /// LRQ: FlexRound's division factors as a low-rank product.
+        Lrq { "lrq", LrqConfig },
+        /// LWC: learned clipping of each group's range.
+        Lwc { "lwc", LwcConfig },
+        /// Block-AP: latent weights, steps and zero points learned.
+        BlockAp { "block_ap", BlockApConfig },
+        /// Stretched elastic quantization, 2 bits, latent weights and steps learned.
+        Seq { "seq", SeqConfig },
+        /// SignRound: bounded rounding offsets and range factors, by signed descent.
+        SignRound { "signround", SignRoundConfig },
+        /// LSQ and LSQ+: latent weights and steps learned, zero in the middle or shifted.
+        Lsq { "lsq", LsqConfig },
+        /// Three levels, latent weights and steps learned.
+        Ternary { "ternary", TernaryConfig },
+        /// Signs, 1 bit, latent weights and steps learned.
+        Sign { "sign", SignConfig },
+        /// E2E-QP: the steps of codes that an earlier stage left.
+        E2eQp { "e2e_qp", E2eQpConfig },
+    }
+    solvers {
+        /// Binary coding: sign planes with a scale each, fitted to the weight.
+        Bcq { "bcq", BcqConfig },
+        /// GPTQ: each column's rounding error is made up for by the columns after it.
+        Gptq { "gptq", GptqConfig },
+        /// AWQ: input channels balanced by activation, and clipping searched.
+        Awq { "awq", AwqConfig },
+        /// AdaDim: groups along the inputs or the outputs, chosen for each linear.
+        AdaDim { "adadim", AdaDimConfig },
+    }
 }

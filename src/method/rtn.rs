@@ -8,9 +8,9 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::{Folded, WeightMethod};
+use super::{Folded, Start, WeightMethod};
 use crate::error::Result;
-use crate::quant::{ObserverConfig, QuantParams, QuantSpec, Repr, ZeroKind};
+use crate::quant::{QuantParams, QuantSpec, Repr, ZeroKind};
 use crate::train::Role;
 
 /// `method.rtn`: no keys.
@@ -37,12 +37,8 @@ impl WeightMethod for Rtn {
         Ok(())
     }
 
-    fn init(
-        _: &RtnConfig,
-        spec: &QuantSpec,
-        observer: &ObserverConfig,
-        weight: &Tensor<2>,
-    ) -> Result<Self> {
+    fn init(_: &RtnConfig, start: &Start<'_>) -> Result<Self> {
+        let Start { spec, observer, weight, .. } = *start;
         let QuantParams { scale, zero_point } =
             observer.observe(weight, spec.bits, spec.symmetry)?;
         Ok(Self { scale, zero_point, max_code: spec.bits.max_code() })
@@ -55,7 +51,7 @@ impl WeightMethod for Rtn {
 
     fn fold(&self, weight: Tensor<2>) -> Folded {
         let grid = self.grid();
-        Folded {
+        Folded::Uniform {
             codes: grid.codes(weight, self.max_code),
             scale: grid.scale,
             zero_point: grid.zero_point,

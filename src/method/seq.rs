@@ -10,16 +10,16 @@ use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::{Folded, WeightMethod};
+use super::{Folded, Start, WeightMethod};
 use crate::error::{Error, Result};
 use crate::ops::{self, TieRule};
-use crate::quant::{ObserverConfig, QuantSpec, Repr, ZeroKind};
+use crate::quant::{QuantSpec, Repr, ZeroKind};
 use crate::train::Role;
 
 /// ParetoQ's margin: a weight beyond `(1 - ε) Δ` counts as clipped.
-const EPSILON: f32 = 0.01;
+pub(super) const EPSILON: f32 = 0.01;
 /// ParetoQ's floor of the step.
-const STEP_FLOOR: f32 = 1e-5;
+pub(super) const STEP_FLOOR: f32 = 1e-5;
 /// Fractions of `max |W|` that the MSE start tries.
 const START_GRID: u32 = 100;
 
@@ -77,25 +77,14 @@ impl WeightMethod for Seq {
             .fix("bits = 2 in this stage"))
     }
 
-    fn init(
-        config: &SeqConfig,
-        _: &QuantSpec,
-        _: &ObserverConfig,
-        weight: &Tensor<2>,
-    ) -> Result<Self> {
-        let max = weight.clone().abs().max_dim(1).clamp_min(STEP_FLOOR);
-        let step = match config.start {
-            SeqStart::Max => max,
-            SeqStart::Mse => mse_step(weight, &max, config.ties),
-        };
-        let [groups, len] = weight.dims();
+    fn init(config: &SeqConfig, start: &Start<'_>) -> Result<Self> {
+        let weight = start.weight;
+        let step = start_step(config.start, weight, |step| {
+            step.clone() * 0.5 * ops::seq_levels(weight.clone(), step.clone(), EPSILON, config.ties)
+        });
         Ok(Self {
             step: Param::from_tensor(step),
-            gradient_factor: if config.gradient_scale {
-                ((groups * len) as f64).powf(-0.5)
-            } else {
-                1.0
-            },
+            gradient_factor: gradient_factor(config.gradient_scale, weight),
             half_up: config.ties == TieRule::HalfUp,
         })
     }
@@ -107,7 +96,7 @@ impl WeightMethod for Seq {
 
     fn fold(&self, weight: Tensor<2>) -> Folded {
         let step = self.step.val().clamp_min(STEP_FLOOR);
-        Folded {
+        Folded::Uniform {
             codes: ops::seq_levels(weight, step.clone(), EPSILON, self.ties()) + 1.5,
             zero_point: step.full_like(1.5),
             scale: step * 0.5,
@@ -122,14 +111,27 @@ impl Seq {
     }
 }
 
-/// The best of the fractions of `max`, per group; the first one wins a tie.
-fn mse_step(weight: &Tensor<2>, max: &Tensor<2>, ties: TieRule) -> Tensor<2> {
+/// `1/sqrt(numel)`, ParetoQ's factor of the step's gradient, or 1.
+pub(super) fn gradient_factor(scaled: bool, weight: &Tensor<2>) -> f64 {
+    let [groups, len] = weight.dims();
+    if scaled { ((groups * len) as f64).powf(-0.5) } else { 1.0 }
+}
+
+/// The step of each group, `[groups, 1]`, where `w_hat` gives the weight on a step's grid.
+pub(super) fn start_step(
+    start: SeqStart,
+    weight: &Tensor<2>,
+    w_hat: impl Fn(&Tensor<2>) -> Tensor<2>,
+) -> Tensor<2> {
+    let max = weight.clone().abs().max_dim(1).clamp_min(STEP_FLOOR);
+    if start == SeqStart::Max {
+        return max;
+    }
+    // The best of the fractions, per group; the first one wins a tie.
     let mut best: Option<(Tensor<2>, Tensor<2>)> = None;
     for i in 1..=START_GRID {
         let step = (max.clone() * (i as f32 / START_GRID as f32)).clamp_min(STEP_FLOOR);
-        let w_hat =
-            step.clone() * 0.5 * ops::seq_levels(weight.clone(), step.clone(), EPSILON, ties);
-        let error = (weight.clone() - w_hat).square().mean_dim(1);
+        let error = (weight.clone() - w_hat(&step)).square().mean_dim(1);
         best = Some(match best {
             None => (error, step),
             Some((best_error, best_step)) => {
@@ -138,5 +140,5 @@ fn mse_step(weight: &Tensor<2>, max: &Tensor<2>, ties: TieRule) -> Tensor<2> {
             }
         });
     }
-    best.map_or_else(|| max.clone(), |(_, step)| step)
+    best.map_or(max, |(_, step)| step)
 }

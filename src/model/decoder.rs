@@ -6,6 +6,7 @@
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Tensor, TensorData, activation};
+use serde::{Deserialize, Serialize};
 
 use super::config::ModelConfig;
 
@@ -19,6 +20,65 @@ pub const LINEARS: [&str; 7] = [
     "mlp.up_proj",
     "mlp.down_proj",
 ];
+
+/// A place in a block where a caller may look at, or replace, what flows through.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Site {
+    /// Input of q, k and v, after the norm.
+    Attention,
+    /// Output of k, before rotation.
+    Keys,
+    /// Output of v.
+    Values,
+    /// Input of o.
+    AttentionOutput,
+    /// Input of gate and up, after the norm.
+    Mlp,
+    /// Input of down.
+    MlpOutput,
+}
+
+impl Site {
+    /// Every site, in the order of execution.
+    pub const ALL: [Self; 6] = [
+        Self::Attention,
+        Self::Keys,
+        Self::Values,
+        Self::AttentionOutput,
+        Self::Mlp,
+        Self::MlpOutput,
+    ];
+
+    /// The sites that feed linears.
+    pub const INPUTS: [Self; 4] =
+        [Self::Attention, Self::AttentionOutput, Self::Mlp, Self::MlpOutput];
+
+    /// The site that feeds one of [`LINEARS`].
+    pub fn feeding(linear: &str) -> Self {
+        match linear {
+            "self_attn.q_proj" | "self_attn.k_proj" | "self_attn.v_proj" => Self::Attention,
+            "self_attn.o_proj" => Self::AttentionOutput,
+            "mlp.down_proj" => Self::MlpOutput,
+            _ => Self::Mlp,
+        }
+    }
+
+    /// The name in files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Attention => "attention",
+            Self::Keys => "keys",
+            Self::Values => "values",
+            Self::AttentionOutput => "attention_output",
+            Self::Mlp => "mlp",
+            Self::MlpOutput => "mlp_output",
+        }
+    }
+}
+
+/// What a caller does at the sites of a block: `[batch, seq, features]` to the same shape.
+pub type Tap<'a> = dyn Fn(Site, Tensor<3>) -> Tensor<3> + 'a;
 
 /// Root-mean-square norm, statistics in f32.
 #[derive(Debug, Module)]
@@ -90,6 +150,16 @@ impl Positions {
         }
     }
 
+    /// Number of positions.
+    pub fn len(&self) -> usize {
+        self.cos.dims()[2]
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Rotates `[batch, heads, seq, head_dim]`: half of the features against the other half.
     fn rotate(&self, x: Tensor<4>) -> Tensor<4> {
         let half = x.dims()[3] / 2;
@@ -124,20 +194,23 @@ pub struct Attention {
 }
 
 impl Attention {
-    fn forward(
+    /// Attention on the normed residual stream, `[batch, seq, d_model]`.
+    pub fn forward(
         &self,
         x: Tensor<3>,
         positions: &Positions,
         cache: Option<&mut KvCache>,
+        tap: &Tap<'_>,
     ) -> Tensor<3> {
         let [batch, seq, _] = x.dims();
+        let x = tap(Site::Attention, x);
         let heads = |x: Tensor<3>| -> Tensor<4> {
             let [batch, seq, width] = x.dims();
             x.reshape([batch, seq, width / self.head_dim, self.head_dim]).swap_dims(1, 2)
         };
         let q = positions.rotate(heads(self.q_proj.forward(x.clone())));
-        let k = positions.rotate(heads(self.k_proj.forward(x.clone())));
-        let v = heads(self.v_proj.forward(x));
+        let k = positions.rotate(heads(tap(Site::Keys, self.k_proj.forward(x.clone()))));
+        let v = heads(tap(Site::Values, self.v_proj.forward(x)));
         let (k, v) = match cache {
             None => (k, v),
             Some(cache) => {
@@ -160,7 +233,8 @@ impl Attention {
         let mixed = weights.matmul(v);
         let n_heads = stacked[1] * stacked[2] / seq;
         let mixed = mixed.reshape([batch, n_heads, seq, self.head_dim]).swap_dims(1, 2);
-        self.o_proj.forward(mixed.reshape([batch, seq, n_heads * self.head_dim]))
+        let mixed = mixed.reshape([batch, seq, n_heads * self.head_dim]);
+        self.o_proj.forward(tap(Site::AttentionOutput, mixed))
     }
 }
 
@@ -176,9 +250,12 @@ pub struct Mlp {
 }
 
 impl Mlp {
-    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+    /// The MLP on the normed residual stream, `[batch, seq, d_model]`.
+    pub fn forward(&self, x: Tensor<3>, tap: &Tap<'_>) -> Tensor<3> {
+        let x = tap(Site::Mlp, x);
         let gate = activation::silu(self.gate_proj.forward(x.clone()));
-        self.down_proj.forward(gate * self.up_proj.forward(x))
+        let gated = gate * self.up_proj.forward(x);
+        self.down_proj.forward(tap(Site::MlpOutput, gated))
     }
 }
 
@@ -201,20 +278,21 @@ impl Block {
     /// # Shapes
     /// - hidden, result: `[batch, seq, d_model]`
     pub fn forward(&self, hidden: Tensor<3>, positions: &Positions) -> Tensor<3> {
-        self.forward_cached(hidden, positions, None)
+        self.forward_tapped(hidden, positions, None, &|_, x| x)
     }
 
-    /// As [`Block::forward`], reading and extending a cache of earlier positions.
-    pub fn forward_cached(
+    /// As [`Block::forward`], reading and extending a cache of earlier positions, with a tap.
+    pub fn forward_tapped(
         &self,
         hidden: Tensor<3>,
         positions: &Positions,
         cache: Option<&mut KvCache>,
+        tap: &Tap<'_>,
     ) -> Tensor<3> {
         let normed = self.input_layernorm.forward(hidden.clone());
-        let hidden = hidden + self.self_attn.forward(normed, positions, cache);
+        let hidden = hidden + self.self_attn.forward(normed, positions, cache, tap);
         let normed = self.post_attention_layernorm.forward(hidden.clone());
-        hidden + self.mlp.forward(normed)
+        hidden + self.mlp.forward(normed, tap)
     }
 
     /// Every linear with its name within the block, in the order of [`LINEARS`].

@@ -58,8 +58,9 @@ fn step(
     device: &Device,
 ) -> Vec<f32> {
     let mut hidden = model.embed(CausalLm::tokens(&[tokens], device));
-    for (block, cache) in model.blocks.iter().zip(caches) {
-        hidden = block.forward_cached(hidden, positions, Some(cache));
+    for (index, (block, cache)) in model.blocks.iter().zip(caches).enumerate() {
+        let tap = |site, x| model.tap.apply(index, site, x);
+        hidden = block.forward_tapped(hidden, positions, Some(cache), &tap);
     }
     let [_, seq, d_model] = hidden.dims();
     let last: Tensor<2> = hidden.narrow(1, seq - 1, 1).reshape([1, d_model]);

@@ -9,6 +9,7 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 use super::CausalLm;
 use super::config::ModelConfig;
 use super::decoder::{Attention, Block, LINEARS, Mlp, RmsNorm};
+use super::tap::ModelTap;
 use crate::error::{Error, Result};
 use crate::store::TensorSource;
 use crate::store::safetensors::Checkpoint;
@@ -23,6 +24,11 @@ pub trait WeightSource {
 
     /// Whether there is such a tensor.
     fn contains(&self, name: &str) -> bool;
+
+    /// Whether this source holds linear `name` in another form than the checkpoint does.
+    fn overrides(&self, _name: &str) -> bool {
+        false
+    }
 }
 
 impl WeightSource for Checkpoint {
@@ -40,6 +46,15 @@ impl WeightSource for Checkpoint {
     fn contains(&self, name: &str) -> bool {
         self.info(name).is_some()
     }
+}
+
+/// The output head's name as a linear.
+pub const HEAD: &str = "lm_head";
+
+/// The name under which a source holds the head's weight: its own, or in a tied model the
+/// embedding's.
+pub fn head_name(source: &dyn WeightSource) -> &'static str {
+    if source.contains("lm_head.weight") { "lm_head.weight" } else { "model.embed_tokens.weight" }
 }
 
 /// The name of block `index`'s tensors, `model.layers.INDEX`.
@@ -99,6 +114,7 @@ impl Loader<'_> {
             blocks: blocks.collect::<Result<_>>()?,
             norm: self.norm("model.norm.weight")?,
             head: self.head()?,
+            tap: ModelTap::default(),
         })
     }
 
@@ -145,12 +161,13 @@ impl Loader<'_> {
         })
     }
 
+    /// A tied model has a head of its own only when one was quantized apart from the embedding.
     fn head(&self) -> Result<Option<Linear>> {
-        if self.config.tied {
+        if self.config.tied && !self.source.overrides(HEAD) {
             return Ok(None);
         }
         let shape = [self.config.vocab, self.config.d_model];
-        self.linear("lm_head", shape, false).map(Some)
+        self.linear(HEAD, shape, false).map(Some)
     }
 
     /// The checkpoint holds `[out, in]`; burn's linear wants `[in, out]`. The transposed view

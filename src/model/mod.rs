@@ -9,15 +9,19 @@ mod config;
 mod decoder;
 mod generate;
 mod load;
+mod tap;
 
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 pub use config::{ModelConfig, Rope, RopeScaling};
-pub use decoder::{Attention, Block, KvCache, LINEARS, Mlp, Positions, RmsNorm};
+pub use decoder::{Attention, Block, KvCache, LINEARS, Mlp, Positions, RmsNorm, Site, Tap};
 pub use generate::{Sampler, generate};
-pub use load::{Loader, WeightSource, block_prefix, companions, linear_shapes, weight_name};
+pub use load::{
+    HEAD, Loader, WeightSource, block_prefix, companions, head_name, linear_shapes, weight_name,
+};
+pub use tap::ModelTap;
 
 /// A decoder-only causal language model.
 #[derive(Debug, Module)]
@@ -30,9 +34,19 @@ pub struct CausalLm {
     pub norm: RmsNorm,
     /// Output head; `None` when it is the embedding.
     pub head: Option<Linear>,
+    /// What is done to activations on the way; nothing by default.
+    #[module(skip)]
+    pub tap: ModelTap,
 }
 
 impl CausalLm {
+    /// The model with a tap.
+    #[must_use]
+    pub fn with_tap(mut self, tap: ModelTap) -> Self {
+        self.tap = tap;
+        self
+    }
+
     /// Token ids of a batch as a tensor, `[batch, seq]`.
     pub fn tokens(rows: &[&[u32]], device: &Device) -> Tensor<2, Int> {
         let seq = rows.first().map_or(0, |row| row.len());
@@ -53,8 +67,9 @@ impl CausalLm {
     /// The residual stream after the final norm, `[batch, seq, d_model]`.
     pub fn hidden(&self, tokens: Tensor<2, Int>, positions: &Positions) -> Tensor<3> {
         let mut hidden = self.embed(tokens);
-        for block in &self.blocks {
-            hidden = block.forward(hidden, positions);
+        for (index, block) in self.blocks.iter().enumerate() {
+            let tap = |site, x| self.tap.apply(index, site, x);
+            hidden = block.forward_tapped(hidden, positions, None, &tap);
         }
         self.norm.forward(hidden)
     }

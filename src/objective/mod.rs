@@ -18,8 +18,22 @@ pub enum ObjectiveConfig {
     KlForward(KlObjective),
     /// `KL(student‖teacher)`.
     KlReverse(KlObjective),
+    /// Confidence-aware KL (BitDistiller): forward and reverse KL mixed by how sure the teacher is.
+    Cakld(CakldObjective),
     /// Next-token cross-entropy; no teacher.
     CrossEntropy(CrossEntropyObjective),
+    /// A weighted sum of objectives on logits.
+    Sum(Vec<Term>),
+}
+
+/// One term of `objective.sum`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Term {
+    /// Its factor, positive.
+    pub weight: f64,
+    /// What is weighted.
+    pub objective: ObjectiveConfig,
 }
 
 /// How the squared error is reduced.
@@ -39,6 +53,9 @@ pub enum Reduction {
 pub struct MseObjective {
     /// `"sequence_sum"` or `"mean"`. Adam hardly sees the difference; reports are always means.
     pub reduction: Reduction,
+    /// Add the error to the float block's output on the *quantized* stream (OmniQuant's
+    /// augmented loss).
+    pub augmented: bool,
 }
 
 /// Keys of `objective.jsd`.
@@ -71,6 +88,26 @@ impl Default for KlObjective {
     }
 }
 
+/// Keys of `objective.cakld`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CakldObjective {
+    /// Weight of the reverse, mode-seeking term, in 0..=1. Absent: the teacher's mean largest
+    /// probability on the first batches, measured before training.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gamma: Option<f64>,
+    /// Batches that an absent `gamma` is measured on.
+    pub estimate_batches: u64,
+    /// Temperature of both distributions.
+    pub temperature: f64,
+}
+
+impl Default for CakldObjective {
+    fn default() -> Self {
+        Self { gamma: None, estimate_batches: 10, temperature: 1.0 }
+    }
+}
+
 /// Keys of `objective.cross_entropy`: none.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -96,13 +133,50 @@ impl ObjectiveConfig {
             Self::Jsd(jsd) => format!("jsd {}", jsd.beta),
             Self::KlForward(_) => "kl_forward".to_owned(),
             Self::KlReverse(_) => "kl_reverse".to_owned(),
+            Self::Cakld(_) => "cakld".to_owned(),
             Self::CrossEntropy(_) => "cross_entropy".to_owned(),
+            Self::Sum(terms) => {
+                let terms: Vec<String> = (terms.iter())
+                    .map(|term| format!("{} {}", term.weight, term.objective.name()))
+                    .collect();
+                terms.join(" + ")
+            }
         }
     }
 
     /// Whether a teacher's logits are needed.
     pub fn needs_teacher(&self) -> bool {
-        !matches!(self, Self::Mse(_) | Self::CrossEntropy(_))
+        match self {
+            Self::Mse(_) | Self::CrossEntropy(_) => false,
+            Self::Jsd(_) | Self::KlForward(_) | Self::KlReverse(_) | Self::Cakld(_) => true,
+            Self::Sum(terms) => terms.iter().any(|term| term.objective.needs_teacher()),
+        }
+    }
+
+    /// The most batches that a confidence has to be measured on before training; 0: none.
+    pub fn confidence_batches(&self) -> u64 {
+        match self {
+            Self::Cakld(CakldObjective { gamma: None, estimate_batches, .. }) => *estimate_batches,
+            Self::Sum(terms) => {
+                terms.iter().map(|term| term.objective.confidence_batches()).max().unwrap_or(0)
+            }
+            _ => 0,
+        }
+    }
+
+    /// The objective with the teacher's confidence where it was left open.
+    #[must_use]
+    pub fn with_confidence(mut self, confidence: f64) -> Self {
+        match &mut self {
+            Self::Cakld(cakld) => cakld.gamma = Some(cakld.gamma.unwrap_or(confidence)),
+            Self::Sum(terms) => {
+                for term in terms {
+                    term.objective = term.objective.clone().with_confidence(confidence);
+                }
+            }
+            _ => {}
+        }
+        self
     }
 
     /// Refuses values outside their range.
@@ -118,8 +192,29 @@ impl ObjectiveConfig {
                 ))
                 .fix("beta = 0.5, or objective.kl_forward / objective.kl_reverse for the limits"));
             }
+            Self::Cakld(cakld) if !(0.0..=1.0).contains(&cakld.gamma.unwrap_or(0.5)) => {
+                let gamma = cakld.gamma.unwrap_or_default();
+                return Err(Error::usage(format!(
+                    "objective.cakld.gamma = {gamma} is not in 0..=1"
+                ))
+                .fix("gamma = 0.7, or no gamma: it is measured then"));
+            }
+            Self::Cakld(cakld) if cakld.estimate_batches == 0 => {
+                return Err(Error::usage("estimate_batches = 0").fix("estimate_batches = 10"));
+            }
+            Self::Sum(terms) if terms.is_empty() => {
+                return Err(Error::usage("objective.sum has no terms")
+                    .fix("objective.sum = [{ weight = 1.0, objective.jsd = {} }]"));
+            }
+            Self::Sum(terms) => {
+                for term in terms {
+                    term.check()?;
+                }
+                1.0
+            }
             Self::Jsd(jsd) => jsd.temperature,
             Self::KlForward(kl) | Self::KlReverse(kl) => kl.temperature,
+            Self::Cakld(cakld) => cakld.temperature,
             Self::Mse(_) | Self::CrossEntropy(_) => 1.0,
         };
         if temperature > 0.0 && temperature.is_finite() {
@@ -141,6 +236,13 @@ impl ObjectiveConfig {
             Self::Jsd(jsd) => (Divergence::Jsd { beta: jsd.beta }, jsd.temperature),
             Self::KlForward(kl) => (Divergence::KlForward, kl.temperature),
             Self::KlReverse(kl) => (Divergence::KlReverse, kl.temperature),
+            Self::Cakld(cakld) => {
+                let gamma = cakld
+                    .gamma
+                    .ok_or_else(|| Error::failed("the teacher's confidence was not measured"))?;
+                (Divergence::Cakld { gamma }, cakld.temperature)
+            }
+            Self::Sum(terms) => return weighted_sum(terms, &student, targets),
             Self::CrossEntropy(_) => {
                 let (next, weights) = (targets.next.clone(), targets.next_weights.clone());
                 return Ok(ops::cross_entropy(student, next, weights));
@@ -156,4 +258,31 @@ impl ObjectiveConfig {
             .ok_or_else(|| Error::failed(format!("objective {} needs a teacher", self.name())))?;
         Ok(ops::divergence(kind, student, teacher, targets.weights.clone(), temperature))
     }
+}
+
+impl Term {
+    fn check(&self) -> Result<()> {
+        if matches!(self.objective, ObjectiveConfig::Mse(_)) {
+            return Err(Error::usage("objective.mse compares block outputs, not logits")
+                .fix("objective.sum of jsd, kl_forward, kl_reverse, cakld, cross_entropy"));
+        }
+        if !(self.weight.is_finite() && self.weight > 0.0) {
+            return Err(Error::usage(format!("weight = {} is not positive", self.weight))
+                .fix("weight = 1.0"));
+        }
+        self.objective.check()
+    }
+}
+
+fn weighted_sum(terms: &[Term], student: &Tensor<2>, targets: &Targets) -> Result<LossValue> {
+    let mut sum: Option<LossValue> = None;
+    for term in terms {
+        let LossValue { value, gradient } = term.objective.on_logits(student.clone(), targets)?;
+        let (value, gradient) = (value * term.weight, gradient * term.weight);
+        sum = Some(match sum {
+            None => LossValue { value, gradient },
+            Some(sum) => LossValue { value: sum.value + value, gradient: sum.gradient + gradient },
+        });
+    }
+    sum.ok_or_else(|| Error::usage("objective.sum has no terms"))
 }

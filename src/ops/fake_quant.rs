@@ -21,6 +21,13 @@ pub fn scale_gradient<const D: usize>(x: Tensor<D>, factor: f64) -> Tensor<D> {
     x.detach() + (scaled.clone() - scaled.detach())
 }
 
+/// `clamp(x, low, high)` with gradient 1 everywhere: what lies outside can come back.
+///
+/// The forward value is exactly the clamp's.
+pub fn clamp_ste<const D: usize>(x: Tensor<D>, low: f32, high: f32) -> Tensor<D> {
+    x.clone().clamp(low, high).detach() + (x.clone() - x.detach())
+}
+
 /// A weight in any float rank-2 layout as `[groups, group_len]`; free when it is contiguous.
 pub fn reshape_grouped(weight: Tensor<2>, grouped: [usize; 2]) -> Tensor<2> {
     if weight.dims() == grouped { weight } else { weight.reshape(grouped) }
@@ -45,7 +52,35 @@ pub fn flexround(
     max_code: u8,
 ) -> Tensor<2> {
     let divisor = (log_division + (log_scale + log_row)).exp();
-    (round_ste(weight / divisor) + zero_point).clamp(0.0, f32::from(max_code))
+    affine_codes(weight / divisor, zero_point, max_code)
+}
+
+/// Codes of a weight that has been divided by its step: `clamp(round(v) + z, 0, L)`.
+///
+/// Gradients: straight-through round, true clamp (1 inside and on the bounds, 0 outside).
+///
+/// # Shapes
+/// - ratio: `[groups, group_len]`, `v`
+/// - zero_point: `[groups, 1]`, integers
+/// - result: `[groups, group_len]`, integers in `0..=max_code`
+pub fn affine_codes(ratio: Tensor<2>, zero_point: Tensor<2>, max_code: u8) -> Tensor<2> {
+    (round_ste(ratio) + zero_point).clamp(0.0, f32::from(max_code))
+}
+
+/// LRQ's log division factors (Lee et al. 2024): `left · right + row + column`, the low-rank
+/// stand-in for FlexRound's full matrix.
+///
+/// # Shapes
+/// - left: `[out, rank]`, right: `[rank, in]`
+/// - row: `[out, 1]`, column: `[1, in]`
+/// - result: `[out, in]`
+pub fn low_rank_division(
+    left: Tensor<2>,
+    right: Tensor<2>,
+    row: Tensor<2>,
+    column: Tensor<2>,
+) -> Tensor<2> {
+    left.matmul(right) + row + column
 }
 
 /// Which way the stretched elastic grid sends an exact tie. A zero weight is such a tie, and
@@ -78,4 +113,42 @@ pub fn seq_levels(weight: Tensor<2>, step: Tensor<2>, epsilon: f32, ties: TieRul
         }
     };
     rounded + 0.5
+}
+
+/// ParetoQ's ternary codes (methods-core 7.1): `round(3/2 clamp(W/Δ, ±(1 - ε))) + 1`, so that
+/// `W_hat = (2Δ/3) · (code - 1)`. Gradients as [`seq_levels`]'s.
+///
+/// # Shapes
+/// - weight: `[groups, group_len]`
+/// - step: `[groups, 1]`, `Δ`
+/// - result: `[groups, group_len]`, 0, 1 or 2
+pub fn ternary_codes(weight: Tensor<2>, step: Tensor<2>, epsilon: f32) -> Tensor<2> {
+    round_ste((weight / step).clamp(epsilon - 1.0, 1.0 - epsilon) * 1.5) + 1.0
+}
+
+/// LSQ's codes (Esser et al. 2020, eq. 1) of a weight that has been divided by its step, counted
+/// from the lowest: `round(clamp(v, -2^(bits-1), 2^(bits-1) - 1)) + 2^(bits-1)`.
+///
+/// Gradients: straight-through round of a true clamp (1 inside and on the bounds, 0 outside).
+///
+/// # Shapes
+/// - ratio and result: `[groups, group_len]`
+pub fn lsq_codes(ratio: Tensor<2>, bits: u8) -> Tensor<2> {
+    let middle = f32::from(1u8 << (bits - 1));
+    round_ste(ratio.clamp(-middle, middle - 1.0)) + middle
+}
+
+/// One-bit codes (methods-core 7.1): 1 where the weight is not negative, else 0, so that
+/// `W_hat = 2Δ · (code - 1/2)`.
+///
+/// Gradients: to the weight `1/(2Δ)` where `|W| <= Δ`, else 0; none to the step.
+///
+/// # Shapes
+/// - weight: `[groups, group_len]`
+/// - step: `[groups, 1]`, `Δ`
+/// - result: `[groups, group_len]`
+pub fn sign_codes(weight: Tensor<2>, step: Tensor<2>) -> Tensor<2> {
+    let code = weight.clone().greater_equal_scalar(0.0).float();
+    let slope = (weight / step.detach()).clamp(-1.0, 1.0) * 0.5;
+    code + (slope.clone() - slope.detach())
 }

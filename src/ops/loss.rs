@@ -29,6 +29,11 @@ pub enum Divergence {
         /// Weight of the teacher.
         beta: f64,
     },
+    /// `γ KL(q‖p) + (1-γ) KL(p‖q)` (BitDistiller's CAKLD).
+    Cakld {
+        /// Weight of the reverse, mode-seeking term.
+        gamma: f64,
+    },
 }
 
 /// Joins a value and a gradient that were computed off the tape to the tracked tensor they belong
@@ -80,19 +85,19 @@ impl Distributions {
         (same.float() * weights).sum()
     }
 
-    /// The divergence per token, `[tokens, 1]`, and what its gradient is made of; `None` is
-    /// `q - p`.
-    fn evaluate(&self, kind: Divergence) -> (Tensor<2>, Option<RatioGradient>) {
+    /// The divergence per token, `[tokens, 1]`, and what its gradient is made of.
+    fn evaluate(&self, kind: Divergence) -> (Tensor<2>, Gradient) {
         let Self { q, log_q, p, log_p } = self;
+        let log_ratio = || log_q.clone() - log_p.clone();
+        let forward = |ratio: &Tensor<2>| (p.clone() * ratio.clone()).sum_dim(1).neg();
         match kind {
             Divergence::KlForward => {
-                let kl = (p.clone() * (log_p.clone() - log_q.clone())).sum_dim(1);
-                (kl, None)
+                (forward(&log_ratio()), Gradient { mismatch: 1.0, ratio: None })
             }
             Divergence::KlReverse => {
-                let ratio = log_q.clone() - log_p.clone();
+                let ratio = log_ratio();
                 let kl = (q.clone() * ratio.clone()).sum_dim(1);
-                (kl.clone(), Some(RatioGradient { ratio, mean: kl, factor: 1.0 }))
+                (kl.clone(), Gradient { mismatch: 0.0, ratio: Some((ratio, kl, 1.0)) })
             }
             Divergence::Jsd { beta } => {
                 let teacher_part = log_p.clone() + beta.ln();
@@ -101,17 +106,24 @@ impl Distributions {
                 let kl_q = (q.clone() * ratio.clone()).sum_dim(1);
                 let kl_p = (p.clone() * (log_p.clone() - log_m)).sum_dim(1);
                 let jsd = kl_p * beta + kl_q.clone() * (1.0 - beta);
-                (jsd, Some(RatioGradient { ratio, mean: kl_q, factor: 1.0 - beta }))
+                (jsd, Gradient { mismatch: 0.0, ratio: Some((ratio, kl_q, 1.0 - beta)) })
+            }
+            Divergence::Cakld { gamma } => {
+                let ratio = log_ratio();
+                let reverse = (q.clone() * ratio.clone()).sum_dim(1);
+                let value = reverse.clone() * gamma + forward(&ratio) * (1.0 - gamma);
+                (value, Gradient { mismatch: 1.0 - gamma, ratio: Some((ratio, reverse, gamma)) })
             }
         }
     }
 }
 
-/// The gradient `factor * q * (ratio - mean)` of a divergence to the tempered student logits.
-struct RatioGradient {
-    ratio: Tensor<2>,
-    mean: Tensor<2>,
-    factor: f64,
+/// The gradient of a divergence to the tempered student logits:
+/// `mismatch * (q - p) + factor * q * (ratio - mean)`.
+struct Gradient {
+    mismatch: f64,
+    /// Ratio, mean, factor.
+    ratio: Option<(Tensor<2>, Tensor<2>, f64)>,
 }
 
 /// Masked mean of a divergence over tokens, and its gradient to the student's logits.
@@ -127,14 +139,24 @@ pub fn divergence(
     temperature: f64,
 ) -> LossValue {
     let both = Distributions::new(student, teacher, temperature);
-    let (per_token, gradient) = both.evaluate(kind);
+    let (per_token, Gradient { mismatch, ratio }) = both.evaluate(kind);
     let value = (per_token * weights.clone()).sum();
     let weights = weights / temperature;
-    let gradient = match gradient {
-        None => (both.q - both.p) * weights,
-        Some(RatioGradient { ratio, mean, factor }) => both.q * (ratio - mean) * (weights * factor),
+    let Distributions { q, p, .. } = both;
+    let gradient = match ratio {
+        None => (q - p) * (weights * mismatch),
+        Some((ratio, mean, factor)) if mismatch == 0.0 => q * (ratio - mean) * (weights * factor),
+        Some((ratio, mean, factor)) => {
+            (q.clone() * (ratio - mean) * factor + (q - p) * mismatch) * weights
+        }
     };
     LossValue { value, gradient }
+}
+
+/// Masked mean over tokens of the largest probability, `[1]`; weights as in [`divergence`].
+pub fn confidence(logits: Tensor<2>, weights: Tensor<2>) -> Tensor<1> {
+    let (p, _) = softmax_and_log(logits, 1.0);
+    (p.max_dim(1) * weights).sum()
 }
 
 /// Masked mean of the next-token cross-entropy, and its gradient to the logits.

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Bits, GroupLayout};
+use super::{Bits, GroupAxis, GroupLayout, bcq};
 use crate::error::{Error, Result};
 
 /// What a linear currently is; the alphabet in which a plan type-checks.
@@ -13,6 +13,8 @@ pub enum Repr {
     Dense,
     /// Codes on a uniform grid.
     Uniform,
+    /// Sign planes with a scale each.
+    BinaryCoding,
 }
 
 impl std::fmt::Display for Repr {
@@ -20,6 +22,7 @@ impl std::fmt::Display for Repr {
         f.write_str(match self {
             Self::Dense => "dense",
             Self::Uniform => "uniform",
+            Self::BinaryCoding => "binary_coding",
         })
     }
 }
@@ -49,6 +52,14 @@ pub enum Grid {
         /// What the zero points are.
         zero_kind: ZeroKind,
     },
+    /// `w = ±alpha_0 ± alpha_1 ... + offset`, summed in this order; bit `i` of the code is set
+    /// where `alpha_i` is added. Levels need not be evenly spaced.
+    BinaryCoding {
+        /// One scale per plane of each group, `[groups, bits]`.
+        alpha: Vec<f32>,
+        /// One offset per group, `[groups]`.
+        offset: Vec<f32>,
+    },
 }
 
 impl Grid {
@@ -56,6 +67,19 @@ impl Grid {
     pub fn repr(&self) -> Repr {
         match self {
             Self::Uniform { .. } => Repr::Uniform,
+            Self::BinaryCoding { .. } => Repr::BinaryCoding,
+        }
+    }
+
+    /// One positive number per group that says how coarse its levels are: the step of a uniform
+    /// grid, the sum of the magnitudes of a binary-coding group's scales. For reports.
+    pub fn coarseness(&self) -> Vec<f32> {
+        match self {
+            Self::Uniform { scale, .. } => scale.clone(),
+            Self::BinaryCoding { alpha, offset } => {
+                let bits = alpha.len() / offset.len().max(1);
+                alpha.chunks(bits.max(1)).map(|a| a.iter().map(|a| a.abs()).sum()).collect()
+            }
         }
     }
 }
@@ -63,7 +87,7 @@ impl Grid {
 /// A quantized linear: codes and grid. What was trained, and what is exported, bit for bit.
 #[derive(Clone, Debug, PartialEq)]
 pub struct QuantizedWeight {
-    /// The stored integers, `[out, in]` row-major, each in `0..2^bits`.
+    /// The stored integers, row-major in the layout's stored shape, each in `0..2^bits`.
     pub codes: Vec<u8>,
     /// The values they stand for.
     pub grid: Grid,
@@ -80,7 +104,6 @@ impl QuantizedWeight {
     /// Says which value is wrong; the caller adds the tensor's name.
     pub fn checked(self) -> Result<Self> {
         let Self { codes, grid, bits, layout } = &self;
-        let Grid::Uniform { scale, zero_point, zero_kind } = grid;
         if codes.len() != layout.len() {
             return Err(Error::failed(format!(
                 "{} codes for a weight of {} x {}",
@@ -89,56 +112,81 @@ impl QuantizedWeight {
                 layout.inputs
             )));
         }
-        if scale.len() != layout.groups || zero_point.len() != layout.groups {
-            return Err(Error::failed(format!(
-                "{} scales and {} zero points for {} groups",
-                scale.len(),
-                zero_point.len(),
-                layout.groups
-            )));
-        }
         if let Some(code) = codes.iter().find(|c| **c > bits.max_code()) {
             return Err(Error::failed(format!("code {code} does not fit in {bits} bits")));
         }
-        if let Some(s) = scale.iter().find(|s| !(s.is_finite() && **s > 0.0)) {
-            return Err(Error::failed(format!("scale {s} is not a positive number")));
-        }
-        let fits = |z: f32| match zero_kind {
-            ZeroKind::Integer => z.fract() == 0.0,
-            ZeroKind::Half => (z - 0.5).fract() == 0.0,
-            ZeroKind::Real => z.is_finite(),
-        };
-        if let Some(z) = zero_point.iter().find(|z| !fits(**z)) {
-            return Err(Error::failed(format!("zero point {z} is not of kind {zero_kind:?}")));
+        match grid {
+            Grid::Uniform { scale, zero_point, zero_kind } => {
+                check_uniform(scale, zero_point, *zero_kind, layout.groups)?;
+            }
+            Grid::BinaryCoding { alpha, offset } => {
+                let planes = layout.groups * usize::from(bits.get());
+                if alpha.len() != planes || offset.len() != layout.groups {
+                    return Err(Error::failed(format!(
+                        "{} plane scales and {} offsets for {} groups of {bits} bits",
+                        alpha.len(),
+                        offset.len(),
+                        layout.groups
+                    )));
+                }
+                if let Some(value) = alpha.iter().chain(offset).find(|value| !value.is_finite()) {
+                    return Err(Error::failed(format!("plane scale or offset {value}")));
+                }
+            }
         }
         Ok(self)
     }
 
     /// The weights the codes stand for, `[out, in]` row-major.
     ///
-    /// One subtraction (exact) and one multiplication per weight, the same two operations that
-    /// every method's `fake_quant` ends in; so the result is bit-equal to what was trained.
+    /// The same operations in the same order as every method's `fake_quant` ends in (one
+    /// subtraction, exact, and one multiplication on a uniform grid; one addition per plane and one
+    /// for the offset in binary coding); so the result is bit-equal to what was trained.
     pub fn dequantize(&self) -> Vec<f32> {
-        let Grid::Uniform { scale, zero_point, .. } = &self.grid;
-        self.codes
-            .chunks_exact(self.layout.group_len)
-            .zip(scale.iter().zip(zero_point))
-            .flat_map(|(group, (scale, zero))| {
-                group.iter().map(move |c| scale * (f32::from(*c) - zero))
-            })
-            .collect()
+        let groups = self.codes.chunks_exact(self.layout.group_len);
+        let stored: Vec<f32> = match &self.grid {
+            Grid::Uniform { scale, zero_point, .. } => groups
+                .zip(scale.iter().zip(zero_point))
+                .flat_map(|(group, (scale, zero))| {
+                    group.iter().map(move |c| scale * (f32::from(*c) - zero))
+                })
+                .collect(),
+            Grid::BinaryCoding { alpha, offset } => groups
+                .zip(alpha.chunks_exact(usize::from(self.bits.get())).zip(offset))
+                .flat_map(|(group, (alpha, offset))| {
+                    group.iter().map(move |code| bcq::level(*code, alpha, *offset))
+                })
+                .collect(),
+        };
+        match self.layout.axis {
+            GroupAxis::In => stored,
+            GroupAxis::Out => {
+                let (out, inputs) = (self.layout.out, self.layout.inputs);
+                (0..out * inputs).map(|i| stored[i % inputs * out + i / inputs]).collect()
+            }
+        }
     }
 
-    /// Stored bits per weight in fewbit's own format: codes, a 32-bit scale per group, and zero
-    /// points (8 bits each when small integers, 32 otherwise, none when they are all the same).
+    /// Stored bits per weight in fewbit's own format: codes, and per group a 32-bit scale with its
+    /// zero point (8 bits when a small integer, 32 otherwise, none when all are the same), or a
+    /// 32-bit scale per plane with the offset (none when all are the same).
     pub fn bits_per_weight(&self) -> f64 {
-        let Grid::Uniform { zero_point, zero_kind, .. } = &self.grid;
-        let zero_bits = match zero_kind {
-            _ if zero_point.windows(2).all(|w| w[0].to_bits() == w[1].to_bits()) => 0.0,
-            ZeroKind::Integer if zero_point.iter().all(|z| (0.0..=255.0).contains(z)) => 8.0,
-            _ => 32.0,
+        let same = |values: &[f32]| values.windows(2).all(|w| w[0].to_bits() == w[1].to_bits());
+        let group_bits = match &self.grid {
+            Grid::Uniform { zero_point, zero_kind, .. } => {
+                32.0 + match zero_kind {
+                    _ if same(zero_point) => 0.0,
+                    ZeroKind::Integer if zero_point.iter().all(|z| (0.0..=255.0).contains(z)) => {
+                        8.0
+                    }
+                    _ => 32.0,
+                }
+            }
+            Grid::BinaryCoding { offset, .. } => {
+                let offset_bits = if same(offset) { 0.0 } else { 32.0 };
+                32.0 * f64::from(self.bits.get()) + offset_bits
+            }
         };
-        let group_bits = 32.0 + zero_bits;
         f64::from(self.bits.get()) + group_bits / self.layout.group_len as f64
     }
 
@@ -149,6 +197,28 @@ impl QuantizedWeight {
             counts[usize::from(*code)] += 1;
         }
         CodeHistogram(counts)
+    }
+}
+
+fn check_uniform(scale: &[f32], zeros: &[f32], kind: ZeroKind, groups: usize) -> Result<()> {
+    if scale.len() != groups || zeros.len() != groups {
+        return Err(Error::failed(format!(
+            "{} scales and {} zero points for {groups} groups",
+            scale.len(),
+            zeros.len()
+        )));
+    }
+    if let Some(s) = scale.iter().find(|s| !(s.is_finite() && **s > 0.0)) {
+        return Err(Error::failed(format!("scale {s} is not a positive number")));
+    }
+    let fits = |z: f32| match kind {
+        ZeroKind::Integer => z.fract() == 0.0,
+        ZeroKind::Half => (z - 0.5).fract() == 0.0,
+        ZeroKind::Real => z.is_finite(),
+    };
+    match zeros.iter().find(|z| !fits(**z)) {
+        Some(z) => Err(Error::failed(format!("zero point {z} is not of kind {kind:?}"))),
+        None => Ok(()),
     }
 }
 
@@ -181,7 +251,7 @@ mod tests {
                 zero_kind: ZeroKind::Integer,
             },
             bits: Bits::new(2).unwrap(),
-            layout: GroupLayout { out: 1, inputs: 4, groups: 1, group_len: 4 },
+            layout: GroupLayout { out: 1, inputs: 4, groups: 1, group_len: 4, axis: GroupAxis::In },
         }
     }
 

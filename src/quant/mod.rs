@@ -5,15 +5,24 @@
 //! * a weight is `[out, in]`; a *group* is a run of weights that share one scale, and every tensor
 //!   of this layer is in grouped form `[groups, group_len]` (see [`GroupLayout`]);
 //! * `codes` are the stored integers `0..2^bits`; a uniform grid means
-//!   `w = scale * (code - zero_point)`;
+//!   `w = scale * (code - zero_point)`, binary coding that each bit of the code adds or subtracts
+//!   one of the group's scales;
 //! * the *zero kind* says what a zero point may be: an integer, an integer plus a half (SEQ's
 //!   zero-free 2-bit grid), or any real number. It decides which file formats can hold the weight.
 
+pub mod activation;
+pub mod bcq;
 pub mod bits;
+pub mod gptq;
 mod grid;
+mod hessian;
 mod observer;
 mod spec;
 
+pub use activation::{
+    ActivationConfig, ActivationQuant, ActivationScheme, InputGrid, KvCacheConfig,
+};
 pub use grid::{CodeHistogram, Grid, QuantizedWeight, Repr, ZeroKind};
+pub use hessian::Hessian;
 pub use observer::{MinMaxConfig, MseConfig, ObserverConfig, QuantParams, SCALE_FLOOR};
-pub use spec::{Bits, GroupLayout, GroupSize, QuantSpec, Symmetry};
+pub use spec::{Bits, GroupAxis, GroupLayout, GroupSize, QuantSpec, Symmetry};

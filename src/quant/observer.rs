@@ -22,6 +22,20 @@ pub struct QuantParams {
 }
 
 impl QuantParams {
+    /// The grid with zero in the middle that reaches `reach`, the largest magnitude, `[groups, 1]`
+    /// (methods-core 1.2).
+    pub fn symmetric(reach: &Tensor<2>, bits: Bits, symmetry: Symmetry) -> Self {
+        let middle = (bits.levels() / 2) as f32;
+        let scale = if symmetry == Symmetry::FullRange {
+            reach.clone() * 2.0 / f32::from(bits.max_code())
+        } else {
+            reach.clone() / (middle - 1.0)
+        }
+        .clamp_min(SCALE_FLOOR);
+        let zero_point = scale.full_like(middle);
+        Self { scale, zero_point }
+    }
+
     /// Codes of a grouped weight on this grid, `[groups, group_len]`, as floats:
     /// `clamp(round(w / scale) + z, 0, L)`.
     pub fn codes(&self, weight: Tensor<2>, max_code: u8) -> Tensor<2> {
@@ -101,7 +115,7 @@ impl ObserverConfig {
             (Self::MinMax(config), Symmetry::Asymmetric) => {
                 min_max(weight, bits, config.zero_in_range)
             }
-            (Self::MinMax(_), _) => symmetric(&abs_max(weight), bits, symmetry),
+            (Self::MinMax(_), _) => QuantParams::symmetric(&abs_max(weight), bits, symmetry),
             (Self::Mse(config), Symmetry::Asymmetric) => mse_asymmetric(config, weight, bits),
             (Self::Mse(config), _) => mse_symmetric(config, weight, bits, symmetry),
         })
@@ -135,19 +149,6 @@ fn from_range(low: Tensor<2>, high: Tensor<2>, bits: Bits) -> QuantParams {
 
 fn step(low: Tensor<2>, high: Tensor<2>, bits: Bits) -> Tensor<2> {
     ((high - low) / f32::from(bits.max_code())).clamp_min(SCALE_FLOOR)
-}
-
-/// methods-core 1.2; `threshold` is the largest magnitude that the grid shall reach, `[groups, 1]`.
-fn symmetric(threshold: &Tensor<2>, bits: Bits, symmetry: Symmetry) -> QuantParams {
-    let middle = (bits.levels() / 2) as f32;
-    let scale = if symmetry == Symmetry::FullRange {
-        threshold.clone() * 2.0 / f32::from(bits.max_code())
-    } else {
-        threshold.clone() / (middle - 1.0)
-    }
-    .clamp_min(SCALE_FLOOR);
-    let zero_point = scale.full_like(middle);
-    QuantParams { scale, zero_point }
 }
 
 /// Keeps the candidate with the smallest error per group; the first one wins a tie.
@@ -230,7 +231,7 @@ fn mse_symmetric(
     let mut search = Search { weight, bits, power: config.power, best: None };
     for i in 1..=config.grid {
         let threshold = reach.clone() * (i as f32 / config.grid as f32);
-        search.offer(symmetric(&threshold, bits, symmetry), None);
+        search.offer(QuantParams::symmetric(&threshold, bits, symmetry), None);
     }
-    search.into_best(|| symmetric(&reach, bits, symmetry))
+    search.into_best(|| QuantParams::symmetric(&reach, bits, symmetry))
 }

@@ -13,6 +13,9 @@ use crate::error::{Error, Result};
 pub struct Bits(u8);
 
 impl Bits {
+    /// The widest, a byte.
+    pub const EIGHT: Self = Self(8);
+
     /// A width of `bits`.
     ///
     /// # Errors
@@ -195,30 +198,43 @@ impl QuantSpec {
     /// # Errors
     /// When the group size does not divide `in`; names the nearest divisor.
     pub fn layout(&self, shape: [usize; 2]) -> Result<GroupLayout> {
+        self.layout_along(shape, GroupAxis::In)
+    }
+
+    /// As [`QuantSpec::layout`], with groups along a chosen dimension. Along the outputs, the group
+    /// size must divide `out`, and `"channel"` means one scale per input column.
+    ///
+    /// # Errors
+    /// When the group size does not divide that dimension.
+    pub fn layout_along(&self, shape: [usize; 2], axis: GroupAxis) -> Result<GroupLayout> {
         let [out, inputs] = shape;
+        let (rows, columns, dimension) = match axis {
+            GroupAxis::In => (out, inputs, "in_features"),
+            GroupAxis::Out => (inputs, out, "out_features"),
+        };
         if self.bits.get() == 1 && self.symmetry == Symmetry::AbsMax {
             return Err(Error::preflight("a symmetric absmax grid needs at least 2 bits")
                 .fix("symmetric = false, or symmetric = \"full_range\""));
         }
         let (groups, group_len) = match self.group_size {
             GroupSize::PerTensor => (1, out * inputs),
-            GroupSize::PerChannel => (out, inputs),
-            GroupSize::Of(size) if inputs % size.get() == 0 => {
-                (out * (inputs / size.get()), size.get())
+            GroupSize::PerChannel => (rows, columns),
+            GroupSize::Of(size) if columns % size.get() == 0 => {
+                (rows * (columns / size.get()), size.get())
             }
             GroupSize::Of(size) => {
                 let size = size.get();
-                let near = (1..=inputs)
-                    .filter(|d| inputs.is_multiple_of(*d))
+                let near = (1..=columns)
+                    .filter(|d| columns.is_multiple_of(*d))
                     .min_by_key(|d| d.abs_diff(size))
                     .unwrap_or(1);
                 return Err(Error::preflight(format!(
-                    "group_size {size} does not divide in_features {inputs}"
+                    "group_size {size} does not divide {dimension} {columns}"
                 ))
                 .fix(format!("group_size = {near}, or a [[quant.override]] for this linear")));
             }
         };
-        Ok(GroupLayout { out, inputs, groups, group_len })
+        Ok(GroupLayout { out, inputs, groups, group_len, axis })
     }
 }
 
@@ -232,10 +248,23 @@ impl fmt::Display for QuantSpec {
     }
 }
 
+/// The dimension of a weight `[out, in]` along which the members of a group lie.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GroupAxis {
+    /// Runs of inputs within one output row: what every runtime reads.
+    #[default]
+    In,
+    /// Runs of outputs within one input column, which keeps an outlying input channel to itself
+    /// (AdaDim, arXiv 2309.15531). The grouped form is that of the transposed weight.
+    Out,
+}
+
 /// How a weight `[out, in]` falls into groups; `groups * group_len == out * in`.
 ///
 /// Groups run along the input dimension in row-major order, so the grouped form
-/// `[groups, group_len]` is a plain reshape of a contiguous weight.
+/// `[groups, group_len]` is a plain reshape of a contiguous weight; along the output dimension, of
+/// its transpose.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct GroupLayout {
     /// Output features (rows).
@@ -246,12 +275,23 @@ pub struct GroupLayout {
     pub groups: usize,
     /// Weights in a group.
     pub group_len: usize,
+    /// Along which dimension.
+    pub axis: GroupAxis,
 }
 
 impl GroupLayout {
-    /// Shape of the scales in a file: `[out, groups per row]`, or `[1, 1]` per tensor.
+    /// Shape in which codes are kept: `[out, in]`, or `[in, out]` for groups along the outputs.
+    pub fn stored(&self) -> [usize; 2] {
+        match self.axis {
+            GroupAxis::In => [self.out, self.inputs],
+            GroupAxis::Out => [self.inputs, self.out],
+        }
+    }
+
+    /// Shape of the scales in a file: `[stored rows, groups per row]`, or `[1, 1]` per tensor.
     pub fn scale_shape(&self) -> [usize; 2] {
-        if self.groups < self.out { [1, 1] } else { [self.out, self.groups / self.out] }
+        let [rows, _] = self.stored();
+        if self.groups < rows { [1, 1] } else { [rows, self.groups / rows] }
     }
 
     /// The grouped shape `[groups, group_len]`.

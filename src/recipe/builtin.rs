@@ -30,7 +30,7 @@ macro_rules! builtin {
     };
 }
 
-const BUILTINS: &[Builtin] = builtin!["flexround_w4", "rtn_w4g128", "upq_int2"];
+const BUILTINS: &[Builtin] = builtin!["flexround_w4", "lrq_w8a8", "rtn_w4g128", "upq_int2"];
 
 /// Every built-in recipe, by name.
 pub fn builtins() -> &'static [Builtin] {

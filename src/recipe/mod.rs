@@ -16,7 +16,9 @@ pub use builtin::{Builtin, builtins, find};
 pub use parse::{parse, to_toml};
 pub use plan::{Plan, PlannedStage};
 
-use crate::quant::{Bits, GroupSize, ObserverConfig, Symmetry};
+use crate::quant::{
+    ActivationConfig, ActivationQuant, Bits, GroupSize, KvCacheConfig, ObserverConfig, Symmetry,
+};
 use crate::stage::StageConfig;
 
 /// A recipe as written.
@@ -176,9 +178,22 @@ pub struct QuantSection {
     /// How grids start.
     #[serde(default)]
     pub observer: ObserverConfig,
+    /// Activations too, from the first stage that quantizes on; absent: they stay float.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub activations: Option<ActivationConfig>,
+    /// Keys and values too; absent: they stay float.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_cache: Option<KvCacheConfig>,
     /// Exceptions; later ones win.
     #[serde(default, rename = "override", skip_serializing_if = "Vec::is_empty")]
     pub overrides: Vec<Override>,
+}
+
+impl QuantSection {
+    /// What is done to activations.
+    pub fn of_activations(&self) -> ActivationQuant {
+        ActivationQuant { activations: self.activations, kv_cache: self.kv_cache }
+    }
 }
 
 fn channel() -> GroupSize {

@@ -16,7 +16,7 @@ use toml::de::{DeTable, DeValue, ValueDeserializer};
 use crate::error::{Error, Result};
 
 /// Known names listed in one error before the list is cut.
-const LISTED_NAMES: usize = 12;
+const LISTED_NAMES: usize = 24;
 /// Characters of a wrong string shown in an error.
 const SHOWN_CHARS: usize = 40;
 /// What to try where nothing better is known.

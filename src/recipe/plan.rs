@@ -7,11 +7,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use toml::de::{DeTable, DeValue};
 use wildmatch::WildMatch;
 
-use super::{QuantSection, Recipe};
+use super::{Override, QuantSection, Recipe};
 use crate::error::{Error, Result};
 use crate::method::MethodConfig;
-use crate::model::{ModelConfig, linear_shapes, weight_name};
-use crate::quant::{ObserverConfig, QuantSpec, Repr};
+use crate::model::{HEAD, ModelConfig, linear_shapes, weight_name};
+use crate::quant::{ActivationQuant, ObserverConfig, QuantSpec, Repr};
 use crate::stage::{SpecChange, StageConfig};
 use crate::store::TensorSource;
 use crate::store::safetensors::Checkpoint;
@@ -32,12 +32,16 @@ pub struct PlannedStage {
     pub config: StageConfig,
     /// What it quantizes, by linear.
     pub specs: BTreeMap<String, QuantSpec>,
+    /// What this stage rounds the output head to.
+    pub head: Option<QuantSpec>,
     /// Linears that an earlier stage quantized and this one leaves as they are.
     pub kept: Vec<String>,
     /// How grids start.
     pub observer: ObserverConfig,
     /// The specification of linears without an override.
     pub default_spec: QuantSpec,
+    /// What is done to activations from this stage on, if it quantizes.
+    pub activations: ActivationQuant,
     /// The last quantizing stage so far, this one included.
     pub latest: &'static str,
     /// Optimizer steps of all earlier stages.
@@ -67,25 +71,32 @@ impl Plan {
         let mut repr = Repr::Dense;
         let mut latest = "float";
         let mut quantized = BTreeSet::new();
+        let activations = recipe.quant.of_activations();
+        let mut calibrated = false;
         for (index, config) in recipe.stage.iter().enumerate() {
             let at =
                 |error: Error| error.at(lines.place(&format!("stage.{index}.{}", config.name())));
             config.check().map_err(at)?;
             repr = config.leaves(repr).map_err(at)?;
+            check_activations(config, activations, &mut calibrated).map_err(at)?;
             let first_step =
                 stages.last().map_or(0, |s| s.first_step + s.config.steps(model.n_blocks));
             let change = config.quantizes();
-            let resolved = Specs::resolve(&recipe.quant, change, model, &quantized, &lines)?;
+            let resolved = Resolved::new(&recipe.quant, change, model, &quantized, &lines)?;
+            // The head is rounded once, by the first stage that quantizes.
+            let head = resolved.head.filter(|_| quantized.is_empty());
             if change.is_some() {
                 latest = config.name();
-                quantized.extend(resolved.specs.keys().cloned());
+                quantized.extend(resolved.linears.keys().cloned());
             }
             stages.push(PlannedStage {
                 config: config.clone(),
-                specs: resolved.specs,
+                specs: resolved.linears,
+                head,
                 kept: resolved.kept,
                 observer: observer(config).unwrap_or(&recipe.quant.observer).clone(),
                 default_spec: default_spec(&recipe.quant, change),
+                activations,
                 latest,
                 first_step,
             });
@@ -102,7 +113,13 @@ impl Plan {
 
     /// Every linear that some stage quantizes.
     pub fn quantized(&self) -> BTreeSet<&str> {
-        self.stages.iter().flat_map(|stage| stage.specs.keys().map(String::as_str)).collect()
+        let of = |stage: &'_ PlannedStage| stage.head.map(|_| HEAD);
+        let heads = self.stages.iter().filter_map(of);
+        self.stages
+            .iter()
+            .flat_map(|stage| stage.specs.keys().map(String::as_str))
+            .chain(heads)
+            .collect()
     }
 
     /// Optimizer steps in all.
@@ -114,16 +131,17 @@ impl Plan {
 impl PlannedStage {
     fn summary(&self) -> String {
         let name = self.config.name();
+        let spec = format!("{}{}", self.default_spec, self.activations);
         match &self.config {
             StageConfig::Calibrate(config) => {
-                format!("{name}({}, {})", config.method.name(), self.default_spec)
+                format!("{name}({}, {spec})", config.method.name())
             }
             StageConfig::Reconstruct(config) => {
-                format!("{name}({}, {})", config.method.name(), self.default_spec)
+                format!("{name}({}, {spec})", config.method.name())
             }
             StageConfig::Distill(config) => {
                 let (method, objective) = (config.method.name(), config.objective.name());
-                format!("{name}({method}, {}, {objective})", self.default_spec)
+                format!("{name}({method}, {spec}, {objective})")
             }
             StageConfig::Evaluate(_) => name.to_owned(),
             StageConfig::Export(config) => {
@@ -132,6 +150,32 @@ impl PlannedStage {
                 format!("{name}({})", formats.join(", "))
             }
         }
+    }
+}
+
+/// What a stage wants of activations is there. `calibrated`: whether an earlier stage has put them on
+/// fixed grids.
+fn check_activations(
+    config: &StageConfig,
+    activations: ActivationQuant,
+    calibrated: &mut bool,
+) -> Result<()> {
+    match config {
+        StageConfig::Reconstruct(stage)
+            if stage.quantize_activations == Some(true) && !activations.is_on() =>
+        {
+            Err(Error::usage("quantize_activations = true, and the recipe leaves them float")
+                .fix("quant.activations.scheme = \"tensor\" or \"token\""))
+        }
+        StageConfig::Distill(_) if activations.fixed().is_some() && !*calibrated => {
+            Err(Error::usage("distill takes fixed grids of activations from an earlier stage")
+                .fix("quant.activations.scheme = \"token\", or a stage.calibrate before it"))
+        }
+        StageConfig::Calibrate(_) | StageConfig::Reconstruct(_) => {
+            *calibrated = true;
+            Ok(())
+        }
+        StageConfig::Distill(_) | StageConfig::Evaluate(_) | StageConfig::Export(_) => Ok(()),
     }
 }
 
@@ -176,13 +220,15 @@ fn check_model(model: &ModelConfig, checkpoint: &Checkpoint) -> Result<()> {
 
 /// The linears of one stage.
 #[derive(Default)]
-struct Specs {
-    specs: BTreeMap<String, QuantSpec>,
+struct Resolved {
+    linears: BTreeMap<String, QuantSpec>,
     kept: Vec<String>,
+    /// The output head's, when an override names it.
+    head: Option<QuantSpec>,
 }
 
-impl Specs {
-    fn resolve(
+impl Resolved {
+    fn new(
         quant: &QuantSection,
         change: Option<(&MethodConfig, SpecChange)>,
         model: &ModelConfig,
@@ -194,15 +240,20 @@ impl Specs {
             quant.overrides.iter().map(|o| WildMatch::new(&o.pattern)).collect();
         let mut used = vec![false; patterns.len()];
         let mut resolved = Self::default();
+        for (index, rule) in quant.overrides.iter().enumerate().filter(|(_, o)| o.pattern == HEAD) {
+            used[index] = true;
+            let spec = rule.apply(default_spec(quant, None));
+            spec.layout([model.vocab, model.d_model])
+                .map_err(|error| error.at(HEAD).at(lines.place("quant.group_size")))?;
+            resolved.head = (change.is_some() && !rule.keep).then_some(spec);
+        }
         for (name, shape) in linear_shapes(model) {
             let mut spec = default;
             let mut keep = false;
             for (index, (pattern, rule)) in patterns.iter().zip(&quant.overrides).enumerate() {
                 if pattern.matches(&name) {
                     used[index] = true;
-                    spec.bits = rule.bits.unwrap_or(spec.bits);
-                    spec.group_size = rule.group_size.unwrap_or(spec.group_size);
-                    spec.symmetry = rule.symmetric.unwrap_or(spec.symmetry);
+                    spec = rule.apply(spec);
                     keep = rule.keep;
                 }
             }
@@ -212,7 +263,7 @@ impl Specs {
             })?;
             match method.accepts(&spec) {
                 Ok(()) => {
-                    resolved.specs.insert(name, spec);
+                    resolved.linears.insert(name, spec);
                 }
                 // A linear whose override asks for other bits than this method has stays as an
                 // earlier stage left it.
@@ -226,9 +277,20 @@ impl Specs {
             let pattern = &quant.overrides[index].pattern;
             return Err(Error::usage(format!("the override `{pattern}` matches no linear"))
                 .at(lines.place(&format!("quant.override.{index}.match")))
-                .fix("a pattern such as \"*.down_proj\" or \"model.layers.0.*\""));
+                .fix("a pattern such as \"*.down_proj\", \"model.layers.0.*\" or \"lm_head\""));
         }
         Ok(resolved)
+    }
+}
+
+impl Override {
+    /// The specification with what this rule changes.
+    fn apply(&self, spec: QuantSpec) -> QuantSpec {
+        QuantSpec {
+            bits: self.bits.unwrap_or(spec.bits),
+            group_size: self.group_size.unwrap_or(spec.group_size),
+            symmetry: self.symmetric.unwrap_or(spec.symmetry),
+        }
     }
 }
 

@@ -118,6 +118,7 @@ fn execute(
             latest: stage.latest,
             first_step: stage.first_step,
             specs: &stage.specs,
+            head: stage.head,
             observer: &stage.observer,
             default_spec: stage.default_spec,
             dir: &dir,

@@ -13,7 +13,8 @@ use super::{Fingerprint, Options, RunFolder};
 use crate::data::{TokenStream, Tokenizer, read_documents, sha256_of};
 use crate::device::{self, NamedDevice};
 use crate::error::{Error, Kind, Result};
-use crate::model::{ModelConfig, companions, linear_shapes};
+use crate::export::ActivationRecord;
+use crate::model::{HEAD, ModelConfig, companions, linear_shapes};
 use crate::recipe::{self, DataConfig, Plan, Recipe, to_toml};
 use crate::report::{Event, memory, size};
 use crate::stage::{Corpus, Data, ModelState, StageConfig};
@@ -101,6 +102,8 @@ fn open_model(recipe: &Recipe) -> Result<ModelState> {
         config: ModelConfig::read(&dir).map_err(as_preflight)?,
         checkpoint: Checkpoint::open(&dir).map_err(as_preflight)?,
         quantized: BTreeMap::new(),
+        dense: BTreeMap::new(),
+        activations: ActivationRecord::new(recipe.quant.of_activations()),
         dir,
         name,
     })
@@ -172,9 +175,11 @@ fn load_corpus(
 
 /// Every stage finds the data it needs, and enough of it.
 fn check_data(plan: &Plan, model: &ModelState, data: &Data) -> Result<()> {
+    let calibrates = model.activations.quant.fixed().is_some();
     for stage in &plan.stages {
         match &stage.config {
-            StageConfig::Reconstruct(_) => {
+            StageConfig::Calibrate(config) if !calibrates && !config.reads_text() => {}
+            StageConfig::Calibrate(_) | StageConfig::Reconstruct(_) => {
                 let corpus = Data::need(data.calibration.as_ref(), "calibration")?;
                 let samples = corpus.samples.unwrap_or(1);
                 corpus
@@ -192,7 +197,7 @@ fn check_data(plan: &Plan, model: &ModelState, data: &Data) -> Result<()> {
                 let (context, stride) = task.protocol(&model.config)?;
                 corpus.stream.strided(context, stride).map_err(|e| e.at("data.validation"))?;
             }
-            StageConfig::Calibrate(_) | StageConfig::Export(_) => {}
+            StageConfig::Export(_) => {}
         }
     }
     Ok(())
@@ -230,7 +235,8 @@ impl Prepared {
     /// What stays float: embedding, head, and linears that no stage quantizes.
     pub fn kept(&self) -> Vec<String> {
         let quantized = self.plan.quantized();
-        let mut kept = vec!["embed".to_owned(), "head".to_owned()];
+        let mut kept = vec!["embed".to_owned()];
+        kept.extend((!quantized.contains(HEAD)).then(|| "head".to_owned()));
         let linears = linear_shapes(&self.model.config).into_iter().map(|(name, _)| name);
         kept.extend(linears.filter(|name| !quantized.contains(name.as_str())));
         kept

@@ -8,7 +8,7 @@ use crate::error::Result;
 const SAMPLES_PER_PASS: usize = 8;
 
 /// One stream of hidden states, `[samples][seq * d_model]`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Activations {
     samples: Vec<Vec<f32>>,
     shape: [usize; 2],
@@ -20,16 +20,44 @@ impl Activations {
         samples: usize,
         mut make: impl FnMut(std::ops::Range<usize>) -> Result<Tensor<3>>,
     ) -> Result<Self> {
-        let mut all = Vec::with_capacity(samples);
-        let mut shape = [0, 0];
+        let mut all = Self::default();
         for start in (0..samples).step_by(SAMPLES_PER_PASS) {
-            let hidden = make(start..(start + SAMPLES_PER_PASS).min(samples))?;
-            let [_, seq, d_model] = hidden.dims();
-            shape = [seq, d_model];
-            let values: Vec<f32> = hidden.cast(DType::F32).into_data().iter::<f32>().collect();
-            all.extend(values.chunks_exact(seq * d_model).map(<[f32]>::to_vec));
+            all.push(make(start..(start + SAMPLES_PER_PASS).min(samples))?);
         }
-        Ok(Self { samples: all, shape })
+        Ok(all)
+    }
+
+    /// Adds samples, `[n, seq, d_model]`; gives their values, row by row.
+    pub(super) fn push(&mut self, hidden: Tensor<3>) -> Vec<f32> {
+        let [_, seq, d_model] = hidden.dims();
+        self.shape = [seq, d_model];
+        let values: Vec<f32> = hidden.cast(DType::F32).into_data().iter::<f32>().collect();
+        self.samples.extend(values.chunks_exact(seq * d_model).map(<[f32]>::to_vec));
+        values
+    }
+
+    /// Adds another's samples, of the same shape.
+    pub(super) fn append(&mut self, other: Self) {
+        self.shape = other.shape;
+        self.samples.extend(other.samples);
+    }
+
+    /// Whether there are no samples.
+    pub(super) fn is_empty(&self) -> bool {
+        self.samples.is_empty()
+    }
+
+    /// Mean magnitude of each feature over all tokens, `[d_model]`.
+    pub(super) fn mean_magnitude(&self) -> Vec<f32> {
+        let [seq, d_model] = self.shape;
+        let mut sums = vec![0.0f64; d_model];
+        for row in self.samples.iter().flat_map(|sample| sample.chunks_exact(d_model)) {
+            for (sum, x) in sums.iter_mut().zip(row) {
+                *sum += f64::from(x.abs());
+            }
+        }
+        let count = (self.samples.len() * seq).max(1) as f64;
+        sums.into_iter().map(|sum| (sum / count) as f32).collect()
     }
 
     /// Number of samples.

@@ -1,14 +1,26 @@
-//! `calibrate`: observers only, one linear at a time; the round-to-nearest baseline.
+//! `calibrate`: quantization without learning, block by block.
+//!
+//! A method that looks at inputs sees what the already quantized blocks give (`inputs =
+//! "quantized"`) or what the float model gives (`"float"`); statistics are taken with the block
+//! itself still unquantized, and then its linears are solved in order of execution. Fixed grids of
+//! activations are taken from each block with its quantized weights. A method that looks at the
+//! weight alone needs no text; where the recipe has some, its block errors are reported too.
+
+use std::time::Instant;
 
 use burn::tensor::{Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use super::StageContext;
+use super::activations::Activations;
+use super::solve_block::solve_block;
+use super::streams::Streams;
+use super::{StageContext, block_of, inputs, saved_mse, with_mse};
 use crate::error::{Error, Result};
-use crate::method::{self, MethodConfig};
+use crate::export::fewbit::Saved;
+use crate::method::{self, MethodConfig, Needs};
 use crate::model::{WeightSource, linear_shapes, weight_name};
-use crate::quant::{Bits, GroupSize, ObserverConfig, QuantizedWeight, Symmetry};
-use crate::report::{Event, Reporter};
+use crate::quant::{Bits, GroupSize, ObserverConfig, Symmetry};
+use crate::report::{Event, Reporter, memory};
 
 /// Keys of `[stage.calibrate]`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -28,6 +40,20 @@ pub struct CalibrateConfig {
     /// Instead of `quant.observer`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observer: Option<ObserverConfig>,
+    /// What enters a block while its inputs are observed: `"quantized"` or `"float"`.
+    #[serde(default)]
+    pub inputs: InputStream,
+}
+
+/// Which stream feeds the block that is being worked on.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InputStream {
+    /// The output of the quantized blocks before it.
+    #[default]
+    Quantized,
+    /// The output of the float blocks before it: errors of earlier blocks are not seen (AdaDim's).
+    Float,
 }
 
 impl CalibrateConfig {
@@ -41,33 +67,121 @@ impl CalibrateConfig {
         }
         Ok(())
     }
+
+    /// Whether the method looks at calibration text.
+    pub fn reads_text(&self) -> bool {
+        self.method.needs() != Needs::Weight
+    }
 }
 
 pub(super) fn run(config: &CalibrateConfig, ctx: &mut StageContext<'_>) -> Result<()> {
-    let shapes = linear_shapes(&ctx.model.config);
-    let total = shapes.len() as u64;
-    let mut quantized: Vec<(String, QuantizedWeight, String)> = Vec::new();
-    for (done, (name, shape)) in shapes.into_iter().enumerate() {
-        ctx.stop.check()?;
-        ctx.report.emit(&Event::Progress {
-            verb: "calibrate".to_owned(),
-            done: done as u64,
-            of: total,
-            detail: name.clone(),
-        });
-        if let Some(spec) = ctx.specs.get(&name) {
-            let values = ctx.model.weight(&weight_name(&name), &shape)?;
-            let weight = Tensor::from_data(TensorData::new(values, shape), &ctx.device.device);
-            let folded = spec
-                .layout(shape)
-                .and_then(|layout| {
-                    method::quantize(&config.method, spec, ctx.observer, layout, weight)
-                })
-                .map_err(|e| e.at(&name))?;
-            quantized.push((name, folded, config.method.name().to_owned()));
+    if ctx.data.calibration.is_some() || config.reads_text() {
+        block_by_block(config, ctx)?;
+    } else {
+        let mut quantized = Vec::new();
+        for index in 0..ctx.model.config.n_blocks {
+            quantized.extend(round_block(config, ctx, index)?.linears);
         }
+        ctx.save_linears(quantized)?;
     }
-    ctx.save_linears(quantized)?;
     ctx.report_codes();
     Ok(())
+}
+
+/// With calibration text: methods that look at inputs see them, static grids of activations are
+/// taken, and every method reports its block errors.
+fn block_by_block(config: &CalibrateConfig, ctx: &mut StageContext<'_>) -> Result<()> {
+    let mut streams = Streams::start(ctx)?;
+    for index in 0..ctx.model.config.n_blocks {
+        ctx.stop.check()?;
+        let start = Instant::now();
+        let target = streams.target(ctx, index, &streams.float)?;
+        let path = ctx.block_file(index);
+        if path.exists() {
+            let saved = Saved::read(&path)?;
+            let mse = saved_mse(&saved);
+            ctx.take(saved)?;
+            streams.advance(ctx, index, target)?;
+            ctx.note_block(index, mse);
+            continue;
+        }
+        let mut saved = if config.method.needs() == Needs::Weight {
+            round_block(config, ctx, index)?
+        } else {
+            let input = match config.inputs {
+                InputStream::Quantized => &streams.quantized,
+                InputStream::Float => &streams.float,
+            };
+            progress(ctx, index, config.method.name());
+            solve_block(&config.method, ctx, index, input, &streams.positions)?
+        };
+        ctx.take(saved.clone())?;
+        inputs::calibrate(ctx, &streams, index, &mut saved)?;
+        let mse = finish_block(ctx, index, &mut streams, target, start)?;
+        saved.metadata = with_mse(saved.metadata, mse);
+        saved.write(&path)?;
+    }
+    Ok(())
+}
+
+/// One block's linears by their weights alone.
+fn round_block(
+    config: &CalibrateConfig,
+    ctx: &mut StageContext<'_>,
+    index: usize,
+) -> Result<Saved> {
+    let mut saved = Saved::default();
+    for (name, shape) in linear_shapes(&ctx.model.config) {
+        let Some(spec) = ctx.specs.get(&name).filter(|_| block_of(&name) == index) else {
+            continue;
+        };
+        ctx.stop.check()?;
+        let values = ctx.model.weight(&weight_name(&name), &shape)?;
+        let weight = Tensor::from_data(TensorData::new(values, shape), &ctx.device.device);
+        let folded = spec
+            .layout(shape)
+            .and_then(|layout| {
+                method::quantize(&config.method, spec, ctx.observer, layout, &weight)
+            })
+            .map_err(|e| e.at(&name))?;
+        progress(ctx, index, &name);
+        saved.linears.push((name, folded, config.method.name().to_owned()));
+    }
+    Ok(saved)
+}
+
+/// Moves the streams behind a quantized block, and reports its errors: with its float weights, that
+/// is, what the blocks before it leave, and with its quantized ones.
+fn finish_block(
+    ctx: &mut StageContext<'_>,
+    index: usize,
+    streams: &mut Streams,
+    target: Activations,
+    start: Instant,
+) -> Result<[f64; 2]> {
+    let before = streams.target(ctx, index, &streams.quantized)?.mse(&target);
+    streams.advance(ctx, index, target)?;
+    let mse = [before, streams.quantized.mse(&streams.float)];
+    ctx.report.emit(&Event::Block {
+        stage: ctx.stage,
+        index,
+        of: ctx.model.config.n_blocks,
+        verb: "calibrate".to_owned(),
+        mse_before: mse[0],
+        mse_after: mse[1],
+        steps: 0,
+        seconds: start.elapsed().as_secs_f64(),
+        memory_gib: memory::peak_gib(),
+    });
+    ctx.note_block(index, mse);
+    Ok(mse)
+}
+
+fn progress(ctx: &mut StageContext<'_>, block: usize, detail: &str) {
+    ctx.report.emit(&Event::Progress {
+        verb: "calibrate".to_owned(),
+        done: block as u64,
+        of: ctx.model.config.n_blocks as u64,
+        detail: detail.to_owned(),
+    });
 }

@@ -21,9 +21,9 @@ use crate::method::{self, MethodConfig};
 use crate::model::{Block, CausalLm, Loader, Positions, WeightSource, block_prefix, weight_name};
 use crate::objective::{ObjectiveConfig, Targets};
 use crate::ops::{self, Distributions, Divergence};
-use crate::quant::{Bits, Grid, GroupSize, ObserverConfig, Symmetry};
+use crate::quant::{Bits, GroupSize, ObserverConfig, Symmetry};
 use crate::report::{Event, Reporter, memory};
-use crate::train::{self, AdamWConfig, LearningRate, Optimizer, ScheduleConfig, StepStats};
+use crate::train::{self, LearningRate, Optimizer, OptimizerConfig, ScheduleConfig, StepStats};
 
 /// Logits held at once, student's and teacher's each.
 const LOGITS_PER_CHUNK: usize = 1 << 23;
@@ -63,7 +63,7 @@ pub struct DistillConfig {
     pub schedule: ScheduleConfig,
     /// AdamW's constants and gradient clipping.
     #[serde(default)]
-    pub optimizer: AdamWConfig,
+    pub optimizer: OptimizerConfig,
     /// Steps between saves of the whole training state.
     #[serde(default = "hundred")]
     pub checkpoint_every: u64,
@@ -109,6 +109,14 @@ impl DistillConfig {
             return Err(Error::usage(format!("method.{} learns nothing", self.method.name()))
                 .fix("method.seq = {} here, or [stage.calibrate]"));
         }
+        if self.method.has_hook() {
+            // Its state between steps is not part of a saved training state.
+            return Err(Error::usage(format!(
+                "method.{} learns block by block",
+                self.method.name()
+            ))
+            .fix("[stage.reconstruct]"));
+        }
         Ok(())
     }
 }
@@ -133,6 +141,7 @@ pub(super) fn run(config: &DistillConfig, ctx: &mut StageContext<'_>) -> Result<
 struct Session {
     student: Option<CausalLm>,
     teacher: Option<CausalLm>,
+    objective: ObjectiveConfig,
     optimizer: Optimizer,
     order: Order,
     positions: Positions,
@@ -172,12 +181,14 @@ impl Session {
         };
         let teacher =
             config.objective.needs_teacher().then(|| load(&ctx.model.checkpoint)).transpose()?;
-        let mut student = load(ctx.model)?;
+        let mut student = load(ctx.model)?.with_tap(ctx.model.activations.tap());
         attach_all(&mut student, config, ctx)?;
         let start_scales = scales(&student)?;
+        let objective = confident(config, ctx, teacher.as_ref(), &order, &positions)?;
         let mut session = Self {
             student: Some(student.train()),
             teacher,
+            objective,
             optimizer: Optimizer::new(&config.optimizer),
             order,
             positions,
@@ -198,6 +209,7 @@ impl Session {
         let rate_of = |path: &str| method::role_of(path).map_or(0.0, |role| base.of(role) * factor);
         let drawn = self.order.batch(step);
         let (teacher, positions, timer) = (&self.teacher, &self.positions, &mut self.timer);
+        let objective = &self.objective;
         let log_point = (step + 1).is_multiple_of(config.log_every) || step + 1 == config.steps;
         let mut closeness = None;
         let student = self.student.take().ok_or_else(|| Error::failed("the student is gone"))?;
@@ -214,7 +226,7 @@ impl Session {
                 timer.tokens += windows.len() * corpus.length;
                 let compare = log_point && part == 0;
                 let (loss, measured) =
-                    batch.loss(student, teacher.as_ref(), positions, &config.objective, compare)?;
+                    batch.loss(student, teacher.as_ref(), positions, objective, compare)?;
                 closeness = closeness.take().or(measured);
                 Ok(loss)
             },
@@ -357,13 +369,52 @@ fn attach_all(
     Ok(())
 }
 
-/// The steps of every quantized linear, in order.
+/// The objective with the teacher's confidence on the first batches, where it asks for that. A
+/// function of the data and the teacher, so a resumed run finds the same number.
+fn confident(
+    config: &DistillConfig,
+    ctx: &StageContext<'_>,
+    teacher: Option<&CausalLm>,
+    order: &Order,
+    positions: &Positions,
+) -> Result<ObjectiveConfig> {
+    let batches = config.objective.confidence_batches();
+    let (Some(teacher), 1..) = (teacher, batches) else { return Ok(config.objective.clone()) };
+    let corpus = Data::need(ctx.data.train.as_ref(), "train")?;
+    let mut sum = 0.0;
+    for step in 0..batches {
+        ctx.stop.check()?;
+        let drawn = order.batch(step);
+        let windows = &drawn[..config.batch];
+        let batch = Batch::new(&corpus.stream, windows, corpus.length, &ctx.device.device);
+        let hidden = flat(teacher.hidden(batch.tokens.clone(), positions));
+        for range in chunks(hidden.dims()[0], teacher.vocab()) {
+            let part = |tensor: &Tensor<2>| tensor.clone().slice_dim(0, range.clone());
+            let logits = teacher.logits(part(&hidden));
+            sum += f64::from(ops::confidence(logits, part(&batch.weights)).into_scalar::<f32>());
+        }
+    }
+    Ok(config.objective.clone().with_confidence(sum / batches as f64))
+}
+
+/// `[batch, seq, d_model]` as `[tokens, d_model]`.
+fn flat(hidden: Tensor<3>) -> Tensor<2> {
+    let [batch, seq, d_model] = hidden.dims();
+    hidden.reshape([batch * seq, d_model])
+}
+
+/// Runs of tokens whose logits are held together.
+fn chunks(tokens: usize, vocab: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+    let chunk = (LOGITS_PER_CHUNK / vocab).clamp(1, tokens.max(1));
+    (0..tokens).step_by(chunk).map(move |start| start..(start + chunk).min(tokens))
+}
+
+/// How coarse the grid of every group is, in order.
 fn scales(model: &CausalLm) -> Result<Vec<f32>> {
     let mut all = Vec::new();
     for (_, linear) in model.blocks.iter().flat_map(Block::linears) {
         if let Some(folded) = method::fold(&linear.weight) {
-            let Grid::Uniform { scale, .. } = folded?.grid;
-            all.extend(scale);
+            all.extend(folded?.grid.coarseness());
         }
     }
     Ok(all)
@@ -415,28 +466,21 @@ impl Batch {
         objective: &ObjectiveConfig,
         compare: bool,
     ) -> Result<(Tensor<1>, Option<Closeness>)> {
-        let flat = |hidden: Tensor<3>| -> Tensor<2> {
-            let [batch, seq, d_model] = hidden.dims();
-            hidden.reshape([batch * seq, d_model])
-        };
         let hidden = flat(student.hidden(self.tokens.clone(), positions));
         let free = hidden.clone().inner();
         let goal = teacher.map(|teacher| flat(teacher.hidden(self.tokens.clone(), positions)));
         let [count, _] = free.dims();
-        let chunk = (LOGITS_PER_CHUNK / student.vocab()).clamp(1, count);
         let mut value: Option<Tensor<1>> = None;
         let mut gradients = Vec::new();
         let mut closeness = (compare && teacher.is_some()).then(Closeness::default);
-        for start in (0..count).step_by(chunk) {
-            let len = chunk.min(count - start);
-            let logits = student.logits(free.clone().narrow(0, start, len)).inner();
+        for range in chunks(count, student.vocab()) {
+            let part = |tensor: &Tensor<2>| tensor.clone().slice_dim(0, range.clone());
+            let logits = student.logits(part(&free)).inner();
             let targets = Targets {
-                teacher: teacher
-                    .zip(goal.clone())
-                    .map(|(teacher, goal)| teacher.logits(goal.narrow(0, start, len))),
-                next: self.next.clone().narrow(0, start, len),
-                next_weights: self.next_weights.clone().narrow(0, start, len),
-                weights: self.weights.clone().narrow(0, start, len),
+                teacher: teacher.zip(goal.as_ref()).map(|(t, goal)| t.logits(part(goal))),
+                next: self.next.clone().slice_dim(0, range.clone()),
+                next_weights: part(&self.next_weights),
+                weights: part(&self.weights),
             };
             if let (Some(sum), Some(teacher)) = (closeness.as_mut(), targets.teacher.clone()) {
                 sum.add(&logits, &teacher, &targets.weights);

@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use super::{Corpus, Data, Measured, ModelState, StageContext};
 use crate::error::Result;
 use crate::method::{self, MethodConfig, RtnConfig};
-use crate::model::{Loader, WeightSource, weight_name};
-use crate::quant::{QuantSpec, QuantizedWeight, Symmetry};
+use crate::model::{HEAD, Loader, ModelTap, WeightSource, weight_name};
+use crate::quant::{GroupAxis, GroupLayout, QuantSpec, QuantizedWeight, Symmetry};
 use crate::report::{Event, Reporter};
 use crate::task::{self, Perplexity, PplConfig};
 
@@ -60,7 +60,7 @@ pub(super) fn run(config: &EvaluateConfig, ctx: &mut StageContext<'_>) -> Result
         format!("after {}", ctx.latest)
     };
     if what != "float" || config.baselines.is_empty() {
-        let result = perplexity(ctx, ctx.model, task)?;
+        let result = perplexity(ctx, ctx.model, ctx.model.tap(), task)?;
         record(ctx, what, result, task);
     }
     Ok(())
@@ -71,7 +71,7 @@ fn float(task: &PplConfig, ctx: &mut StageContext<'_>) -> Result<Perplexity> {
     if let Some(known) = known_float(ctx, task) {
         return Ok(known);
     }
-    let result = perplexity(ctx, &ctx.model.checkpoint, task)?;
+    let result = perplexity(ctx, &ctx.model.checkpoint, ModelTap::default(), task)?;
     record(ctx, "float".to_owned(), result.clone(), task);
     Ok(result)
 }
@@ -81,13 +81,15 @@ fn known_float(ctx: &StageContext<'_>, task: &PplConfig) -> Option<Perplexity> {
     measured.filter(|m| m.what == "float" && m.task == *task).map(|m| m.result.clone()).next()
 }
 
-/// What rounding alone would give at these bits: the price that learning has to beat.
+/// What rounding alone would give at these bits, activations treated alike: the price that learning
+/// has to beat.
 fn rtn(task: &PplConfig, ctx: &mut StageContext<'_>) -> Result<()> {
     let mut baseline = Rounded { model: ctx.model, weights: BTreeMap::new() };
     let mut widths = Vec::new();
     for (name, (current, _)) in &ctx.model.quantized {
         baseline.weights.insert(name.clone(), round(ctx, name, current)?);
-        widths.push(current.bits);
+        // The head's width is named by its override, not by the baseline.
+        widths.extend((name != HEAD).then_some(current.bits));
     }
     widths.sort_unstable();
     widths.dedup();
@@ -95,21 +97,25 @@ fn rtn(task: &PplConfig, ctx: &mut StageContext<'_>) -> Result<()> {
     if widths.is_empty() {
         return Ok(());
     }
-    let result = perplexity(ctx, &baseline, task)?;
-    record(ctx, format!("rtn {}", widths.join("+")), result, task);
+    let result = perplexity(ctx, &baseline, ctx.model.tap(), task)?;
+    let what = format!("rtn {}{}", widths.join("+"), ctx.model.activations.quant);
+    record(ctx, what, result, task);
     Ok(())
 }
 
 fn round(ctx: &StageContext<'_>, name: &str, current: &QuantizedWeight) -> Result<QuantizedWeight> {
-    let layout = current.layout;
+    let layout = GroupLayout { axis: GroupAxis::In, ..current.layout };
     let shape = [layout.out, layout.inputs];
+    if name == HEAD {
+        return Ok(current.clone());
+    }
     let values = ctx.model.checkpoint.weight(&weight_name(name), &shape)?;
     let weight = Tensor::from_data(TensorData::new(values, shape), &ctx.device.device);
     let symmetry =
         if current.bits.get() == 1 { Symmetry::Asymmetric } else { ctx.default_spec.symmetry };
     let spec = QuantSpec { bits: current.bits, symmetry, ..ctx.default_spec };
     let rtn = MethodConfig::Rtn(RtnConfig {});
-    method::quantize(&rtn, &spec, ctx.observer, layout, weight).map_err(|e| e.at(name))
+    method::quantize(&rtn, &spec, ctx.observer, layout, &weight).map_err(|e| e.at(name))
 }
 
 /// The float model with every quantized linear rounded instead.
@@ -129,18 +135,23 @@ impl WeightSource for Rounded<'_> {
     fn contains(&self, name: &str) -> bool {
         self.model.checkpoint.contains(name)
     }
+
+    fn overrides(&self, name: &str) -> bool {
+        self.weights.contains_key(name)
+    }
 }
 
-/// Perplexity of the model that `source` holds, on the validation data.
+/// Perplexity of the model that `source` holds, on the validation data; `tap` acts on activations.
 pub(super) fn perplexity(
     ctx: &StageContext<'_>,
     source: &dyn WeightSource,
+    tap: ModelTap,
     task: &PplConfig,
 ) -> Result<Perplexity> {
     let corpus = validation(ctx)?;
     let config = &ctx.model.config;
     let device = &ctx.device.device;
-    let model = Loader { config, source, device, dtype: ctx.compute }.model()?;
+    let model = Loader { config, source, device, dtype: ctx.compute }.model()?.with_tap(tap);
     task::measure(&model, config, &corpus.stream, task, device, ctx.stop, &mut |_, _| ())
 }
 

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::evaluate;
 use super::{ExportRecord, StageContext};
 use crate::error::{Error, Result};
-use crate::export::{self, FormatsConfig, ModelParts, OpenModel, Parity};
+use crate::export::{self, Format, FormatsConfig, ModelParts, OpenModel, Parity};
 use crate::model::Loader;
 use crate::report::{Event, Reporter};
 use crate::task::{self, PplConfig};
@@ -34,7 +34,7 @@ pub(super) fn run(config: &ExportConfig, ctx: &mut StageContext<'_>) -> Result<(
     let task = PplConfig { windows: Some(PARITY_WINDOWS), ..PplConfig::default() };
     // Without validation text the gate still compares every code and weight.
     let trained = match ctx.data.validation {
-        Some(_) => Some(evaluate::perplexity(ctx, ctx.model, &task)?),
+        Some(_) => Some(evaluate::perplexity(ctx, ctx.model, ctx.model.tap(), &task)?),
         None => None,
     };
     for format in config.format.formats() {
@@ -45,7 +45,7 @@ pub(super) fn run(config: &ExportConfig, ctx: &mut StageContext<'_>) -> Result<(
             let device = &ctx.device.device;
             let loader =
                 Loader { config: &opened.config, source: opened, device, dtype: ctx.compute };
-            let model = loader.model()?;
+            let model = loader.model()?.with_tap(opened.tap());
             let stream = &corpus.stream;
             let measured = task::measure(
                 &model,
@@ -71,9 +71,16 @@ pub(super) fn run(config: &ExportConfig, ctx: &mut StageContext<'_>) -> Result<(
             dir: &ctx.model.dir,
             source: &ctx.model.checkpoint,
             quantized: &ctx.model.quantized,
+            dense: &ctx.model.dense,
+            activations: ctx.model.activations.if_on(),
             provenance: ctx.provenance.clone(),
         };
         let exported = export::write(&parts, format, &target, parity)?;
+        if format == Format::Dequantized && ctx.model.activations.quant.is_on() {
+            let text = "other runtimes read this folder as a dense model with float activations; \
+                        fewbit quantizes them as manifest.json says";
+            ctx.report.emit(&Event::Note { text: text.to_owned() });
+        }
         ctx.report.emit(&Event::Exported {
             format: format.name().to_owned(),
             path: exported.path.display().to_string(),

@@ -5,11 +5,16 @@
 //! that was stopped goes on from there.
 
 mod activations;
+mod balance;
 mod calibrate;
 mod distill;
 mod evaluate;
 mod export;
+mod head;
+mod inputs;
 mod reconstruct;
+mod solve_block;
+mod streams;
 mod training_state;
 
 use std::collections::BTreeMap;
@@ -19,22 +24,24 @@ use burn::nn::Linear;
 use burn::tensor::DType;
 use serde::{Deserialize, Serialize};
 
-pub use calibrate::CalibrateConfig;
+pub use calibrate::{CalibrateConfig, InputStream};
 pub use distill::DistillConfig;
 pub use evaluate::{Baseline, EvaluateConfig, TaskConfig};
 pub use export::{ExportConfig, PARITY_WINDOWS};
 pub use reconstruct::ReconstructConfig;
 
-use crate::data::TokenStream;
+use crate::data::{self, TokenStream};
 use crate::device::NamedDevice;
 use crate::error::{Error, Result};
-use crate::export::{Provenance, fewbit};
-use crate::method::{self, FakeQuant, MethodConfig};
-use crate::model::{ModelConfig, WeightSource};
+use crate::export::fewbit::Saved;
+use crate::export::{ActivationRecord, Provenance};
+use crate::method::{self, FakeQuant, MethodConfig, Start};
+use crate::model::{ModelConfig, ModelTap, WeightSource};
 use crate::ops;
 use crate::quant::{Bits, GroupSize, ObserverConfig, QuantSpec, QuantizedWeight, Repr, Symmetry};
 use crate::report::{Event, Reporter, Reporters};
 use crate::stop::StopFlag;
+use crate::store::HostTensor;
 use crate::store::safetensors::Checkpoint;
 use crate::task::{Perplexity, PplConfig};
 
@@ -82,9 +89,18 @@ impl StageConfig {
     /// # Errors
     /// A usage error when this stage cannot follow.
     pub fn leaves(&self, input: Repr) -> Result<Repr> {
+        if let Some((method, _)) = self.quantizes() {
+            let (takes, name) = (method.takes(), method.name());
+            if takes != Repr::Dense && takes != input {
+                return Err(Error::usage(format!(
+                    "method.{name} goes on from {takes} codes, and the weights are {input} here"
+                ))
+                .fix("a stage before it that leaves such codes, for instance stage.calibrate"));
+            }
+        }
         let needs_dense = |leaves| match input {
             Repr::Dense => Ok(leaves),
-            Repr::Uniform => Err(Error::usage(format!(
+            Repr::Uniform | Repr::BinaryCoding => Err(Error::usage(format!(
                 "{} needs float weights, but an earlier stage has quantized them",
                 self.name()
             ))
@@ -152,6 +168,7 @@ impl StageConfig {
     /// # Errors
     /// Whatever goes wrong; what was saved before stays.
     pub fn run(&self, ctx: &mut StageContext<'_>) -> Result<()> {
+        head::round(ctx)?;
         match self {
             Self::Calibrate(config) => calibrate::run(config, ctx),
             Self::Reconstruct(config) => reconstruct::run(config, ctx),
@@ -167,7 +184,10 @@ impl StageConfig {
     /// When its checkpoints are missing or damaged.
     pub fn restore(&self, ctx: &mut StageContext<'_>) -> Result<()> {
         match self {
-            Self::Calibrate(_) | Self::Reconstruct(_) | Self::Distill(_) => ctx.restore_linears(),
+            Self::Calibrate(_) | Self::Reconstruct(_) | Self::Distill(_) => {
+                head::round(ctx)?;
+                ctx.restore_linears()
+            }
             Self::Evaluate(_) | Self::Export(_) => Ok(()),
         }
     }
@@ -185,20 +205,36 @@ pub struct ModelState {
     pub checkpoint: Checkpoint,
     /// Quantized linears by full name, with the method that made each.
     pub quantized: BTreeMap<String, (QuantizedWeight, String)>,
+    /// Dense tensors that a stage changed, by name.
+    pub dense: BTreeMap<String, HostTensor>,
+    /// What is done to activations once something is quantized, and the grids calibrated so far.
+    pub activations: ActivationRecord,
+}
+
+impl ModelState {
+    /// What the current model does to activations: nothing while every linear is float.
+    pub fn tap(&self) -> ModelTap {
+        if self.quantized.is_empty() { ModelTap::default() } else { self.activations.tap() }
+    }
 }
 
 /// The current weights: the checkpoint with the quantized linears in place.
 impl WeightSource for ModelState {
     fn weight(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         let linear = name.strip_suffix(".weight").unwrap_or(name);
-        match self.quantized.get(linear) {
-            Some((weight, _)) => Ok(weight.dequantize()),
-            None => self.checkpoint.weight(name, shape),
+        match (self.quantized.get(linear), self.dense.get(name)) {
+            (Some((weight, _)), _) => Ok(weight.dequantize()),
+            (None, Some(tensor)) => tensor.to_f32().map_err(|e| e.at(name)),
+            (None, None) => self.checkpoint.weight(name, shape),
         }
     }
 
     fn contains(&self, name: &str) -> bool {
         self.checkpoint.contains(name)
+    }
+
+    fn overrides(&self, name: &str) -> bool {
+        self.quantized.contains_key(name)
     }
 }
 
@@ -303,6 +339,8 @@ pub struct StageContext<'a> {
     pub first_step: u64,
     /// What this stage quantizes, by linear.
     pub specs: &'a BTreeMap<String, QuantSpec>,
+    /// What this stage rounds the output head to.
+    pub head: Option<QuantSpec>,
     /// The observer of this stage's grids.
     pub observer: &'a ObserverConfig,
     /// `[quant]`, the stage's overrides aside: baselines use its grouping.
@@ -336,7 +374,15 @@ impl StageContext<'_> {
         let [inputs, out] = weight.dims();
         let layout = spec.layout([out, inputs]).map_err(|e| e.at(name))?;
         let grouped = ops::reshape_grouped(weight.transpose(), layout.grouped());
-        let attached = method.init(spec, self.observer, &grouped).map_err(|e| e.at(name))?;
+        let start = Start {
+            spec,
+            layout,
+            observer: self.observer,
+            weight: &grouped,
+            quantized: self.model.quantized.get(name).map(|(weight, _)| weight),
+            seed: data::seed_of(self.seed, &format!("stage {} {name}", self.stage)),
+        };
+        let attached = method.init(&start).map_err(|e| e.at(name))?;
         let fake_quant = FakeQuant::new(attached, layout, spec.bits, compute);
         let trains_base = method.trains_base();
         linear.weight = method::attach(&linear.weight, fake_quant, trains_base);
@@ -420,10 +466,11 @@ impl StageContext<'_> {
         for index in 0..self.model.config.n_blocks {
             let path = self.block_file(index);
             if path.exists() {
-                let (linears, _) = fewbit::read_linears(&path)?;
-                self.take(linears);
+                self.take(Saved::read(&path)?)?;
             }
         }
+        let grids = self.model.activations.check(self.model.config.n_blocks);
+        grids.map_err(|e| e.at(self.dir.display()).fix("--fresh to start over"))?;
         for name in self.specs.keys() {
             if !self.model.quantized.contains_key(name) {
                 return Err(Error::failed("a finished stage lacks a linear")
@@ -435,26 +482,52 @@ impl StageContext<'_> {
         Ok(())
     }
 
-    /// Puts quantized linears into the model.
-    fn take(&mut self, linears: Vec<(String, QuantizedWeight, String)>) {
-        for (name, weight, method) in linears {
+    /// Puts what a stage made into the model.
+    fn take(&mut self, mut saved: Saved) -> Result<()> {
+        self.model.activations.take(self.model.config.n_blocks, &mut saved.dense)?;
+        for (name, weight, method) in saved.linears {
             self.model.quantized.insert(name, (weight, method));
         }
+        self.model.dense.extend(saved.dense);
+        Ok(())
     }
 
     /// Saves quantized linears block by block, then takes them.
     fn save_linears(&mut self, linears: Vec<(String, QuantizedWeight, String)>) -> Result<()> {
-        let mut blocks: BTreeMap<usize, Vec<(String, QuantizedWeight, String)>> = BTreeMap::new();
+        let mut blocks: BTreeMap<usize, Saved> = BTreeMap::new();
         for linear in linears {
-            blocks.entry(block_of(&linear.0)).or_default().push(linear);
+            blocks.entry(block_of(&linear.0)).or_default().linears.push(linear);
         }
-        for (index, linears) in blocks {
-            fewbit::write_linears(&self.block_file(index), &linears, BTreeMap::new())?;
-            self.take(linears);
+        for (index, saved) in blocks {
+            saved.write(&self.block_file(index))?;
+            self.take(saved)?;
         }
         Ok(())
     }
+
+    /// Notes a block's errors, `[before, after]`, in the results.
+    fn note_block(&mut self, index: usize, mse: [f64; 2]) {
+        let list = self.results.block_mse.entry(self.stage).or_default();
+        list.truncate(index);
+        list.push(mse);
+    }
 }
+
+/// A block's errors as its checkpoint carries them.
+fn with_mse(mut metadata: BTreeMap<String, String>, mse: [f64; 2]) -> BTreeMap<String, String> {
+    for (key, mse) in MSE_KEYS.into_iter().zip(mse) {
+        metadata.insert(key.to_owned(), format!("{mse:e}"));
+    }
+    metadata
+}
+
+/// What [`with_mse`] put there, `[before, after]`.
+fn saved_mse(saved: &Saved) -> [f64; 2] {
+    MSE_KEYS
+        .map(|key| saved.metadata.get(key).and_then(|text| text.parse().ok()).unwrap_or(f64::NAN))
+}
+
+const MSE_KEYS: [&str; 2] = ["mse_before", "mse_after"];
 
 /// The block a linear belongs to, from its name `model.layers.INDEX...`.
 fn block_of(linear: &str) -> usize {

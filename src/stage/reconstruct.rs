@@ -1,30 +1,35 @@
 //! `reconstruct`: block by block, each quantized block is fitted to the float block's output.
 //!
 //! For each block in order: the float block on the float stream gives the target; the quantized
-//! block is trained on the quantized stream (the output of the already quantized blocks); its
-//! codes are folded and saved; both streams move on. One block is resident at a time, and the
-//! teacher block is released before the next one is read. Parameters and losses are f32 whatever
-//! the model's type (methods-core 3.3 and 12).
+//! block is trained on the quantized stream (the output of the already quantized blocks), or on a
+//! random mixture of both streams; its codes are folded and saved; both streams move on. One block
+//! is resident at a time, and the teacher block is released before the next one is read. Parameters
+//! and losses are f32 whatever the model's type (methods-core 3.3 and 12).
+//!
+//! Activations on fixed grids are quantized in training, and the grids learn together with the
+//! weights; grids that are chosen for each token are left out of it (methods-core 4.4).
 
-use std::collections::BTreeMap;
 use std::time::Instant;
 
 use burn::module::Module;
-use burn::tensor::DType;
+use burn::tensor::{DType, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use super::activations::Activations;
-use super::{Data, ModelState, StageContext};
-use crate::data::Order;
+use super::inputs::{StaticInputs, Student};
+use super::streams::{Streams, loader};
+use super::{StageContext, inputs, saved_mse, with_mse};
+use crate::data::{Order, coin_flips};
 use crate::error::{Error, Result};
-use crate::export::fewbit;
-use crate::method::{self, MethodConfig};
-use crate::model::{Block, CausalLm, Loader, Positions, WeightSource, block_prefix};
+use crate::export::activations::{self, InputGrids};
+use crate::export::fewbit::Saved;
+use crate::method::{self, MethodConfig, Moment};
+use crate::model::{Block, block_prefix};
 use crate::objective::{ObjectiveConfig, Reduction};
 use crate::ops;
-use crate::quant::{Bits, Grid, GroupSize, ObserverConfig, QuantizedWeight, Symmetry};
+use crate::quant::{ActivationQuant, Bits, GroupSize, ObserverConfig, Symmetry};
 use crate::report::{Event, Reporter, memory};
-use crate::train::{self, AdamWConfig, LearningRate, Optimizer, ScheduleConfig};
+use crate::train::{self, LearningRate, Optimizer, OptimizerConfig, Role, ScheduleConfig};
 
 /// Keys of `[stage.reconstruct]`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -52,6 +57,19 @@ pub struct ReconstructConfig {
     /// Sequences in a step.
     #[serde(default = "two")]
     pub batch: usize,
+    /// Share of the block's input entries that come from the quantized stream, the others from the
+    /// float stream, drawn anew for every step (QDrop, UniQuanF). 1: the quantized stream alone.
+    /// Default: 1, or 0.5 when training quantizes activations on fixed grids.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub input_prob: Option<f64>,
+    /// Whether training quantizes activations, keys and values as `[quant.activations]` and
+    /// `[quant.kv_cache]` say. Default: `true` on fixed grids (`scheme = "tensor"`), else `false`.
+    /// Grids that do not learn here are calibrated on the finished block.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quantize_activations: Option<bool>,
+    /// Keep the parameters of the step with the lowest loss instead of the last (SignRound's).
+    #[serde(default)]
+    pub keep_best: bool,
     /// Base learning rates.
     pub learning_rate: LearningRate,
     /// How the rate moves over a block's steps.
@@ -59,7 +77,7 @@ pub struct ReconstructConfig {
     pub schedule: ScheduleConfig,
     /// AdamW's constants.
     #[serde(default)]
-    pub optimizer: AdamWConfig,
+    pub optimizer: OptimizerConfig,
 }
 
 fn mse() -> ObjectiveConfig {
@@ -82,6 +100,12 @@ impl ReconstructConfig {
         if self.batch == 0 {
             return Err(Error::usage("batch = 0").fix("batch = 2"));
         }
+        if let Some(prob) = self.input_prob
+            && !(0.0..=1.0).contains(&prob)
+        {
+            return Err(Error::usage(format!("input_prob = {prob} is not in 0..=1"))
+                .fix("input_prob = 1.0: the quantized stream alone"));
+        }
         if !self.method.learns() {
             return Err(Error::usage(format!("method.{} learns nothing", self.method.name()))
                 .fix("method.flexround = {} here, or [stage.calibrate]"));
@@ -89,8 +113,18 @@ impl ReconstructConfig {
         Ok(())
     }
 
+    /// What training does to activations when the model does `quant`.
+    fn activations(&self, quant: ActivationQuant) -> ActivationQuant {
+        let quantizes = self.quantize_activations.unwrap_or(quant.fixed().is_some());
+        if quantizes { quant } else { ActivationQuant::default() }
+    }
+
     fn sum_sequence(&self) -> bool {
         matches!(&self.objective, ObjectiveConfig::Mse(o) if o.reduction == Reduction::SequenceSum)
+    }
+
+    fn augmented(&self) -> bool {
+        matches!(&self.objective, ObjectiveConfig::Mse(o) if o.augmented)
     }
 }
 
@@ -105,22 +139,21 @@ pub(super) fn run(config: &ReconstructConfig, ctx: &mut StageContext<'_>) -> Res
     for index in 0..blocks {
         ctx.stop.check()?;
         let start = Instant::now();
-        let target = streams.target(ctx, index)?;
-        let saved = ctx.block_file(index);
-        let [before, after] = if saved.exists() {
-            let (linears, metadata) = fewbit::read_linears(&saved)?;
-
-            ctx.take(linears);
+        let target = streams.target(ctx, index, &streams.float)?;
+        let path = ctx.block_file(index);
+        let mse = if path.exists() {
+            let saved = Saved::read(&path)?;
+            let mse = saved_mse(&saved);
+            ctx.take(saved)?;
             streams.advance(ctx, index, target)?;
-            metadata_mse(&metadata)
+            mse
         } else {
-            let (linears, before) = fit(config, ctx, index, &streams.quantized, &target)?;
-            ctx.take(linears.clone());
+            let (mut saved, before) = Fit::new(config, ctx, index, &streams, &target)?.run(ctx)?;
+            ctx.take(saved.clone())?;
             streams.advance(ctx, index, target)?;
             let mse = [before, streams.quantized.mse(&streams.float)];
-            let extra = ["mse_before", "mse_after"].map(str::to_owned).into_iter();
-            let extra = extra.zip(mse.map(|mse| format!("{mse:e}"))).collect();
-            fewbit::write_linears(&saved, &linears, extra)?;
+            saved.metadata = with_mse(saved.metadata, mse);
+            saved.write(&path)?;
             ctx.report.emit(&Event::Block {
                 stage: ctx.stage,
                 index,
@@ -134,143 +167,169 @@ pub(super) fn run(config: &ReconstructConfig, ctx: &mut StageContext<'_>) -> Res
             });
             mse
         };
-        let list = ctx.results.block_mse.entry(ctx.stage).or_default();
-        list.truncate(index);
-        list.push([before, after]);
+        ctx.note_block(index, mse);
     }
     ctx.report_codes();
     Ok(())
 }
 
-/// The errors that a block's checkpoint carries.
-fn metadata_mse(metadata: &BTreeMap<String, String>) -> [f64; 2] {
-    ["mse_before", "mse_after"]
-        .map(|key| metadata.get(key).and_then(|text| text.parse().ok()).unwrap_or(f64::NAN))
+/// The training of one block.
+struct Fit<'a> {
+    config: &'a ReconstructConfig,
+    index: usize,
+    streams: &'a Streams,
+    /// The float block's output on the float stream.
+    target: &'a Activations,
+    /// The float block's output on the quantized stream, for the augmented loss.
+    augmented: Option<Activations>,
+    /// What training does to activations.
+    quant: ActivationQuant,
+    /// Share of the input entries from the quantized stream.
+    input_prob: f64,
 }
 
-/// Inputs of the next block, and where its positions are.
-struct Streams {
-    float: Activations,
-    quantized: Activations,
-    positions: Positions,
-}
+impl<'a> Fit<'a> {
+    fn new(
+        config: &'a ReconstructConfig,
+        ctx: &StageContext<'_>,
+        index: usize,
+        streams: &'a Streams,
+        target: &'a Activations,
+    ) -> Result<Self> {
+        let augmented = config.augmented().then(|| streams.target(ctx, index, &streams.quantized));
+        let quant = config.activations(ctx.model.activations.quant);
+        let input_prob = if quant.fixed().is_some() { 0.5 } else { 1.0 };
+        let input_prob = config.input_prob.unwrap_or(input_prob);
+        let augmented = augmented.transpose()?;
+        Ok(Self { config, index, streams, target, augmented, quant, input_prob })
+    }
 
-impl Streams {
-    /// Both streams at the embedding's output.
-    fn start(ctx: &StageContext<'_>) -> Result<Self> {
-        let corpus = Data::need(ctx.data.calibration.as_ref(), "calibration")?;
-        let length = corpus.length;
-        let windows = match corpus.samples {
-            Some(samples) => corpus.stream.spread(samples, length)?,
-            None => (0..corpus.stream.windows(length)).collect(),
-        };
+    /// The block's quantized linears with the grids of its inputs, and its error at the start.
+    fn run(&self, ctx: &mut StageContext<'_>) -> Result<(Saved, f64)> {
+        let config = self.config;
+        let prefix = block_prefix(self.index);
+        let mut block = loader(ctx, ctx.model).block(self.index)?;
+        for (name, linear) in block.linears_mut() {
+            let name = format!("{prefix}.{name}");
+            if ctx.specs.contains_key(&name) {
+                ctx.attach(&name, linear, &config.method, DType::F32)?;
+            }
+        }
+        let start = coarseness(ctx, &prefix, &block)?;
+        let grids = inputs::observe(ctx, self.streams, &block)?;
+        let quant = ctx.model.activations.quant;
+        let tap = |site, x| activations::quantize(&quant, &grids, site, x);
+        let before = self.streams.forward(ctx, &block, &self.streams.quantized, &tap)?;
+        let before = before.mse(self.target);
         let device = &ctx.device.device;
-        let embed = loader(ctx, &ctx.model.checkpoint).embed()?.val();
-        let float = Activations::collect(windows.len(), |range| {
-            let rows: Vec<&[u32]> =
-                range.map(|i| corpus.stream.window(windows[i], length)).collect();
-            let tokens = CausalLm::tokens(&rows, device);
-            Ok(burn::tensor::module::embedding(embed.clone(), tokens))
-        })?;
-        Ok(Self {
-            quantized: float.clone(),
-            float,
-            positions: Positions::new(&ctx.model.config, 0, length, DType::F32, device),
-        })
+        let learned = self.quant.fixed();
+        let learned = learned.and_then(|bits| StaticInputs::new(&grids, bits, device));
+        let student = Student { block, inputs: learned }.train();
+        let Student { block, inputs } = self.train(ctx, student, &grids)?;
+        report_scales(ctx, self.index, &prefix, &block, &start, config.steps)?;
+        let mut saved = Saved::default();
+        let grids = match inputs {
+            Some(learned) => learned.grids()?,
+            None => inputs::observe(ctx, self.streams, &block)?,
+        };
+        activations::store(self.index, &grids, &mut saved.dense);
+        for (name, linear) in block.linears() {
+            let name = format!("{prefix}.{name}");
+            if ctx.specs.contains_key(&name) {
+                let folded = ctx.fold(&name, linear)?;
+                saved.linears.push((name, folded, config.method.name().to_owned()));
+            }
+        }
+        Ok((saved, before))
     }
 
-    /// The float block's output on the float stream; the block is gone when this returns.
-    fn target(&self, ctx: &StageContext<'_>, index: usize) -> Result<Activations> {
-        let teacher = loader(ctx, &ctx.model.checkpoint).block(index)?;
-        self.forward(ctx, &teacher, &self.float)
+    /// Trains; `grids` are where the learned grids start.
+    fn train(
+        &self,
+        ctx: &mut StageContext<'_>,
+        mut student: Student,
+        grids: &InputGrids,
+    ) -> Result<Student> {
+        let config = self.config;
+        let mut optimizer = Optimizer::new(&config.optimizer);
+        let stream = format!("stage {} block {}", ctx.stage, self.index);
+        let order = Order::new(ctx.seed, stream.as_str(), self.target.len(), config.batch)?;
+        let rates = config.learning_rate;
+        let base = |path: &str| match inputs::highest_rate(path, grids) {
+            Some(highest) => rates.of(Role::Activation).min(highest),
+            None => method::role_of(path).map_or(0.0, |role| rates.of(role)),
+        };
+        let mut best: Option<(f64, Student)> = None;
+        for step in 0..config.steps {
+            ctx.stop.check()?;
+            let factor = config.schedule.factor(step, config.steps);
+            let rate_of = |path: &str| base(path) * factor;
+            let batch = order.batch(step);
+            let start = config.keep_best.then(|| student.clone());
+            let (trained, stats) =
+                train::step(student, &mut optimizer, 1, &rate_of, |student, _| {
+                    Ok(self.loss(ctx, student, &batch, &stream, step))
+                })
+                .map_err(|e| {
+                    e.at(format!("stage {}, block {}, step {step}", ctx.stage, self.index))
+                })?;
+            student = trained;
+            self.between_steps(&mut student.block, Moment::Step(step + 1));
+            if let Some(start) = start
+                && best.as_ref().is_none_or(|(least, _)| stats.loss < *least)
+            {
+                best = Some((stats.loss, start));
+            }
+            let length = self.streams.positions.len();
+            report_step(config, ctx, self.index, step, length, stats.loss);
+        }
+        let mut student = best.map_or(student, |(_, best)| best).valid();
+        self.between_steps(&mut student.block, Moment::End);
+        Ok(student)
     }
 
-    /// Moves both streams behind block `index`: the float one is `target`, the quantized one goes
-    /// through the block with its folded weights.
-    fn advance(&mut self, ctx: &StageContext<'_>, index: usize, target: Activations) -> Result<()> {
-        let baked = loader(ctx, ctx.model).block(index)?;
-        self.quantized = self.forward(ctx, &baked, &self.quantized)?;
-        self.float = target;
-        Ok(())
-    }
-
-    fn forward(
+    /// The objective on one batch.
+    fn loss(
         &self,
         ctx: &StageContext<'_>,
-        block: &Block,
-        x: &Activations,
-    ) -> Result<Activations> {
-        x.map(&ctx.device.device, |x| {
-            ctx.stop.check()?;
-            Ok(block.forward(x, &self.positions))
-        })
-    }
-}
-
-fn loader<'a>(ctx: &'a StageContext<'_>, source: &'a dyn WeightSource) -> Loader<'a> {
-    Loader { config: &ctx.model.config, source, device: &ctx.device.device, dtype: DType::F32 }
-}
-
-/// A block's quantized linears, with the method that made each, and its error at the start.
-type Fitted = (Vec<(String, QuantizedWeight, String)>, f64);
-
-/// Trains block `index` and folds it.
-fn fit(
-    config: &ReconstructConfig,
-    ctx: &mut StageContext<'_>,
-    index: usize,
-    input: &Activations,
-    target: &Activations,
-) -> Result<Fitted> {
-    let device = ctx.device.device.clone();
-    let model: &ModelState = ctx.model;
-    let length = Data::need(ctx.data.calibration.as_ref(), "calibration")?.length;
-    let positions = Positions::new(&model.config, 0, length, DType::F32, &device);
-    let mut student = loader(ctx, ctx.model).block(index)?;
-    let prefix = block_prefix(index);
-    for (name, linear) in student.linears_mut() {
-        let name = format!("{prefix}.{name}");
-        if ctx.specs.contains_key(&name) {
-            ctx.attach(&name, linear, &config.method, DType::F32)?;
+        student: &Student,
+        batch: &[u32],
+        stream: &str,
+        step: u64,
+    ) -> Tensor<1> {
+        let device = &ctx.device.device;
+        let mut input = self.streams.quantized.batch(batch, device);
+        if self.input_prob < 1.0 {
+            let float = self.streams.float.batch(batch, device);
+            let shape = input.dims();
+            let stream = format!("{stream} inputs");
+            let count = shape.iter().product();
+            let mask = coin_flips(ctx.seed, &stream, step, count, self.input_prob);
+            let mask: Tensor<3> = Tensor::from_data(TensorData::new(mask, shape), device);
+            input = float.mask_where(mask.equal_elem(1.0), input);
+        }
+        let output = student.forward(input, &self.streams.positions, self.quant);
+        let compare = |goal: &Activations| {
+            let goal = goal.batch(batch, device);
+            ops::block_mse(output.clone(), goal, self.config.sum_sequence())
+        };
+        let loss = compare(self.target);
+        match &self.augmented {
+            Some(augmented) => loss + compare(augmented),
+            None => loss,
         }
     }
-    let start_scales = scales(ctx, &prefix, &student)?;
-    let before = input.map(&device, |x| Ok(student.forward(x, &positions)))?.mse(target);
-    let mut student = student.train();
-    let mut optimizer = Optimizer::new(&config.optimizer);
-    let order = Order::new(
-        ctx.seed,
-        format!("stage {} block {index}", ctx.stage),
-        input.len(),
-        config.batch,
-    )?;
-    let rates = config.learning_rate;
-    for step in 0..config.steps {
-        ctx.stop.check()?;
-        let batch = order.batch(step);
-        let factor = config.schedule.factor(step, config.steps);
-        let rate_of =
-            |path: &str| method::role_of(path).map_or(0.0, |role| rates.of(role) * factor);
-        let (trained, stats) = train::step(student, &mut optimizer, 1, &rate_of, |student, _| {
-            let output = student.forward(input.batch(&batch, &device), &positions);
-            let target = target.batch(&batch, &device);
-            Ok(ops::block_mse(output, target, config.sum_sequence()))
-        })
-        .map_err(|e| e.at(format!("stage {}, block {index}, step {step}", ctx.stage)))?;
-        student = trained;
-        report_step(config, ctx, index, step, length, stats.loss);
-    }
-    let student = student.valid();
-    report_scales(ctx, index, &prefix, &student, &start_scales, config.steps)?;
-    let mut linears = Vec::new();
-    for (name, linear) in student.linears() {
-        let name = format!("{prefix}.{name}");
-        if ctx.specs.contains_key(&name) {
-            let folded = ctx.fold(&name, linear)?;
-            linears.push((name, folded, config.method.name().to_owned()));
+
+    fn between_steps(&self, block: &mut Block, moment: Moment) {
+        if !self.config.method.has_hook() {
+            return;
+        }
+        for (_, linear) in block.linears_mut() {
+            if let Some(weight) = method::between_steps(&linear.weight, moment) {
+                linear.weight = weight;
+            }
         }
     }
-    Ok((linears, before))
 }
 
 fn report_step(
@@ -295,15 +354,14 @@ fn report_step(
     });
 }
 
-/// The steps of every quantized linear of a block, in order.
-fn scales(ctx: &StageContext<'_>, prefix: &str, block: &Block) -> Result<Vec<f32>> {
+/// How coarse the grid of every group of a block is, in order.
+fn coarseness(ctx: &StageContext<'_>, prefix: &str, block: &Block) -> Result<Vec<f32>> {
     let mut all = Vec::new();
     for (name, linear) in block.linears() {
         if ctx.specs.contains_key(&format!("{prefix}.{name}"))
             && let Some(folded) = method::fold(&linear.weight)
         {
-            let Grid::Uniform { scale, .. } = folded?.grid;
-            all.extend(scale);
+            all.extend(folded?.grid.coarseness());
         }
     }
     Ok(all)
@@ -317,7 +375,7 @@ fn report_scales(
     start: &[f32],
     steps: u64,
 ) -> Result<()> {
-    let end = scales(ctx, prefix, block)?;
+    let end = coarseness(ctx, prefix, block)?;
     let changes: Vec<f32> = end.iter().zip(start).map(|(end, start)| (end / start).ln()).collect();
     let step = ctx.first_step + steps * (index as u64 + 1);
     ctx.report_scale_change(&changes, step);

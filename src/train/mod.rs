@@ -10,8 +10,8 @@ use burn::module::Module;
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::Tensor;
 
-pub use optim::{AdamWConfig, Optimizer};
-pub use schedule::{LearningRate, Role, ScheduleConfig};
+pub use optim::{Optimizer, OptimizerConfig, Rule};
+pub use schedule::{ACTIVATION_RATE, LearningRate, Role, ScheduleConfig};
 
 use crate::error::{Error, Result};
 

@@ -1,4 +1,4 @@
-//! AdamW over a module, with state by parameter path and global-norm clipping.
+//! AdamW (or signed descent) over a module, with state by parameter path and global-norm clipping.
 //!
 //! The arithmetic of one tensor is burn's `AdamW`. What is ours is what surrounds it: burn's module
 //! optimizer keys its state by random parameter ids (a resumed run has others) and clips each
@@ -16,10 +16,23 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
+/// How a gradient becomes a step.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Rule {
+    /// AdamW.
+    #[default]
+    Adamw,
+    /// One learning rate against the gradient's sign, without state (SignRound's).
+    Sign,
+}
+
 /// Keys of `optimizer` in a training stage. PyTorch's defaults, but no weight decay.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct AdamWConfig {
+pub struct OptimizerConfig {
+    /// `"adamw"` or `"sign"`; the constants below are AdamW's.
+    pub rule: Rule,
     /// Decay of the first moment.
     pub beta1: f32,
     /// Decay of the second moment.
@@ -33,14 +46,22 @@ pub struct AdamWConfig {
     pub clip_norm: Option<f64>,
 }
 
-impl Default for AdamWConfig {
+impl Default for OptimizerConfig {
     fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0, clip_norm: None }
+        Self {
+            rule: Rule::Adamw,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.0,
+            clip_norm: None,
+        }
     }
 }
 
-/// AdamW with its state.
+/// The optimizer with its state.
 pub struct Optimizer {
+    rule: Rule,
     adamw: AdamW,
     clip_norm: Option<f64>,
     states: BTreeMap<String, DynState>,
@@ -48,14 +69,14 @@ pub struct Optimizer {
 
 impl Optimizer {
     /// An optimizer without state.
-    pub fn new(config: &AdamWConfig) -> Self {
+    pub fn new(config: &OptimizerConfig) -> Self {
         let adamw = burn::optim::AdamWConfig::new()
             .with_beta_1(config.beta1)
             .with_beta_2(config.beta2)
             .with_epsilon(config.epsilon)
             .with_weight_decay(config.weight_decay)
             .build();
-        Self { adamw, clip_norm: config.clip_norm, states: BTreeMap::new() }
+        Self { rule: config.rule, adamw, clip_norm: config.clip_norm, states: BTreeMap::new() }
     }
 
     /// Euclidean norm of all gradients together.
@@ -162,9 +183,13 @@ impl ModuleMapper for Update<'_> {
         };
         let gradient = if self.shrink < 1.0 { gradient * self.shrink } else { gradient };
         let path = self.path.join(".");
+        let rate = (self.rate_of)(&path);
+        if self.optimizer.rule == Rule::Sign {
+            let tensor = tensor.inner() - gradient.sign() * rate;
+            return Param::from_mapped_value(id, Tensor::from_inner(tensor).require_grad(), mapper);
+        }
         let state = self.optimizer.states.remove(&path);
         let state = state.map(DynState::downcast::<AdamWState<D>>);
-        let rate = (self.rate_of)(&path);
         let (tensor, state) = self.optimizer.adamw.step(rate, tensor.inner(), gradient, state);
         if let Some(state) = state {
             self.optimizer.states.insert(path, DynState::create(state, D));

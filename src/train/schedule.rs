@@ -13,10 +13,19 @@ pub enum Role {
     Rounding,
     /// The latent weight itself.
     Weight,
+    /// Levels of a binary-coding grid.
+    Levels,
+    /// Steps and zero points of activation quantizers.
+    Activation,
 }
 
+/// Rate of activation quantizers unless a recipe says otherwise (the FlexRound command lines').
+pub const ACTIVATION_RATE: f64 = 4e-5;
+
 /// Base learning rates, one per role. In a recipe a single number, or
-/// `{ scale = ..., rounding = ..., weight = ... }`.
+/// `{ scale = ..., rounding = ..., weight = ..., levels = ..., activation = ... }`; a role that the
+/// table leaves out does not learn. A single number drives all of them, but activations at no more
+/// than [`ACTIVATION_RATE`].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct LearningRate {
     /// Of the steps of the grid.
@@ -25,12 +34,17 @@ pub struct LearningRate {
     pub rounding: f64,
     /// Of latent weights.
     pub weight: f64,
+    /// Of the levels of binary-coding grids.
+    pub levels: f64,
+    /// Of activation quantizers.
+    pub activation: f64,
 }
 
 impl LearningRate {
-    /// The same rate for every role.
+    /// The same rate for every role, but at most [`ACTIVATION_RATE`] for activations.
     pub fn uniform(rate: f64) -> Self {
-        Self { scale: rate, rounding: rate, weight: rate }
+        let activation = rate.min(ACTIVATION_RATE);
+        Self { scale: rate, rounding: rate, weight: rate, levels: rate, activation }
     }
 
     /// The rate of a role.
@@ -39,6 +53,8 @@ impl LearningRate {
             Role::Scale => self.scale,
             Role::Rounding => self.rounding,
             Role::Weight => self.weight,
+            Role::Levels => self.levels,
+            Role::Activation => self.activation,
         }
     }
 }
@@ -51,13 +67,15 @@ impl<'de> Deserialize<'de> for LearningRate {
             scale: Option<f64>,
             rounding: Option<f64>,
             weight: Option<f64>,
+            levels: Option<f64>,
+            activation: Option<f64>,
         }
         struct Visitor;
         impl<'de> de::Visitor<'de> for Visitor {
             type Value = LearningRate;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a number, or a table with scale, rounding, weight")
+                f.write_str("a number, or a table with scale, rounding, weight, levels, activation")
             }
 
             fn visit_f64<E: de::Error>(self, rate: f64) -> Result<LearningRate, E> {
@@ -82,6 +100,8 @@ impl<'de> Deserialize<'de> for LearningRate {
                     scale: check(rates.scale)?,
                     rounding: check(rates.rounding)?,
                     weight: check(rates.weight)?,
+                    levels: check(rates.levels)?,
+                    activation: check(rates.activation)?,
                 })
             }
         }

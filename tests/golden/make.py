@@ -1,8 +1,9 @@
 """Writes the golden cases beside this file: `python make.py [case ...]` (all without arguments).
 
 Every case is written from its formula with PyTorch on the CPU, in f32 on one thread. Training runs,
-losses and the gradients of `flexround` are computed in f64 too and must agree, and a seed is skipped
-where a value sits close enough to a rounding tie for f32 noise to move it. README.md lists the tensors.
+losses and gradients (but for those of `seq`) are computed in f64 too and must agree, and a seed is
+skipped where a value sits close enough to a rounding tie for f32 noise to move it. README.md lists
+the tensors.
 """
 
 import math
@@ -357,11 +358,11 @@ class Seq(torch.autograd.Function):
         return upstream * inside, ctx.factor * per_step, None
 
 
-def seq_gradients(w, step, upstream):
+def seq_gradients(w, step, upstream, op=Seq):
     out = {"w": w, "step": step, "upstream": upstream}
     for name, factor in (("plain", 1.0), ("scaled", 1 / math.sqrt(w.numel()))):
         p = leaves({"w": w, "step": step}, torch.float32)
-        w_hat = Seq.apply(p["w"], p["step"], factor)
+        w_hat = op.apply(p["w"], p["step"], factor)
         (upstream * w_hat).sum().backward()
         out |= {"w_hat": w_hat.detach(), "grad_w": p["w"].grad}
         out[f"grad_step_{name}"] = p["step"].grad
@@ -548,9 +549,731 @@ def adamw_cosine():
     return first_good(build, 5_000_000)
 
 
+# --- shared by the cases below -------------------------------------------------------------------
+
+SHAPE = (5, 16)
+GROUPS = {"channel": 1, "group": 2}  # groups per row
+
+
+def clamp_ste(x, low, high):
+    """Clamp with the gradient 1 everywhere."""
+    return x + (x.clamp(low, high) - x).detach()
+
+
+def per_group(t, w):
+    """One value per group `[rows, groups]`, repeated for every weight of its group."""
+    return t.repeat_interleave(w.shape[1] // t.shape[1], 1)
+
+
+def group_extremes(w, groups):
+    """Smallest and largest weight of each group, `[rows, groups]` both."""
+    cut = w.reshape(len(w), groups, -1)
+    return cut.amin(2), cut.amax(2)
+
+
+def away_from(x, bound, margin=TIE_MARGIN):
+    if ((x.detach() - bound).abs() < margin).any():
+        raise Unusable
+
+
+def some_in_each_group(clipped, groups):
+    """A gradient that only clipped weights feed is a sum that cancels to 0 (or to noise, which Adam
+    turns into full steps) in a group without any: keep such groups out."""
+    if not clipped.reshape(len(clipped), groups, -1).any(2).all():
+        raise Unusable
+
+
+def cast(tensors, dtype):
+    return {k: t.to(dtype) for k, t in tensors.items()}
+
+
+def checked(run):
+    """`run(dtype)` in f32, which must agree with f64."""
+    single, double = run(torch.float32), run(torch.float64)
+    for k, t in double.items():
+        agree(single[k], t)
+    return single
+
+
+def at_point(forward, start, fixed, upstream, dtype, result="w_hat"):
+    """Everything `forward` returns, and the gradients of sum(upstream * result)."""
+    p = leaves(start, dtype)
+    out = forward(p | cast(fixed, dtype))
+    (upstream.to(dtype) * out[result]).sum().backward()
+    found = {k: t.detach() for k, t in out.items()}
+    return found | {f"grad_{k}": t.grad for k, t in p.items()}
+
+
+def reconstruction(forward, p, fixed, x, target):
+    return ((x @ forward(p | fixed)["w_hat"].T - target) ** 2).mean()
+
+
+def train(forward, start, fixed, rates, x, dtype):
+    """20 steps of Adam, one learning rate per parameter, towards the layer's own first outputs."""
+    p, fixed, x = leaves(start, dtype), cast(fixed, dtype), x.to(dtype)
+    target = x @ (start | fixed)["w"].to(dtype).T
+    groups = [{"params": [p[k]], "lr": rate} for k, rate in rates.items()]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = reconstruction(forward, p, fixed, x, target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    final = {k: t.detach() for k, t in p.items()}
+    w_hat = forward(final | fixed)["w_hat"]
+    return {**final, "losses": torch.stack(losses), "w_hat": w_hat}
+
+
+def learned(forward, start, fixed, rates, generator, trainer=train):
+    """All tensors of one configuration."""
+    upstream, x = randn(generator, *SHAPE), randn(generator, 12, SHAPE[1])
+    out = start | fixed | {"upstream": upstream, "x": x}
+    out |= checked(lambda dtype: at_point(forward, start, fixed, upstream, dtype))
+    trained = checked(lambda dtype: trainer(forward, start, fixed, rates, x, dtype))
+    return out | {f"trained_{k}": t for k, t in trained.items()}
+
+
+def grouped_case(configs, seed):
+    """`configs`: name to `build(generator)`; the tensors of all, with the name in front."""
+    out = {}
+    for i, (name, build) in enumerate(configs.items()):
+        tensors = first_good(build, seed + 10_000 * i)
+        out |= {f"{name}/{k}": t for k, t in tensors.items()}
+    return out
+
+
+def assert_close(found, expected, tolerance=1e-6):
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    assert (found.detach().double() - expected).abs().max() < tolerance, (found, expected)
+
+
+# --- lrq -----------------------------------------------------------------------------------------
+
+LRQ_BITS = 3
+LRQ_RANK = 3
+
+
+def lrq_forward(bounds):
+    def forward(p):
+        w, low_rank = p["w"], p["log_left"] @ p["log_right"]
+        log_scale, zero = per_group(p["log_scale"], w), per_group(p["zero_point"], w)
+        v = w / torch.exp(log_scale + (low_rank + p["log_row"] + p["log_column"]))
+        away_from_ties(v)
+        codes = clamp(ste_round(v) + zero, *bounds)
+        return {"w_hat": torch.exp(log_scale) * (codes - zero), "codes": codes}
+
+    return forward
+
+
+def lrq_by_formula(start, fixed, bounds, upstream):
+    """The gradients written out, in f64."""
+    p = cast(start | fixed, torch.float64)
+    w, upstream = p["w"], upstream.double()
+    step, zero = per_group(p["log_scale"], w).exp(), per_group(p["zero_point"], w)
+    v = w / step / torch.exp(p["log_left"] @ p["log_right"] + p["log_row"] + p["log_column"])
+    rounded = torch.round(v) + zero
+    inside = (rounded >= bounds[0]) & (rounded <= bounds[1])
+    theta = -upstream * step * v * inside
+    per_weight = theta + upstream * step * (rounded.clamp(*bounds) - zero)
+    return {
+        "log_scale": per_weight.reshape(*p["log_scale"].shape, -1).sum(2),
+        "log_left": theta @ p["log_right"].T,
+        "log_right": p["log_left"].T @ theta,
+        "log_row": theta.sum(1, keepdim=True),
+        "log_column": theta.sum(0, keepdim=True),
+    }
+
+
+def lrq_config(groups, is_symmetric, at_start=False):
+    def build(generator):
+        w = randn(generator, *SHAPE) * 0.4
+        rows = w.reshape(len(w) * groups, -1)
+        scale, zero = rtn_params(rows, LRQ_BITS, "absmax" if is_symmetric else "asym")
+        bounds = code_range(LRQ_BITS, is_symmetric)
+        noise = 0.0 if at_start else 1.0
+        right = torch.rand(LRQ_RANK, SHAPE[1], generator=generator) * 2 - 1
+        start = {
+            "log_scale": torch.log(scale).reshape(-1, groups),
+            "log_left": noise * 0.2 * randn(generator, SHAPE[0], LRQ_RANK) + 0.0,
+            "log_right": right / math.sqrt(SHAPE[1]) * (1 + noise),
+            "log_row": noise * 0.1 * randn(generator, SHAPE[0], 1) + 0.0,
+            "log_column": noise * 0.1 * randn(generator, 1, SHAPE[1]) + 0.0,
+        }
+        fixed = {"w": w, "zero_point": zero.reshape(-1, groups)}
+        rates = dict.fromkeys(start, 1e-2)
+        out = learned(lrq_forward(bounds), start, fixed, rates, generator)
+        for k, t in lrq_by_formula(start, fixed, bounds, out["upstream"]).items():
+            agree(out[f"grad_{k}"], t)
+        rounded = out["codes"] == quantize(rows, scale, zero, bounds)[0].reshape(SHAPE)
+        if at_start:
+            assert rounded.all() and (out["grad_log_right"] == 0).all()
+        elif rounded.sum() > 72:
+            raise Unusable  # the learned part hardly changes a code
+        return out
+
+    return build
+
+
+def lrq():
+    lrq_by_hand()
+    configs = {
+        "channel_asym": lrq_config(1, False),
+        "channel_sym": lrq_config(1, True),
+        "group_asym": lrq_config(2, False),
+        "start": lrq_config(1, False, at_start=True),
+    }
+    return grouped_case(configs, 6_000_000)
+
+
+def lrq_by_hand():
+    found = lrq_forward((-8, 7))({
+        "w": torch.tensor([[0.6, -0.9], [0.2, 0.4]]),
+        "log_scale": torch.full((2, 1), 0.5).log(),
+        "zero_point": torch.zeros(2, 1),
+        "log_left": torch.tensor([[-0.3], [0.2]]),
+        "log_right": torch.tensor([[1.0, -1.0]]),
+        "log_row": torch.tensor([[0.0], [0.1]]),
+        "log_column": torch.zeros(1, 2),
+    })
+    assert_close(found["w_hat"], [[1.0, -0.5], [0.0, 0.5]])
+
+
+# --- uniquanf ------------------------------------------------------------------------------------
+
+
+def all_signs(planes, dtype):
+    """`[2^planes, planes]`: row `code` holds +1 where the code has the column's bit, else -1."""
+    codes = torch.arange(2**planes).unsqueeze(1)
+    return ((codes >> torch.arange(planes)) & 1).to(dtype) * 2 - 1
+
+
+def uniquanf_parts(p):
+    """Step, scaled weight `v`, level, signs, code and the filter of every weight."""
+    w, planes = p["w"], p["alpha"].shape[1]
+    step = per_group(p["log_scale"], w).exp()
+    exponent = per_group(p["log_scale"], w) + p["log_division"] + per_group(p["log_row"], w)
+    v = w / torch.exp(exponent)
+    center = per_group(p["zero_binary"], w) + (2**planes - 1) / 2
+    u = v + per_group(p["zero_unified"], w) - center
+    alpha = p["alpha"].reshape(len(w), -1, planes)
+    alpha = alpha.repeat_interleave(w.shape[1] // alpha.shape[1], 1)
+    choices = all_signs(planes, w.dtype)
+    distances = (u.unsqueeze(2) - alpha @ choices.T).abs().detach()
+    nearest = distances.sort(2).values
+    if (nearest[..., 1] - nearest[..., 0] < TIE_MARGIN * u.detach().abs().clamp(min=1)).any():
+        raise Unusable
+    code = distances.argmin(2)
+    signs = choices[code]
+    limit = alpha.detach().abs().amin(2)
+    away_from(nearest[..., 0] - limit, 0.0)
+    keep = (nearest[..., 0] <= limit).to(w.dtype)
+    return step, v, u, (alpha * signs).sum(2), center, signs, code, keep
+
+
+def uniquanf_forward(p):
+    step, _, u, level, center, _, code, keep = uniquanf_parts(p)
+    # The value is the level; its gradient goes to `u` (1) and to alpha (the signs) where kept.
+    level = level.detach() + keep * ((u - u.detach()) + (level - level.detach()))
+    w_hat = step * (level + center - per_group(p["zero_unified"], p["w"]))
+    return {"w_hat": w_hat, "codes": code, "kept": keep}
+
+
+def uniquanf_by_formula(start, fixed, upstream):
+    """The gradients written out, in f64."""
+    p = cast(start | fixed, torch.float64)
+    step, v, _, level, center, signs, _, keep = uniquanf_parts(p)
+    outer = upstream.double() * step
+    inner = outer * keep
+    shape = (*p["log_scale"].shape, -1)
+    bar = level + center - per_group(p["zero_unified"], p["w"])
+    per_plane = (inner.unsqueeze(2) * signs).reshape(len(p["alpha"]), -1, signs.shape[2])
+    return {
+        "log_scale": (outer * bar - inner * v).reshape(shape).sum(2),
+        "log_division": -inner * v,
+        "log_row": (-inner * v).reshape(shape).sum(2),
+        "alpha": per_plane.sum(1),
+    }
+
+
+def fold(p):
+    """Level spacings and offset in the units of the weights."""
+    center = (2 ** p["alpha"].shape[1] - 1) / 2
+    step = p["log_scale"].exp()
+    return {
+        "folded_alpha": step.reshape(-1, 1) * p["alpha"],
+        "folded_offset": step * (p["zero_binary"] + center - p["zero_unified"]),
+    }
+
+
+def uniquanf_config(planes, groups):
+    def build(generator):
+        w = randn(generator, *SHAPE) * 0.4
+        lo, hi = group_extremes(w, groups)
+        step = 0.8 * (hi - lo) / (2**planes - 1)
+        uniform = 2.0 ** (planes - 2 - torch.arange(planes).float())
+        start = {
+            "log_scale": torch.log(step),
+            "log_division": 0.1 * randn(generator, *SHAPE),
+            "log_row": 0.1 * randn(generator, *step.shape),
+            "alpha": uniform * (1 + 0.1 * randn(generator, step.numel(), planes)),
+        }
+        fixed = {
+            "w": w,
+            "zero_unified": -lo / step,
+            "zero_binary": 0.1 * randn(generator, *step.shape),
+        }
+        rates = dict.fromkeys(start, 1e-2) | {"alpha": 1e-3}
+        out = learned(uniquanf_forward, start, fixed, rates, generator)
+        for k, t in uniquanf_by_formula(start, fixed, out["upstream"]).items():
+            agree(out[f"grad_{k}"], t)
+        if not 4 <= (out["kept"] == 0).sum() <= 40:
+            raise Unusable  # too few filtered, or too few kept
+        out |= fold(start | fixed)
+        folded = out["folded_alpha"].reshape(len(w), groups, 1, planes)
+        signs = all_signs(planes, w.dtype)[out["codes"]].reshape(len(w), groups, -1, planes)
+        folded = (folded * signs).sum(3) + out["folded_offset"].unsqueeze(2)
+        assert_close(folded.reshape(SHAPE), out["w_hat"])
+        return out
+
+    return build
+
+
+def uniquanf():
+    by_hand = fold({
+        "log_scale": torch.full((1, 1), 0.2).log(),
+        "alpha": torch.tensor([[2.0, 1.0, 0.5]]),
+        "zero_unified": torch.full((1, 1), 4.0),
+        "zero_binary": torch.zeros(1, 1),
+    })
+    assert_close(by_hand["folded_alpha"], [[0.4, 0.2, 0.1]])
+    assert_close(by_hand["folded_offset"], [[-0.1]])
+    configs = {
+        f"k{planes}_{name}": uniquanf_config(planes, groups)
+        for planes in (2, 3)
+        for name, groups in GROUPS.items()
+    }
+    return grouped_case(configs, 7_000_000)
+
+
+# --- block_ap ------------------------------------------------------------------------------------
+
+
+def block_ap_forward(bits, every_group_clips=True):
+    top = 2**bits - 1
+
+    def forward(p):
+        w, step = p["w"], per_group(p["step"], p["w"])
+        away_from_ties(p["zero"])
+        zero_point = clamp_ste(ste_round(p["zero"]), 0, top)
+        zero, v = per_group(zero_point, w), w / step
+        away_from_ties(v)
+        free = ste_round(v) + zero
+        if every_group_clips:
+            some_in_each_group((free < 0) | (free > top), p["step"].shape[1])
+        codes = clamp(free, 0, top)
+        return {"w_hat": (codes - zero) * step, "codes": codes, "zero_point": zero_point}
+
+    return forward
+
+
+def block_ap_config(bits, groups):
+    def build(generator):
+        w = 1.2 * randn(generator, *SHAPE)
+        lo, hi = group_extremes(w, groups)
+        step = 0.55 * (hi - lo) / (2**bits - 1)
+        zero = -lo / step * 0.6 + 0.3 * randn(generator, *step.shape)
+        zero[0, 0] = -0.8  # rounds to -1, which the clamp raises to 0
+        start = {"w": w, "step": step, "zero": zero}
+        rates = {"w": 1e-3, "step": 1e-2, "zero": 1e-2}
+        return learned(block_ap_forward(bits), start, {}, rates, generator)
+
+    return build
+
+
+def block_ap():
+    # Four groups of one weight: the gradients of each by itself.
+    start = {"w": torch.tensor([[-1.4, -0.2, 0.3, 0.9]]), "step": torch.full((1, 4), 0.5)}
+    start["zero"] = torch.full((1, 4), 2.0)
+    forward = block_ap_forward(2, every_group_clips=False)
+    hand = at_point(forward, start, {}, torch.ones(1, 4), torch.float32)
+    assert_close(hand["w_hat"], [[-1.0, 0.0, 0.5, 0.5]])
+    assert_close(hand["grad_w"], [[0.0, 1.0, 1.0, 0.0]])
+    assert_close(hand["grad_step"], [[-2.0, 0.4, 0.4, 1.0]])
+    assert_close(hand["grad_zero"], [[-0.5, 0.0, 0.0, -0.5]])
+    configs = {
+        f"b{bits}_{name}": block_ap_config(bits, groups)
+        for bits in (2, 3)
+        for name, groups in GROUPS.items()
+    }
+    return grouped_case(configs, 8_000_000)
+
+
+# --- lsq -----------------------------------------------------------------------------------------
+
+LSQ_RANGE = (-4, 3)
+
+
+def lsq_forward(low, high):
+    def forward(p):
+        w, step = p["w"], per_group(p["step"], p["w"])
+        shift = per_group(p["shift"], w) if "shift" in p else torch.zeros_like(w)
+        v = (w - shift) / step
+        away_from_ties(v)
+        away_from(v, low)
+        away_from(v, high)
+        if "shift" in p:
+            some_in_each_group((v < low) | (v > high), p["step"].shape[1])
+        codes = ste_round(clamp(v, low, high))
+        return {"w_hat": step * codes + shift, "codes": codes - low}
+
+    return forward
+
+
+def lsq_config(groups, has_shift):
+    def build(generator):
+        w = 0.8 * randn(generator, *SHAPE)
+        lo, hi = group_extremes(w, groups)
+        largest = torch.maximum(-lo, hi)
+        low, high = LSQ_RANGE
+        step = largest / high * (0.45 + 0.25 * torch.rand(*largest.shape, generator=generator))
+        start = {"w": w, "step": step}
+        if has_shift:
+            start["shift"] = 0.1 * randn(generator, *step.shape)
+        rates = dict.fromkeys(start, 1e-2) | {"w": 1e-3}
+        out = learned(lsq_forward(low, high), start, {}, rates, generator)
+        plain = out.pop("grad_step")
+        factor = 1 / math.sqrt(w.numel() * high)
+        return out | {"grad_step_plain": plain, "grad_step_scaled": factor * plain}
+
+    return build
+
+
+def lsq():
+    start = {"w": torch.tensor([[-1.3, -0.4, 0.2, 0.9]]), "step": torch.full((1, 1), 0.5)}
+    hand = at_point(lsq_forward(-2, 1), start, {}, torch.ones(1, 4), torch.float32)
+    assert_close(hand["w_hat"], [[-1.0, -0.5, 0.0, 0.5]])
+    assert_close(hand["grad_step"], [[-1.6]])
+    configs = {
+        name + suffix: lsq_config(groups, bool(suffix))
+        for suffix in ("", "_plus")
+        for name, groups in GROUPS.items()
+    }
+    return grouped_case(configs, 9_000_000)
+
+
+# --- ternary and sign ----------------------------------------------------------------------------
+
+
+class Ternary(torch.autograd.Function):
+    """Levels 0 and ±2/3 of the step; clip and gradients as in `Seq`."""
+
+    @staticmethod
+    def forward(ctx, w, step, factor):
+        v = w / step
+        position = 1.5 * v.clamp(-CLIP, CLIP)
+        away_from_ties(position)
+        away_from(v.abs(), CLIP)
+        level = torch.round(position) / 1.5
+        ctx.save_for_backward(v, level)
+        ctx.factor = factor
+        return step * level
+
+    # Outside the clip the level already is the extreme ±2/3.
+    backward = Seq.backward
+
+
+class Sign(torch.autograd.Function):
+    """Levels ± the step; 0 counts as positive."""
+
+    @staticmethod
+    def forward(ctx, w, step, factor):
+        v = w / step
+        away_from(v[v != 0], 0.0)
+        away_from(v.abs(), 1.0)
+        sign = torch.where(v >= 0, 1.0, -1.0).to(w.dtype)
+        ctx.save_for_backward(v, sign)
+        ctx.factor = factor
+        return step * sign
+
+    @staticmethod
+    def backward(ctx, upstream):
+        v, sign = ctx.saved_tensors
+        inside = (v.abs() <= 1).to(v.dtype)
+        per_step = (upstream * sign).sum(1, keepdim=True)
+        return upstream * inside, ctx.factor * per_step, None
+
+
+def few_levels(op, hand_w, first_step, spread):
+    """The tensors of `seq` for another grid, with the run on the unscaled gradient only.
+    `first_step(w)` is the usual start; the `rows` have random multiples of it."""
+
+    def forward(p):
+        return {"w_hat": op.apply(p["w"], p["step"], 1.0)}
+
+    def build(generator):
+        w = randn(generator, *SHAPE) * 0.3
+        usual = first_step(w)
+        step = usual * (0.6 + spread * torch.rand(*usual.shape, generator=generator))
+        found = seq_gradients(w, step, randn(generator, *SHAPE), op)
+        point = checked(
+            lambda dtype: at_point(forward, {"w": w, "step": step}, {}, found["upstream"], dtype)
+        )
+        assert torch.equal(point["grad_step"], found["grad_step_plain"])
+        start = {"w": w, "step": usual}
+        x, rates = randn(generator, 12, SHAPE[1]), {"w": 1e-3, "step": 1e-2}
+        trained = checked(lambda dtype: train(forward, start, {}, rates, x, dtype))
+        out = {f"rows/{k}": t for k, t in found.items()}
+        out |= {"train/w": w, "train/step": usual, "train/x": x}
+        return out | {f"trained_plain/{k}": t for k, t in trained.items()}
+
+    hand_w = torch.tensor([hand_w])
+    hand = seq_gradients(hand_w, torch.ones(1, 1), torch.ones_like(hand_w), op)
+    return {f"hand/{k}": t for k, t in hand.items()}, build
+
+
+def ternary():
+    def largest(w):
+        return w.abs().amax(1, keepdim=True)
+
+    hand, build = few_levels(Ternary, [-1.0, -0.4, -0.1, 0.1, 0.6, 0.8], largest, 0.5)
+    assert_close(hand["hand/w_hat"], [[-2 / 3, -2 / 3, 0.0, 0.0, 2 / 3, 2 / 3]])
+    assert_close(hand["hand/grad_w"], [[0.0, 1.0, 1.0, 1.0, 1.0, 1.0]])
+    assert_close(hand["hand/grad_step_plain"], [[-1.0]])
+    return hand | first_good(build, 10_000_000)
+
+
+def sign():
+    def mean(w):
+        return w.abs().mean(1, keepdim=True)
+
+    hand, build = few_levels(Sign, [-1.5, -0.4, 0.0, 0.1, 0.6, 1.2], mean, 0.8)
+    assert_close(hand["hand/w_hat"], [[-1.0, -1.0, 1.0, 1.0, 1.0, 1.0]])
+    assert_close(hand["hand/grad_w"], [[0.0, 1.0, 1.0, 1.0, 1.0, 0.0]])
+    assert_close(hand["hand/grad_step_plain"], [[2.0]])
+    return hand | first_good(build, 11_000_000)
+
+
+# --- lwc -----------------------------------------------------------------------------------------
+
+LWC_FLOOR = 1e-5
+
+
+def lwc_forward(bits):
+    top = 2**bits - 1
+
+    def forward(p):
+        lo, hi = group_extremes(p["w"], p["clip_high"].shape[1])
+        high, low = torch.sigmoid(p["clip_high"]) * hi, torch.sigmoid(p["clip_low"]) * lo
+        step = ((high - low) / top).clamp(min=LWC_FLOOR)
+        away_from_ties(low / step)
+        zero_point = torch.round(-low / step).detach() + 0.0
+        h, zero = per_group(step, p["w"]), per_group(zero_point, p["w"])
+        v = p["w"] / h
+        away_from_ties(v)
+        codes = clamp(ste_round(v) + zero, 0, top)
+        return {"w_hat": (codes - zero) * h, "codes": codes, "step": step, "zero_point": zero_point}
+
+    return forward
+
+
+def lwc_config(groups):
+    def build(generator):
+        w = 0.4 * randn(generator, *SHAPE)
+        w[0] = w[0].abs() + 0.3  # one-sided: its zero points are negative
+        shape = (SHAPE[0], groups)
+        start = {
+            "clip_high": 4 + 0.5 * randn(generator, *shape),
+            "clip_low": 4 + 0.5 * randn(generator, *shape),
+        }
+        rates = dict.fromkeys(start, 1e-2)
+        out = learned(lwc_forward(3), start, {"w": w}, rates, generator)
+        free = torch.round(w / per_group(out["step"], w)) + per_group(out["zero_point"], w)
+        if ((free < 0) | (free > 7)).sum() < 2:
+            raise Unusable  # too few saturated weights to test
+        return out
+
+    return build
+
+
+def lwc():
+    found = lwc_forward(2)({
+        "w": torch.tensor([[-0.9, -0.2, 0.3, 0.6]]),
+        "clip_high": torch.full((1, 1), 4.0),
+        "clip_low": torch.full((1, 1), 4.0),
+    })
+    assert_close(found["w_hat"], [[-0.982014, 0.0, 0.491007, 0.491007]])
+    configs = {name: lwc_config(groups) for name, groups in GROUPS.items()}
+    return grouped_case(configs, 12_000_000)
+
+
+# --- signround -----------------------------------------------------------------------------------
+
+SIGNROUND_BITS = 4
+SIGNROUND_LIMITS = {"rounding": (-0.5, 0.5), "max_factor": (0, 1), "min_factor": (0, 1)}
+
+
+def signround_forward(p):
+    top = 2**SIGNROUND_BITS - 1
+    lo, hi = group_extremes(p["w"], p["max_factor"].shape[1])
+    high, low = hi.clamp(min=0) * p["max_factor"], lo.clamp(max=0) * p["min_factor"]
+    scale = (high - low) / top
+    away_from_ties(low / scale)
+    zero_point = clamp_ste(ste_round(-low / scale), 0, top)
+    step, zero = per_group(scale, p["w"]), per_group(zero_point, p["w"])
+    v = p["w"] / step + p["rounding"]
+    away_from_ties(v)
+    codes = clamp(ste_round(v) + zero, 0, top)
+    found = {"w_hat": (codes - zero) * step, "codes": codes}
+    return found | {"scale": scale, "zero_point": zero_point}
+
+
+def sign_descent(forward, start, fixed, rates, x, dtype):
+    """20 steps along the signs of the gradients; each rate falls linearly."""
+    p, fixed, x = leaves(start, dtype), cast(fixed, dtype), x.to(dtype)
+    target = x @ fixed["w"].T
+    losses = []
+    for i in range(20):
+        loss = reconstruction(forward, p, fixed, x, target)
+        losses.append(loss.detach())
+        for (k, t), grad in zip(p.items(), torch.autograd.grad(loss, list(p.values()))):
+            size = grad.abs()
+            if ((size > 0) & (size < 1e-4 * size.max())).any():
+                raise Unusable  # a sign that noise could turn
+            with torch.no_grad():
+                t.sub_(rates[k] * (1 - i / 20) * torch.sign(grad)).clamp_(*SIGNROUND_LIMITS[k])
+    final = {k: t.detach() for k, t in p.items()}
+    w_hat = forward(final | fixed)["w_hat"]
+    return {**final, "losses": torch.stack(losses), "w_hat": w_hat}
+
+
+def signround_config(groups):
+    def build(generator):
+        shape = (SHAPE[0], groups)
+        start = {
+            "rounding": 0.96 * (torch.rand(*SHAPE, generator=generator) - 0.5),
+            "max_factor": 1 - 0.3 * torch.rand(*shape, generator=generator),
+            "min_factor": 1 - 0.3 * torch.rand(*shape, generator=generator),
+        }
+        start["max_factor"][0, 0] = start["min_factor"][1, 0] = 1.0
+        fixed = {"w": 0.4 * randn(generator, *SHAPE)}
+        rates = dict.fromkeys(start, 5e-3)
+        out = learned(signround_forward, start, fixed, rates, generator, sign_descent)
+        if (out["grad_rounding"] == 0).sum() < 2:
+            raise Unusable  # too few saturated weights to test
+        for k, (low, high) in SIGNROUND_LIMITS.items():
+            ends = out[f"trained_{k}"]
+            if not ((ends == low) | (ends == high)).any():
+                raise Unusable  # nothing ran into its limit
+        return out
+
+    return build
+
+
+def signround():
+    configs = {name: signround_config(groups) for name, groups in GROUPS.items()}
+    return grouped_case(configs, 13_000_000)
+
+
+# --- cakld ---------------------------------------------------------------------------------------
+
+
+def cakld_tokens(student, teacher, gamma, temperature):
+    reverse = reverse_kl(student, teacher, temperature)
+    return gamma * reverse + (1 - gamma) * forward_kl(student, teacher, temperature)
+
+
+def cakld():
+    by_hand = cakld_tokens(torch.tensor([0.9, 0.1]).log(), torch.tensor([0.5, 0.5]).log(), 0.7, 1.0)
+    assert_close(by_hand, 0.410893)
+    g = torch.Generator().manual_seed(14_000_000)
+    student, teacher = 2 * randn(g, 7, 11), 2 * randn(g, 7, 11)
+    mask = torch.ones(7)
+    mask[0] = mask[5] = 0
+    out = {"student": student, "teacher": teacher, "mask": mask}
+    for gamma in (0.0, 0.3, 0.7, 1.0):
+        for t in (1, 2):
+            found = loss_and_grad(
+                lambda s: cakld_tokens(s, teacher.to(s.dtype), gamma, float(t)), student, mask
+            )
+            name = f"g{round(100 * gamma):02}_t{t}"
+            out |= {f"{name}/{what}": value for what, value in found.items()}
+    largest = log_probs(teacher, 1.0).exp().amax(-1)
+    return out | {"confidence": ((largest * mask).sum() / mask.sum()).reshape(1)}
+
+
+# --- act -----------------------------------------------------------------------------------------
+
+
+def dynamic_tokens(x, bits):
+    """Step and zero point from the extremes of each row, which need not enclose 0."""
+    top = 2**bits - 1
+    lo, hi = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    scale = ((hi - lo) / top).clamp(min=MIN_SCALE)
+    away_from_ties(lo / scale)
+    away_from_ties(x / scale)
+    zero = torch.round(-lo / scale).clamp(0, top) + 0.0
+    codes = torch.maximum(torch.minimum(torch.round(x / scale), top - zero), -zero) + zero
+    return {
+        "scale": scale,
+        "zero_point": zero,
+        "codes": codes,
+        "x_hat": scale * (codes - zero),
+    }
+
+
+def static_tensor(bits):
+    top = 2**bits - 1
+
+    def forward(p):
+        v = p["x"] / p["scale"]
+        away_from_ties(v)
+        away_from_ties(p["zero"])
+        zero_point = clamp_ste(ste_round(p["zero"]), 0, top)
+        codes = clamp(ste_round(v) + zero_point, 0, top)
+        x_hat = (codes - zero_point) * p["scale"]
+        return {"x_hat": x_hat, "codes": codes, "zero_point": zero_point}
+
+    return forward
+
+
+def act_tensors(generator):
+    x = randn(generator, 6, 16)
+    x[1, 3] *= 8  # an outlier
+    x[2] = x[2].abs() + 0.2
+    x[3] = -x[3].abs() - 0.2
+    x[4] = 0.0
+    upstream = randn(generator, 6, 16)
+    out = {"x": x, "upstream": upstream}
+    for bits in (8, 4):
+        found = checked(lambda dtype: dynamic_tokens(x.to(dtype), bits))
+        out |= {f"dynamic_b{bits}/{k}": t for k, t in found.items()}
+    learned_parts = {
+        "b8": (8, 3.0 / 255, 127.3),
+        "b4": (4, 3.0 / 15, 6.7),
+        "b4_below": (4, 3.0 / 15, -1.3),  # rounds to -1, which the clamp raises to 0
+    }
+    for name, (bits, scale, zero) in learned_parts.items():
+        start = {"x": x, "scale": torch.tensor([scale]), "zero": torch.tensor([zero])}
+        found = checked(
+            lambda dtype: at_point(static_tensor(bits), start, {}, upstream, dtype, "x_hat")
+        )
+        found |= {"scale": start["scale"], "zero": start["zero"]}
+        out |= {f"static_{name}/{k}": t for k, t in found.items()}
+    return out
+
+
+def act():
+    return first_good(act_tensors, 15_000_000)
+
+
 # -------------------------------------------------------------------------------------------------
 
-CASES = (rtn, mse_clip, flexround, seq, jsd, adamw_cosine)
+CASES = (
+    *(rtn, mse_clip, flexround, seq, jsd, adamw_cosine),
+    *(lrq, uniquanf, block_ap, lsq, ternary, sign, lwc, signround, cakld, act),
+)
 
 
 def quantizers_by_hand():

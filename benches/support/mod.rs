@@ -1,0 +1,87 @@
+//! Running the real binary on a recipe and reading what came out, for the benches that compare
+//! methods.
+#![allow(dead_code)] // each bench uses its own part
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Instant;
+
+use serde_json::Value;
+
+/// What a run gave.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// Validation perplexity of the last model measured.
+    pub perplexity: f64,
+    /// Mean over blocks of the calibration error, of the last stage that reports one.
+    pub block_mse: Option<f64>,
+    /// Seconds of the stages that quantize.
+    pub seconds: f64,
+}
+
+/// The data section of every recipe here: 128 windows of 128 tokens from the 800 stories.
+pub fn head(model: &str) -> String {
+    format!(
+        "seed = 0\noutput = \"run\"\ndevice = \"cpu\"\n\
+         [model]\npath = \"{}/datasets/{model}\"\n\
+         [data.calibration]\n\
+         path = [\"embedded:tinystories/calibration.json\", \"embedded:tinystories/train.json\"]\n\
+         samples = 128\nlength = 128\n\
+         [data.train]\n\
+         path = [\"embedded:tinystories/calibration.json\", \"embedded:tinystories/train.json\"]\n\
+         length = 128\n\
+         [data.validation]\npath = \"embedded:tinystories/validation.json\"\n",
+        env!("CARGO_MANIFEST_DIR")
+    )
+}
+
+/// The stage that measures.
+pub const EVALUATE: &str =
+    "[[stage]]\n[stage.evaluate]\ntask.ppl = { context = 256 }\nbaselines = []\n";
+
+/// Trains `recipe` in a folder of its own.
+///
+/// # Panics
+/// When the run fails; the message holds what it said.
+pub fn run(recipe: &str) -> Outcome {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("recipe.toml");
+    std::fs::write(&path, recipe).expect("the recipe is written");
+    let start = Instant::now();
+    let output = Command::new(env!("CARGO_BIN_EXE_fewbit"))
+        .args(["train", "--recipe"])
+        .arg(&path)
+        .current_dir(folder.path())
+        .output()
+        .expect("the binary starts");
+    let wall = start.elapsed().as_secs_f64();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{recipe}\n{said}");
+    read(&folder.path().join("run/run.json"), wall)
+}
+
+fn read(path: &Path, wall: f64) -> Outcome {
+    let text = std::fs::read_to_string(path).expect("run.json is there");
+    let record: Value = serde_json::from_str(&text).expect("run.json is JSON");
+    let measured = record["results"]["measured"].as_array().expect("a list");
+    let last = measured.last().expect("one measurement");
+    let blocks = record["results"]["block_mse"].as_object().and_then(|stages| {
+        let (_, blocks) = stages.iter().next_back()?;
+        let after: Vec<f64> =
+            blocks.as_array()?.iter().filter_map(|pair| pair[1].as_f64()).collect();
+        Some(after.iter().sum::<f64>() / after.len() as f64)
+    });
+    let stages = record["stages"].as_array().expect("a list");
+    let quantizing = stages.iter().filter(|stage| stage["name"] != "evaluate");
+    let seconds: f64 = quantizing.filter_map(|stage| stage["seconds"].as_f64()).sum();
+    Outcome {
+        perplexity: last["result"]["perplexity"].as_f64().expect("a number"),
+        block_mse: blocks,
+        seconds: if seconds > 0.0 { seconds } else { wall },
+    }
+}
+
+/// Command-line words that are not options of cargo's own.
+pub fn filters() -> Vec<String> {
+    std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).collect()
+}

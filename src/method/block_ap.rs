@@ -1,0 +1,120 @@
+//! Block-AP, the first phase of EfficientQAT (Chen et al., ACL 2025, arXiv 2407.11062): everything in
+//! a block learns.
+//!
+//! *What it learns:* the latent weight, and per group a step and a zero point. *Formula:*
+//! `W_hat = Δ (clamp(round(W/Δ) + z, 0, L) - z)` with `z = clamp(round(zero), 0, L)`; rounding `zero`
+//! and bounding it and the step have gradient 1, the clamp of the codes is a true one
+//! (methods-core 8.1). *Start:* `Δ = (max W - min W) / L` within `1e-4..1e4`,
+//! `zero = round(-min W / Δ)`: EfficientQAT's, without zero in range; or the observer's grid. *Recipe
+//! keys:* `start`. *Export:* uniform grid, integer zero.
+
+use burn::module::{Module, Param};
+use burn::tensor::Tensor;
+use serde::{Deserialize, Serialize};
+
+use super::{Folded, Start, WeightMethod};
+use crate::error::{Error, Result};
+use crate::ops;
+use crate::quant::{QuantParams, QuantSpec, Repr, ZeroKind};
+use crate::train::Role;
+
+/// EfficientQAT's bounds of the step. The lower one is felt: a group at 4 bits whose range is
+/// below 0.0015 loses levels.
+const STEP_BOUNDS: [f32; 2] = [1e-4, 1e4];
+/// EfficientQAT's bound of the zero point at the start.
+const ZERO_BOUND: f32 = 1e4;
+
+/// Where step and zero point start.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BlockApStart {
+    /// Smallest and largest weight of the group: EfficientQAT's choice.
+    #[default]
+    #[serde(rename = "minmax")]
+    MinMax,
+    /// The grid of `quant.observer`.
+    Observer,
+}
+
+/// `method.block_ap`.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BlockApConfig {
+    /// Where step and zero point start: `"minmax"` or `"observer"`.
+    pub start: BlockApStart,
+}
+
+/// Block-AP's learned grid for one weight; the latent weight is the stored parameter itself.
+#[derive(Debug, Module)]
+pub struct BlockAp {
+    /// Δ, `[groups, 1]`.
+    pub step: Param<Tensor<2>>,
+    /// The zero point before rounding, `[groups, 1]`.
+    pub zero: Param<Tensor<2>>,
+    max_code: u8,
+}
+
+impl WeightMethod for BlockAp {
+    type Config = BlockApConfig;
+
+    const LEAVES: Repr = Repr::Uniform;
+    const TRAINS_BASE: bool = true;
+    const ROLES: &'static [(&'static str, Role)] = &[("step", Role::Scale), ("zero", Role::Scale)];
+
+    fn accepts(_: &BlockApConfig, spec: &QuantSpec) -> Result<()> {
+        if spec.symmetry.is_symmetric() {
+            return Err(Error::preflight("method.block_ap learns where zero lies")
+                .fix("symmetric = false, or method.lsq"));
+        }
+        Ok(())
+    }
+
+    fn init(config: &BlockApConfig, start: &Start<'_>) -> Result<Self> {
+        let Start { spec, observer, weight, .. } = *start;
+        let max_code = spec.bits.max_code();
+        let QuantParams { scale, zero_point } = match config.start {
+            BlockApStart::Observer => observer.observe(weight, spec.bits, spec.symmetry)?,
+            BlockApStart::MinMax => min_max(weight, max_code),
+        };
+        Ok(Self { step: Param::from_tensor(scale), zero: Param::from_tensor(zero_point), max_code })
+    }
+
+    fn fake_quant(&self, weight: Tensor<2>) -> Tensor<2> {
+        let grid = self.grid();
+        grid.dequantize(self.codes(weight, &grid))
+    }
+
+    fn fold(&self, weight: Tensor<2>) -> Folded {
+        let grid = self.grid();
+        Folded::Uniform {
+            codes: self.codes(weight, &grid),
+            scale: grid.scale,
+            zero_point: grid.zero_point,
+            zero_kind: ZeroKind::Integer,
+        }
+    }
+}
+
+impl BlockAp {
+    fn codes(&self, weight: Tensor<2>, grid: &QuantParams) -> Tensor<2> {
+        ops::affine_codes(weight / grid.scale.clone(), grid.zero_point.clone(), self.max_code)
+    }
+
+    fn grid(&self) -> QuantParams {
+        let [floor, ceiling] = STEP_BOUNDS;
+        let zero = ops::round_ste(self.zero.val());
+        QuantParams {
+            scale: ops::clamp_ste(self.step.val(), floor, ceiling),
+            zero_point: ops::clamp_ste(zero, 0.0, f32::from(self.max_code)),
+        }
+    }
+}
+
+fn min_max(weight: &Tensor<2>, max_code: u8) -> QuantParams {
+    let [floor, ceiling] = STEP_BOUNDS;
+    let low = weight.clone().min_dim(1);
+    let range = weight.clone().max_dim(1) - low.clone();
+    let scale = (range / f32::from(max_code)).clamp(floor, ceiling);
+    let zero_point = (low / scale.clone()).round().neg().clamp(-ZERO_BOUND, ZERO_BOUND);
+    QuantParams { scale, zero_point }
+}

@@ -1,0 +1,158 @@
+//! LSQ, learned step size (Esser et al., ICLR 2020, arXiv 1902.08153), with LSQ+'s shift (Bhalgat et
+//! al., arXiv 2004.09576) as an option; ParetoQ's grid for 3 and 4 bits.
+//!
+//! *What it learns:* the latent weight and one step per group; with `offset = true` a shift β too.
+//! *Formula:* `W_hat = Δ · round(clamp(W/Δ, -Q_n, Q_p))` with `Q_n = 2^(bits-1)`, `Q_p = Q_n - 1`;
+//! shifted `Δ · round(clamp((W - β)/Δ, -Q_n, Q_p)) + β` (methods-core 2). The grid has zero in the
+//! middle whatever `quant.symmetric` says, and the observer is not asked. *Start:* `Δ = max |W| / Q_p`
+//! (ParetoQ), `2 mean |W| / sqrt(Q_p)` (LSQ) or from three standard deviations (LSQ+); β = 0. *Recipe
+//! keys:* `start`, `offset`, `gradient_scale`. *Export:* uniform grid, integer zero `Q_n`; with a
+//! shift a real zero, `Q_n - β/Δ`.
+
+use burn::module::{Module, Param};
+use burn::tensor::Tensor;
+use serde::{Deserialize, Serialize};
+
+use super::{Folded, Start, WeightMethod};
+use crate::error::{Error, Result};
+use crate::ops;
+use crate::quant::{Bits, QuantParams, QuantSpec, Repr, ZeroKind};
+use crate::train::Role;
+
+/// ParetoQ's floor of the step.
+const STEP_FLOOR: f32 = 1e-5;
+
+/// Where the step starts.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LsqStart {
+    /// `max |W| / Q_p`, where nothing is clipped: ParetoQ's choice.
+    #[default]
+    Max,
+    /// `2 mean |W| / sqrt(Q_p)`: LSQ's choice.
+    Mean,
+    /// `max(|μ - 3σ|, |μ + 3σ|) / Q_n`: LSQ+'s choice for weights.
+    Sigma,
+}
+
+/// By what the step's gradient is multiplied. Adam does not see the factor; plain gradient descent
+/// and global-norm clipping do.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LsqGradientScale {
+    /// `1 / sqrt(N Q_p)`, N all weights of the matrix: LSQ's and ParetoQ's.
+    #[default]
+    Tensor,
+    /// `1 / sqrt(N Q_p)`, N the weights that share the step.
+    Group,
+    /// 1.
+    None,
+}
+
+/// `method.lsq`.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LsqConfig {
+    /// Where the step starts: `"max"`, `"mean"` or `"sigma"`.
+    pub start: LsqStart,
+    /// Learn a shift of the grid too (LSQ+).
+    pub offset: bool,
+    /// The factor of the step's gradient: `"tensor"`, `"group"` or `"none"`.
+    pub gradient_scale: LsqGradientScale,
+}
+
+/// LSQ's learned grid for one weight; the latent weight is the stored parameter itself.
+#[derive(Debug, Module)]
+pub struct Lsq {
+    /// Δ, `[groups, 1]`.
+    pub step: Param<Tensor<2>>,
+    /// β, `[groups, 1]`, where it is learned.
+    pub shift: Option<Param<Tensor<2>>>,
+    gradient_factor: f64,
+    #[module(skip)]
+    bits: Bits,
+}
+
+impl WeightMethod for Lsq {
+    type Config = LsqConfig;
+
+    const LEAVES: Repr = Repr::Uniform;
+    const TRAINS_BASE: bool = true;
+    const ROLES: &'static [(&'static str, Role)] = &[("step", Role::Scale), ("shift", Role::Scale)];
+
+    fn accepts(config: &LsqConfig, spec: &QuantSpec) -> Result<()> {
+        if spec.bits.get() < 2 {
+            return Err(Error::preflight("method.lsq needs a level on each side of zero")
+                .fix("bits = 2 or more in this stage, or method.sign"));
+        }
+        if config.offset && spec.symmetry.is_symmetric() {
+            return Err(Error::preflight("offset = true moves zero out of the middle")
+                .fix("symmetric = false, or offset = false"));
+        }
+        Ok(())
+    }
+
+    fn init(config: &LsqConfig, start: &Start<'_>) -> Result<Self> {
+        let Start { spec, weight, .. } = *start;
+        let lowest = (spec.bits.levels() / 2) as f32;
+        let highest = lowest - 1.0;
+        let step = match config.start {
+            LsqStart::Max => weight.clone().abs().max_dim(1) / highest,
+            LsqStart::Mean => weight.clone().abs().mean_dim(1) * 2.0 / highest.sqrt(),
+            LsqStart::Sigma => {
+                let (variance, mean) = weight.clone().var_mean_bias(1);
+                (mean.abs() + variance.sqrt() * 3.0) / lowest
+            }
+        };
+        let [groups, len] = weight.dims();
+        let sharing = match config.gradient_scale {
+            LsqGradientScale::Tensor => Some(groups * len),
+            LsqGradientScale::Group => Some(len),
+            LsqGradientScale::None => None,
+        };
+        Ok(Self {
+            shift: config.offset.then(|| Param::from_tensor(step.zeros_like())),
+            step: Param::from_tensor(step.clamp_min(STEP_FLOOR)),
+            gradient_factor: sharing
+                .map_or(1.0, |count| (count as f64 * f64::from(highest)).powf(-0.5)),
+            bits: spec.bits,
+        })
+    }
+
+    fn fake_quant(&self, weight: Tensor<2>) -> Tensor<2> {
+        let grid = self.grid();
+        grid.dequantize(self.codes(weight, &grid))
+    }
+
+    fn fold(&self, weight: Tensor<2>) -> Folded {
+        let grid = self.grid();
+        Folded::Uniform {
+            codes: self.codes(weight, &grid),
+            scale: grid.scale,
+            zero_point: grid.zero_point,
+            zero_kind: if self.shift.is_some() { ZeroKind::Real } else { ZeroKind::Integer },
+        }
+    }
+}
+
+impl Lsq {
+    fn codes(&self, weight: Tensor<2>, grid: &QuantParams) -> Tensor<2> {
+        let weight = match &self.shift {
+            Some(shift) => weight - shift.val(),
+            None => weight,
+        };
+        ops::lsq_codes(weight / grid.scale.clone(), self.bits.get())
+    }
+
+    /// The shift is a part of the zero point, so that the grid alone gives the values.
+    fn grid(&self) -> QuantParams {
+        let scale =
+            ops::scale_gradient(self.step.val().clamp_min(STEP_FLOOR), self.gradient_factor);
+        let middle = (self.bits.levels() / 2) as f32;
+        let zero_point = match &self.shift {
+            Some(shift) => (shift.val() / scale.clone()).neg() + middle,
+            None => scale.full_like(middle),
+        };
+        QuantParams { scale, zero_point }
+    }
+}

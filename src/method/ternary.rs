@@ -1,0 +1,90 @@
+//! Ternary weights in ParetoQ's form (Liu et al., arXiv 2502.02631; its "1.58 bits").
+//!
+//! *What it learns:* the latent weight and one step per group (per output row by default).
+//! *Formula:* `W_hat = (2Δ/3) · round(3/2 clamp(W/Δ, ±(1-ε)))`: three levels, 0 and ±2Δ/3
+//! (methods-core 7.1). *Start:* `Δ = max |W|`, or the fraction of it with the smallest squared error.
+//! *Recipe keys:* `start`, `gradient_scale`. *Export:* uniform grid in 2-bit codes, of which the
+//! highest is unused, integer zero 1 and scale 2Δ/3.
+
+use burn::module::{Module, Param};
+use burn::tensor::Tensor;
+use serde::{Deserialize, Serialize};
+
+use super::seq::{self, EPSILON, STEP_FLOOR, SeqStart};
+use super::{Folded, Start, WeightMethod};
+use crate::error::{Error, Result};
+use crate::ops;
+use crate::quant::{QuantParams, QuantSpec, Repr, ZeroKind};
+use crate::train::Role;
+
+/// `method.ternary`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TernaryConfig {
+    /// Where the step starts: `"max"` or `"mse"`.
+    pub start: SeqStart,
+    /// Multiply the step's gradient by `1/sqrt(numel)`, as ParetoQ does. Adam does not see the
+    /// factor; global-norm clipping does.
+    pub gradient_scale: bool,
+}
+
+impl Default for TernaryConfig {
+    fn default() -> Self {
+        Self { start: SeqStart::Max, gradient_scale: true }
+    }
+}
+
+/// The learned step for one weight; the latent weight is the stored parameter itself.
+#[derive(Debug, Module)]
+pub struct Ternary {
+    /// Δ, `[groups, 1]`.
+    pub step: Param<Tensor<2>>,
+    gradient_factor: f64,
+}
+
+impl WeightMethod for Ternary {
+    type Config = TernaryConfig;
+
+    const LEAVES: Repr = Repr::Uniform;
+    const TRAINS_BASE: bool = true;
+    const ROLES: &'static [(&'static str, Role)] = &[("step", Role::Scale)];
+
+    fn accepts(_: &TernaryConfig, spec: &QuantSpec) -> Result<()> {
+        if spec.bits.get() == 2 {
+            return Ok(());
+        }
+        Err(Error::preflight(format!(
+            "method.ternary stores three levels in 2 bits, not {}",
+            spec.bits
+        ))
+        .fix("bits = 2 in this stage"))
+    }
+
+    fn init(config: &TernaryConfig, start: &Start<'_>) -> Result<Self> {
+        let weight = start.weight;
+        let step = seq::start_step(config.start, weight, |step| {
+            let grid = grid(step.clone());
+            grid.dequantize(ops::ternary_codes(weight.clone(), step.clone(), EPSILON))
+        });
+        Ok(Self {
+            step: Param::from_tensor(step),
+            gradient_factor: seq::gradient_factor(config.gradient_scale, weight),
+        })
+    }
+
+    fn fake_quant(&self, weight: Tensor<2>) -> Tensor<2> {
+        let step = ops::scale_gradient(self.step.val().clamp_min(STEP_FLOOR), self.gradient_factor);
+        grid(step.clone()).dequantize(ops::ternary_codes(weight, step, EPSILON))
+    }
+
+    fn fold(&self, weight: Tensor<2>) -> Folded {
+        let step = self.step.val().clamp_min(STEP_FLOOR);
+        let codes = ops::ternary_codes(weight, step.clone(), EPSILON);
+        let QuantParams { scale, zero_point } = grid(step);
+        Folded::Uniform { codes, scale, zero_point, zero_kind: ZeroKind::Integer }
+    }
+}
+
+fn grid(step: Tensor<2>) -> QuantParams {
+    QuantParams { zero_point: step.ones_like(), scale: step / 1.5 }
+}

@@ -1,0 +1,575 @@
+//! Binary-coding quantization (BCQ) of one group of weights at a time.
+//!
+//! A group is stored as `k` planes of signs, `k` scales and an offset,
+//! `w ~ alpha_0 b_0 + .. + alpha_{k-1} b_{k-1} + offset` with every `b` plus or minus one. Finding
+//! them is hard jointly and easy by halves: the scales are a least-squares problem when the signs
+//! are fixed, and the signs are a search for the nearest level when the scales are fixed. The
+//! solvers follow the greedy, refined and alternating schemes of Xu et al. (arXiv 1802.00150) as
+//! AlphaTuning, LUT-GEMM and UniQuanF use them; the second start, from a uniform grid, makes the
+//! result never worse than that grid when there is an offset.
+
+use std::array;
+use std::ops::{Add, Neg};
+
+use rayon::prelude::*;
+
+use super::{Bits, GroupLayout};
+
+/// Weight of the ridge in the normal equations, per weight of the group. Two planes that are equal
+/// up to sign make the equations singular; the ridge then shares the scale between them.
+const RIDGE: f64 = 1e-8;
+
+/// Unknowns of the largest least-squares problem: eight scales and the offset.
+const UNKNOWNS: usize = 9;
+
+/// One group in binary coding.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BinaryCode {
+    /// One code per weight; bit `i` set means that plane `i` is `+1`, else `-1`.
+    pub codes: Vec<u8>,
+    /// One scale per plane; `alpha[i]` belongs to bit `i`.
+    pub alpha: Vec<f32>,
+    /// Added to every level, in weight units.
+    pub offset: f32,
+}
+
+/// The value of a code.
+///
+/// The order of the additions is part of the format: `+-alpha[0]`, then `+-alpha[1]` and so on,
+/// then the offset, each in f32. Every reader must use it to be bit-equal.
+pub fn level(code: u8, alpha: &[f32], offset: f32) -> f32 {
+    signed_sum(code, alpha, offset)
+}
+
+/// How scales and signs are searched for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum BcqSolver {
+    /// One plane after the other: the signs of what is left and the mean of its magnitude.
+    Greedy,
+    /// Greedy, then all scales together by least squares.
+    Refined,
+    /// Greedy, then least squares and nearest levels in turns.
+    Alternating {
+        /// Most turns; fewer when the error stops shrinking.
+        rounds: u32,
+    },
+}
+
+/// What [`solve`] is to find.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BcqOptions {
+    /// Number of planes.
+    pub bits: Bits,
+    /// The search.
+    pub solver: BcqSolver,
+    /// Whether the levels may lie around another value than zero.
+    pub offset: bool,
+}
+
+/// Finds the binary code of one group.
+///
+/// The scales come out positive and in descending order, and the codes are the nearest levels of
+/// the stored f32 numbers (the greater level at a tie), whichever the solver.
+///
+/// `uniform` is the scale and the zero point of a uniform grid for the same group. With
+/// [`BcqSolver::Alternating`] the search then starts from that grid too, and the best of both ends
+/// and of the grid itself is kept. Without an offset only the grid's scales are used.
+pub fn solve(weight: &[f32], options: &BcqOptions, uniform: Option<(f32, f32)>) -> BinaryCode {
+    let problem = Problem::new(weight, options.bits, options.offset);
+    let greedy = problem.greedy();
+    let rounds = match options.solver {
+        BcqSolver::Greedy => return problem.finish(weight, &greedy).0,
+        BcqSolver::Refined => return problem.finish(weight, &problem.refit(greedy)).0,
+        BcqSolver::Alternating { rounds } => rounds,
+    };
+    let (mut best, mut least) = problem.finish(weight, &problem.alternate(greedy, rounds));
+    if let Some((scale, zero_point)) = uniform {
+        let image = problem.uniform(scale, zero_point);
+        // The image itself too: rounding to f32 could lose the little that alternation gained.
+        for fit in [problem.alternate(image.clone(), rounds), image] {
+            let (code, sse) = problem.finish(weight, &fit);
+            if sse < least {
+                (best, least) = (code, sse);
+            }
+        }
+    }
+    best
+}
+
+/// [`solve`] for every group of a weight, in the order of the groups. `weight` is in the layout's
+/// stored form, row-major: `[out, in]`, or its transpose for groups along the outputs.
+///
+/// `uniform` holds one scale and zero point for each group.
+///
+/// # Panics
+/// When `weight` or `uniform` does not have the length that `layout` says.
+pub fn solve_all(
+    weight: &[f32],
+    layout: &GroupLayout,
+    options: &BcqOptions,
+    uniform: Option<&[(f32, f32)]>,
+) -> Vec<BinaryCode> {
+    assert_eq!(weight.len(), layout.len(), "one number for each weight of the layout");
+    assert!(uniform.is_none_or(|grid| grid.len() == layout.groups), "one grid for each group");
+    weight
+        .par_chunks(layout.group_len.max(1))
+        .enumerate()
+        .map(|(group, weight)| solve(weight, options, uniform.map(|grid| grid[group])))
+        .collect()
+}
+
+/// The binary code of a group on a uniform grid `scale * (code - zero_point)`: the same codes, with
+/// bit `i` as plane `i`.
+///
+/// The levels are bit-equal to the grid's when `scale` has at most 11 significant bits (an f16
+/// value) and `zero_point` is an integer of the code range; otherwise they are within a few f32
+/// roundings. Here the scales are in ascending order, because the planes are the code's own bits.
+pub fn from_uniform(codes: &[u8], scale: f32, zero_point: f32, bits: Bits) -> BinaryCode {
+    let alpha = (0..bits.get()).map(|plane| scale * 0.5 * f32::from(1u16 << plane)).collect();
+    let offset = scale * (f32::from(bits.max_code()) * 0.5 - zero_point);
+    BinaryCode { codes: codes.to_vec(), alpha, offset }
+}
+
+fn signed_sum<T: Copy + Add<Output = T> + Neg<Output = T>>(code: u8, alpha: &[T], offset: T) -> T {
+    let signed =
+        |(plane, alpha): (usize, &T)| if code >> plane & 1 == 1 { *alpha } else { -*alpha };
+    match alpha.iter().enumerate().map(signed).reduce(|sum, term| sum + term) {
+        Some(sum) => sum + offset,
+        None => offset,
+    }
+}
+
+/// One group to be solved, in f64.
+struct Problem {
+    /// The weights, less `centre`: keeps the ridge from pulling at a large common value.
+    weight: Vec<f64>,
+    /// The mean of the weights, or 0 without an offset.
+    centre: f64,
+    bits: Bits,
+    with_offset: bool,
+}
+
+/// A candidate solution; `offset` is relative to the problem's centre.
+#[derive(Clone, Debug)]
+struct Fit {
+    alpha: Vec<f64>,
+    offset: f64,
+    codes: Vec<u8>,
+}
+
+impl Problem {
+    fn new(weight: &[f32], bits: Bits, with_offset: bool) -> Self {
+        let sum: f64 = weight.iter().map(|w| f64::from(*w)).sum();
+        let centre = if with_offset { sum / weight.len().max(1) as f64 } else { 0.0 };
+        let weight = weight.iter().map(|w| f64::from(*w) - centre).collect();
+        Self { weight, centre, bits, with_offset }
+    }
+
+    /// Plane by plane: the signs of the residual and the mean of its magnitude.
+    fn greedy(&self) -> Fit {
+        let mut residual = self.weight.clone();
+        let mut fit = Fit { alpha: Vec::new(), offset: 0.0, codes: vec![0; residual.len()] };
+        for plane in 0..self.bits.get() {
+            let sum: f64 = residual.iter().map(|r| r.abs()).sum();
+            let alpha = sum / residual.len().max(1) as f64;
+            for (r, code) in residual.iter_mut().zip(&mut fit.codes) {
+                // A plane has no zero, so the sign of zero is plus.
+                if *r >= 0.0 {
+                    *code |= 1 << plane;
+                    *r -= alpha;
+                } else {
+                    *r += alpha;
+                }
+            }
+            fit.alpha.push(alpha);
+        }
+        fit.normalized()
+    }
+
+    /// The levels of a uniform grid, with the weights on the nearest of them.
+    fn uniform(&self, scale: f32, zero_point: f32) -> Fit {
+        let scale = f64::from(scale);
+        let alpha = (0..self.bits.get()).rev().map(|plane| scale * 0.5 * f64::from(1 << plane));
+        let middle = scale * (f64::from(self.bits.max_code()) * 0.5 - f64::from(zero_point));
+        let offset = if self.with_offset { middle - self.centre } else { 0.0 };
+        self.assigned(Fit { alpha: alpha.collect(), offset, codes: Vec::new() })
+    }
+
+    /// Turns of [`Self::round`] while they help. Codes that did not change give the same fit
+    /// again, so an unchanged error is also the sign of a fixed point.
+    fn alternate(&self, mut fit: Fit, rounds: u32) -> Fit {
+        let mut least = self.sse(&fit);
+        for _ in 0..rounds {
+            let next = self.round(fit.clone());
+            let sse = self.sse(&next);
+            if sse < least {
+                (fit, least) = (next, sse);
+            } else {
+                break;
+            }
+        }
+        fit
+    }
+
+    /// One turn: scales for the signs, then signs for the scales.
+    fn round(&self, fit: Fit) -> Fit {
+        self.assigned(self.refit(fit))
+    }
+
+    /// Least squares for the scales, and the offset if there is one, with the signs as they are.
+    fn refit(&self, mut fit: Fit) -> Fit {
+        let planes = fit.alpha.len();
+        let size = planes + usize::from(self.with_offset);
+        let (mut count, mut sum) = (vec![0.0; self.bits.levels()], vec![0.0; self.bits.levels()]);
+        for (code, w) in fit.codes.iter().zip(&self.weight) {
+            count[usize::from(*code)] += 1.0;
+            sum[usize::from(*code)] += w;
+        }
+        let mut gram = [[0.0; UNKNOWNS]; UNKNOWNS];
+        let mut moment = [0.0; UNKNOWNS];
+        for code in (0..count.len()).filter(|code| count[*code] > 0.0) {
+            // Beyond the planes the sign stays plus: the offset's column of ones.
+            let sign: [f64; UNKNOWNS] =
+                array::from_fn(|i| if i < planes && code >> i & 1 == 0 { -1.0 } else { 1.0 });
+            for (i, row) in gram.iter_mut().enumerate().take(size) {
+                moment[i] += sign[i] * sum[code];
+                for (cell, other) in row.iter_mut().zip(&sign).take(i + 1) {
+                    *cell += sign[i] * other * count[code];
+                }
+            }
+        }
+        for (i, row) in gram.iter_mut().enumerate() {
+            row[i] += RIDGE * self.weight.len() as f64;
+        }
+        let solution = solve_positive(gram, moment, size);
+        fit.alpha.copy_from_slice(&solution[..planes]);
+        if self.with_offset {
+            fit.offset = solution[planes];
+        }
+        fit.normalized()
+    }
+
+    /// The same levels with every weight on the nearest.
+    fn assigned(&self, mut fit: Fit) -> Fit {
+        let levels = Levels::new(self.bits, |code| signed_sum(code, &fit.alpha, fit.offset));
+        fit.codes = self.weight.iter().map(|w| levels.nearest(*w)).collect();
+        fit
+    }
+
+    fn sse(&self, fit: &Fit) -> f64 {
+        let value: Vec<f64> = (0..=self.bits.max_code())
+            .map(|code| signed_sum(code, &fit.alpha, fit.offset))
+            .collect();
+        let errors = fit.codes.iter().zip(&self.weight).map(|(c, w)| w - value[usize::from(*c)]);
+        errors.map(|e| e * e).sum()
+    }
+
+    /// Rounds to the stored numbers, moves every weight to its nearest stored level, and measures
+    /// the squared error of that.
+    fn finish(&self, weight: &[f32], fit: &Fit) -> (BinaryCode, f64) {
+        let alpha: Vec<f32> = fit.alpha.iter().map(|a| *a as f32).collect();
+        let offset = (fit.offset + self.centre) as f32;
+        let value = |code| f64::from(level(code, &alpha, offset));
+        let levels = Levels::new(self.bits, value);
+        let codes: Vec<u8> = weight.iter().map(|w| levels.nearest(f64::from(*w))).collect();
+        let errors = codes.iter().zip(weight).map(|(code, w)| f64::from(*w) - value(*code));
+        let sse = errors.map(|e| e * e).sum();
+        (BinaryCode { codes, alpha, offset }, sse)
+    }
+}
+
+impl Fit {
+    /// The same reconstruction with positive scales in descending order.
+    fn normalized(mut self) -> Self {
+        let mut order: Vec<usize> = (0..self.alpha.len()).collect();
+        order.sort_by(|a, b| self.alpha[*b].abs().total_cmp(&self.alpha[*a].abs()));
+        let flipped = |plane: usize| u8::from(self.alpha[plane] < 0.0);
+        for code in &mut self.codes {
+            let moved = order.iter().enumerate();
+            *code =
+                moved.fold(0, |new, (to, from)| new | ((*code >> from & 1) ^ flipped(*from)) << to);
+        }
+        self.alpha = order.iter().map(|plane| self.alpha[*plane].abs()).collect();
+        self
+    }
+}
+
+/// All levels of a code, sorted for search.
+struct Levels {
+    /// Codes by ascending level.
+    code: Vec<u8>,
+    /// The middle between each two neighbours.
+    middle: Vec<f64>,
+}
+
+impl Levels {
+    fn new(bits: Bits, value: impl Fn(u8) -> f64) -> Self {
+        let mut level: Vec<(f64, u8)> =
+            (0..=bits.max_code()).map(|code| (value(code), code)).collect();
+        level.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let middle = level.windows(2).map(|pair| f64::midpoint(pair[0].0, pair[1].0)).collect();
+        Self { code: level.into_iter().map(|(_, code)| code).collect(), middle }
+    }
+
+    /// The code of the nearest level; at a tie the greater one.
+    fn nearest(&self, weight: f64) -> u8 {
+        self.code[self.middle.partition_point(|middle| *middle <= weight)]
+    }
+}
+
+/// Solves `gram * x = moment` for the leading `size` unknowns by Cholesky's method; only the lower
+/// triangle is read, and the matrix must be positive definite (the ridge sees to that).
+fn solve_positive(
+    mut gram: [[f64; UNKNOWNS]; UNKNOWNS],
+    mut moment: [f64; UNKNOWNS],
+    size: usize,
+) -> [f64; UNKNOWNS] {
+    for i in 0..size {
+        for j in 0..=i {
+            let dot: f64 = (0..j).map(|k| gram[i][k] * gram[j][k]).sum();
+            let rest = gram[i][j] - dot;
+            // The root is of a positive number up to rounding, which must not make it NaN.
+            gram[i][j] =
+                if i == j { rest.max(f64::MIN_POSITIVE).sqrt() } else { rest / gram[j][j] };
+        }
+        let dot: f64 = (0..i).map(|k| gram[i][k] * moment[k]).sum();
+        moment[i] = (moment[i] - dot) / gram[i][i];
+    }
+    for i in (0..size).rev() {
+        let dot: f64 = (i + 1..size).map(|k| gram[k][i] * moment[k]).sum();
+        moment[i] = (moment[i] - dot) / gram[i][i];
+    }
+    moment
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::quant::GroupAxis;
+
+    const TURNS: BcqSolver = BcqSolver::Alternating { rounds: 15 };
+
+    fn options(bits: u8, solver: BcqSolver, offset: bool) -> BcqOptions {
+        BcqOptions { bits: Bits::new(bits).unwrap(), solver, offset }
+    }
+
+    fn problem(weight: &[f32], bits: u8, offset: bool) -> Problem {
+        Problem::new(weight, Bits::new(bits).unwrap(), offset)
+    }
+
+    fn values(code: &BinaryCode) -> Vec<f32> {
+        code.codes.iter().map(|c| level(*c, &code.alpha, code.offset)).collect()
+    }
+
+    fn sse(weight: &[f32], code: &BinaryCode) -> f64 {
+        weight.iter().zip(values(code)).map(|(w, v)| (f64::from(*w) - f64::from(v)).powi(2)).sum()
+    }
+
+    fn close(found: &[f32], expected: &[f64]) {
+        assert_eq!(found.len(), expected.len());
+        for (f, e) in found.iter().zip(expected) {
+            assert!((f64::from(*f) - e).abs() < 1e-6, "{found:?} is not {expected:?}");
+        }
+    }
+
+    #[test]
+    fn greedy_is_exact_on_a_centred_uniform_grid() {
+        let code = solve(&[-3.0, -1.0, 1.0, 3.0], &options(2, BcqSolver::Greedy, false), None);
+        assert_eq!((code.alpha.as_slice(), code.offset), ([2.0, 1.0].as_slice(), 0.0));
+        assert_eq!(values(&code), [-3.0, -1.0, 1.0, 3.0]);
+        assert_eq!(code.codes, [0b00, 0b10, 0b01, 0b11]);
+    }
+
+    #[test]
+    fn greedy_by_hand() {
+        let w = [-3.0, -1.0, 1.0, 7.0];
+        let greedy = |bits| solve(&w, &options(bits, BcqSolver::Greedy, false), None);
+        assert_eq!((greedy(1).alpha, sse(&w, &greedy(1))), (vec![3.0], 24.0));
+        assert_eq!((greedy(2).alpha, sse(&w, &greedy(2))), (vec![3.0, 2.0], 8.0));
+        assert_eq!(values(&greedy(2)), [-1.0, -1.0, 1.0, 5.0]);
+        assert_eq!((greedy(3).alpha, sse(&w, &greedy(3))), (vec![3.0, 2.0, 1.0], 4.0));
+        assert_eq!(values(&greedy(3)), [-2.0, 0.0, 2.0, 6.0]);
+    }
+
+    #[test]
+    fn least_squares_by_hand_is_a_fixed_point() {
+        let w = [-3.0, -1.0, 1.0, 7.0];
+        for solver in [BcqSolver::Refined, TURNS] {
+            let code = solve(&w, &options(2, solver, false), None);
+            close(&code.alpha, &[13.0 / 3.0, 8.0 / 3.0]);
+            close(&values(&code), &[-5.0 / 3.0, -5.0 / 3.0, 5.0 / 3.0, 7.0]);
+            assert!((sse(&w, &code) - 8.0 / 3.0).abs() < 1e-5);
+        }
+    }
+
+    #[test]
+    fn alternation_by_hand() {
+        let w = [-2.0, -1.0, 0.2, 0.4, 1.0, 3.0];
+        let greedy = problem(&w, 2, false).greedy();
+        assert!((problem(&w, 2, false).sse(&greedy) - 1.517_037).abs() < 1e-6);
+        let code = solve(&w, &options(2, TURNS, false), None);
+        close(&code.alpha, &[1.575, 0.925]);
+        assert!((sse(&w, &code) - 1.01).abs() < 1e-6);
+    }
+
+    #[test]
+    fn the_offset_is_found_exactly() {
+        let w = [0.1, 0.2, 0.9, -0.6];
+        let without = solve(&w, &options(2, TURNS, false), None);
+        close(&without.alpha, &[0.45, 0.30]);
+        assert!((sse(&w, &without) - 0.05).abs() < 1e-6);
+
+        // Joint least squares from the codes found without an offset.
+        let joint = problem(&w, 2, true);
+        let fit = Fit { codes: problem(&w, 2, false).greedy().codes, ..joint.greedy() };
+        let refit = joint.refit(fit.clone());
+        assert!((refit.alpha[0] - 0.375).abs() < 1e-6 && (refit.alpha[1] - 0.375).abs() < 1e-6);
+        assert!((refit.offset + joint.centre - 0.15).abs() < 1e-6);
+        assert!((joint.sse(&refit) - 0.005).abs() < 1e-6);
+        let end = joint.alternate(fit, 15);
+        assert!((end.alpha[0] - 0.40).abs() < 1e-6 && (end.alpha[1] - 0.35).abs() < 1e-6);
+
+        let with = solve(&w, &options(2, TURNS, true), None);
+        close(&with.alpha, &[0.40, 0.35]);
+        close(&[with.offset], &[0.15]);
+        assert!(sse(&w, &with) < 1e-13);
+    }
+
+    #[test]
+    fn scales_are_sorted_even_where_greedy_ends_with_a_greater_one() {
+        let w = [0.0, 0.0, 0.0, 8.0];
+        let code = solve(&w, &options(2, BcqSolver::Greedy, false), None);
+        assert_eq!((code.alpha.as_slice(), sse(&w, &code)), ([3.0, 2.0].as_slice(), 12.0));
+        assert!(sse(&w, &solve(&w, &options(2, TURNS, true), None)) < 1e-12);
+    }
+
+    #[test]
+    fn constant_groups_are_exact() {
+        for (value, offset) in [(0.0, false), (0.0, true), (0.3, false), (-0.7, false), (1e3, true)]
+        {
+            for bits in 1..=8 {
+                for solver in [BcqSolver::Greedy, TURNS] {
+                    let code = solve(&[value; 5], &options(bits, solver, offset), Some((1.0, 0.0)));
+                    assert_eq!(values(&code), [value; 5], "{bits} bits, {solver:?}");
+                }
+            }
+        }
+        assert!(solve(&[], &options(2, TURNS, true), None).codes.is_empty());
+    }
+
+    #[test]
+    fn equal_planes_share_the_scale() {
+        // Both planes equal: singular without the ridge.
+        let joint = problem(&[1.0, -1.0], 2, false);
+        let fit = joint.refit(Fit { alpha: vec![0.0; 2], offset: 0.0, codes: vec![0b11, 0b00] });
+        assert!((fit.alpha[0] - 0.5).abs() < 1e-6 && (fit.alpha[1] - 0.5).abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_uniform_grid_is_reproduced_bit_for_bit() {
+        // Powers of two scale exactly, so the mantissas of f16 stand for all its values.
+        for bits in (1..=8).map(|b| Bits::new(b).unwrap()) {
+            let codes: Vec<u8> = (0..=bits.max_code()).collect();
+            for mantissa in (1024u16..2048).step_by(31).chain([1, 3, 1023, 2047]) {
+                let scale = f32::from(mantissa) / 65536.0;
+                for zero in &codes {
+                    let zero = f32::from(*zero);
+                    let code = from_uniform(&codes, scale, zero, bits);
+                    for (q, value) in codes.iter().zip(values(&code)) {
+                        assert_eq!(value.to_bits(), (scale * (f32::from(*q) - zero)).to_bits());
+                    }
+                }
+            }
+        }
+        let code = from_uniform(&[0, 7], 0.5, 3.0, Bits::new(3).unwrap());
+        assert_eq!((code.alpha, code.offset), (vec![0.25, 0.5, 1.0], 0.25));
+    }
+
+    #[test]
+    fn groups_keep_their_order() {
+        let layout =
+            GroupLayout { out: 2, inputs: 4, groups: 4, group_len: 2, axis: GroupAxis::In };
+        let weight = [1.0, -1.0, 2.0, -2.0, 3.0, -3.0, 4.0, -4.0];
+        let all = solve_all(&weight, &layout, &options(1, TURNS, false), None);
+        let scales: Vec<f32> = all.iter().map(|code| code.alpha[0]).collect();
+        assert_eq!(scales, [1.0, 2.0, 3.0, 4.0]);
+    }
+
+    fn group() -> impl Strategy<Value = Vec<f32>> {
+        prop::collection::vec(-1.0f32..1.0, 1..65)
+    }
+
+    fn norm(weight: &[f32]) -> f64 {
+        weight.iter().map(|w| f64::from(*w).powi(2)).sum()
+    }
+
+    proptest! {
+        #[test]
+        fn greedy_error_is_what_the_scales_leave(w in group(), bits in 1u8..=8) {
+            let problem = problem(&w, bits, false);
+            let fit = problem.greedy();
+            let left = norm(&w) - w.len() as f64 * fit.alpha.iter().map(|a| a * a).sum::<f64>();
+            prop_assert!((problem.sse(&fit) - left).abs() < 1e-9 * (1.0 + norm(&w)));
+        }
+
+        #[test]
+        fn two_planes_have_a_closed_form(w in group()) {
+            let problem = problem(&w, 2, false);
+            let fit = problem.greedy();
+            let sign = |i: usize, code: u8| if code >> i & 1 == 1 { 1.0 } else { -1.0 };
+            let mean = |f: &dyn Fn(u8, f64) -> f64| {
+                let terms = fit.codes.iter().zip(&problem.weight).map(|(c, w)| f(*c, *w));
+                terms.sum::<f64>() / w.len() as f64
+            };
+            let rho = mean(&|c, _| sign(0, c) * sign(1, c));
+            prop_assume!(rho.abs() < 0.99);
+            let (m0, m1) = (mean(&|c, w| sign(0, c) * w), mean(&|c, w| sign(1, c) * w));
+            let mut expected = [m0 - rho * m1, m1 - rho * m0].map(|a| (a / (1.0 - rho * rho)).abs());
+            expected.sort_by(|a, b| b.total_cmp(a));
+            let found = problem.refit(fit.clone()).alpha;
+            prop_assert!((found[0] - expected[0]).abs() < 1e-5, "{found:?} {expected:?}");
+            prop_assert!((found[1] - expected[1]).abs() < 1e-5, "{found:?} {expected:?}");
+        }
+
+        #[test]
+        fn no_turn_raises_the_error(w in group(), bits in 1u8..=8, offset: bool) {
+            let problem = problem(&w, bits, offset);
+            let mut fit = problem.greedy();
+            for _ in 0..10 {
+                let next = problem.round(fit.clone());
+                prop_assert!(problem.sse(&next) <= problem.sse(&fit) + 1e-9 * norm(&w));
+                fit = next;
+            }
+        }
+
+        #[test]
+        fn codes_are_the_nearest_levels(
+            w in group(), bits in 1u8..=8, offset: bool, solver in 0..3usize,
+        ) {
+            let solver = [BcqSolver::Greedy, BcqSolver::Refined, TURNS][solver];
+            let code = solve(&w, &options(bits, solver, offset), None);
+            prop_assert!(code.alpha.windows(2).all(|a| a[0] >= a[1]) && code.alpha[bits as usize - 1] >= 0.0);
+            prop_assert!(offset || code.offset == 0.0);
+            for (w, value) in w.iter().zip(values(&code)) {
+                let distance = |v: f32| (f64::from(*w) - f64::from(v)).abs();
+                let least = (0..=Bits::new(bits).unwrap().max_code())
+                    .map(|c| distance(level(c, &code.alpha, code.offset)))
+                    .fold(f64::INFINITY, f64::min);
+                prop_assert!(distance(value) <= least);
+            }
+        }
+
+        #[test]
+        fn never_worse_than_the_uniform_grid(w in group(), bits in 1u8..=8, mantissa in 1024u16..2048) {
+            // Any grid will do, good or bad; an f16 step makes its image exact.
+            let (scale, zero) = (f32::from(mantissa) / 65536.0, f32::from(1u8 << (bits - 1)));
+            let top = f32::from(Bits::new(bits).unwrap().max_code());
+            let grid = |w: f32| scale * (((w / scale).round_ties_even() + zero).clamp(0.0, top) - zero);
+            let expected: f64 = w.iter().map(|w| (f64::from(*w) - f64::from(grid(*w))).powi(2)).sum();
+            let code = solve(&w, &options(bits, TURNS, true), Some((scale, zero)));
+            prop_assert!(sse(&w, &code) <= expected * (1.0 + 1e-12));
+        }
+    }
+}

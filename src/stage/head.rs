@@ -1,0 +1,40 @@
+//! The output head: rounded to nearest by the first stage that quantizes, when an override names it.
+//!
+//! No method learns it: it is no part of a block, and distillation brings its gradient through a
+//! frozen head. A tied model gets a head of its own; the embedding stays as it is.
+
+use burn::tensor::{Tensor, TensorData};
+
+use super::StageContext;
+use crate::error::Result;
+use crate::export::fewbit::Saved;
+use crate::method::{self, MethodConfig, RtnConfig};
+use crate::model::{HEAD, head_name};
+use crate::quant::{QuantSpec, QuantizedWeight};
+use crate::store::TensorSource;
+
+/// Rounds the head and saves it, or takes what was saved; nothing when this stage has no such task.
+pub(super) fn round(ctx: &mut StageContext<'_>) -> Result<()> {
+    let Some(spec) = ctx.head else { return Ok(()) };
+    let path = ctx.dir.join("head.safetensors");
+    let saved = if path.exists() {
+        Saved::read(&path)?
+    } else {
+        let weight = rounded(ctx, &spec)?;
+        let linears = vec![(HEAD.to_owned(), weight, "rtn".to_owned())];
+        let saved = Saved { linears, ..Saved::default() };
+        saved.write(&path)?;
+        saved
+    };
+    ctx.take(saved)
+}
+
+/// The float head on its grid.
+pub(super) fn rounded(ctx: &StageContext<'_>, spec: &QuantSpec) -> Result<QuantizedWeight> {
+    let shape = [ctx.model.config.vocab, ctx.model.config.d_model];
+    let values = ctx.model.checkpoint.read_f32(head_name(&ctx.model.checkpoint), &shape)?;
+    let weight = Tensor::from_data(TensorData::new(values, shape), &ctx.device.device);
+    let rtn = MethodConfig::Rtn(RtnConfig {});
+    let layout = spec.layout(shape)?;
+    method::quantize(&rtn, spec, ctx.observer, layout, &weight).map_err(|e| e.at(HEAD))
+}

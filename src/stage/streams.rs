@@ -1,0 +1,90 @@
+//! The two streams of block-wise work: what enters the next block in the float model, and in the
+//! model as quantized so far.
+
+use burn::tensor::{DType, Tensor};
+
+use super::activations::Activations;
+use super::{Data, StageContext};
+use crate::error::Result;
+use crate::model::{Block, CausalLm, Loader, Positions, Tap, WeightSource};
+
+/// Inputs of the next block, and where its positions are.
+pub(super) struct Streams {
+    /// Of the untouched model.
+    pub float: Activations,
+    /// Of the model whose earlier blocks are quantized.
+    pub quantized: Activations,
+    /// Positions of the calibration windows.
+    pub positions: Positions,
+}
+
+impl Streams {
+    /// Both streams at the embedding's output.
+    pub(super) fn start(ctx: &StageContext<'_>) -> Result<Self> {
+        let corpus = Data::need(ctx.data.calibration.as_ref(), "calibration")?;
+        let length = corpus.length;
+        let windows = match corpus.samples {
+            Some(samples) => corpus.stream.spread(samples, length)?,
+            None => (0..corpus.stream.windows(length)).collect(),
+        };
+        let device = &ctx.device.device;
+        let embed = loader(ctx, &ctx.model.checkpoint).embed()?.val();
+        let float = Activations::collect(windows.len(), |range| {
+            let rows: Vec<&[u32]> =
+                range.map(|i| corpus.stream.window(windows[i], length)).collect();
+            let tokens = CausalLm::tokens(&rows, device);
+            Ok(burn::tensor::module::embedding(embed.clone(), tokens))
+        })?;
+        Ok(Self {
+            quantized: float.clone(),
+            float,
+            positions: Positions::new(&ctx.model.config, 0, length, DType::F32, device),
+        })
+    }
+
+    /// The float block's output on `input`; the block is gone when this returns.
+    pub(super) fn target(
+        &self,
+        ctx: &StageContext<'_>,
+        index: usize,
+        input: &Activations,
+    ) -> Result<Activations> {
+        let teacher = loader(ctx, &ctx.model.checkpoint).block(index)?;
+        self.forward(ctx, &teacher, input, &|_, x| x)
+    }
+
+    /// Moves both streams behind block `index`: the float one is `target`, the quantized one goes
+    /// through the block with its folded weights.
+    pub(super) fn advance(
+        &mut self,
+        ctx: &StageContext<'_>,
+        index: usize,
+        target: Activations,
+    ) -> Result<()> {
+        let baked = loader(ctx, ctx.model).block(index)?;
+        let tap = ctx.model.tap();
+        let tap = |site, x: Tensor<3>| tap.apply(index, site, x);
+        self.quantized = self.forward(ctx, &baked, &self.quantized, &tap)?;
+        self.float = target;
+        Ok(())
+    }
+
+    /// `block` on every sample.
+    pub(super) fn forward(
+        &self,
+        ctx: &StageContext<'_>,
+        block: &Block,
+        x: &Activations,
+        tap: &Tap<'_>,
+    ) -> Result<Activations> {
+        x.map(&ctx.device.device, |x| {
+            ctx.stop.check()?;
+            Ok(block.forward_tapped(x, &self.positions, None, tap))
+        })
+    }
+}
+
+/// A loader of f32 pieces.
+pub(super) fn loader<'a>(ctx: &'a StageContext<'_>, source: &'a dyn WeightSource) -> Loader<'a> {
+    Loader { config: &ctx.model.config, source, device: &ctx.device.device, dtype: DType::F32 }
+}
