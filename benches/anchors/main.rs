@@ -206,8 +206,7 @@ impl Row {
                 }
             }
         }
-        self.method.stages(&mut text);
-        text + EVALUATE
+        text + &self.method.stages() + EVALUATE
     }
 
     fn kept(&self, outcome: &Outcome) -> bool {
@@ -234,23 +233,23 @@ impl Run {
         }
     }
 
-    fn stages(&self, text: &mut String) {
+    fn stages(&self) -> String {
         let reconstruct = |method: &str, steps: u32, bits: &str| {
             format!("[[stage]]\n[stage.reconstruct]\n{bits}{method}\nsteps = {steps}\nbatch = 8\n")
         };
-        *text += &match self {
+        match self {
             Self::Float => String::new(),
             Self::Calibrate(method) => format!("[[stage]]\n[stage.calibrate]\n{method}\n"),
             Self::Reconstruct(method, steps) => reconstruct(method, *steps, ""),
             Self::Distill { through_int4, steps } => {
                 let int4 = through_int4.map(|steps| reconstruct(FLEX, steps, "bits = 4\n"));
-                int4.unwrap_or_default()
-                    + &format!(
-                        "[[stage]]\n[stage.distill]\nmethod.seq = {{}}\n\
-                         objective.jsd = {{ beta = 0.5 }}\nsteps = {steps}\nbatch = 8\n\
-                         learning_rate = 1e-3\n"
-                    )
+                format!(
+                    "{}[[stage]]\n[stage.distill]\nmethod.seq = {{}}\n\
+                     objective.jsd = {{ beta = 0.5 }}\nsteps = {steps}\nbatch = 8\n\
+                     learning_rate = 1e-3\n",
+                    int4.unwrap_or_default()
+                )
             }
-        };
+        }
     }
 }

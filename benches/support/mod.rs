@@ -10,17 +10,17 @@ use serde_json::Value;
 
 /// What a run gave.
 #[derive(Clone, Debug)]
-pub struct Outcome {
+pub(crate) struct Outcome {
     /// Validation perplexity of the last model measured.
-    pub perplexity: f64,
+    pub(crate) perplexity: f64,
     /// Mean over blocks of the calibration error, of the last stage that reports one.
-    pub block_mse: Option<f64>,
+    pub(crate) block_mse: Option<f64>,
     /// Seconds of the stages that quantize.
-    pub seconds: f64,
+    pub(crate) seconds: f64,
 }
 
 /// The data section of every recipe here: 128 windows of 128 tokens from the 800 stories.
-pub fn head(model: &str) -> String {
+pub(crate) fn head(model: &str) -> String {
     format!(
         "seed = 0\noutput = \"run\"\ndevice = \"cpu\"\n\
          [model]\npath = \"{}/datasets/{model}\"\n\
@@ -36,14 +36,14 @@ pub fn head(model: &str) -> String {
 }
 
 /// The stage that measures.
-pub const EVALUATE: &str =
+pub(crate) const EVALUATE: &str =
     "[[stage]]\n[stage.evaluate]\ntask.ppl = { context = 256 }\nbaselines = []\n";
 
 /// Trains `recipe` in a folder of its own.
 ///
 /// # Panics
 /// When the run fails; the message holds what it said.
-pub fn run(recipe: &str) -> Outcome {
+pub(crate) fn run(recipe: &str) -> Outcome {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("recipe.toml");
     std::fs::write(&path, recipe).expect("the recipe is written");
@@ -82,6 +82,6 @@ fn read(path: &Path, wall: f64) -> Outcome {
 }
 
 /// Command-line words that are not options of cargo's own.
-pub fn filters() -> Vec<String> {
+pub(crate) fn filters() -> Vec<String> {
     std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).collect()
 }
