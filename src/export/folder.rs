@@ -39,7 +39,10 @@ impl ModelParts<'_> {
     /// Every tensor of the export by the name the source has, or would have, for it.
     fn names(&self) -> BTreeSet<String> {
         let source = self.source.names().into_iter().map(str::to_owned);
-        source.chain(self.quantized.keys().map(|linear| weight_name(linear))).collect()
+        source
+            .chain(self.dense.keys().cloned())
+            .chain(self.quantized.keys().map(|linear| weight_name(linear)))
+            .collect()
     }
 
     /// A tensor that is not quantized.

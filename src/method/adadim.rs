@@ -69,3 +69,77 @@ fn rounded(problem: &Problem<'_>, layout: GroupLayout) -> Result<QuantizedWeight
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+
+    use super::*;
+    use crate::quant::{Bits, GroupSize, ObserverConfig, Symmetry};
+
+    /// The outlying first column of methods-peft-bcq 7.4.
+    const W: [[f32; 4]; 2] = [[10.0, 0.1, 0.2, -0.1], [-8.0, 0.3, -0.2, 0.1]];
+
+    fn spec() -> QuantSpec {
+        QuantSpec {
+            bits: Bits::new(3).unwrap(),
+            group_size: GroupSize::PerChannel,
+            symmetry: Symmetry::Asymmetric,
+        }
+    }
+
+    fn solved(error: &dyn Fn(&Tensor<2>) -> Result<f64>) -> QuantizedWeight {
+        let (spec, observer) = (spec(), ObserverConfig::default());
+        let weight = Tensor::<2>::from_data(W, &Device::flex());
+        let problem = Problem {
+            spec: &spec,
+            layout: spec.layout([2, 4]).unwrap(),
+            observer: &observer,
+            weight: &weight,
+            feeds_scores: false,
+            inputs: None,
+            output_error: Some(error),
+        };
+        AdaDim::solve(&AdaDimConfig {}, &problem).unwrap()
+    }
+
+    fn squared_error(weight: &Tensor<2>) -> f64 {
+        let w = Tensor::<2>::from_data(W, &Device::flex());
+        f64::from((weight.clone() - w).square().sum().into_scalar::<f32>())
+    }
+
+    #[test]
+    fn an_outlying_input_gets_a_column_of_its_own() {
+        let solved = solved(&|weight| Ok(squared_error(weight)));
+        assert_eq!(solved.layout.axis, GroupAxis::Out);
+        let expected = [10.286, 0.0857, 0.1714, -0.1143, -7.714, 0.3, -0.2286, 0.0857];
+        for (found, expected) in solved.dequantize().iter().zip(expected) {
+            assert!((found - expected).abs() < 6e-4, "{found}, {expected}");
+        }
+        let weight =
+            Tensor::from_data(TensorData::new(solved.dequantize(), [2, 4]), &Device::flex());
+        assert!((squared_error(&weight) - 0.1655).abs() < 1e-3);
+    }
+
+    #[test]
+    fn a_tie_goes_to_the_inputs() {
+        let solved = solved(&|_| Ok(1.0));
+        assert_eq!(solved.layout.axis, GroupAxis::In);
+        let found = solved.dequantize();
+        assert!((found[0] - 10.1).abs() < 1e-2 && found[1] == 0.0, "{found:?}");
+    }
+
+    #[test]
+    fn along_the_outputs_is_the_transpose_along_the_inputs() {
+        let along_outputs = solved(&|weight| Ok(squared_error(weight)));
+        let transposed = Tensor::<2>::from_data(W, &Device::flex()).transpose();
+        let (spec, rtn) = (spec(), MethodConfig::Rtn(RtnConfig {}));
+        let layout = spec.layout([4, 2]).unwrap();
+        let observer = ObserverConfig::default();
+        let along_inputs = quantize(&rtn, &spec, &observer, layout, &transposed).unwrap();
+        let flipped = along_inputs.dequantize();
+        let flipped: Vec<f32> = (0..8).map(|i| flipped[i % 4 * 2 + i / 4]).collect();
+        assert_eq!(along_outputs.dequantize(), flipped);
+        assert_eq!(along_outputs.codes, along_inputs.codes);
+    }
+}

@@ -157,6 +157,11 @@ impl WeightMethod for UniQuanF {
 }
 
 impl UniQuanF {
+    /// The present codes as floats, `[groups, group_len]`.
+    pub fn codes(&self) -> &Tensor<2> {
+        &self.codes
+    }
+
     fn unified(&self) -> Unified {
         let middle = f32::from(u8::MAX >> (8 - self.bits)) * 0.5;
         Unified {

@@ -48,13 +48,16 @@ impl WeightSource for Checkpoint {
     }
 }
 
+/// The token embedding's name.
+pub const EMBEDDING: &str = "model.embed_tokens.weight";
+
 /// The output head's name as a linear.
 pub const HEAD: &str = "lm_head";
 
 /// The name under which a source holds the head's weight: its own, or in a tied model the
 /// embedding's.
 pub fn head_name(source: &dyn WeightSource) -> &'static str {
-    if source.contains("lm_head.weight") { "lm_head.weight" } else { "model.embed_tokens.weight" }
+    if source.contains("lm_head.weight") { "lm_head.weight" } else { EMBEDDING }
 }
 
 /// The name of block `index`'s tensors, `model.layers.INDEX`.
@@ -123,9 +126,8 @@ impl Loader<'_> {
     /// # Errors
     /// As [`WeightSource::weight`].
     pub fn embed(&self) -> Result<Param<Tensor<2>>> {
-        let name = "model.embed_tokens.weight";
-        let name =
-            if self.config.tied && !self.source.contains(name) { "lm_head.weight" } else { name };
+        let under_head = self.config.tied && !self.source.contains(EMBEDDING);
+        let name = if under_head { "lm_head.weight" } else { EMBEDDING };
         let shape = [self.config.vocab, self.config.d_model];
         Ok(frozen(self.tensor(name, shape)?))
     }

@@ -19,7 +19,8 @@ pub use config::{ModelConfig, Rope, RopeScaling};
 pub use decoder::{Attention, Block, KvCache, LINEARS, Mlp, Positions, RmsNorm, Site, Tap};
 pub use generate::{Sampler, generate};
 pub use load::{
-    HEAD, Loader, WeightSource, block_prefix, companions, head_name, linear_shapes, weight_name,
+    EMBEDDING, HEAD, Loader, WeightSource, block_prefix, companions, head_name, linear_shapes,
+    weight_name,
 };
 pub use tap::ModelTap;
 

@@ -212,3 +212,56 @@ fn note(changed: &mut BTreeMap<String, HostTensor>, prefix: &str, block: &Block,
         changed.insert(weight_name(&format!("{prefix}.{name}")), HostTensor::f32(shape, &values));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use burn::tensor::{DType, Device, Distribution};
+
+    use super::*;
+    use crate::model::{Loader, ModelConfig};
+    use crate::store::safetensors::Checkpoint;
+
+    #[test]
+    fn the_float_block_stays_what_it_is() {
+        let device = Device::flex();
+        for model in ["stories260k", "tinystories-656k"] {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("datasets").join(model);
+            let config = ModelConfig::read(&folder).unwrap();
+            let source = Checkpoint::open(&folder).unwrap();
+            let loader =
+                Loader { config: &config, source: &source, device: &device, dtype: DType::F32 };
+            let mut block = loader.block(0).unwrap();
+            let positions = Positions::new(&config, 0, 16, DType::F32, &device);
+            let x = [2, 16, config.d_model];
+            let x = Tensor::<3>::random(x, Distribution::Normal(0.0, 1.0), &device);
+            let before = block.forward(x.clone(), &positions);
+            let mut balanced = 0;
+            for group in &GROUPS {
+                if !feeds(&block, group) {
+                    continue;
+                }
+                let [inputs, _] = block.linears()[group.members[0]].1.weight.dims();
+                let magnitude: Vec<f32> = (0..inputs).map(|c| 0.05 + (c * c % 97) as f32).collect();
+                let values = factors(&magnitude, 0.5);
+                let (low, high) = (values.iter().copied())
+                    .fold((f32::INFINITY, 0.0f32), |(low, high), s| (low.min(s), high.max(s)));
+                assert!((low * high - 1.0).abs() < 1e-5);
+                apply(&mut block, group, &Tensor::from_data(values.as_slice(), &device));
+                balanced += 1;
+            }
+            // Grouped heads: v's channels are not o's.
+            assert_eq!(balanced, if config.n_kv_heads == config.n_heads { 4 } else { 3 });
+            let after = block.forward(x, &positions);
+            let largest = before.clone().abs().max().into_scalar::<f32>();
+            let change = (after - before).abs().max().into_scalar::<f32>();
+            assert!(change < 1e-5 * largest, "{model}: {change} of {largest}");
+        }
+    }
+
+    #[test]
+    fn exponent_zero_is_no_balance() {
+        assert!(factors(&[0.1, 3.0, 0.0], 0.0).iter().all(|s| s.to_bits() == 1.0f32.to_bits()));
+    }
+}

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{Corpus, Data, Measured, ModelState, StageContext};
 use crate::error::Result;
 use crate::method::{self, MethodConfig, RtnConfig};
-use crate::model::{HEAD, Loader, ModelTap, WeightSource, weight_name};
+use crate::model::{EMBEDDING, HEAD, Loader, ModelTap, WeightSource, weight_name};
 use crate::quant::{GroupAxis, GroupLayout, QuantSpec, QuantizedWeight, Symmetry};
 use crate::report::{Event, Reporter};
 use crate::task::{self, Perplexity, PplConfig};
@@ -128,12 +128,14 @@ impl WeightSource for Rounded<'_> {
     fn weight(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         match self.weights.get(name.strip_suffix(".weight").unwrap_or(name)) {
             Some(weight) => Ok(weight.dequantize()),
+            // Norms as the checkpoint has them: balancing is part of another method.
+            None if name == EMBEDDING => self.model.weight(name, shape),
             None => self.model.checkpoint.weight(name, shape),
         }
     }
 
     fn contains(&self, name: &str) -> bool {
-        self.model.checkpoint.contains(name)
+        self.model.contains(name)
     }
 
     fn overrides(&self, name: &str) -> bool {

@@ -9,7 +9,7 @@ use super::StageContext;
 use crate::error::Result;
 use crate::export::fewbit::Saved;
 use crate::method::{self, MethodConfig, RtnConfig};
-use crate::model::{HEAD, head_name};
+use crate::model::{EMBEDDING, HEAD, WeightSource, head_name};
 use crate::quant::{QuantSpec, QuantizedWeight};
 use crate::store::TensorSource;
 
@@ -22,7 +22,12 @@ pub(super) fn round(ctx: &mut StageContext<'_>) -> Result<()> {
     } else {
         let weight = rounded(ctx, &spec)?;
         let linears = vec![(HEAD.to_owned(), weight, "rtn".to_owned())];
-        let saved = Saved { linears, ..Saved::default() };
+        let mut saved = Saved { linears, ..Saved::default() };
+        // A tied checkpoint may hold the embedding under the head's name, which is taken now.
+        let source = &ctx.model.checkpoint;
+        if !source.contains(EMBEDDING) {
+            saved.dense.insert(EMBEDDING.to_owned(), source.read(head_name(source))?);
+        }
         saved.write(&path)?;
         saved
     };

@@ -230,7 +230,7 @@ impl WeightSource for ModelState {
     }
 
     fn contains(&self, name: &str) -> bool {
-        self.checkpoint.contains(name)
+        self.checkpoint.contains(name) || self.dense.contains_key(name)
     }
 
     fn overrides(&self, name: &str) -> bool {
