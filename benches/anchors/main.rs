@@ -171,7 +171,7 @@ fn main() {
             row.method.steps(),
             outcome.perplexity,
             row.perplexity,
-            mse(outcome.block_mse),
+            mse(outcome.block_mse.filter(|_| row.block_mse.is_some())),
             mse(row.block_mse),
             match (row.margin, kept) {
                 (Margin::Open, _) => "no margin",
