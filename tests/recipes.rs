@@ -68,6 +68,150 @@ const STORED: &[Stored] = &[
             ("after distill", 146.5247),
         ],
     },
+    Stored {
+        recipe: "adadim_w3g128",
+        set: &["data.calibration.samples=16"],
+        numbers: &[("float", 34.6142), ("rtn w3", 54.4118), ("after calibrate", 51.7250)],
+    },
+    Stored {
+        recipe: "awq_w4g128",
+        set: &["data.calibration.samples=16"],
+        numbers: &[("float", 34.6142), ("rtn w4", 37.4020), ("after calibrate", 35.8701)],
+    },
+    Stored {
+        recipe: "bcq_w3",
+        set: &[],
+        numbers: &[("float", 34.6142), ("rtn w3", 55.0256), ("after calibrate", 44.5690)],
+    },
+    Stored {
+        recipe: "bitdistiller_w2g64",
+        set: &["stage.0.distill.steps=4", "stage.0.distill.log_every=1"],
+        numbers: &[
+            ("first loss", 1.8611),
+            ("float", 34.6142),
+            ("rtn w2", 143.0048),
+            ("after distill", 98.8191),
+        ],
+    },
+    Stored {
+        recipe: "efficientqat_w2g64",
+        set: &[
+            "data.calibration.samples=16",
+            "stage.0.reconstruct.steps=4",
+            "stage.2.distill.steps=4",
+            "stage.2.distill.log_every=1",
+        ],
+        numbers: &[
+            ("block 0 loss", 62.9136),
+            ("block 1 loss", 466.5151),
+            ("float", 34.6142),
+            ("rtn w2", 435.5499),
+            ("after reconstruct", 323.7321),
+            ("first loss", 5.8322),
+            ("rtn w2", 435.5499),
+            ("after distill", 256.1866),
+        ],
+    },
+    Stored {
+        recipe: "gptq_w4g128",
+        set: &["data.calibration.samples=16"],
+        numbers: &[("float", 34.6142), ("rtn w4", 37.4020), ("after calibrate", 35.7538)],
+    },
+    Stored {
+        recipe: "lrq_w4",
+        set: &["data.calibration.samples=16", "stage.0.reconstruct.steps=4"],
+        numbers: &[
+            ("block 0 loss", 3.1458),
+            ("block 1 loss", 19.1156),
+            ("float", 34.6142),
+            ("rtn w4", 37.1045),
+            ("after reconstruct", 35.7199),
+        ],
+    },
+    Stored {
+        recipe: "lrq_w8a8",
+        set: &["data.calibration.samples=16", "stage.0.reconstruct.steps=4"],
+        numbers: &[
+            ("block 0 loss", 0.4663),
+            ("block 1 loss", 1.6966),
+            ("float", 34.6142),
+            ("rtn w8a8kv8", 35.1496),
+            ("after reconstruct", 35.0944),
+        ],
+    },
+    Stored {
+        recipe: "lsq_w4",
+        set: &["stage.0.distill.steps=4", "stage.0.distill.log_every=1"],
+        numbers: &[
+            ("first loss", 0.1438),
+            ("float", 34.6142),
+            ("rtn w4", 37.1045),
+            ("after distill", 36.6931),
+        ],
+    },
+    Stored {
+        recipe: "omniquant_w3",
+        set: &["data.calibration.samples=16", "stage.0.reconstruct.steps=4"],
+        numbers: &[
+            ("block 0 loss", 14.2366),
+            ("block 1 loss", 88.8868),
+            ("float", 34.6142),
+            ("rtn w3", 55.0256),
+            ("after reconstruct", 50.8883),
+        ],
+    },
+    Stored {
+        recipe: "paretoq_w2",
+        set: &["stage.0.distill.steps=4", "stage.0.distill.log_every=1"],
+        numbers: &[
+            ("first loss", 5.6193),
+            ("float", 34.6142),
+            ("rtn w2", 859.0843),
+            ("after distill", 110.2324),
+        ],
+    },
+    Stored {
+        recipe: "sign_w1",
+        set: &["stage.0.distill.steps=4", "stage.0.distill.log_every=1"],
+        numbers: &[
+            ("first loss", 0.5396),
+            ("float", 34.6142),
+            ("rtn w1", 604165.1665),
+            ("after distill", 693.0183),
+        ],
+    },
+    Stored {
+        recipe: "signround_w4",
+        set: &["data.calibration.samples=16", "stage.0.reconstruct.steps=4"],
+        numbers: &[
+            ("block 0 loss", 2.9251),
+            ("block 1 loss", 18.5127),
+            ("float", 34.6142),
+            ("rtn w4", 37.4020),
+            ("after reconstruct", 36.9765),
+        ],
+    },
+    Stored {
+        recipe: "ternary_w2",
+        set: &["stage.0.distill.steps=4", "stage.0.distill.log_every=1"],
+        numbers: &[
+            ("first loss", 0.4106),
+            ("float", 34.6142),
+            ("rtn w2", 859.0843),
+            ("after distill", 200.3787),
+        ],
+    },
+    Stored {
+        recipe: "uniquanf_w3",
+        set: &["data.calibration.samples=16", "stage.0.reconstruct.steps=4"],
+        numbers: &[
+            ("block 0 loss", 10.8955),
+            ("block 1 loss", 44.9143),
+            ("float", 34.6142),
+            ("rtn w3", 55.0256),
+            ("after reconstruct", 41.2126),
+        ],
+    },
 ];
 
 fn files() -> BTreeMap<String, String> {

@@ -30,7 +30,26 @@ macro_rules! builtin {
     };
 }
 
-const BUILTINS: &[Builtin] = builtin!["flexround_w4", "lrq_w8a8", "rtn_w4g128", "upq_int2"];
+const BUILTINS: &[Builtin] = builtin![
+    "adadim_w3g128",
+    "awq_w4g128",
+    "bcq_w3",
+    "bitdistiller_w2g64",
+    "efficientqat_w2g64",
+    "flexround_w4",
+    "gptq_w4g128",
+    "lrq_w4",
+    "lrq_w8a8",
+    "lsq_w4",
+    "omniquant_w3",
+    "paretoq_w2",
+    "rtn_w4g128",
+    "sign_w1",
+    "signround_w4",
+    "ternary_w2",
+    "uniquanf_w3",
+    "upq_int2",
+];
 
 /// Every built-in recipe, by name.
 pub fn builtins() -> &'static [Builtin] {
