@@ -1,0 +1,142 @@
+//! docs/methods.md says what the methods' own head comments say.
+//!
+//! `UPDATE_DOCS=1 cargo test --release --test docs` writes the reference anew.
+#![allow(clippy::unwrap_used)] // a test may fail by panicking, its helpers too
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+/// What every head comment states, in this order.
+const FIELDS: [&str; 5] = ["What it learns", "Formula", "Start", "Recipe keys", "Export"];
+
+const BEGIN: &str = "<!-- methods:begin -->";
+const END: &str = "<!-- methods:end -->";
+
+#[test]
+fn the_reference_is_what_the_head_comments_say() {
+    let path = root().join("docs/methods.md");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (before, rest) = text.split_once(BEGIN).unwrap();
+    let (_, after) = rest.split_once(END).unwrap();
+    let expected = format!("{before}{BEGIN}\n\n{}{END}{after}", reference());
+    if std::env::var_os("UPDATE_DOCS").is_some_and(|value| value == "1") {
+        std::fs::write(&path, &expected).unwrap();
+        return;
+    }
+    let differs = text.lines().zip(expected.lines()).find(|(found, expected)| found != expected);
+    assert!(
+        text == expected,
+        "docs/methods.md differs from the head comments of src/method at {differs:?}; \
+         UPDATE_DOCS=1 cargo test --release --test docs writes it"
+    );
+}
+
+#[test]
+fn every_method_is_a_file_a_row_and_a_recipe() {
+    let keys = keys();
+    let listed: BTreeSet<String> = keys.iter().cloned().collect();
+    let helpers = ["mod", "attach"];
+    let files = stems("src/method", "rs").into_iter().filter(|stem| !helpers.contains(&&**stem));
+    assert_eq!(files.collect::<BTreeSet<_>>(), listed);
+    let text = std::fs::read_to_string(root().join("docs/methods.md")).unwrap();
+    let used: BTreeSet<String> = recipes().into_values().flatten().collect();
+    for key in keys {
+        assert!(used.contains(&key), "no recipe uses method.{key}");
+        let rows = text.lines().filter(|line| line.starts_with(&format!("| `{key}` |"))).count();
+        assert_eq!(rows, 1, "rows of {key} in the table of docs/methods.md");
+    }
+}
+
+/// One section per method, in the order of the `methods!` list.
+fn reference() -> String {
+    let recipes = recipes();
+    let mut text = String::new();
+    for key in keys() {
+        let head = head(&key);
+        let (title, rest) = head.split_once("\n\n").unwrap_or_else(|| panic!("{key}.rs: no text"));
+        let name = title.split([':', ',']).next().unwrap().split(" (").next().unwrap();
+        let _ = write!(text, "### {name}: `{key}`\n\n{title}\n\n");
+        let (body, more) = rest.split_once("\n\n").unwrap_or((rest, ""));
+        for (field, words) in fields(&key, body) {
+            let _ = writeln!(text, "- *{field}:* {words}");
+        }
+        if !more.is_empty() {
+            let _ = write!(text, "\n{more}\n");
+        }
+        let used_by = recipes.iter().filter(|(_, methods)| methods.contains(&key));
+        let used_by: Vec<String> =
+            used_by.map(|(name, _)| format!("recipes/{name}.toml")).collect();
+        let _ = write!(text, "\nRecipe: {}\n\n", used_by.join(", "));
+    }
+    text
+}
+
+/// The fields of a head comment's second paragraph.
+fn fields<'a>(key: &str, body: &'a str) -> Vec<(&'static str, &'a str)> {
+    let mut starts = Vec::new();
+    for field in FIELDS {
+        let mark = format!("*{field}:* ");
+        let at = body.find(&mark);
+        let at = at.unwrap_or_else(|| panic!("src/method/{key}.rs: no {mark:?} in its head"));
+        starts.push((field, at, at + mark.len()));
+    }
+    assert!(starts.is_sorted_by_key(|(_, at, _)| *at), "src/method/{key}.rs: fields out of order");
+    assert_eq!(starts[0].1, 0, "src/method/{key}.rs: text before the first field");
+    let ends = starts[1..].iter().map(|(_, at, _)| *at).chain([body.len()]);
+    starts.iter().zip(ends).map(|((field, _, from), to)| (*field, body[*from..to].trim())).collect()
+}
+
+/// A file's head comment: each paragraph one line, without references to the design notes.
+fn head(key: &str) -> String {
+    let text = std::fs::read_to_string(root().join(format!("src/method/{key}.rs"))).unwrap();
+    let lines = text.lines().map_while(|line| line.strip_prefix("//!")).map(str::trim);
+    let lines: Vec<&str> = lines.collect();
+    let paragraphs = lines.split(|line| line.is_empty()).map(|lines| lines.join(" "));
+    let mut head = paragraphs.collect::<Vec<String>>().join("\n\n");
+    while let Some(at) = head.find("methods-core").or_else(|| head.find("methods-peft-bcq")) {
+        // ` (methods-core 1.1)` goes altogether, of ` (some words; methods-core 1.1)` the end.
+        let end = at + head[at..].find(')').unwrap();
+        if let Some(start) = head[..at].strip_suffix(" (").map(str::len) {
+            head.replace_range(start..=end, "");
+        } else {
+            let start = head[..at].strip_suffix("; ").map(str::len).unwrap();
+            head.replace_range(start..end, "");
+        }
+    }
+    head
+}
+
+/// Recipe keys in the order of the `methods!` list.
+fn keys() -> Vec<String> {
+    let text = std::fs::read_to_string(root().join("src/method/mod.rs")).unwrap();
+    let (_, list) = text.split_once("\nmethods! {").unwrap();
+    let rows = list.lines().filter(|line| line.trim_end().ends_with("Config },"));
+    let keys: Vec<String> = rows.map(|row| row.split('"').nth(1).unwrap().to_owned()).collect();
+    assert!(!keys.is_empty());
+    keys
+}
+
+/// The methods that each recipe names.
+fn recipes() -> BTreeMap<String, BTreeSet<String>> {
+    let mut recipes = BTreeMap::new();
+    for name in stems("recipes", "toml") {
+        let text = std::fs::read_to_string(root().join(format!("recipes/{name}.toml"))).unwrap();
+        let methods = text.lines().filter_map(|line| line.strip_prefix("method."));
+        let methods = methods.map(|line| line.split(' ').next().unwrap().to_owned()).collect();
+        recipes.insert(name, methods);
+    }
+    recipes
+}
+
+/// Names of the files in a folder, without their extension.
+fn stems(folder: &str, extension: &str) -> BTreeSet<String> {
+    let entries = std::fs::read_dir(root().join(folder)).unwrap();
+    let paths = entries.map(|entry| entry.unwrap().path());
+    let paths = paths.filter(|path| path.extension().is_some_and(|found| found == extension));
+    paths.map(|path| path.file_stem().unwrap().to_str().unwrap().to_owned()).collect()
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).to_path_buf()
+}
