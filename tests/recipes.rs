@@ -39,17 +39,6 @@ const STORED: &[Stored] = &[
         ],
     },
     Stored {
-        recipe: "lrq_w8a8",
-        set: &["data.calibration.samples=16", "stage.0.reconstruct.steps=4"],
-        numbers: &[
-            ("block 0 loss", 0.4663),
-            ("block 1 loss", 1.6966),
-            ("float", 34.6142),
-            ("rtn w8a8kv8", 35.1496),
-            ("after reconstruct", 35.0944),
-        ],
-    },
-    Stored {
         recipe: "upq_int2",
         set: &[
             "data.calibration.samples=16",

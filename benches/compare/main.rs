@@ -60,7 +60,7 @@ fn rows() -> Vec<Row> {
         solve("awq", "method.awq = {}"),
         solve("gptq", "method.gptq = {}"),
         solve("bcq", "method.bcq = {}"),
-        blockwise("lwc", &format!("method.lwc = {{}}\n{MEAN}learning_rate = 1e-2")),
+        blockwise("lwc", &format!("method.lwc = {{}}\n{MEAN}learning_rate = 5e-2")),
         blockwise(
             "signround",
             "method.signround = {}\noptimizer = { rule = \"sign\" }\nschedule.linear = {}\n\

@@ -187,6 +187,10 @@ impl WeightMethod for Lrq {
         Ok(())
     }
 
+    fn accepts_shape(config: &LrqConfig, shape: [usize; 2]) -> Result<()> {
+        config.rank.of_shape(shape).map(drop)
+    }
+
     fn init(config: &LrqConfig, start: &Start<'_>) -> Result<Self> {
         let Start { spec, layout, observer, weight, seed, .. } = *start;
         let QuantParams { scale, zero_point } =

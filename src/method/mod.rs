@@ -137,6 +137,14 @@ pub trait WeightMethod: Module + Sized {
     /// Preflight errors that name the key to change.
     fn accepts(config: &Self::Config, spec: &QuantSpec) -> Result<()>;
 
+    /// Refuses a weight of `shape`, `[out, in]`, before it is read.
+    ///
+    /// # Errors
+    /// Preflight errors that name the key to change.
+    fn accepts_shape(_config: &Self::Config, _shape: [usize; 2]) -> Result<()> {
+        Ok(())
+    }
+
     /// The method on its start. For methods that start from an observer the codes are
     /// round-to-nearest's on the observed grid, but for exact ties, and the weights equal to within
     /// the rounding of `exp(ln Δ)` (about `2e-7 + |ln Δ| 2^-24`, relative).
@@ -328,6 +336,19 @@ macro_rules! methods {
                 match self {
                     $(Self::$name(config) => <$name as WeightMethod>::accepts(config, spec),)*
                     $(Self::$solver(config) => <$solver as Solver>::accepts(config, spec),)*
+                }
+            }
+
+            /// See [`WeightMethod::accepts_shape`].
+            ///
+            /// # Errors
+            /// Preflight errors that name the key to change.
+            pub fn accepts_shape(&self, shape: [usize; 2]) -> Result<()> {
+                match self {
+                    $(Self::$name(config) => {
+                        <$name as WeightMethod>::accepts_shape(config, shape)
+                    })*
+                    $(Self::$solver(_) => Ok(()),)*
                 }
             }
 

@@ -263,6 +263,7 @@ impl Resolved {
             })?;
             match method.accepts(&spec) {
                 Ok(()) => {
+                    method.accepts_shape(shape).map_err(|error| error.at(&name))?;
                     resolved.linears.insert(name, spec);
                 }
                 // A linear whose override asks for other bits than this method has stays as an

@@ -92,7 +92,7 @@ impl ReconstructConfig {
     pub(super) fn check(&self) -> Result<()> {
         if !matches!(self.objective, ObjectiveConfig::Mse(_)) {
             return Err(Error::usage(format!(
-                "reconstruct compares block outputs, and objective.{} compares logits",
+                "reconstruct compares block outputs, and its objective, {}, compares logits",
                 self.objective.name()
             ))
             .fix("objective.mse = {}, or [stage.distill]"));
