@@ -3,6 +3,7 @@
 
 mod examples;
 mod laws;
+mod toy;
 mod uniquanf;
 
 use std::collections::BTreeSet;
