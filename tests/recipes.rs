@@ -165,7 +165,7 @@ const STORED: &[Stored] = &[
         numbers: &[
             ("first loss", 0.5396),
             ("float", 34.6142),
-            ("rtn w1", 604165.1665),
+            ("rtn w1", 604_165.2),
             ("after distill", 693.0183),
         ],
     },

@@ -141,6 +141,8 @@ fn adadim_takes_both_dimensions_and_exports_them() {
         manifest.linears.values().map(|record| format!("{:?}", record.axis)).collect();
     assert!(axes.iter().any(|axis| axis == "Out") && axes.iter().any(|axis| axis == "In"));
     assert!(perplexity(&place, "after") < 1.05 * perplexity(&place, "rtn"));
+    let shown = place.ok(&["inspect", "run/export/fewbit"]);
+    assert!(shown.contains("32 outputs"), "{shown}");
 }
 
 #[test]
@@ -151,6 +153,11 @@ fn binary_coding_beats_rounding_and_exports() {
     let inspected = place.json(&["inspect", "run/export/fewbit", "--json"]);
     // 3 planes, and an f32 scale for each with an f32 offset for every 32 weights.
     assert!((inspected["bits_per_weight"].as_f64().unwrap() - 7.0).abs() < 1e-9);
+    assert_eq!(inspected["linears"][0]["grid"], "binary_coding");
+    assert_eq!(inspected["linears"][0]["axis"], "in");
+    let shown = place.ok(&["inspect", "run/export/fewbit"]);
+    assert!(shown.contains("3 planes"), "{shown}");
+    assert!(shown.lines().all(|line| line.chars().count() <= 80), "{shown}");
 }
 
 #[test]

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::output;
 use crate::error::Result;
 use crate::export::{Format, Manifest, fewbit};
-use crate::quant::{CodeHistogram, QuantizedWeight};
+use crate::quant::{CodeHistogram, GroupAxis, QuantizedWeight, Repr};
 use crate::report::size;
 use crate::store::safetensors::Checkpoint;
 use crate::store::{TensorInfo, TensorSource, locate};
@@ -106,6 +106,8 @@ fn as_json(path: &Path, stored: &BTreeMap<String, TensorInfo>, linears: &[Linear
                 "bits": weight.bits,
                 "shape": [weight.layout.out, weight.layout.inputs],
                 "group_len": weight.layout.group_len,
+                "axis": weight.layout.axis,
+                "grid": weight.grid.repr(),
                 "bits_per_weight": weight.bits_per_weight(),
                 "histogram": weight.histogram(),
             })
@@ -143,8 +145,14 @@ fn as_text(path: &Path, stored: &BTreeMap<String, TensorInfo>, linears: &[Linear
         rows.push(vec![
             name.clone(),
             format!("{} x {}", layout.out, layout.inputs),
-            weight.bits.to_string(),
-            layout.group_len.to_string(),
+            match weight.grid.repr() {
+                Repr::BinaryCoding => format!("{} planes", weight.bits),
+                _ => weight.bits.to_string(),
+            },
+            match layout.axis {
+                GroupAxis::In => layout.group_len.to_string(),
+                GroupAxis::Out => format!("{} outputs", layout.group_len),
+            },
             format!("{:.4}", weight.bits_per_weight()),
             if few { shares(&histogram) } else { String::new() },
         ]);

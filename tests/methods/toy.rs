@@ -1,5 +1,5 @@
 //! Learned rounding on one layer with few, correlated inputs (methods-core 4.6): it must beat
-//! round-to-nearest on inputs it has not seen, and the low rank must not overfit more.
+//! round-to-nearest on inputs it has not known, and the low rank must not overfit more.
 
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
@@ -27,20 +27,20 @@ fn error(w_hat: &Tensor<2>, w: &Tensor<2>, x: &Tensor<2>) -> f64 {
     f64::from(change.square().mean().into_scalar::<f32>())
 }
 
-/// Errors on seen and unseen inputs, relative to round-to-nearest's.
+/// Errors on known and fresh inputs, relative to round-to-nearest's.
 fn relative(method: &str, seed: u64, rows: usize) -> [f64; 2] {
     let device = Device::flex().autodiff();
     let w = matrix(&noise(seed, OUT * INPUTS, 0.1), INPUTS, &device);
-    let (seen, unseen) = (inputs(seed + 1, rows, &device), inputs(seed + 2, 1024, &device));
+    let (known, fresh) = (inputs(seed + 1, rows, &device), inputs(seed + 2, 1024, &device));
     let spec = asymmetric(3);
-    let target = seen.clone().matmul(w.clone().transpose());
+    let target = known.clone().matmul(w.clone().transpose());
     let mut linear: Linear = started(method, &spec, &w);
     let mut optimizer = Optimizer::new(&OptimizerConfig::default());
     let schedule = ScheduleConfig::default();
     for step in 0..STEPS {
         let rate = 5e-3 * schedule.factor(step, STEPS);
         let (next, _) = train::step(linear, &mut optimizer, 1, &|_| rate, |linear, _| {
-            Ok((linear.forward(seen.clone()) - target.clone()).square().mean())
+            Ok((linear.forward(known.clone()) - target.clone()).square().mean())
         })
         .unwrap();
         linear = next;
@@ -48,7 +48,7 @@ fn relative(method: &str, seed: u64, rows: usize) -> [f64; 2] {
     let learned = linear.weight.val().transpose();
     let rtn = rounded(&spec, &super::min_max(true), &w).dequantize();
     let rtn = matrix(&rtn, INPUTS, &device);
-    [&seen, &unseen].map(|x| error(&learned, &w, x) / error(&rtn, &w, x))
+    [&known, &fresh].map(|x| error(&learned, &w, x) / error(&rtn, &w, x))
 }
 
 #[test]
@@ -57,10 +57,10 @@ fn learned_rounding_generalizes() {
         let mut gaps = [0.0; 2];
         for seed in [100, 200, 300, 400] {
             for (method, gap) in ["flexround = {}", "lrq = { rank = 8 }"].iter().zip(&mut gaps) {
-                let [seen, unseen] = relative(method, seed, rows);
-                assert!(seen < 0.8, "{method}, {rows} rows, seed {seed}: {seen} on seen inputs");
-                assert!(unseen < 1.0, "{method}, {rows} rows, seed {seed}: {unseen} on unseen");
-                *gap += unseen / seen / 4.0;
+                let [known, fresh] = relative(method, seed, rows);
+                assert!(known < 0.8, "{method}, {rows} rows, seed {seed}: {known} on known inputs");
+                assert!(fresh < 1.0, "{method}, {rows} rows, seed {seed}: {fresh} on fresh ones");
+                *gap += fresh / known / 4.0;
             }
         }
         let [flexround, lrq] = gaps;

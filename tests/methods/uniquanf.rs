@@ -94,9 +94,9 @@ fn codes_stay_between_periods() {
     let moved = Method::UniQuanF(method.clone()).between_steps(w.clone(), Moment::Step(3));
     let Method::UniQuanF(moved) = moved else { panic!("another method") };
     let ranks = |method: &fewbit::method::UniQuanF| ranks(method, &host(method.codes().clone()));
-    let steps: Vec<i64> =
-        ranks(&moved).iter().zip(ranks(&method)).map(|(a, b)| (a - b).abs()).collect();
-    assert!(steps.iter().any(|step| *step == 1) && steps.iter().all(|step| *step <= 1));
+    let steps: Vec<usize> =
+        ranks(&moved).iter().zip(ranks(&method)).map(|(a, b)| a.abs_diff(b)).collect();
+    assert!(steps.contains(&1) && steps.iter().all(|step| *step <= 1));
     let Method::UniQuanF(end) = Method::UniQuanF(method).between_steps(w, Moment::End) else {
         panic!("another method")
     };
@@ -104,13 +104,13 @@ fn codes_stay_between_periods() {
 }
 
 /// Each code's place among the levels of its row.
-fn ranks(method: &fewbit::method::UniQuanF, codes: &[f32]) -> Vec<i64> {
+fn ranks(method: &fewbit::method::UniQuanF, codes: &[f32]) -> Vec<usize> {
     let alpha = host(method.alpha.val());
     let row_of = |i: usize| &alpha[i / 16 * 3..][..3];
     (codes.iter().enumerate())
         .map(|(i, code)| {
             let level = bcq::level(*code as u8, row_of(i), 0.0);
-            (0..8u8).filter(|other| bcq::level(*other, row_of(i), 0.0) < level).count() as i64
+            (0..8u8).filter(|other| bcq::level(*other, row_of(i), 0.0) < level).count()
         })
         .collect()
 }
