@@ -81,7 +81,7 @@ fn rows() -> Vec<Row> {
     ]
 }
 
-fn main() {
+fn main() -> anyhow::Result<()> {
     let filters = filters();
     let mut found: BTreeMap<(&str, u8), Outcome> = BTreeMap::new();
     println!("| method | W4 | W3 | W2 | block MSE W4 / W3 / W2 | seconds |");
@@ -91,17 +91,13 @@ fn main() {
             continue;
         }
         for bits in row.widths {
-            found.insert((row.name, *bits), run(&recipe(&row, *bits)));
+            found.insert((row.name, *bits), run(&recipe(&row, *bits))?);
         }
         println!("{}", line(&row, &found));
     }
     let faults = orders(&found);
-    for fault in &faults {
-        println!("{fault}");
-    }
-    if !faults.is_empty() {
-        std::process::exit(1);
-    }
+    anyhow::ensure!(faults.is_empty(), "{}", faults.join("\n"));
+    Ok(())
 }
 
 fn recipe(row: &Row, bits: u8) -> String {

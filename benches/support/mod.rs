@@ -1,11 +1,10 @@
 //! Running the real binary on a recipe and reading what came out, for the benches that compare
 //! methods.
-#![allow(dead_code)] // each bench uses its own part
 
 use std::path::Path;
 use std::process::Command;
-use std::time::Instant;
 
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 /// What a run gave.
@@ -41,44 +40,40 @@ pub(crate) const EVALUATE: &str =
 
 /// Trains `recipe` in a folder of its own.
 ///
-/// # Panics
+/// # Errors
 /// When the run fails; the message holds what it said.
-pub(crate) fn run(recipe: &str) -> Outcome {
-    let folder = tempfile::tempdir().expect("a temporary folder");
+pub(crate) fn run(recipe: &str) -> Result<Outcome> {
+    let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
     let path = folder.path().join("recipe.toml");
-    std::fs::write(&path, recipe).expect("the recipe is written");
-    let start = Instant::now();
+    std::fs::write(&path, recipe).context("cannot write the recipe")?;
     let output = Command::new(env!("CARGO_BIN_EXE_fewbit"))
         .args(["train", "--recipe"])
         .arg(&path)
         .current_dir(folder.path())
         .output()
-        .expect("the binary starts");
-    let wall = start.elapsed().as_secs_f64();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{recipe}\n{said}");
-    read(&folder.path().join("run/run.json"), wall)
+        .context("cannot start fewbit")?;
+    ensure!(output.status.success(), "{recipe}\n{}", String::from_utf8_lossy(&output.stderr));
+    let path = folder.path().join("run/run.json");
+    read(&path).with_context(|| format!("cannot use {}", path.display()))
 }
 
-fn read(path: &Path, wall: f64) -> Outcome {
-    let text = std::fs::read_to_string(path).expect("run.json is there");
-    let record: Value = serde_json::from_str(&text).expect("run.json is JSON");
-    let measured = record["results"]["measured"].as_array().expect("a list");
-    let last = measured.last().expect("one measurement");
+fn read(path: &Path) -> Result<Outcome> {
+    let record: Value = serde_json::from_str(&std::fs::read_to_string(path)?)?;
+    let measured = record["results"]["measured"].as_array().and_then(|all| all.last());
+    let perplexity = measured.and_then(|last| last["result"]["perplexity"].as_f64());
     let blocks = record["results"]["block_mse"].as_object().and_then(|stages| {
         let (_, blocks) = stages.iter().next_back()?;
         let after: Vec<f64> =
             blocks.as_array()?.iter().filter_map(|pair| pair[1].as_f64()).collect();
         Some(after.iter().sum::<f64>() / after.len() as f64)
     });
-    let stages = record["stages"].as_array().expect("a list");
+    let stages = record["stages"].as_array().context("it lists no stages")?;
     let quantizing = stages.iter().filter(|stage| stage["name"] != "evaluate");
-    let seconds: f64 = quantizing.filter_map(|stage| stage["seconds"].as_f64()).sum();
-    Outcome {
-        perplexity: last["result"]["perplexity"].as_f64().expect("a number"),
+    Ok(Outcome {
+        perplexity: perplexity.context("it holds no perplexity")?,
         block_mse: blocks,
-        seconds: if seconds > 0.0 { seconds } else { wall },
-    }
+        seconds: quantizing.filter_map(|stage| stage["seconds"].as_f64()).sum(),
+    })
 }
 
 /// Command-line words that are not options of cargo's own.

@@ -47,7 +47,7 @@ impl Solver for Awq {
     type Config = AwqConfig;
 
     const LEAVES: Repr = Repr::Uniform;
-    const NEEDS: Needs = Needs::Outputs;
+    const NEEDS: Needs = Needs::Moments;
 
     fn accepts(config: &AwqConfig, spec: &QuantSpec) -> Result<()> {
         if config.ratios == 0 {

@@ -60,7 +60,8 @@ pub(super) fn balance(
         if quantized.is_empty() || !feeds(block, &group) {
             continue;
         }
-        let observed = &observe(method, ctx, block, input, positions)?[&group.site];
+        let sites = [group.site];
+        let observed = &observe(ctx, block, input, positions, &sites, true)?[&group.site];
         let search = Search { method, ctx, prefix, positions, observed, group: &group, quantized };
         if let Some(factors) = search.best(block)? {
             apply(block, &group, &factors);

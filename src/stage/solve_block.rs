@@ -31,7 +31,8 @@ pub(super) fn solve_block(
     if !method.balance_exponents().is_empty() {
         saved.dense = balance(method, ctx, &prefix, &mut block, input, positions)?;
     }
-    let sites = observe(method, ctx, &block, input, positions)?;
+    let compares = method.needs() == Needs::Outputs;
+    let sites = observe(ctx, &block, input, positions, &Site::INPUTS, compares)?;
     for position in 0..block.linears().len() {
         ctx.stop.check()?;
         let (short, linear) = block.linears()[position];
@@ -43,7 +44,6 @@ pub(super) fn solve_block(
         let observed = &sites[&Site::feeding(short)];
         let reference = Reference::new(ctx, &block, short, observed, positions)?;
         let error = |replaced: &Tensor<2>| reference.error(ctx, &block, position, replaced);
-        let compares = method.needs() == Needs::Outputs;
         let problem = Problem {
             spec,
             layout,
@@ -71,23 +71,23 @@ pub(super) struct Observed {
     pub inputs: Activations,
 }
 
-/// Inputs at every site that feeds a linear, over the whole stream.
+/// Inputs at some `sites`, over the whole stream; `keep` keeps them besides their moments.
 pub(super) fn observe(
-    method: &MethodConfig,
     ctx: &StageContext<'_>,
     block: &Block,
     input: &Activations,
     positions: &Positions,
+    sites: &[Site],
+    keep: bool,
 ) -> Result<BTreeMap<Site, Observed>> {
-    let sites: RefCell<BTreeMap<Site, Observed>> = RefCell::default();
-    let keep = method.needs() == Needs::Outputs;
+    let all: RefCell<BTreeMap<Site, Observed>> = RefCell::default();
     let tap = |site, x: Tensor<3>| {
-        if !matches!(site, Site::Keys | Site::Values) {
+        if sites.contains(&site) {
             let mut part = Activations::default();
             let rows = part.push(x.clone());
             let [_, _, width] = x.dims();
-            let mut sites = sites.borrow_mut();
-            let observed = sites.entry(site).or_insert_with(|| Observed {
+            let mut all = all.borrow_mut();
+            let observed = all.entry(site).or_insert_with(|| Observed {
                 hessian: Hessian::new(width),
                 inputs: Activations::default(),
             });
@@ -102,7 +102,7 @@ pub(super) fn observe(
         ctx.stop.check()?;
         Ok(block.forward_tapped(x, positions, None, &tap))
     })?;
-    Ok(sites.into_inner())
+    Ok(all.into_inner())
 }
 
 /// The output that a linear's replacement is judged by: that of the attention for q, k and v, of
