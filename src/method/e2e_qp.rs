@@ -67,13 +67,8 @@ impl WeightMethod for E2eQp {
         })
     }
 
-    fn fake_quant(&self, _: Tensor<2>) -> Tensor<2> {
-        self.grid().dequantize(self.codes.clone())
-    }
-
     fn fold(&self, _: Tensor<2>) -> Folded {
-        let QuantParams { scale, zero_point } = self.grid();
-        Folded::Uniform { codes: self.codes.clone(), scale, zero_point, zero_kind: self.zero_kind }
+        Folded::uniform(self.codes.clone(), self.grid(), self.zero_kind)
     }
 }
 

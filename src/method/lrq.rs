@@ -215,10 +215,6 @@ impl WeightMethod for Lrq {
         })
     }
 
-    fn fake_quant(&self, weight: Tensor<2>) -> Tensor<2> {
-        self.log_scale.val().exp() * (self.codes(weight) - self.zero_point.clone())
-    }
-
     fn fold(&self, weight: Tensor<2>) -> Folded {
         Folded::Uniform {
             codes: self.codes(weight),

@@ -119,19 +119,10 @@ impl WeightMethod for Lsq {
         })
     }
 
-    fn fake_quant(&self, weight: Tensor<2>) -> Tensor<2> {
-        let grid = self.grid();
-        grid.dequantize(self.codes(weight, &grid))
-    }
-
     fn fold(&self, weight: Tensor<2>) -> Folded {
         let grid = self.grid();
-        Folded::Uniform {
-            codes: self.codes(weight, &grid),
-            scale: grid.scale,
-            zero_point: grid.zero_point,
-            zero_kind: if self.shift.is_some() { ZeroKind::Real } else { ZeroKind::Integer },
-        }
+        let zero_kind = if self.shift.is_some() { ZeroKind::Real } else { ZeroKind::Integer };
+        Folded::uniform(self.codes(weight, &grid), grid, zero_kind)
     }
 }
 

@@ -83,19 +83,9 @@ impl WeightMethod for Lwc {
         })
     }
 
-    fn fake_quant(&self, weight: Tensor<2>) -> Tensor<2> {
-        let grid = self.grid();
-        grid.dequantize(self.codes(weight, &grid))
-    }
-
     fn fold(&self, weight: Tensor<2>) -> Folded {
         let grid = self.grid();
-        Folded::Uniform {
-            codes: self.codes(weight, &grid),
-            scale: grid.scale,
-            zero_point: grid.zero_point,
-            zero_kind: ZeroKind::Integer,
-        }
+        Folded::uniform(self.codes(weight, &grid), grid, ZeroKind::Integer)
     }
 }
 

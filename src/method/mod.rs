@@ -50,8 +50,10 @@ pub use ternary::{Ternary, TernaryConfig};
 pub use uniquanf::{UniQuanF, UniQuanFConfig};
 
 use crate::error::{Error, Result};
+use crate::ops;
 use crate::quant::{
-    GroupAxis, GroupLayout, Hessian, ObserverConfig, QuantSpec, QuantizedWeight, Repr, ZeroKind,
+    GroupAxis, GroupLayout, Hessian, ObserverConfig, QuantParams, QuantSpec, QuantizedWeight, Repr,
+    ZeroKind,
 };
 use crate::train::Role;
 
@@ -78,6 +80,27 @@ pub enum Folded {
         /// Offsets, `[groups, 1]`.
         offset: Tensor<2>,
     },
+}
+
+impl Folded {
+    /// Codes on a uniform grid.
+    pub fn uniform(codes: Tensor<2>, grid: QuantParams, zero_kind: ZeroKind) -> Self {
+        let QuantParams { scale, zero_point } = grid;
+        Self::Uniform { codes, scale, zero_point, zero_kind }
+    }
+
+    /// The weights, `[groups, group_len]`.
+    pub fn values(self) -> Tensor<2> {
+        match self {
+            Self::Uniform { codes, scale, zero_point, .. } => {
+                QuantParams { scale, zero_point }.dequantize(codes)
+            }
+            Self::BinaryCoding { codes, alpha, offset } => {
+                let [_, bits] = alpha.dims();
+                ops::binary_coding(&ops::sign_planes(&codes, bits as u8), &alpha, offset)
+            }
+        }
+    }
 }
 
 /// What a [`WeightMethod`] starts from.
@@ -153,11 +176,15 @@ pub trait WeightMethod: Module + Sized {
     /// When the observer refuses the weight.
     fn init(config: &Self::Config, start: &Start<'_>) -> Result<Self>;
 
-    /// Differentiable stand-in for the weight, `[groups, group_len]`.
-    fn fake_quant(&self, weight: Tensor<2>) -> Tensor<2>;
-
-    /// Codes and grid. Law: the values they stand for are `fake_quant(weight)`, bit for bit.
+    /// Codes and grid, both tracked. Law: the values they stand for are `fake_quant(weight)`, bit for
+    /// bit.
     fn fold(&self, weight: Tensor<2>) -> Folded;
+
+    /// Differentiable stand-in for the weight, `[groups, group_len]`: the folded weight's values,
+    /// unless their gradient is another.
+    fn fake_quant(&self, weight: Tensor<2>) -> Tensor<2> {
+        self.fold(weight).values()
+    }
 
     /// Work between optimizer steps that no gradient does: remapping codes, projecting into bounds.
     /// `weight` (`[groups, group_len]`) is not tracked.

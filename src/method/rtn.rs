@@ -44,19 +44,9 @@ impl WeightMethod for Rtn {
         Ok(Self { scale, zero_point, max_code: spec.bits.max_code() })
     }
 
-    fn fake_quant(&self, weight: Tensor<2>) -> Tensor<2> {
-        let grid = self.grid();
-        grid.dequantize(grid.codes(weight, self.max_code))
-    }
-
     fn fold(&self, weight: Tensor<2>) -> Folded {
         let grid = self.grid();
-        Folded::Uniform {
-            codes: grid.codes(weight, self.max_code),
-            scale: grid.scale,
-            zero_point: grid.zero_point,
-            zero_kind: ZeroKind::Integer,
-        }
+        Folded::uniform(grid.codes(weight, self.max_code), grid, ZeroKind::Integer)
     }
 }
 

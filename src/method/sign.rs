@@ -64,16 +64,10 @@ impl WeightMethod for Sign {
         })
     }
 
-    fn fake_quant(&self, weight: Tensor<2>) -> Tensor<2> {
-        let step = ops::scale_gradient(self.step.val().clamp_min(STEP_FLOOR), self.gradient_factor);
-        grid(step.clone()).dequantize(ops::sign_codes(weight, step))
-    }
-
     fn fold(&self, weight: Tensor<2>) -> Folded {
-        let step = self.step.val().clamp_min(STEP_FLOOR);
+        let step = ops::scale_gradient(self.step.val().clamp_min(STEP_FLOOR), self.gradient_factor);
         let codes = ops::sign_codes(weight, step.clone());
-        let QuantParams { scale, zero_point } = grid(step);
-        Folded::Uniform { codes, scale, zero_point, zero_kind: ZeroKind::Half }
+        Folded::uniform(codes, grid(step), ZeroKind::Half)
     }
 }
 

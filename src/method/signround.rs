@@ -87,19 +87,9 @@ impl WeightMethod for SignRound {
         })
     }
 
-    fn fake_quant(&self, weight: Tensor<2>) -> Tensor<2> {
-        let grid = self.grid();
-        grid.dequantize(self.codes(weight, &grid))
-    }
-
     fn fold(&self, weight: Tensor<2>) -> Folded {
         let grid = self.grid();
-        Folded::Uniform {
-            codes: self.codes(weight, &grid),
-            scale: grid.scale,
-            zero_point: grid.zero_point,
-            zero_kind: ZeroKind::Integer,
-        }
+        Folded::uniform(self.codes(weight, &grid), grid, ZeroKind::Integer)
     }
 
     fn between_steps(self, _: Tensor<2>, _: Moment) -> Self {

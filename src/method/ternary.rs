@@ -72,16 +72,10 @@ impl WeightMethod for Ternary {
         })
     }
 
-    fn fake_quant(&self, weight: Tensor<2>) -> Tensor<2> {
-        let step = ops::scale_gradient(self.step.val().clamp_min(STEP_FLOOR), self.gradient_factor);
-        grid(step.clone()).dequantize(ops::ternary_codes(weight, step, EPSILON))
-    }
-
     fn fold(&self, weight: Tensor<2>) -> Folded {
-        let step = self.step.val().clamp_min(STEP_FLOOR);
+        let step = ops::scale_gradient(self.step.val().clamp_min(STEP_FLOOR), self.gradient_factor);
         let codes = ops::ternary_codes(weight, step.clone(), EPSILON);
-        let QuantParams { scale, zero_point } = grid(step);
-        Folded::Uniform { codes, scale, zero_point, zero_kind: ZeroKind::Integer }
+        Folded::uniform(codes, grid(step), ZeroKind::Integer)
     }
 }
 
