@@ -19,7 +19,7 @@ use fewbit::objective::{
     CakldObjective, CrossEntropyObjective, JsdObjective, KlObjective, ObjectiveConfig, Targets,
     Term,
 };
-use fewbit::ops::{self, Divergence, LossValue, TieRule};
+use fewbit::ops::{self, Comparison, Divergence, LossValue, TieRule};
 use fewbit::quant::{
     Bits, GroupSize, MinMaxConfig, MseConfig, ObserverConfig, QuantSpec, Symmetry,
 };
@@ -306,8 +306,8 @@ fn loss_agrees(case: &str, loss: &LossValue) {
 
 /// Names as in the file, operations, and the objectives that recipes name.
 fn divergences(temperature: f64) -> Vec<(&'static str, Divergence, ObjectiveConfig)> {
-    let jsd = |beta| ObjectiveConfig::Jsd(JsdObjective { beta, temperature });
-    let kl = || KlObjective { temperature };
+    let jsd = |beta| ObjectiveConfig::Jsd(JsdObjective { beta, temperature, top_k: None });
+    let kl = || KlObjective { temperature, top_k: None };
     vec![
         ("jsd_b10", Divergence::Jsd { beta: 0.1 }, jsd(0.1)),
         ("jsd_b50", Divergence::Jsd { beta: 0.5 }, jsd(0.5)),
@@ -337,7 +337,8 @@ fn divergences_at_every_beta_and_temperature() {
                 _ => format!("{prefix}{name}"),
             };
             let (teacher, weights) = (targets.teacher.clone().unwrap(), targets.weights.clone());
-            let loss = ops::divergence(kind, student.clone(), teacher, weights, temperature);
+            let comparison = Comparison { divergence: kind, temperature, top_k: None };
+            let loss = ops::divergence(&comparison, student.clone(), teacher, weights);
             loss_agrees(&case, &loss);
             let same = objective.on_logits(student.clone(), &targets).unwrap();
             assert_eq!(host(same.value), host(loss.value), "{case}");
@@ -353,7 +354,7 @@ fn cakld_at_every_gamma_and_temperature() {
     let [student, teacher] = ["student", "teacher"].map(|name| golden.matrix(name, 11, &device));
     let weights = masked(&golden.values("mask"), &device);
     let confidence = ops::confidence(teacher.clone(), weights.clone());
-    golden.agrees("confidence", &host(confidence));
+    golden.agrees("confidence", &[confidence as f32]);
     let targets = Targets {
         teacher: Some(teacher),
         next: labels(&[0.0; 7], &device),
@@ -419,8 +420,9 @@ fn a_loss_joined_to_the_tape_keeps_value_and_gradient() {
     let student = golden.matrix("student", VOCAB, &device).require_grad();
     let teacher = golden.matrix("teacher", VOCAB, &device).inner();
     let weights = masked(&golden.values("mask"), &device).inner();
-    let kind = Divergence::Jsd { beta: 0.5 };
-    let loss = ops::divergence(kind, student.clone().inner(), teacher, weights, 1.0);
+    let divergence = Divergence::Jsd { beta: 0.5 };
+    let comparison = Comparison { divergence, temperature: 1.0, top_k: None };
+    let loss = ops::divergence(&comparison, student.clone().inner(), teacher, weights);
     let (value, gradient) =
         (Tensor::from_inner(loss.value.clone()), Tensor::from_inner(loss.gradient));
     let joined = ops::with_gradient(student.clone(), value, gradient);

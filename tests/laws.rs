@@ -10,7 +10,7 @@ use fewbit::method::{
     FakeQuant, FlexRound, FlexRoundConfig, Folded, Method, MethodConfig, RtnConfig, SeqConfig,
     SeqStart, Start, attach, attached, fold,
 };
-use fewbit::ops::{self, Divergence, TieRule};
+use fewbit::ops::{self, Comparison, Divergence, Rule, Stepped, TieRule};
 use fewbit::quant::{
     Bits, Grid, GroupSize, MinMaxConfig, MseConfig, ObserverConfig, QuantSpec, QuantizedWeight,
     Symmetry,
@@ -577,9 +577,10 @@ fn seq_by_hand() {
     near(&host(method.step.val().grad(&gradients).unwrap()), &[-0.204_124], 1e-6);
     // Ties of the half-even rule: 0 up, 1/2 down, -1/2 down.
     let step = matrix(&[1.0], 1, &device);
-    let levels =
-        ops::seq_levels(matrix(&[0.0, 0.5, -0.5], 3, &device), step, 0.01, TieRule::HalfEven);
-    near(&host(levels * 0.5), &[0.25, 0.25, -0.75], 0.0);
+    let rule = Rule::Seq { margin: 0.01, ties: TieRule::HalfEven };
+    let weight = matrix(&[0.0, 0.5, -0.5], 3, &device);
+    let zero = step.full_like(1.5);
+    near(&host(Stepped::new(weight, step, zero, rule).values()), &[0.25, 0.25, -0.75], 0.0);
 }
 
 #[test]
@@ -854,7 +855,8 @@ fn divergence(
     let tokens = student.len() / vocab;
     let weights = matrix(&vec![1.0 / tokens as f32; tokens], 1, &device);
     let (student, teacher) = (matrix(student, vocab, &device), matrix(teacher, vocab, &device));
-    let loss = ops::divergence(kind, student, teacher, weights, temperature);
+    let comparison = Comparison { divergence: kind, temperature, top_k: None };
+    let loss = ops::divergence(&comparison, student, teacher, weights);
     (host(loss.value)[0], host(loss.gradient))
 }
 

@@ -33,11 +33,11 @@ const LAYERS: [(&str, &[&str]); 14] = [
     ("export", &["model", "quant", "store"]),
     // The role of a parameter is the word both sides share: method says it, train reads rates by it.
     ("method", &["train::Role", "quant", "ops"]),
-    ("model", &["store"]),
+    ("model", &["ops", "store"]),
     ("objective", &["ops"]),
     // Hashing a file is one function for all.
     ("data", &["store::folder", "store::hex"]),
-    ("train", &[]),
+    ("train", &["ops"]),
     ("quant", &["ops"]),
     ("ops", &[]),
     ("store", &[]),

@@ -12,9 +12,9 @@ use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::{Folded, Start, WeightMethod};
+use super::{Quantizer, Start, WeightMethod};
 use crate::error::{Error, Result};
-use crate::ops;
+use crate::ops::{self, Rule, Stepped};
 use crate::quant::{QuantParams, QuantSpec, Repr, ZeroKind};
 use crate::train::Role;
 
@@ -79,17 +79,14 @@ impl WeightMethod for BlockAp {
         Ok(Self { step: Param::from_tensor(scale), zero: Param::from_tensor(zero_point), max_code })
     }
 
-    fn fold(&self, weight: Tensor<2>) -> Folded {
-        let grid = self.grid();
-        Folded::uniform(self.codes(weight, &grid), grid, ZeroKind::Integer)
+    fn quantizer(&self, weight: Tensor<2>) -> Quantizer {
+        let QuantParams { scale, zero_point } = self.grid();
+        let rule = Rule::Affine { max_code: f32::from(self.max_code) };
+        Quantizer::Stepped(Stepped::new(weight, scale, zero_point, rule), ZeroKind::Integer)
     }
 }
 
 impl BlockAp {
-    fn codes(&self, weight: Tensor<2>, grid: &QuantParams) -> Tensor<2> {
-        ops::affine_codes(weight / grid.scale.clone(), grid.zero_point.clone(), self.max_code)
-    }
-
     fn grid(&self) -> QuantParams {
         let [floor, ceiling] = STEP_BOUNDS;
         let zero = ops::round_ste(self.zero.val());

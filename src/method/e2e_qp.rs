@@ -10,7 +10,7 @@ use burn::module::{Module, Param};
 use burn::tensor::{Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use super::{Folded, Start, WeightMethod};
+use super::{Quantizer, Start, WeightMethod};
 use crate::error::{Error, Result};
 use crate::ops;
 use crate::quant::{
@@ -67,8 +67,9 @@ impl WeightMethod for E2eQp {
         })
     }
 
-    fn fold(&self, _: Tensor<2>) -> Folded {
-        Folded::uniform(self.codes.clone(), self.grid(), self.zero_kind)
+    fn quantizer(&self, _: Tensor<2>) -> Quantizer {
+        let (codes, zero_kind) = (self.codes.clone(), self.zero_kind);
+        Quantizer::Frozen { codes, grid: self.grid(), zero_kind }
     }
 }
 

@@ -11,10 +11,10 @@ use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::{Folded, Start, WeightMethod};
+use super::{Quantizer, Start, WeightMethod};
 use crate::error::Result;
 use crate::ops;
-use crate::quant::{QuantParams, QuantSpec, Repr, ZeroKind};
+use crate::quant::{QuantParams, QuantSpec, Repr};
 use crate::train::Role;
 
 /// `method.flexround`: no keys.
@@ -63,25 +63,15 @@ impl WeightMethod for FlexRound {
         })
     }
 
-    fn fold(&self, weight: Tensor<2>) -> Folded {
-        Folded::Uniform {
-            codes: self.codes(weight),
-            scale: self.log_scale.val().exp(),
-            zero_point: self.zero_point.clone(),
-            zero_kind: ZeroKind::Integer,
-        }
-    }
-}
-
-impl FlexRound {
-    fn codes(&self, weight: Tensor<2>) -> Tensor<2> {
-        ops::flexround(
+    fn quantizer(&self, weight: Tensor<2>) -> Quantizer {
+        Quantizer::Divided(ops::Divided {
             weight,
-            self.log_scale.val(),
-            self.log_division.val(),
-            self.log_row.val(),
-            self.zero_point.clone(),
-            self.max_code,
-        )
+            log_scale: self.log_scale.val(),
+            log_division: self.log_division.val(),
+            log_row: self.log_row.val(),
+            log_column: None,
+            zero_point: self.zero_point.clone(),
+            max_code: self.max_code,
+        })
     }
 }

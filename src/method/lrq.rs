@@ -21,10 +21,10 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng as _, SeedableRng as _};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-use super::{Folded, Start, WeightMethod};
+use super::{Quantizer, Start, WeightMethod};
 use crate::error::{Error, Result};
 use crate::ops;
-use crate::quant::{QuantParams, QuantSpec, Repr, ZeroKind};
+use crate::quant::{QuantParams, QuantSpec, Repr};
 use crate::train::Role;
 
 /// The paper's rank for models of ordinary size, and for large ones.
@@ -215,32 +215,32 @@ impl WeightMethod for Lrq {
         })
     }
 
-    fn fold(&self, weight: Tensor<2>) -> Folded {
-        Folded::Uniform {
-            codes: self.codes(weight),
-            scale: self.log_scale.val().exp(),
-            zero_point: self.zero_point.clone(),
-            zero_kind: ZeroKind::Integer,
-        }
-    }
-}
-
-impl Lrq {
-    fn codes(&self, weight: Tensor<2>) -> Tensor<2> {
-        let row = self.log_row.val();
-        // The division belongs to the matrix: one product per forward, cut into groups after it.
-        let log_division = match &self.division {
-            Division::Full(full) => full.log_division.val() + row,
-            Division::LowRank(factors) => ops::low_rank_division(
-                factors.log_left.val(),
-                factors.log_right.val(),
-                row,
-                factors.log_column.val(),
-            ),
+    fn quantizer(&self, weight: Tensor<2>) -> Quantizer {
+        let (mut log_division, mut log_column) = match &self.division {
+            Division::Full(full) => (full.log_division.val(), None),
+            Division::LowRank(factors) => {
+                let product = ops::matmul(factors.log_left.val(), factors.log_right.val());
+                (product, Some(factors.log_column.val()))
+            }
         };
-        let log_division = ops::reshape_grouped(log_division, weight.dims());
-        let divisor = (log_division + self.log_scale.val()).exp();
-        ops::affine_codes(weight / divisor, self.zero_point.clone(), self.max_code)
+        let (mut log_row, [groups, _]) = (self.log_row.val(), weight.dims());
+        if groups < log_row.dims()[0] {
+            // A group of several rows: their factors vary within it.
+            log_division = log_division + log_row;
+            if let Some(column) = log_column.take() {
+                log_division = log_division + column;
+            }
+            log_row = self.zero_point.zeros_like();
+        }
+        Quantizer::Divided(ops::Divided {
+            log_scale: self.log_scale.val(),
+            log_division: ops::reshape_grouped(log_division, weight.dims()),
+            log_row,
+            log_column,
+            zero_point: self.zero_point.clone(),
+            max_code: self.max_code,
+            weight,
+        })
     }
 }
 

@@ -13,10 +13,10 @@ use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::{Folded, Start, WeightMethod};
+use super::{Quantizer, Start, WeightMethod};
 use crate::error::{Error, Result};
-use crate::ops;
-use crate::quant::{Bits, QuantParams, QuantSpec, Repr, ZeroKind};
+use crate::ops::{self, Rule, Stepped};
+use crate::quant::{Bits, QuantSpec, Repr, ZeroKind};
 use crate::train::Role;
 
 /// ParetoQ's floor of the step.
@@ -119,31 +119,22 @@ impl WeightMethod for Lsq {
         })
     }
 
-    fn fold(&self, weight: Tensor<2>) -> Folded {
-        let grid = self.grid();
-        let zero_kind = if self.shift.is_some() { ZeroKind::Real } else { ZeroKind::Integer };
-        Folded::uniform(self.codes(weight, &grid), grid, zero_kind)
-    }
-}
-
-impl Lsq {
-    fn codes(&self, weight: Tensor<2>, grid: &QuantParams) -> Tensor<2> {
-        let weight = match &self.shift {
-            Some(shift) => weight - shift.val(),
-            None => weight,
-        };
-        ops::lsq_codes(weight / grid.scale.clone(), self.bits.get())
-    }
-
-    /// The shift is a part of the zero point, so that the grid alone gives the values.
-    fn grid(&self) -> QuantParams {
-        let scale =
-            ops::scale_gradient(self.step.val().clamp_min(STEP_FLOOR), self.gradient_factor);
+    fn quantizer(&self, weight: Tensor<2>) -> Quantizer {
+        let step = self.step.val().clamp_min(STEP_FLOOR);
         let middle = (self.bits.levels() / 2) as f32;
-        let zero_point = match &self.shift {
-            Some(shift) => (shift.val() / scale.clone()).neg() + middle,
-            None => scale.full_like(middle),
+        // The shift is a part of the zero point, so that the grid alone gives the values; the step
+        // inside it has the factor of its gradient too.
+        let (weight, zero_point, zero_kind) = match &self.shift {
+            Some(shift) => {
+                let step = ops::scale_gradient(step.clone(), self.gradient_factor);
+                let zero_point = (shift.val() / step).neg() + middle;
+                (weight - shift.val(), zero_point, ZeroKind::Real)
+            }
+            None => (weight, step.full_like(middle), ZeroKind::Integer),
         };
-        QuantParams { scale, zero_point }
+        let rule = Rule::Lsq { middle };
+        let step_gradient = self.gradient_factor;
+        let stepped = Stepped { step_gradient, ..Stepped::new(weight, step, zero_point, rule) };
+        Quantizer::Stepped(stepped, zero_kind)
     }
 }

@@ -15,9 +15,9 @@ use burn::tensor::Tensor;
 use burn::tensor::activation::sigmoid;
 use serde::{Deserialize, Serialize};
 
-use super::{Folded, Start, WeightMethod};
+use super::{Quantizer, Start, WeightMethod};
 use crate::error::{Error, Result};
-use crate::ops;
+use crate::ops::{Rule, Stepped};
 use crate::quant::{Bits, QuantParams, QuantSpec, Repr, Symmetry, ZeroKind};
 use crate::train::Role;
 
@@ -83,18 +83,14 @@ impl WeightMethod for Lwc {
         })
     }
 
-    fn fold(&self, weight: Tensor<2>) -> Folded {
-        let grid = self.grid();
-        Folded::uniform(self.codes(weight, &grid), grid, ZeroKind::Integer)
+    fn quantizer(&self, weight: Tensor<2>) -> Quantizer {
+        let QuantParams { scale, zero_point } = self.grid();
+        let rule = Rule::Affine { max_code: f32::from(self.bits.max_code()) };
+        Quantizer::Stepped(Stepped::new(weight, scale, zero_point, rule), ZeroKind::Integer)
     }
 }
 
 impl Lwc {
-    fn codes(&self, weight: Tensor<2>, grid: &QuantParams) -> Tensor<2> {
-        let ratio = weight / grid.scale.clone();
-        ops::affine_codes(ratio, grid.zero_point.clone(), self.bits.max_code())
-    }
-
     fn grid(&self) -> QuantParams {
         let high = sigmoid(self.clip_high.val()) * self.high.clone();
         let low = sigmoid(self.clip_low.val()) * self.low.clone();

@@ -88,16 +88,67 @@ impl Folded {
         let QuantParams { scale, zero_point } = grid;
         Self::Uniform { codes, scale, zero_point, zero_kind }
     }
+}
 
-    /// The weights, `[groups, group_len]`.
+/// The one function from a weight to its codes and to their values: training, evaluation and export
+/// all read it.
+#[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant)] // a handful of tensor handles either way
+pub enum Quantizer {
+    /// Codes of the weight divided by learned factors.
+    Divided(ops::Divided),
+    /// Codes of the weight in units of a learned step; what its zero points are.
+    Stepped(ops::Stepped, ZeroKind),
+    /// Frozen codes on a learned uniform grid.
+    Frozen {
+        /// Codes as floats, `[groups, group_len]`.
+        codes: Tensor<2>,
+        /// The grid.
+        grid: QuantParams,
+        /// What its zero points are.
+        zero_kind: ZeroKind,
+    },
+    /// UniQuanF's mapping to binary coding.
+    Unified {
+        /// The learned mapping.
+        unified: ops::Unified,
+        /// The weight, `[groups, group_len]`.
+        weight: Tensor<2>,
+        /// Present codes as floats, `[groups, group_len]`.
+        codes: Tensor<2>,
+        /// Whether weights beyond their level's reach get no gradient.
+        filter: bool,
+    },
+}
+
+impl Quantizer {
+    /// Differentiable stand-in for the weight, `[groups, group_len]`.
     pub fn values(self) -> Tensor<2> {
         match self {
-            Self::Uniform { codes, scale, zero_point, .. } => {
-                QuantParams { scale, zero_point }.dequantize(codes)
+            Self::Divided(divided) => divided.values(),
+            Self::Stepped(stepped, _) => stepped.values(),
+            Self::Frozen { codes, grid, .. } => grid.dequantize(codes),
+            Self::Unified { unified, weight, codes, filter } => unified.map(weight, &codes, filter),
+        }
+    }
+
+    /// Codes and grid. Law: they stand for [`Quantizer::values`], bit for bit.
+    pub fn fold(self) -> Folded {
+        match self {
+            Self::Divided(divided) => {
+                let scale = ops::exp(divided.log_scale.clone());
+                let grid = QuantParams { scale, zero_point: divided.zero_point.clone() };
+                Folded::uniform(divided.codes(), grid, ZeroKind::Integer)
             }
-            Self::BinaryCoding { codes, alpha, offset } => {
-                let [_, bits] = alpha.dims();
-                ops::binary_coding(&ops::sign_planes(&codes, bits as u8), &alpha, offset)
+            Self::Stepped(stepped, zero_kind) => {
+                let scale = stepped.rule.scales(stepped.step.clone());
+                let grid = QuantParams { scale, zero_point: stepped.zero_point.clone() };
+                Folded::uniform(stepped.codes(), grid, zero_kind)
+            }
+            Self::Frozen { codes, grid, zero_kind } => Folded::uniform(codes, grid, zero_kind),
+            Self::Unified { unified, codes, .. } => {
+                let (alpha, offset) = unified.folded();
+                Folded::BinaryCoding { codes, alpha, offset }
             }
         }
     }
@@ -176,15 +227,8 @@ pub trait WeightMethod: Module + Sized {
     /// When the observer refuses the weight.
     fn init(config: &Self::Config, start: &Start<'_>) -> Result<Self>;
 
-    /// Codes and grid, both tracked. Law: the values they stand for are `fake_quant(weight)`, bit for
-    /// bit.
-    fn fold(&self, weight: Tensor<2>) -> Folded;
-
-    /// Differentiable stand-in for the weight, `[groups, group_len]`: the folded weight's values,
-    /// unless their gradient is another.
-    fn fake_quant(&self, weight: Tensor<2>) -> Tensor<2> {
-        self.fold(weight).values()
-    }
+    /// The method on a weight, `[groups, group_len]`.
+    fn quantizer(&self, weight: Tensor<2>) -> Quantizer;
 
     /// Work between optimizer steps that no gradient does: remapping codes, projecting into bounds.
     /// `weight` (`[groups, group_len]`) is not tracked.
@@ -406,14 +450,19 @@ macro_rules! methods {
         }
 
         impl Method {
-            /// See [`WeightMethod::fake_quant`].
+            /// Differentiable stand-in for the weight, both `[groups, group_len]`.
             pub fn fake_quant(&self, weight: Tensor<2>) -> Tensor<2> {
-                match self { $(Self::$name(method) => method.fake_quant(weight),)* }
+                self.quantizer(weight).values()
             }
 
-            /// See [`WeightMethod::fold`].
+            /// Codes and grid of the weight. Law: they stand for `fake_quant(weight)`, bit for bit.
             pub fn fold(&self, weight: Tensor<2>) -> Folded {
-                match self { $(Self::$name(method) => method.fold(weight),)* }
+                self.quantizer(weight).fold()
+            }
+
+            /// See [`WeightMethod::quantizer`].
+            pub fn quantizer(&self, weight: Tensor<2>) -> Quantizer {
+                match self { $(Self::$name(method) => method.quantizer(weight),)* }
             }
 
             /// See [`WeightMethod::between_steps`].

@@ -8,8 +8,9 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::{Folded, Start, WeightMethod};
+use super::{Quantizer, Start, WeightMethod};
 use crate::error::Result;
+use crate::ops::{Rule, Stepped};
 use crate::quant::{QuantParams, QuantSpec, Repr, ZeroKind};
 use crate::train::Role;
 
@@ -44,14 +45,9 @@ impl WeightMethod for Rtn {
         Ok(Self { scale, zero_point, max_code: spec.bits.max_code() })
     }
 
-    fn fold(&self, weight: Tensor<2>) -> Folded {
-        let grid = self.grid();
-        Folded::uniform(grid.codes(weight, self.max_code), grid, ZeroKind::Integer)
-    }
-}
-
-impl Rtn {
-    fn grid(&self) -> QuantParams {
-        QuantParams { scale: self.scale.clone(), zero_point: self.zero_point.clone() }
+    fn quantizer(&self, weight: Tensor<2>) -> Quantizer {
+        let rule = Rule::Affine { max_code: f32::from(self.max_code) };
+        let (step, zero_point) = (self.scale.clone(), self.zero_point.clone());
+        Quantizer::Stepped(Stepped::new(weight, step, zero_point, rule), ZeroKind::Integer)
     }
 }

@@ -10,9 +10,9 @@ use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::{Folded, Start, WeightMethod};
+use super::{Quantizer, Start, WeightMethod};
 use crate::error::{Error, Result};
-use crate::ops::{self, TieRule};
+use crate::ops::{Rule, Stepped, TieRule};
 use crate::quant::{QuantSpec, Repr, ZeroKind};
 use crate::train::Role;
 
@@ -80,7 +80,7 @@ impl WeightMethod for Seq {
     fn init(config: &SeqConfig, start: &Start<'_>) -> Result<Self> {
         let weight = start.weight;
         let step = start_step(config.start, weight, |step| {
-            step.clone() * 0.5 * ops::seq_levels(weight.clone(), step.clone(), EPSILON, config.ties)
+            grid(weight.clone(), step.clone(), config.ties, 1.0).values()
         });
         Ok(Self {
             step: Param::from_tensor(step),
@@ -89,26 +89,17 @@ impl WeightMethod for Seq {
         })
     }
 
-    fn fake_quant(&self, weight: Tensor<2>) -> Tensor<2> {
-        let step = ops::scale_gradient(self.step.val().clamp_min(STEP_FLOOR), self.gradient_factor);
-        step.clone() * 0.5 * ops::seq_levels(weight, step, EPSILON, self.ties())
-    }
-
-    fn fold(&self, weight: Tensor<2>) -> Folded {
+    fn quantizer(&self, weight: Tensor<2>) -> Quantizer {
+        let ties = if self.half_up { TieRule::HalfUp } else { TieRule::HalfEven };
         let step = self.step.val().clamp_min(STEP_FLOOR);
-        Folded::Uniform {
-            codes: ops::seq_levels(weight, step.clone(), EPSILON, self.ties()) + 1.5,
-            zero_point: step.full_like(1.5),
-            scale: step * 0.5,
-            zero_kind: ZeroKind::Half,
-        }
+        Quantizer::Stepped(grid(weight, step, ties, self.gradient_factor), ZeroKind::Half)
     }
 }
 
-impl Seq {
-    fn ties(&self) -> TieRule {
-        if self.half_up { TieRule::HalfUp } else { TieRule::HalfEven }
-    }
+fn grid(weight: Tensor<2>, step: Tensor<2>, ties: TieRule, step_gradient: f64) -> Stepped {
+    let zero_point = step.full_like(1.5);
+    let rule = Rule::Seq { margin: EPSILON, ties };
+    Stepped { step_gradient, ..Stepped::new(weight, step, zero_point, rule) }
 }
 
 /// `1/sqrt(numel)`, ParetoQ's factor of the step's gradient, or 1.

@@ -11,10 +11,10 @@ use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::seq::{self, STEP_FLOOR};
-use super::{Folded, Start, WeightMethod};
+use super::{Quantizer, Start, WeightMethod};
 use crate::error::{Error, Result};
-use crate::ops;
-use crate::quant::{QuantParams, QuantSpec, Repr, ZeroKind};
+use crate::ops::{Rule, Stepped};
+use crate::quant::{QuantSpec, Repr, ZeroKind};
 use crate::train::Role;
 
 /// `method.sign`.
@@ -64,13 +64,11 @@ impl WeightMethod for Sign {
         })
     }
 
-    fn fold(&self, weight: Tensor<2>) -> Folded {
-        let step = ops::scale_gradient(self.step.val().clamp_min(STEP_FLOOR), self.gradient_factor);
-        let codes = ops::sign_codes(weight, step.clone());
-        Folded::uniform(codes, grid(step), ZeroKind::Half)
+    fn quantizer(&self, weight: Tensor<2>) -> Quantizer {
+        let step = self.step.val().clamp_min(STEP_FLOOR);
+        let (zero_point, rule) = (step.full_like(0.5), Rule::Sign);
+        let step_gradient = self.gradient_factor;
+        let stepped = Stepped { step_gradient, ..Stepped::new(weight, step, zero_point, rule) };
+        Quantizer::Stepped(stepped, ZeroKind::Half)
     }
-}
-
-fn grid(step: Tensor<2>) -> QuantParams {
-    QuantParams { zero_point: step.full_like(0.5), scale: step * 2.0 }
 }

@@ -16,9 +16,9 @@ use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::{Folded, Moment, Start, WeightMethod};
+use super::{Moment, Quantizer, Start, WeightMethod};
 use crate::error::{Error, Result};
-use crate::ops;
+use crate::ops::{self, Rule, Stepped};
 use crate::quant::{Bits, QuantParams, QuantSpec, Repr, SCALE_FLOOR, Symmetry, ZeroKind};
 use crate::train::Role;
 
@@ -87,9 +87,12 @@ impl WeightMethod for SignRound {
         })
     }
 
-    fn fold(&self, weight: Tensor<2>) -> Folded {
-        let grid = self.grid();
-        Folded::uniform(self.codes(weight, &grid), grid, ZeroKind::Integer)
+    fn quantizer(&self, weight: Tensor<2>) -> Quantizer {
+        let QuantParams { scale, zero_point } = self.grid();
+        let rule = Rule::Affine { max_code: f32::from(self.bits.max_code()) };
+        let rounding = Some(self.rounding.val());
+        let stepped = Stepped { rounding, ..Stepped::new(weight, scale, zero_point, rule) };
+        Quantizer::Stepped(stepped, ZeroKind::Integer)
     }
 
     fn between_steps(self, _: Tensor<2>, _: Moment) -> Self {
@@ -103,11 +106,6 @@ impl WeightMethod for SignRound {
 }
 
 impl SignRound {
-    fn codes(&self, weight: Tensor<2>, grid: &QuantParams) -> Tensor<2> {
-        let ratio = weight / grid.scale.clone() + self.rounding.val();
-        ops::affine_codes(ratio, grid.zero_point.clone(), self.bits.max_code())
-    }
-
     fn grid(&self) -> QuantParams {
         let high = self.high.clone() * self.max_factor.val();
         let low = self.low.clone() * self.min_factor.val();

@@ -11,10 +11,10 @@ use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::seq::{self, EPSILON, STEP_FLOOR, SeqStart};
-use super::{Folded, Start, WeightMethod};
+use super::{Quantizer, Start, WeightMethod};
 use crate::error::{Error, Result};
-use crate::ops;
-use crate::quant::{QuantParams, QuantSpec, Repr, ZeroKind};
+use crate::ops::{Rule, Stepped};
+use crate::quant::{QuantSpec, Repr, ZeroKind};
 use crate::train::Role;
 
 /// `method.ternary`.
@@ -63,8 +63,7 @@ impl WeightMethod for Ternary {
     fn init(config: &TernaryConfig, start: &Start<'_>) -> Result<Self> {
         let weight = start.weight;
         let step = seq::start_step(config.start, weight, |step| {
-            let grid = grid(step.clone());
-            grid.dequantize(ops::ternary_codes(weight.clone(), step.clone(), EPSILON))
+            grid(weight.clone(), step.clone(), 1.0).values()
         });
         Ok(Self {
             step: Param::from_tensor(step),
@@ -72,13 +71,14 @@ impl WeightMethod for Ternary {
         })
     }
 
-    fn fold(&self, weight: Tensor<2>) -> Folded {
-        let step = ops::scale_gradient(self.step.val().clamp_min(STEP_FLOOR), self.gradient_factor);
-        let codes = ops::ternary_codes(weight, step.clone(), EPSILON);
-        Folded::uniform(codes, grid(step), ZeroKind::Integer)
+    fn quantizer(&self, weight: Tensor<2>) -> Quantizer {
+        let step = self.step.val().clamp_min(STEP_FLOOR);
+        Quantizer::Stepped(grid(weight, step, self.gradient_factor), ZeroKind::Integer)
     }
 }
 
-fn grid(step: Tensor<2>) -> QuantParams {
-    QuantParams { zero_point: step.ones_like(), scale: step / 1.5 }
+fn grid(weight: Tensor<2>, step: Tensor<2>, step_gradient: f64) -> Stepped {
+    let zero_point = step.ones_like();
+    let rule = Rule::Ternary { margin: EPSILON };
+    Stepped { step_gradient, ..Stepped::new(weight, step, zero_point, rule) }
 }

@@ -22,9 +22,9 @@ use rayon::iter::ParallelIterator;
 use rayon::slice::ParallelSlice;
 use serde::{Deserialize, Serialize};
 
-use super::{Folded, Moment, Start, WeightMethod};
+use super::{Moment, Quantizer, Start, WeightMethod};
 use crate::error::{Error, Result};
-use crate::ops::{self, Unified};
+use crate::ops::Unified;
 use crate::quant::bcq::{self, BcqOptions, BcqSolver};
 use crate::quant::{QuantSpec, Repr, SCALE_FLOOR};
 use crate::train::Role;
@@ -132,14 +132,9 @@ impl WeightMethod for UniQuanF {
         Ok(method.between_steps(weight.clone(), Moment::End))
     }
 
-    fn fake_quant(&self, weight: Tensor<2>) -> Tensor<2> {
-        let planes = ops::sign_planes(&self.codes, self.bits);
-        self.unified().map(weight, &planes, self.gradient_filter)
-    }
-
-    fn fold(&self, _: Tensor<2>) -> Folded {
-        let (alpha, offset) = self.unified().folded();
-        Folded::BinaryCoding { codes: self.codes.clone(), alpha, offset }
+    fn quantizer(&self, weight: Tensor<2>) -> Quantizer {
+        let (codes, filter) = (self.codes.clone(), self.gradient_filter);
+        Quantizer::Unified { unified: self.unified(), weight, codes, filter }
     }
 
     fn between_steps(mut self, weight: Tensor<2>, moment: Moment) -> Self {
@@ -148,10 +143,7 @@ impl WeightMethod for UniQuanF {
             Moment::Step(_) => true,
             Moment::End => false,
         };
-        let unified = self.unified();
-        let position = unified.position(weight).inner();
-        let around = local.then_some(&self.codes);
-        self.codes = ops::nearest_codes(&position, &unified.alpha.inner(), around);
+        self.codes = self.unified().nearest(weight, local.then_some(&self.codes));
         self
     }
 }

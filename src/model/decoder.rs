@@ -5,10 +5,11 @@
 
 use burn::module::{Module, Param};
 use burn::nn::Linear;
-use burn::tensor::{DType, Device, Tensor, TensorData, activation};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use super::config::ModelConfig;
+use crate::ops::{self, Rotary};
 
 /// Names of a block's linears, in execution order.
 pub const LINEARS: [&str; 7] = [
@@ -95,25 +96,13 @@ impl RmsNorm {
     /// # Shapes
     /// - x, result: `[.., d_model]`
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let dtype = x.dtype();
-        let wide = if dtype == DType::F32 { x } else { x.cast(DType::F32) };
-        let rms = (wide.clone().square().mean_dim(D - 1) + self.eps).sqrt();
-        let normalized = wide / rms;
-        let normalized = if dtype == DType::F32 { normalized } else { normalized.cast(dtype) };
-        normalized * self.weight.val().unsqueeze()
+        ops::rms_norm(x, self.weight.val(), self.eps)
     }
 }
 
 /// Rotary tables and the causal mask of one run of positions.
 #[derive(Clone, Debug)]
-pub struct Positions {
-    /// `[1, 1, seq, head_dim / 2]`.
-    cos: Tensor<4>,
-    /// `[1, 1, seq, head_dim / 2]`.
-    sin: Tensor<4>,
-    /// 0 or -inf, `[1, 1, heads per kv head * seq, past + seq]`.
-    mask: Tensor<4>,
-}
+pub struct Positions(Rotary);
 
 impl Positions {
     /// Positions `past..past + seq`, attending to `0..past + seq`.
@@ -143,38 +132,41 @@ impl Positions {
             })
             .collect();
         let mask = TensorData::new(mask, [1, 1, copies * seq, total]);
-        Self {
+        Self(Rotary {
             cos: table(f64::cos),
             sin: table(f64::sin),
             mask: Tensor::<4>::from_data(mask, device).cast(dtype),
-        }
+        })
     }
 
     /// Number of positions.
     pub fn len(&self) -> usize {
-        self.cos.dims()[2]
+        self.0.cos.dims()[2]
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
-
-    /// Rotates `[batch, heads, seq, head_dim]`: half of the features against the other half.
-    fn rotate(&self, x: Tensor<4>) -> Tensor<4> {
-        let half = x.dims()[3] / 2;
-        let first = x.clone().narrow(3, 0, half);
-        let second = x.narrow(3, half, half);
-        let (cos, sin) = (self.cos.clone(), self.sin.clone());
-        let rotated_first = first.clone() * cos.clone() - second.clone() * sin.clone();
-        let rotated_second = second * cos + first * sin;
-        Tensor::cat(vec![rotated_first, rotated_second], 3)
-    }
 }
 
 /// Keys and values of earlier positions of one block, each `[batch, kv_heads, past, head_dim]`.
 #[derive(Clone, Debug, Default)]
 pub struct KvCache(Option<(Tensor<4>, Tensor<4>)>);
+
+impl KvCache {
+    /// All keys and values, with those of new positions at their end.
+    fn extended(&mut self, k: Tensor<4>, v: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
+        let (k, v) = match self.0.take() {
+            None => (k, v),
+            Some((past_k, past_v)) => {
+                (Tensor::cat(vec![past_k, k], 2), Tensor::cat(vec![past_v, v], 2))
+            }
+        };
+        self.0 = Some((k.clone(), v.clone()));
+        (k, v)
+    }
+}
 
 /// Causal self-attention with grouped key and value heads.
 #[derive(Debug, Module)]
@@ -202,39 +194,29 @@ impl Attention {
         cache: Option<&mut KvCache>,
         tap: &Tap<'_>,
     ) -> Tensor<3> {
-        let [batch, seq, _] = x.dims();
         let x = tap(Site::Attention, x);
-        let heads = |x: Tensor<3>| -> Tensor<4> {
-            let [batch, seq, width] = x.dims();
-            x.reshape([batch, seq, width / self.head_dim, self.head_dim]).swap_dims(1, 2)
-        };
-        let q = positions.rotate(heads(self.q_proj.forward(x.clone())));
-        let k = positions.rotate(heads(tap(Site::Keys, self.k_proj.forward(x.clone()))));
-        let v = heads(tap(Site::Values, self.v_proj.forward(x)));
-        let (k, v) = match cache {
-            None => (k, v),
+        let q = project(&self.q_proj, x.clone());
+        let k = tap(Site::Keys, project(&self.k_proj, x.clone()));
+        let v = tap(Site::Values, project(&self.v_proj, x));
+        let rotary = &positions.0;
+        let mixed = match cache {
+            None => ops::causal_attention(q, k, v, rotary, self.head_dim),
             Some(cache) => {
-                let (k, v) = match cache.0.take() {
-                    None => (k, v),
-                    Some((past_k, past_v)) => {
-                        (Tensor::cat(vec![past_k, k], 2), Tensor::cat(vec![past_v, v], 2))
-                    }
-                };
-                cache.0 = Some((k.clone(), v.clone()));
-                (k, v)
+                let [q, k, v] = [q, k, v].map(|x| Rotary::heads(x, self.head_dim));
+                let (k, v) = cache.extended(rotary.rotate(k), v);
+                rotary.attend(rotary.rotate(q), k, v)
             }
         };
-        // The query heads that share a key head are stacked along the sequence, so that keys and
-        // values are used as they are, never repeated.
-        let stacked = [batch, self.n_kv_heads, q.dims()[1] / self.n_kv_heads * seq, self.head_dim];
-        let scale = (self.head_dim as f64).powf(-0.5);
-        let scores = (q * scale).reshape(stacked).matmul(k.swap_dims(2, 3));
-        let weights = activation::softmax(scores + positions.mask.clone(), 3);
-        let mixed = weights.matmul(v);
-        let n_heads = stacked[1] * stacked[2] / seq;
-        let mixed = mixed.reshape([batch, n_heads, seq, self.head_dim]).swap_dims(1, 2);
-        let mixed = mixed.reshape([batch, seq, n_heads * self.head_dim]);
-        self.o_proj.forward(tap(Site::AttentionOutput, mixed))
+        project(&self.o_proj, tap(Site::AttentionOutput, mixed))
+    }
+}
+
+/// A linear's output, `[.., out]`.
+pub(super) fn project<const D: usize>(linear: &Linear, x: Tensor<D>) -> Tensor<D> {
+    let y = ops::linear(x, linear.weight.val());
+    match &linear.bias {
+        Some(bias) => y + bias.val().unsqueeze(),
+        None => y,
     }
 }
 
@@ -253,9 +235,8 @@ impl Mlp {
     /// The MLP on the normed residual stream, `[batch, seq, d_model]`.
     pub fn forward(&self, x: Tensor<3>, tap: &Tap<'_>) -> Tensor<3> {
         let x = tap(Site::Mlp, x);
-        let gate = activation::silu(self.gate_proj.forward(x.clone()));
-        let gated = gate * self.up_proj.forward(x);
-        self.down_proj.forward(tap(Site::MlpOutput, gated))
+        let gated = ops::swiglu(project(&self.gate_proj, x.clone()), project(&self.up_proj, x));
+        project(&self.down_proj, tap(Site::MlpOutput, gated))
     }
 }
 

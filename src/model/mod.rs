@@ -24,6 +24,8 @@ pub use load::{
 };
 pub use tap::ModelTap;
 
+use crate::ops;
+
 /// A decoder-only causal language model.
 #[derive(Debug, Module)]
 pub struct CausalLm {
@@ -82,8 +84,8 @@ impl CausalLm {
     /// - result: `[tokens, vocab]`
     pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
         let logits = match &self.head {
-            Some(head) => head.forward(hidden),
-            None => hidden.matmul(self.embed.val().transpose()),
+            Some(head) => decoder::project(head, hidden),
+            None => ops::linear(hidden, self.embed.val().transpose()),
         };
         if logits.dtype() == DType::F32 { logits } else { logits.cast(DType::F32) }
     }
@@ -102,8 +104,8 @@ impl CausalLm {
     pub fn head_gradient(&self, gradient: Tensor<2>) -> Tensor<2> {
         let gradient = gradient.cast(self.dtype());
         match &self.head {
-            Some(head) => gradient.matmul(head.weight.val().transpose()),
-            None => gradient.matmul(self.embed.val()),
+            Some(head) => ops::matmul(gradient, head.weight.val().transpose()),
+            None => ops::matmul(gradient, self.embed.val()),
         }
     }
 

@@ -4,7 +4,7 @@ use burn::tensor::{Int, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::ops::{self, Divergence, LossValue};
+use crate::ops::{self, Comparison, Divergence, LossValue};
 
 /// `objective.NAME = { ... }`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -66,11 +66,14 @@ pub struct JsdObjective {
     pub beta: f64,
     /// Temperature of both distributions.
     pub temperature: f64,
+    /// Keep only the teacher's so many most likely tokens, at each position. Absent: all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top_k: Option<usize>,
 }
 
 impl Default for JsdObjective {
     fn default() -> Self {
-        Self { beta: 0.5, temperature: 1.0 }
+        Self { beta: 0.5, temperature: 1.0, top_k: None }
     }
 }
 
@@ -80,11 +83,15 @@ impl Default for JsdObjective {
 pub struct KlObjective {
     /// Temperature of both distributions.
     pub temperature: f64,
+    /// Keep only the teacher's so many most likely tokens, at each position; `kl_forward` alone.
+    /// Absent: all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top_k: Option<usize>,
 }
 
 impl Default for KlObjective {
     fn default() -> Self {
-        Self { temperature: 1.0 }
+        Self { temperature: 1.0, top_k: None }
     }
 }
 
@@ -202,6 +209,18 @@ impl ObjectiveConfig {
             Self::Cakld(cakld) if cakld.estimate_batches == 0 => {
                 return Err(Error::usage("estimate_batches = 0").fix("estimate_batches = 10"));
             }
+            Self::KlReverse(KlObjective { top_k: Some(_), .. }) => {
+                return Err(Error::usage(
+                    "objective.kl_reverse is infinite where top_k drops tokens",
+                )
+                .fix("objective.kl_forward or objective.jsd, or no top_k"));
+            }
+            Self::Jsd(JsdObjective { top_k: Some(0), .. })
+            | Self::KlForward(KlObjective { top_k: Some(0), .. }) => {
+                return Err(
+                    Error::usage("top_k = 0 leaves nothing to learn from").fix("top_k = 64")
+                );
+            }
             Self::Sum(terms) if terms.is_empty() => {
                 return Err(Error::usage("objective.sum has no terms")
                     .fix("objective.sum = [{ weight = 1.0, objective.jsd = {} }]"));
@@ -232,15 +251,15 @@ impl ObjectiveConfig {
     /// # Errors
     /// A usage error when this is an objective for block outputs, or the teacher is missing.
     pub fn on_logits(&self, student: Tensor<2>, targets: &Targets) -> Result<LossValue> {
-        let (kind, temperature) = match self {
-            Self::Jsd(jsd) => (Divergence::Jsd { beta: jsd.beta }, jsd.temperature),
-            Self::KlForward(kl) => (Divergence::KlForward, kl.temperature),
-            Self::KlReverse(kl) => (Divergence::KlReverse, kl.temperature),
+        let (divergence, temperature, top_k) = match self {
+            Self::Jsd(jsd) => (Divergence::Jsd { beta: jsd.beta }, jsd.temperature, jsd.top_k),
+            Self::KlForward(kl) => (Divergence::KlForward, kl.temperature, kl.top_k),
+            Self::KlReverse(kl) => (Divergence::KlReverse, kl.temperature, None),
             Self::Cakld(cakld) => {
                 let gamma = cakld
                     .gamma
                     .ok_or_else(|| Error::failed("the teacher's confidence was not measured"))?;
-                (Divergence::Cakld { gamma }, cakld.temperature)
+                (Divergence::Cakld { gamma }, cakld.temperature, None)
             }
             Self::Sum(terms) => return weighted_sum(terms, &student, targets),
             Self::CrossEntropy(_) => {
@@ -256,7 +275,8 @@ impl ObjectiveConfig {
             .teacher
             .clone()
             .ok_or_else(|| Error::failed(format!("objective {} needs a teacher", self.name())))?;
-        Ok(ops::divergence(kind, student, teacher, targets.weights.clone(), temperature))
+        let comparison = Comparison { divergence, temperature, top_k };
+        Ok(ops::divergence(&comparison, student, teacher, targets.weights.clone()))
     }
 }
 

@@ -3,8 +3,15 @@
 
 use burn::tensor::{Tensor, TensorData};
 
+use super::bridge::{self, Operation, Plain, tensor};
+#[cfg(feature = "flex")]
+use super::bridge::{Rows, fused};
+use super::fake_quant::exp;
+#[cfg(feature = "flex")]
+use super::kernel::binary_coding as kernel;
+
 /// The sign planes of codes, `bits` tensors of ±1, `[groups, group_len]`; bit `i` set is +1.
-pub fn sign_planes(codes: &Tensor<2>, bits: u8) -> Vec<Tensor<2>> {
+fn sign_planes(codes: &Tensor<2>, bits: u8) -> Vec<Tensor<2>> {
     let mut rest = codes.clone();
     (0..bits)
         .map(|_| {
@@ -16,19 +23,78 @@ pub fn sign_planes(codes: &Tensor<2>, bits: u8) -> Vec<Tensor<2>> {
         .collect()
 }
 
-/// `±alpha_0 ± alpha_1 ... + offset`, added in this order, which is the stored format's.
-pub fn binary_coding(planes: &[Tensor<2>], alpha: &Tensor<2>, offset: Tensor<2>) -> Tensor<2> {
-    let plane_sum = planes.iter().enumerate().fold(None, |sum: Option<Tensor<2>>, (i, plane)| {
-        let term = plane.clone() * alpha.clone().narrow(1, i, 1);
-        Some(match sum {
-            None => term,
-            Some(sum) => sum + term,
-        })
-    });
-    match plane_sum {
+/// `±alpha_0 ± alpha_1 ... + offset`, added in this order, which is the stored format's. Gradients
+/// to `alpha` and the offset; the codes are frozen (AlphaTuning, methods-peft-bcq 2).
+///
+/// # Shapes
+/// - codes: `[groups, group_len]`, integers as floats; bit `i` is the sign of `alpha_i`
+/// - alpha: `[groups, bits]`
+/// - offset: `[groups, 1]`
+/// - result: `[groups, group_len]`
+pub fn binary_coding(codes: Tensor<2>, alpha: Tensor<2>, offset: Tensor<2>) -> Tensor<2> {
+    let operation = CodedOperation { codes: bridge::frozen(codes) };
+    tensor(bridge::apply(operation, [alpha, offset].map(Tensor::into_dispatch)))
+}
+
+#[derive(Clone, Debug)]
+struct CodedOperation {
+    codes: Plain,
+}
+
+impl Operation<2> for CodedOperation {
+    type Saved = ();
+    const CHEAP: bool = true;
+
+    fn forward(&self, inputs: [Plain; 2]) -> (Plain, ()) {
+        #[cfg(feature = "flex")]
+        if fused(&self.codes) {
+            let (codes, [alpha, offset]) = (Rows::of(self.codes.clone()), inputs.map(Rows::of));
+            let (alpha, offset) = (alpha.values(), offset.values());
+            let values = kernel::Coded { codes: codes.values(), alpha, offset }.forward();
+            return (codes.like(values).plain(), ());
+        }
+        let [alpha, offset] = inputs.map(tensor::<2>);
+        let [_, bits] = alpha.dims();
+        let planes = sign_planes(&tensor(self.codes.clone()), bits as u8);
+        (plane_sum(&planes, &alpha, offset).into_dispatch(), ())
+    }
+
+    fn backward(
+        &self,
+        inputs: [Plain; 2],
+        (): (),
+        gradient: Plain,
+        _: [bool; 2],
+    ) -> [Option<Plain>; 2] {
+        #[cfg(feature = "flex")]
+        if fused(&self.codes) {
+            let (codes, gradient) = (Rows::of(self.codes.clone()), Rows::of(gradient));
+            let inputs = inputs.map(Rows::of);
+            let [alpha, offset] = inputs.each_ref().map(Rows::values);
+            let grid = kernel::Coded { codes: codes.values(), alpha, offset };
+            let (alpha, offset) = grid.backward(gradient.values());
+            return [Some(inputs[0].like(alpha).plain()), Some(inputs[1].like(offset).plain())];
+        }
+        let [_, bits] = tensor::<2>(inputs[0].clone()).dims();
+        let planes = sign_planes(&tensor(self.codes.clone()), bits as u8);
+        let gradient = tensor::<2>(gradient);
+        let offset = gradient.clone().sum_dim(1);
+        [Some(plane_gradients(&planes, &gradient).into_dispatch()), Some(offset.into_dispatch())]
+    }
+}
+
+fn plane_sum(planes: &[Tensor<2>], alpha: &Tensor<2>, offset: Tensor<2>) -> Tensor<2> {
+    let terms = planes.iter().enumerate().map(|(i, b)| b.clone() * alpha.clone().narrow(1, i, 1));
+    match terms.reduce(|sum, term| sum + term) {
         Some(sum) => sum + offset,
         None => offset,
     }
+}
+
+/// `Σ gradient · (±1)` of each plane, `[groups, bits]`.
+fn plane_gradients(planes: &[Tensor<2>], gradient: &Tensor<2>) -> Tensor<2> {
+    let sums = planes.iter().map(|plane| (gradient.clone() * plane.clone()).sum_dim(1));
+    Tensor::cat(sums.collect(), 1)
 }
 
 /// Codes of the nearest levels `Σ ±alpha_i`; the greater level at a tie. With `around`, only the
@@ -43,6 +109,14 @@ pub fn nearest_codes(
     around: Option<&Tensor<2>>,
 ) -> Tensor<2> {
     let [groups, bits] = alpha.dims();
+    #[cfg(feature = "flex")]
+    if fused(&position.clone().into_dispatch()) {
+        let rows = |tensor: &Tensor<2>| Rows::of(bridge::frozen(tensor.clone()));
+        let (position, alpha, around) = (rows(position), rows(alpha), around.map(rows));
+        let around = around.as_ref().map(Rows::values);
+        let codes = kernel::nearest_codes(position.values(), alpha.values(), bits, around);
+        return tensor(position.like(codes).plain());
+    }
     let device = alpha.device();
     let count = 1usize << bits;
     let signs: Vec<f32> = (0..bits)
@@ -92,47 +166,151 @@ pub struct Unified {
 }
 
 impl Unified {
-    /// Where the transform puts each weight, from the middle of the levels, in unit steps:
-    /// `W / exp(δ + D + d) + z_U - (z_B + c)`.
-    pub fn position(&self, weight: Tensor<2>) -> Tensor<2> {
-        let divisor =
-            (self.log_division.clone() + (self.log_scale.clone() + self.log_row.clone())).exp();
-        weight / divisor + (self.zero_unified.clone() - self.middle.clone())
-    }
-
     /// The folded grid (unification theorem): scales of the planes, `[groups, bits]`, and offset,
     /// `[groups, 1]`, in weight units.
     pub fn folded(&self) -> (Tensor<2>, Tensor<2>) {
-        let scale = self.log_scale.clone().exp();
+        let scale = exp(self.log_scale.clone());
         let offset = scale.clone() * (self.middle.clone() - self.zero_unified.clone());
         (scale * self.alpha.clone(), offset)
     }
 
-    /// The weights on their levels, `[groups, group_len]`.
+    /// The codes of the levels nearest to where the transform puts each weight, from the middle of
+    /// the levels in unit steps: `W / exp(δ + D + d) + z_U - (z_B + c)`. Off the tape; see
+    /// [`nearest_codes`].
+    pub fn nearest(&self, weight: Tensor<2>, around: Option<&Tensor<2>>) -> Tensor<2> {
+        let inner = |tensor: &Tensor<2>| tensor_off_tape(tensor.clone());
+        let log_step = inner(&self.log_scale) + inner(&self.log_row);
+        let divisor = exp(inner(&self.log_division) + log_step);
+        let position = weight / divisor + (self.zero_unified.clone() - self.middle.clone());
+        nearest_codes(&position, &inner(&self.alpha), around)
+    }
+
+    /// The weights on the levels of `codes`, `[groups, group_len]`.
     ///
     /// The value is that of the folded grid. Gradients (methods-core 5.2): straight through the
     /// mapping to the position, and to `alpha` through the chosen level, both dropped with `filter`
     /// where the position lies further from its level than the smallest plane; and to the outer
     /// step through the value.
-    pub fn map(&self, weight: Tensor<2>, planes: &[Tensor<2>], filter: bool) -> Tensor<2> {
-        let (alpha, offset) = self.folded();
-        let value = binary_coding(planes, &alpha.detach(), offset.detach());
-        let scale = self.log_scale.clone().exp();
-        let zero = self.middle.clone() - self.zero_unified.clone();
-        let level = binary_coding(planes, &self.alpha, zero.zeros_like());
-        let position = self.position(weight);
-        // Each of the brackets is an exact zero: it adds a gradient and no value.
-        let mut moved = no_value(position.clone()) + no_value(level.clone());
-        if filter {
-            let reach = self.alpha.clone().detach().abs().min_dim(1);
-            let beyond = (position - level.clone()).detach().abs().greater(reach);
-            moved = moved.mask_fill(beyond, 0.0);
-        }
-        value + scale.clone().detach() * moved + no_value(scale) * (level.detach() + zero)
+    pub fn map(&self, weight: Tensor<2>, codes: &Tensor<2>, filter: bool) -> Tensor<2> {
+        let shift = self.zero_unified.clone() - self.middle.clone();
+        let operation = MappedOperation {
+            weight: bridge::frozen(weight),
+            shift: bridge::frozen(shift),
+            codes: bridge::frozen(codes.clone()),
+            filter,
+        };
+        let inputs = [&self.log_scale, &self.log_division, &self.log_row, &self.alpha];
+        tensor(bridge::apply(operation, inputs.map(|input| input.clone().into_dispatch())))
     }
 }
 
-/// Zero, with the gradient of `x`.
-fn no_value(x: Tensor<2>) -> Tensor<2> {
-    x.clone() - x.detach()
+fn tensor_off_tape(on: Tensor<2>) -> Tensor<2> {
+    tensor(bridge::off_tape(on.into_dispatch()))
+}
+
+#[derive(Clone, Debug)]
+struct MappedOperation {
+    weight: Plain,
+    shift: Plain,
+    codes: Plain,
+    filter: bool,
+}
+
+impl MappedOperation {
+    /// Levels of the codes in unit steps from the middle of the levels, and the planes.
+    fn levels(&self, alpha: &Tensor<2>) -> (Tensor<2>, Vec<Tensor<2>>) {
+        let [_, bits] = alpha.dims();
+        let planes = sign_planes(&tensor(self.codes.clone()), bits as u8);
+        (plane_sum(&planes, alpha, tensor::<2>(self.shift.clone()).zeros_like()), planes)
+    }
+}
+
+impl Operation<4> for MappedOperation {
+    type Saved = ();
+    const CHEAP: bool = true;
+
+    fn forward(&self, inputs: [Plain; 4]) -> (Plain, ()) {
+        #[cfg(feature = "flex")]
+        if fused(&self.weight) {
+            let rows = MappedRows::new(self, inputs);
+            let values = rows.kernel(self.filter).forward();
+            return (rows.weight.like(values).plain(), ());
+        }
+        let [log_scale, _, _, alpha] = inputs.map(tensor::<2>);
+        let scale = log_scale.exp();
+        let offset = scale.clone() * tensor::<2>(self.shift.clone()).neg();
+        let (_, planes) = self.levels(&alpha);
+        (plane_sum(&planes, &(scale * alpha), offset).into_dispatch(), ())
+    }
+
+    fn backward(
+        &self,
+        inputs: [Plain; 4],
+        (): (),
+        gradient: Plain,
+        _: [bool; 4],
+    ) -> [Option<Plain>; 4] {
+        #[cfg(feature = "flex")]
+        if fused(&self.weight) {
+            let rows = MappedRows::new(self, inputs);
+            let found = rows.kernel(self.filter).backward(Rows::of(gradient).values());
+            return [
+                (found.log_scale, &rows.log_scale),
+                (found.log_division, &rows.log_division),
+                (found.log_row, &rows.log_row),
+                (found.alpha, &rows.alpha),
+            ]
+            .map(|(values, like)| Some(like.like(values).plain()));
+        }
+        let [log_scale, log_division, log_row, alpha] = inputs.map(tensor::<2>);
+        let (gradient, shift) = (tensor::<2>(gradient), tensor::<2>(self.shift.clone()));
+        let (level, planes) = self.levels(&alpha);
+        let ratio =
+            tensor::<2>(self.weight.clone()) / (log_division + (log_scale.clone() + log_row)).exp();
+        let scale = log_scale.exp();
+        let mut moved = gradient.clone() * scale.clone();
+        if self.filter {
+            let beyond = (ratio.clone() + shift.clone() - level.clone()).abs();
+            moved = moved.mask_fill(beyond.greater(alpha.abs().min_dim(1)), 0.0);
+        }
+        let division = (moved.clone() * ratio).neg();
+        let row = division.clone().sum_dim(1);
+        let value = (gradient * (level - shift)).sum_dim(1) * scale;
+        let alpha = plane_gradients(&planes, &moved);
+        [value + row.clone(), division, row, alpha].map(|found| Some(found.into_dispatch()))
+    }
+}
+
+#[cfg(feature = "flex")]
+struct MappedRows {
+    weight: Rows,
+    shift: Rows,
+    codes: Rows,
+    log_scale: Rows,
+    log_division: Rows,
+    log_row: Rows,
+    alpha: Rows,
+}
+
+#[cfg(feature = "flex")]
+impl MappedRows {
+    fn new(operation: &MappedOperation, inputs: [Plain; 4]) -> Self {
+        let [log_scale, log_division, log_row, alpha] = inputs.map(Rows::of);
+        let [weight, shift, codes] =
+            [&operation.weight, &operation.shift, &operation.codes].map(|t| Rows::of(t.clone()));
+        Self { weight, shift, codes, log_scale, log_division, log_row, alpha }
+    }
+
+    fn kernel(&self, filter: bool) -> kernel::Mapped<'_> {
+        kernel::Mapped {
+            weight: self.weight.values(),
+            log_division: self.log_division.values(),
+            log_scale: self.log_scale.values(),
+            log_row: self.log_row.values(),
+            alpha: self.alpha.values(),
+            shift: self.shift.values(),
+            codes: self.codes.values(),
+            filter,
+        }
+    }
 }

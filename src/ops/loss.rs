@@ -3,9 +3,16 @@
 //! Value and gradient are computed on plain tensors and joined to the tape by [`with_gradient`]:
 //! nothing of size `[tokens, vocab]` stays on the tape but the gradient itself. (With m = βp +
 //! (1-β)q the terms that flow through `ln m` cancel, because both distributions sum to one;
-//! methods-core 6.3.)
+//! methods-core 6.3.) On this machine's processor a loss reads each row of logits once and writes
+//! the gradient over the student's.
 
 use burn::tensor::{DType, Int, Tensor, activation};
+
+#[cfg(feature = "flex")]
+use {
+    super::bridge::{self, Rows, fused, tensor},
+    super::kernel::loss as kernel,
+};
 
 /// A scalar loss and its gradient with respect to the logits.
 #[derive(Clone, Debug)]
@@ -48,14 +55,129 @@ pub fn with_gradient<const D: usize>(
     linear.clone() - linear.detach() + value
 }
 
-/// Log-probabilities over the last dimension, `[tokens, vocab]`.
-pub fn log_softmax(logits: Tensor<2>) -> Tensor<2> {
-    activation::log_softmax(logits, 1)
+/// Joins a value and a gradient, summed in f64, to the device they came from.
+#[cfg(feature = "flex")]
+fn loss_value(value: f64, gradient: Rows) -> LossValue {
+    let value = tensor(Rows::new(vec![value as f32], [1]).plain());
+    LossValue { value, gradient: tensor(gradient.plain()) }
+}
+
+/// How logits are compared with a teacher's.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Comparison {
+    /// What is measured.
+    pub divergence: Divergence,
+    /// Divides the logits of both.
+    pub temperature: f64,
+    /// Keep the teacher's so many largest logits of each token (and what ties with the last of
+    /// them), and none of its others. Not for [`Divergence::KlReverse`] and [`Divergence::Cakld`],
+    /// which would be infinite.
+    pub top_k: Option<usize>,
+}
+
+/// Masked mean of a divergence over tokens, and its gradient to the student's logits, which takes
+/// their place in memory.
+///
+/// # Shapes
+/// - student, teacher: logits `[tokens, vocab]`, f32, not tracked
+/// - weights: `[tokens, 1]`, the mask divided by the number of unmasked tokens
+pub fn divergence(
+    comparison: &Comparison,
+    student: Tensor<2>,
+    teacher: Tensor<2>,
+    weights: Tensor<2>,
+) -> LossValue {
+    let Comparison { divergence, temperature, top_k } = *comparison;
+    #[cfg(feature = "flex")]
+    if fused(&student.clone().into_dispatch()) {
+        let [mut student, teacher, weights] =
+            [student, teacher, weights].map(|t| Rows::of(bridge::frozen(t)));
+        let settings = kernel::Settings { kind: divergence, temperature, top_k };
+        let (logits, teacher) = (student.values_mut(), teacher.values());
+        let value = kernel::divergence_with_gradient(&settings, logits, teacher, weights.values());
+        return loss_value(value, student);
+    }
+    let teacher = match top_k {
+        Some(k) if k < teacher.dims()[1] => {
+            let least = teacher.clone().topk(k, 1).min_dim(1);
+            // Far below any logit, but finite: its product with a probability of zero is zero.
+            teacher.clone().mask_fill(teacher.lower(least), -1e30)
+        }
+        _ => teacher,
+    };
+    let both = Distributions::new(student, teacher, temperature);
+    let (per_token, Gradient { mismatch, ratio }) = both.evaluate(divergence);
+    let value = (per_token * weights.clone()).sum();
+    let weights = weights / temperature;
+    let Distributions { q, p, .. } = both;
+    let gradient = match ratio {
+        None => (q - p) * (weights * mismatch),
+        Some((ratio, mean, factor)) if mismatch == 0.0 => q * (ratio - mean) * (weights * factor),
+        Some((ratio, mean, factor)) => {
+            (q.clone() * (ratio - mean) * factor + (q - p) * mismatch) * weights
+        }
+    };
+    LossValue { value, gradient }
+}
+
+/// The value of [`divergence`] without its gradient: nothing of the logits' size is allocated where
+/// there are kernels.
+pub fn divergence_value(
+    comparison: &Comparison,
+    student: Tensor<2>,
+    teacher: Tensor<2>,
+    weights: Tensor<2>,
+) -> f64 {
+    #[cfg(feature = "flex")]
+    if fused(&student.clone().into_dispatch()) {
+        let Comparison { divergence, temperature, top_k } = *comparison;
+        let [student, teacher, weights] =
+            [student, teacher, weights].map(|t| Rows::of(bridge::frozen(t)));
+        let settings = kernel::Settings { kind: divergence, temperature, top_k };
+        let (student, teacher) = (student.values(), teacher.values());
+        return kernel::divergence(&settings, student, teacher, weights.values());
+    }
+    let loss = divergence(comparison, student, teacher, weights);
+    f64::from(loss.value.into_scalar::<f32>())
+}
+
+/// How close a student is to its teacher, masked means over tokens, at temperature 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Closeness {
+    /// Jensen–Shannon divergence with both weighted equally.
+    pub jsd: f64,
+    /// `KL(teacher‖student)`.
+    pub kl_forward: f64,
+    /// `KL(student‖teacher)`.
+    pub kl_reverse: f64,
+    /// Share of tokens on which both have the same most likely token.
+    pub top1: f64,
+}
+
+/// Compares student and teacher; shapes and weights as in [`divergence`]. Nothing is kept.
+pub fn compare(student: Tensor<2>, teacher: Tensor<2>, weights: Tensor<2>) -> Closeness {
+    #[cfg(feature = "flex")]
+    if fused(&student.clone().into_dispatch()) {
+        let [student, teacher, weights] =
+            [student, teacher, weights].map(|t| Rows::of(bridge::frozen(t)));
+        let [jsd, kl_forward, kl_reverse, top1] =
+            kernel::compare(student.values(), teacher.values(), weights.values());
+        return Closeness { jsd, kl_forward, kl_reverse, top1 };
+    }
+    let both = Distributions::new(student, teacher, 1.0);
+    let scalar = |value: Tensor<1>| f64::from(value.into_scalar::<f32>());
+    let mean = |kind| scalar((both.evaluate(kind).0 * weights.clone()).sum());
+    let same = both.log_q.clone().argmax(1).equal(both.log_p.clone().argmax(1));
+    Closeness {
+        jsd: mean(Divergence::Jsd { beta: 0.5 }),
+        kl_forward: mean(Divergence::KlForward),
+        kl_reverse: mean(Divergence::KlReverse),
+        top1: scalar((same.float() * weights.clone()).sum()),
+    }
 }
 
 /// Probabilities and log-probabilities of student `q` and teacher `p`, each `[tokens, vocab]`.
-#[derive(Clone, Debug)]
-pub struct Distributions {
+struct Distributions {
     q: Tensor<2>,
     log_q: Tensor<2>,
     p: Tensor<2>,
@@ -63,26 +185,10 @@ pub struct Distributions {
 }
 
 impl Distributions {
-    /// From logits, f32, not tracked, at a temperature.
-    ///
-    /// # Shapes
-    /// - student, teacher: `[tokens, vocab]`
-    pub fn new(student: Tensor<2>, teacher: Tensor<2>, temperature: f64) -> Self {
+    fn new(student: Tensor<2>, teacher: Tensor<2>, temperature: f64) -> Self {
         let (q, log_q) = softmax_and_log(student, temperature);
         let (p, log_p) = softmax_and_log(teacher, temperature);
         Self { q, log_q, p, log_p }
-    }
-
-    /// A divergence of each token, `[tokens, 1]`.
-    pub fn per_token(&self, kind: Divergence) -> Tensor<2> {
-        self.evaluate(kind).0
-    }
-
-    /// Share of tokens on which both have the same most likely token; `weights` as in
-    /// [`divergence`].
-    pub fn top1_agreement(&self, weights: Tensor<2>) -> Tensor<1> {
-        let same = self.log_q.clone().argmax(1).equal(self.log_p.clone().argmax(1));
-        (same.float() * weights).sum()
     }
 
     /// The divergence per token, `[tokens, 1]`, and what its gradient is made of.
@@ -126,46 +232,33 @@ struct Gradient {
     ratio: Option<(Tensor<2>, Tensor<2>, f64)>,
 }
 
-/// Masked mean of a divergence over tokens, and its gradient to the student's logits.
-///
-/// # Shapes
-/// - student, teacher: logits `[tokens, vocab]`, f32, not tracked
-/// - weights: `[tokens, 1]`, the mask divided by the number of unmasked tokens
-pub fn divergence(
-    kind: Divergence,
-    student: Tensor<2>,
-    teacher: Tensor<2>,
-    weights: Tensor<2>,
-    temperature: f64,
-) -> LossValue {
-    let both = Distributions::new(student, teacher, temperature);
-    let (per_token, Gradient { mismatch, ratio }) = both.evaluate(kind);
-    let value = (per_token * weights.clone()).sum();
-    let weights = weights / temperature;
-    let Distributions { q, p, .. } = both;
-    let gradient = match ratio {
-        None => (q - p) * (weights * mismatch),
-        Some((ratio, mean, factor)) if mismatch == 0.0 => q * (ratio - mean) * (weights * factor),
-        Some((ratio, mean, factor)) => {
-            (q.clone() * (ratio - mean) * factor + (q - p) * mismatch) * weights
-        }
-    };
-    LossValue { value, gradient }
-}
-
-/// Masked mean over tokens of the largest probability, `[1]`; weights as in [`divergence`].
-pub fn confidence(logits: Tensor<2>, weights: Tensor<2>) -> Tensor<1> {
+/// Masked mean over tokens of the largest probability; weights as in [`divergence`].
+pub fn confidence(logits: Tensor<2>, weights: Tensor<2>) -> f64 {
+    #[cfg(feature = "flex")]
+    if fused(&logits.clone().into_dispatch()) {
+        let [logits, weights] = [logits, weights].map(|t| Rows::of(bridge::frozen(t)));
+        return kernel::confidence(logits.values(), weights.values());
+    }
     let (p, _) = softmax_and_log(logits, 1.0);
-    (p.max_dim(1) * weights).sum()
+    f64::from((p.max_dim(1) * weights).sum().into_scalar::<f32>())
 }
 
-/// Masked mean of the next-token cross-entropy, and its gradient to the logits.
+/// Masked mean of the next-token cross-entropy, and its gradient to the logits, which takes their
+/// place in memory.
 ///
 /// # Shapes
 /// - logits: `[tokens, vocab]`, f32, not tracked
 /// - targets: `[tokens, 1]`
 /// - weights: `[tokens, 1]`, the mask divided by the number of unmasked tokens
 pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<2, Int>, weights: Tensor<2>) -> LossValue {
+    #[cfg(feature = "flex")]
+    if fused(&logits.clone().into_dispatch()) {
+        let [mut logits, weights] = [logits, weights].map(|t| Rows::of(bridge::frozen(t)));
+        let targets = host(targets);
+        let value =
+            kernel::cross_entropy_with_gradient(logits.values_mut(), &targets, weights.values());
+        return loss_value(value, logits);
+    }
     let (q, log_q) = softmax_and_log(logits, 1.0);
     let nll = log_q.gather(1, targets.clone()).neg();
     // q - onehot, without a one-hot tensor: take the weight off at the target alone.
@@ -178,15 +271,25 @@ pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<2, Int>, weights: Tensor
     LossValue { value: (nll * weights).sum(), gradient }
 }
 
-/// Mean over all entries of the squared difference, `[1]`; with `sum_sequence` it is summed over
-/// the sequence instead (the FlexRound code's form, `T` times as large).
+/// `-ln q` of each token's target, on the host.
 ///
 /// # Shapes
-/// - output, target: `[batch, seq, d_model]`
-pub fn block_mse(output: Tensor<3>, target: Tensor<3>, sum_sequence: bool) -> Tensor<1> {
-    let [_, seq, _] = output.dims();
-    let mse = (output - target).square().mean();
-    if sum_sequence { mse * seq as f64 } else { mse }
+/// - logits: `[tokens, vocab]`, f32, not tracked
+/// - targets: `[tokens, 1]`
+/// - result: `[tokens]`
+pub fn negative_log_likelihood(logits: Tensor<2>, targets: Tensor<2, Int>) -> Vec<f32> {
+    #[cfg(feature = "flex")]
+    if fused(&logits.clone().into_dispatch()) {
+        let logits = Rows::of(bridge::frozen(logits));
+        return kernel::negative_log_likelihood(logits.values(), &host(targets));
+    }
+    let nll = activation::log_softmax(logits, 1).gather(1, targets).neg();
+    nll.into_data().iter::<f32>().collect()
+}
+
+#[cfg(feature = "flex")]
+fn host(targets: Tensor<2, Int>) -> Vec<i32> {
+    targets.into_data().iter::<i32>().collect()
 }
 
 /// Softmax and its logarithm over the last dimension at a temperature, with one exponential.

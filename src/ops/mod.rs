@@ -1,19 +1,32 @@
 //! Tensor operations of our own, behind front functions on `Tensor`.
 //!
-//! Methods and objectives call only these functions. Their bodies compose burn operations, so
-//! they run on every backend; a fused kernel for a backend goes behind the same front function,
-//! with the composed body as its oracle.
+//! Methods, objectives and the model call only these functions. Behind each is an operation with a
+//! derivative written by hand ([`bridge`]), so the tape holds little more than its inputs. On this
+//! machine's processor (burn's Flex backend, f32) it runs as a kernel over rows ([`kernel`]), in
+//! vector code that is chosen at run time ([`vector`]); on every other backend it is composed from
+//! burn's operations. [`composed`] forces the latter.
 
+mod adamw;
 mod binary_coding;
+mod block;
+mod bridge;
 mod fake_quant;
+#[cfg(feature = "flex")]
+mod kernel;
+mod linear;
 mod loss;
+#[cfg(feature = "flex")]
+mod vector;
 
-pub use binary_coding::{Unified, binary_coding, nearest_codes, sign_planes};
+pub use adamw::{AdamWStep, Moments, adamw_step, laid_out_like, squared_norm};
+pub use binary_coding::{Unified, binary_coding, nearest_codes};
+pub use block::{Rotary, block_mse, causal_attention, rms_norm, swiglu};
+pub use bridge::composed;
 pub use fake_quant::{
-    TieRule, affine_codes, clamp_ste, flexround, low_rank_division, lsq_codes, reshape_grouped,
-    round_ste, scale_gradient, seq_levels, sign_codes, ternary_codes,
+    Divided, Rule, Stepped, TieRule, clamp_ste, exp, reshape_grouped, round_ste, scale_gradient,
 };
+pub use linear::{linear, matmul};
 pub use loss::{
-    Distributions, Divergence, LossValue, block_mse, confidence, cross_entropy, divergence,
-    log_softmax, with_gradient,
+    Closeness, Comparison, Divergence, LossValue, compare, confidence, cross_entropy, divergence,
+    divergence_value, negative_log_likelihood, with_gradient,
 };

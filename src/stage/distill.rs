@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::method::{self, MethodConfig};
 use crate::model::{Block, CausalLm, Loader, Positions, WeightSource, block_prefix, weight_name};
 use crate::objective::{ObjectiveConfig, Targets};
-use crate::ops::{self, Distributions, Divergence};
+use crate::ops::{self, Closeness};
 use crate::quant::{Bits, GroupSize, ObserverConfig, Symmetry};
 use crate::report::{Event, Reporter, memory};
 use crate::train::{self, LearningRate, Optimizer, OptimizerConfig, ScheduleConfig, StepStats};
@@ -391,7 +391,7 @@ fn confident(
         for range in chunks(hidden.dims()[0], teacher.vocab()) {
             let part = |tensor: &Tensor<2>| tensor.clone().slice_dim(0, range.clone());
             let logits = teacher.logits(part(&hidden));
-            sum += f64::from(ops::confidence(logits, part(&batch.weights)).into_scalar::<f32>());
+            sum += ops::confidence(logits, part(&batch.weights));
         }
     }
     Ok(config.objective.clone().with_confidence(sum / batches as f64))
@@ -418,15 +418,6 @@ fn scales(model: &CausalLm) -> Result<Vec<f32>> {
         }
     }
     Ok(all)
-}
-
-/// How close the student is to the teacher, means over tokens.
-#[derive(Clone, Copy, Debug, Default)]
-struct Closeness {
-    jsd: f64,
-    kl_forward: f64,
-    kl_reverse: f64,
-    top1: f64,
 }
 
 /// Token windows on the device.
@@ -483,7 +474,7 @@ impl Batch {
                 weights: part(&self.weights),
             };
             if let (Some(sum), Some(teacher)) = (closeness.as_mut(), targets.teacher.clone()) {
-                sum.add(&logits, &teacher, &targets.weights);
+                add(sum, ops::compare(logits.clone(), teacher, targets.weights.clone()));
             }
             let loss = objective.on_logits(logits, &targets)?;
             value = Some(match value {
@@ -498,14 +489,10 @@ impl Batch {
     }
 }
 
-impl Closeness {
-    fn add(&mut self, student: &Tensor<2>, teacher: &Tensor<2>, weights: &Tensor<2>) {
-        let both = Distributions::new(student.clone(), teacher.clone(), 1.0);
-        let scalar = |value: Tensor<1>| f64::from(value.into_scalar::<f32>());
-        let mean = |kind| scalar((both.per_token(kind) * weights.clone()).sum());
-        self.jsd += mean(Divergence::Jsd { beta: 0.5 });
-        self.kl_forward += mean(Divergence::KlForward);
-        self.kl_reverse += mean(Divergence::KlReverse);
-        self.top1 += scalar(both.top1_agreement(weights.clone()));
-    }
+/// Adds what was measured on a part of the tokens.
+fn add(sum: &mut Closeness, part: Closeness) {
+    sum.jsd += part.jsd;
+    sum.kl_forward += part.kl_forward;
+    sum.kl_reverse += part.kl_reverse;
+    sum.top1 += part.top1;
 }

@@ -8,6 +8,7 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::error::{Error, Result};
+use crate::ops;
 use crate::store::safetensors::{Checkpoint, write_file};
 use crate::store::{HostTensor, TensorSource};
 use crate::train::Optimizer;
@@ -144,6 +145,7 @@ impl ModuleMapper for Restore {
             None => param,
             Some(data) => param.map(|old| {
                 let value = Tensor::<D>::from_data(data, &old.device().inner());
+                let value = ops::laid_out_like(&old.inner(), value);
                 Tensor::from_inner(value).require_grad()
             }),
         }

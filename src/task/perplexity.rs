@@ -154,8 +154,7 @@ fn batch_nll(
                 let next: Vec<i32> =
                     tokens[first + 1 + start..][..len].iter().map(|id| id.cast_signed()).collect();
                 let next = Tensor::from_data(TensorData::new(next, [len, 1]), device);
-                let nll = ops::log_softmax(logits).gather(1, next).neg();
-                losses.extend(nll.into_data().iter::<f32>());
+                losses.extend(ops::negative_log_likelihood(logits, next));
             }
             losses
         })

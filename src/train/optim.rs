@@ -1,20 +1,17 @@
 //! AdamW (or signed descent) over a module, with state by parameter path and global-norm clipping.
 //!
-//! The arithmetic of one tensor is burn's `AdamW`. What is ours is what surrounds it: burn's module
-//! optimizer keys its state by random parameter ids (a resumed run has others) and clips each
-//! parameter by itself.
+//! burn's module optimizer keys its state by random parameter ids (a resumed run has others), clips
+//! each parameter by itself, and allocates three parameter-sized tensors for each.
 
 use std::collections::BTreeMap;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::optim::{
-    AdamW, AdamWState, DynOptimizer, DynState, GradientsParams, Optimizer as _, StateSink,
-    StateSource,
-};
+use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::ops::{self, AdamWStep, Moments};
 
 /// How a gradient becomes a step.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
@@ -61,29 +58,22 @@ impl Default for OptimizerConfig {
 
 /// The optimizer with its state.
 pub struct Optimizer {
-    rule: Rule,
-    adamw: AdamW,
-    clip_norm: Option<f64>,
-    states: BTreeMap<String, DynState>,
+    config: OptimizerConfig,
+    moments: BTreeMap<String, (Moments, usize)>,
+    steps: u64,
 }
 
 impl Optimizer {
     /// An optimizer without state.
     pub fn new(config: &OptimizerConfig) -> Self {
-        let adamw = burn::optim::AdamWConfig::new()
-            .with_beta_1(config.beta1)
-            .with_beta_2(config.beta2)
-            .with_epsilon(config.epsilon)
-            .with_weight_decay(config.weight_decay)
-            .build();
-        Self { rule: config.rule, adamw, clip_norm: config.clip_norm, states: BTreeMap::new() }
+        Self { config: config.clone(), moments: BTreeMap::new(), steps: 0 }
     }
 
     /// Euclidean norm of all gradients together.
     pub fn global_norm<M: Module>(&self, module: &M, gradients: &GradientsParams) -> f64 {
-        let mut visitor = SquaredNorm { gradients, sum: None };
+        let mut visitor = SquaredNorm { gradients, sum: 0.0 };
         module.visit(&mut visitor);
-        visitor.sum.map_or(0.0, |sum| f64::from(sum.into_scalar::<f32>()).sqrt())
+        visitor.sum.sqrt()
     }
 
     /// One step. `norm` is the gradients' global norm, `rate_of` the learning rate by path.
@@ -94,20 +84,21 @@ impl Optimizer {
         norm: f64,
         rate_of: &dyn Fn(&str) -> f64,
     ) -> M {
+        self.steps += 1;
         // PyTorch's clip_grad_norm_: the small constant keeps a zero norm from dividing.
-        let shrink = self.clip_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0));
+        let shrink = self.config.clip_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0));
         let mut mapper = Update { optimizer: self, gradients, shrink, rate_of, path: Vec::new() };
         module.map(&mut mapper)
     }
 
     /// The state as named tensors, `(path.leaf, data)`, and the number of steps taken.
     pub fn save(&self) -> (Vec<(String, TensorData)>, u64) {
-        let mut sink = StateSink::default();
-        for (path, state) in &self.states {
-            self.adamw.state_flatten(path, state, &mut sink);
+        let mut tensors = Vec::new();
+        for (path, (moments, rank)) in &self.moments {
+            let data = if *rank == 1 { moments.to_data::<1>() } else { moments.to_data::<2>() };
+            tensors.extend(LEAVES.map(|leaf| format!("{path}{leaf}")).into_iter().zip(data));
         }
-        let steps = sink.scalars.iter().filter_map(|(_, time)| u64::try_from(*time).ok()).max();
-        (sink.tensors, steps.unwrap_or(0))
+        (tensors, self.steps)
     }
 
     /// Restores what [`Optimizer::save`] gave.
@@ -120,41 +111,46 @@ impl Optimizer {
         steps: u64,
         device: &Device,
     ) -> Result<()> {
-        const FIRST: &str = ".momentum.moment_1";
-        let paths: Vec<(String, usize)> = tensors
-            .iter()
-            .filter_map(|(name, data)| Some((name.strip_suffix(FIRST)?.to_owned(), data.rank())))
-            .collect();
-        let scalars =
-            paths.iter().map(|(path, _)| (format!("{path}.momentum.time"), steps.into())).collect();
-        let mut source = StateSource::new(scalars);
+        self.steps = steps;
+        let mut second: BTreeMap<String, TensorData> = BTreeMap::new();
+        let mut first: BTreeMap<String, TensorData> = BTreeMap::new();
         for (name, data) in tensors {
-            source.insert_tensor(name, data);
+            if let Some(path) = name.strip_suffix(LEAVES[0]) {
+                first.insert(path.to_owned(), data);
+            } else if let Some(path) = name.strip_suffix(LEAVES[1]) {
+                second.insert(path.to_owned(), data);
+            }
         }
-        for (path, rank) in paths {
-            let state = self.adamw.state_unflatten(rank, &path, &mut source, device);
-            let state = state.ok_or_else(|| {
+        for (path, first) in first {
+            let second = second.remove(&path).ok_or_else(|| {
                 Error::failed("the optimizer state is incomplete").at(&path).fix("--fresh")
             })?;
-            self.states.insert(path, state);
+            let rank = first.rank();
+            let moments = if rank == 1 {
+                let [first, second] = [first, second].map(|m| Tensor::<1>::from_data(m, device));
+                Moments::new(first, second)
+            } else {
+                let [first, second] = [first, second].map(|m| Tensor::<2>::from_data(m, device));
+                Moments::new(first, second)
+            };
+            self.moments.insert(path, (moments, rank));
         }
         Ok(())
     }
 }
 
+/// What the two moments of a parameter are called in a saved state.
+const LEAVES: [&str; 2] = [".moment_1", ".moment_2"];
+
 struct SquaredNorm<'a> {
     gradients: &'a GradientsParams,
-    sum: Option<Tensor<1>>,
+    sum: f64,
 }
 
 impl ModuleVisitor for SquaredNorm<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         if let Some(gradient) = self.gradients.get::<D>(param.id) {
-            let square = gradient.square().sum();
-            self.sum = Some(match self.sum.take() {
-                Some(sum) => sum + square,
-                None => square,
-            });
+            self.sum += ops::squared_norm(gradient);
         }
     }
 }
@@ -181,19 +177,25 @@ impl ModuleMapper for Update<'_> {
         let Some(gradient) = self.gradients.remove::<D>(id) else {
             return Param::from_mapped_value(id, tensor, mapper);
         };
-        let gradient = if self.shrink < 1.0 { gradient * self.shrink } else { gradient };
         let path = self.path.join(".");
         let rate = (self.rate_of)(&path);
-        if self.optimizer.rule == Rule::Sign {
+        let config = &self.optimizer.config;
+        if config.rule == Rule::Sign {
             let tensor = tensor.inner() - gradient.sign() * rate;
             return Param::from_mapped_value(id, Tensor::from_inner(tensor).require_grad(), mapper);
         }
-        let state = self.optimizer.states.remove(&path);
-        let state = state.map(DynState::downcast::<AdamWState<D>>);
-        let (tensor, state) = self.optimizer.adamw.step(rate, tensor.inner(), gradient, state);
-        if let Some(state) = state {
-            self.optimizer.states.insert(path, DynState::create(state, D));
-        }
+        let step = AdamWStep {
+            shrink: self.shrink,
+            beta1: config.beta1.into(),
+            beta2: config.beta2.into(),
+            epsilon: config.epsilon.into(),
+            rate,
+            weight_decay: config.weight_decay.into(),
+            step: self.optimizer.steps,
+        };
+        let moments = self.optimizer.moments.remove(&path).map(|(moments, _)| moments);
+        let (tensor, moments) = ops::adamw_step(&step, tensor.inner(), gradient, moments);
+        self.optimizer.moments.insert(path, (moments, D));
         Param::from_mapped_value(id, Tensor::from_inner(tensor).require_grad(), mapper)
     }
 }

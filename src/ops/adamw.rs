@@ -1,0 +1,149 @@
+//! AdamW's update of one parameter, in place where the buffer is not shared: nothing of the
+//! parameter's size is allocated. (burn's keeps three such transients.)
+
+use burn::tensor::{Tensor, TensorData};
+
+use super::bridge::{Plain, tensor};
+#[cfg(feature = "flex")]
+use super::bridge::{Rows, fused};
+#[cfg(feature = "flex")]
+use super::kernel::adamw as kernel;
+
+/// One step's numbers (Loshchilov and Hutter 2019, algorithm 2).
+#[derive(Clone, Copy, Debug)]
+pub struct AdamWStep {
+    /// By what gradients are multiplied first (clipping).
+    pub shrink: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+    /// Learning rate.
+    pub rate: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// The number of this step, from 1.
+    pub step: u64,
+}
+
+impl AdamWStep {
+    /// What the moments have to be divided by, for they start at zero.
+    fn corrections(&self) -> [f64; 2] {
+        let steps = self.step as f64;
+        [1.0 - self.beta1.powf(steps), 1.0 - self.beta2.powf(steps)]
+    }
+
+    fn keep(&self) -> f64 {
+        1.0 - self.rate * self.weight_decay
+    }
+}
+
+/// The running means of a parameter's gradient and of its square, shaped as the parameter.
+#[derive(Clone, Debug)]
+pub struct Moments {
+    first: Plain,
+    second: Plain,
+}
+
+impl Moments {
+    /// Both as host data, for saving.
+    pub fn to_data<const D: usize>(&self) -> [TensorData; 2] {
+        [&self.first, &self.second].map(|moment| tensor::<D>(moment.clone()).into_data())
+    }
+
+    /// From two tensors of the parameter's shape.
+    pub fn new<const D: usize>(first: Tensor<D>, second: Tensor<D>) -> Self {
+        Self { first: first.into_dispatch(), second: second.into_dispatch() }
+    }
+}
+
+/// The parameter and its moments after a step; without moments they start at zero.
+///
+/// # Shapes
+/// - parameter, gradient, result: the same, off the tape
+pub fn adamw_step<const D: usize>(
+    step: &AdamWStep,
+    parameter: Tensor<D>,
+    gradient: Tensor<D>,
+    moments: Option<Moments>,
+) -> (Tensor<D>, Moments) {
+    let moments = moments.unwrap_or_else(|| {
+        // As the parameter lies in memory, so that a transposed one is never copied.
+        Moments::new(zeros(&parameter), zeros(&parameter))
+    });
+    let Moments { first, second } = moments;
+    #[cfg(feature = "flex")]
+    if fused(&parameter.clone().into_dispatch()) {
+        // A transposed view of a row-major matrix is updated as that matrix.
+        let flip = D == 2 && is_transposed(&parameter);
+        let orient = |tensor: Tensor<D>| if flip { tensor.transpose() } else { tensor };
+        let rows = |tensor: Tensor<D>| Rows::of(orient(tensor).into_dispatch());
+        let [mut first, mut second] = [first, second].map(|moment| rows(tensor(moment)));
+        let gradient = rows(gradient);
+        let mut parameter = rows(parameter);
+        let [correction1, correction2] = step.corrections();
+        let numbers = kernel::AdamW {
+            shrink: step.shrink as f32,
+            beta1: step.beta1 as f32,
+            beta2: step.beta2 as f32,
+            epsilon: step.epsilon as f32,
+            rate: (step.rate / correction1) as f32,
+            correction2: (1.0 / correction2) as f32,
+            keep: step.keep() as f32,
+        };
+        let means = [first.values_mut(), second.values_mut()];
+        kernel::step(numbers, parameter.values_mut(), gradient.values(), means);
+        let back = |rows: Rows| orient(tensor::<D>(rows.plain()));
+        return (back(parameter), Moments::new(back(first), back(second)));
+    }
+    let gradient = gradient * step.shrink;
+    let first = tensor::<D>(first) * step.beta1 + gradient.clone() * (1.0 - step.beta1);
+    let second = tensor::<D>(second) * step.beta2 + gradient.square() * (1.0 - step.beta2);
+    let [correction1, correction2] = step.corrections();
+    let root = (second.clone() / correction2).sqrt() + step.epsilon;
+    let delta = first.clone() / root * (step.rate / correction1);
+    (parameter * step.keep() - delta, Moments::new(first, second))
+}
+
+/// The sum of squares, in f64.
+pub fn squared_norm<const D: usize>(x: Tensor<D>) -> f64 {
+    #[cfg(feature = "flex")]
+    if fused(&x.clone().into_dispatch()) {
+        let x = if D == 2 && is_transposed(&x) { x.transpose() } else { x };
+        return kernel::squared_norm(Rows::of(x.into_dispatch()).values());
+    }
+    f64::from(x.square().sum().into_scalar::<f32>())
+}
+
+/// Zeros in the layout of `like`.
+fn zeros<const D: usize>(like: &Tensor<D>) -> Tensor<D> {
+    #[cfg(feature = "flex")]
+    if D == 2 && fused(&like.clone().into_dispatch()) && is_transposed(like) {
+        return like.clone().transpose().zeros_like().transpose();
+    }
+    like.zeros_like()
+}
+
+/// `x` as `like` lies in memory, row-major or as the transposed view of a row-major matrix: a weight
+/// that was read again is as fast as the one that it replaces.
+///
+/// # Shapes
+/// - like, x, result: the same, off the tape
+pub fn laid_out_like<const D: usize>(like: &Tensor<D>, x: Tensor<D>) -> Tensor<D> {
+    #[cfg(feature = "flex")]
+    if D == 2 && fused(&like.clone().into_dispatch()) && is_transposed(like) {
+        let rows = Rows::of(x.transpose().into_dispatch());
+        return tensor::<D>(rows.plain()).transpose();
+    }
+    let _ = like;
+    x
+}
+
+/// Whether a matrix is the transposed view of a row-major one.
+#[cfg(feature = "flex")]
+fn is_transposed<const D: usize>(x: &Tensor<D>) -> bool {
+    let contiguous = |x: Tensor<D>| Rows::is_row_major(&x.into_dispatch());
+    !contiguous(x.clone()) && contiguous(x.clone().transpose())
+}

@@ -1,0 +1,486 @@
+//! Fake-quantization of the uniform family: codes, values, and the gradients of what learns, one
+//! pass over the weight each, group by group.
+
+#![allow(clippy::inline_always)] // compiled for the caller's instruction set
+
+use rayon::iter::{IndexedParallelIterator, ParallelIterator};
+use rayon::slice::{ParallelSlice, ParallelSliceMut};
+
+use super::parallel;
+use crate::ops::vector::{self, Level, at};
+use crate::ops::{Rule, TieRule};
+
+/// What a forward writes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Output {
+    /// Integer codes.
+    Codes,
+    /// The values they stand for.
+    Values,
+}
+
+/// FlexRound's and LRQ's quantizer: `Δ (clamp(round(W / exp(θ)) + z, 0, L) - z)`, `Δ = exp(δ)`,
+/// `θ = D + (δ + r) (+ c)`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Divided<'a> {
+    /// `[groups, group_len]`.
+    pub weight: &'a [f32],
+    /// D, `[groups, group_len]`.
+    pub log_division: &'a [f32],
+    /// δ, `[groups]`.
+    pub log_scale: &'a [f32],
+    /// r, `[groups]`, or shorter by a whole factor: so many groups then share an entry.
+    pub log_row: &'a [f32],
+    /// c, the entries of a row; empty for none.
+    pub log_column: &'a [f32],
+    /// z, `[groups]`.
+    pub zero_point: &'a [f32],
+    /// L.
+    pub max_code: f32,
+}
+
+/// Gradients of [`Divided`].
+#[derive(Debug)]
+#[allow(clippy::struct_field_names)] // the parameters' names
+pub(crate) struct DividedGradients {
+    /// `[groups, group_len]`.
+    pub log_division: Vec<f32>,
+    /// `[groups]`.
+    pub log_scale: Vec<f32>,
+    /// As long as `log_row`.
+    pub log_row: Vec<f32>,
+    /// As long as `log_column`.
+    pub log_column: Vec<f32>,
+}
+
+impl<'a> Divided<'a> {
+    fn groups(&self) -> usize {
+        self.log_scale.len()
+    }
+
+    fn group_len(&self) -> usize {
+        self.weight.len() / self.groups().max(1)
+    }
+
+    /// The columns of group `index`, if there are column factors.
+    fn columns(&self, index: usize) -> Option<&'a [f32]> {
+        let (row, len) = (self.log_column.len(), self.group_len());
+        (row > 0).then(|| &self.log_column[index * len % row..][..len])
+    }
+
+    /// `δ + r` of group `index`.
+    fn log_step(&self, index: usize) -> f32 {
+        let sharing = self.groups() / self.log_row.len();
+        self.log_scale[index] + self.log_row[index / sharing]
+    }
+
+    /// Codes or values, `[groups, group_len]`.
+    pub(crate) fn forward(&self, output: Output) -> Vec<f32> {
+        self.forward_at(Level::best(), output)
+    }
+
+    fn forward_at(&self, level: Level, output: Output) -> Vec<f32> {
+        let len = self.group_len();
+        let mut out = vec![0.0; self.weight.len()];
+        let group = |(index, out): (usize, &mut [f32])| {
+            let at = index * len;
+            let (weight, division) = (&self.weight[at..][..len], &self.log_division[at..][..len]);
+            let (z, top, log_step) = (self.zero_point[index], self.max_code, self.log_step(index));
+            let scale = match output {
+                Output::Codes => None,
+                Output::Values => Some(self.log_scale[index]),
+            };
+            let columns = self.columns(index);
+            at!(level, divided_row(out, weight, division, columns, log_step, z, top, scale));
+        };
+        rows(&mut out, len, group);
+        out
+    }
+
+    /// Gradients, given that of the values; of the columns only if asked for.
+    pub(crate) fn backward(&self, gradient: &[f32], columns: bool) -> DividedGradients {
+        self.backward_at(Level::best(), gradient, columns)
+    }
+
+    fn backward_at(&self, level: Level, gradient: &[f32], columns: bool) -> DividedGradients {
+        let len = self.group_len();
+        let mut log_division = vec![0.0; self.weight.len()];
+        let mut sums = vec![[0.0; 2]; self.groups()];
+        let group = |((index, out), sums): ((usize, &mut [f32]), &mut [f64; 2])| {
+            let at = index * len;
+            let part = |values: &'a [f32]| &values[at..][..len];
+            let (weight, division) = (part(self.weight), part(self.log_division));
+            let (z, top, log_step) = (self.zero_point[index], self.max_code, self.log_step(index));
+            let scale = self.log_scale[index];
+            let (gradient, columns) = (&gradient[at..][..len], self.columns(index));
+            *sums = at!(level, {
+                divided_row_backward(
+                    out, gradient, weight, division, columns, log_step, z, top, scale,
+                )
+            });
+        };
+        if parallel(self.weight.len()) {
+            let out = log_division.par_chunks_exact_mut(len).enumerate();
+            out.zip(sums.par_chunks_mut(1)).for_each(|(out, sums)| group((out, &mut sums[0])));
+        } else {
+            let out = log_division.chunks_exact_mut(len).enumerate();
+            out.zip(&mut sums).for_each(|(out, sums)| group((out, sums)));
+        }
+        let sharing = self.groups() / self.log_row.len();
+        let log_column =
+            if columns { column_sums(&log_division, self.log_column.len()) } else { Vec::new() };
+        DividedGradients {
+            log_division,
+            log_scale: sums.iter().map(|[value, division]| (value + division) as f32).collect(),
+            log_row: sums
+                .chunks(sharing)
+                .map(|groups| groups.iter().map(|[_, division]| division).sum::<f64>() as f32)
+                .collect(),
+            log_column,
+        }
+    }
+}
+
+/// `e^x` of each.
+pub(crate) fn exp(x: &[f32]) -> Vec<f32> {
+    let mut out = x.to_vec();
+    let level = Level::best();
+    rows(&mut out, x.len().clamp(1, 1 << 12), |(_, part)| {
+        at!(level, part.iter_mut().for_each(|x| *x = vector::exp(*x)));
+    });
+    out
+}
+
+/// Runs `group` on every row of `out`, with its index.
+fn rows(out: &mut [f32], len: usize, group: impl Fn((usize, &mut [f32])) + Send + Sync) {
+    if parallel(out.len()) {
+        out.par_chunks_mut(len).enumerate().for_each(group);
+    } else {
+        out.chunks_mut(len).enumerate().for_each(group);
+    }
+}
+
+/// Sums of a matrix's columns, in f64 over blocks of rows that do not depend on the threads.
+fn column_sums(matrix: &[f32], columns: usize) -> Vec<f32> {
+    const ROWS: usize = 32;
+    if columns == 0 {
+        return Vec::new();
+    }
+    let partial: Vec<Vec<f32>> = matrix
+        .par_chunks(columns * ROWS)
+        .map(|block| {
+            let mut sums = vec![0.0f32; columns];
+            for row in block.chunks_exact(columns) {
+                sums.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
+            }
+            sums
+        })
+        .collect();
+    let mut total = vec![0.0f64; columns];
+    for sums in partial {
+        total.iter_mut().zip(sums).for_each(|(total, sum)| *total += f64::from(sum));
+    }
+    total.into_iter().map(|sum| sum as f32).collect()
+}
+
+#[inline(always)]
+#[allow(clippy::too_many_arguments)] // one row of a struct of arrays
+fn divided_row(
+    out: &mut [f32],
+    weight: &[f32],
+    division: &[f32],
+    columns: Option<&[f32]>,
+    log_step: f32,
+    z: f32,
+    top: f32,
+    scale: Option<f32>,
+) {
+    let code =
+        |w: f32, theta: f32| ((w / vector::exp(theta)).round_ties_even() + z).clamp(0.0, top);
+    let entries = out.iter_mut().zip(weight).zip(division);
+    match columns {
+        None => entries.for_each(|((out, w), d)| *out = code(*w, d + log_step)),
+        Some(columns) => {
+            entries.zip(columns).for_each(|(((out, w), d), c)| *out = code(*w, d + (log_step + c)));
+        }
+    }
+    if let Some(log_scale) = scale {
+        let scale = vector::exp(log_scale);
+        for code in out {
+            *code = scale * (*code - z);
+        }
+    }
+}
+
+/// The gradient of D into `out`; the sums over the group of the gradients of δ through the value,
+/// and of D.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)] // one row of a struct of arrays
+fn divided_row_backward(
+    out: &mut [f32],
+    gradient: &[f32],
+    weight: &[f32],
+    division: &[f32],
+    columns: Option<&[f32]>,
+    log_step: f32,
+    z: f32,
+    top: f32,
+    log_scale: f32,
+) -> [f64; 2] {
+    let scale = vector::exp(log_scale);
+    // First the ratios, from which the codes follow.
+    let entries = out.iter_mut().zip(weight).zip(division);
+    match columns {
+        None => entries.for_each(|((out, w), d)| *out = w / vector::exp(d + log_step)),
+        Some(columns) => entries
+            .zip(columns)
+            .for_each(|(((out, w), d), c)| *out = w / vector::exp(d + (log_step + c))),
+    }
+    let value = vector::sum_pairs(gradient, out, |g, ratio| {
+        g * ((ratio.round_ties_even() + z).clamp(0.0, top) - z)
+    });
+    for (ratio, gradient) in out.iter_mut().zip(gradient) {
+        let code = ratio.round_ties_even() + z;
+        let inside = code >= 0.0 && code <= top;
+        // Outside the ratio may be infinite: no product with a zero.
+        *ratio = if inside { -(gradient * scale) * *ratio } else { 0.0 };
+    }
+    [f64::from(scale) * value, vector::sum(out)]
+}
+
+/// Every quantizer whose codes follow from `u = W / Δ (+ V)`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Stepped<'a> {
+    /// `[groups, group_len]`.
+    pub weight: &'a [f32],
+    /// Δ, `[groups]`.
+    pub step: &'a [f32],
+    /// z, `[groups]`, in code units.
+    pub zero_point: &'a [f32],
+    /// V, `[groups, group_len]`; empty for none.
+    pub rounding: &'a [f32],
+    /// From u to the code.
+    pub rule: Rule,
+}
+
+/// Gradients of [`Stepped`].
+#[derive(Debug)]
+pub(crate) struct SteppedGradients {
+    /// Of the weight, `[groups, group_len]`, or empty.
+    pub matrix: Vec<f32>,
+    /// `[groups]`.
+    pub step: Vec<f32>,
+    /// `[groups]`.
+    pub zero_point: Vec<f32>,
+}
+
+impl<'a> Stepped<'a> {
+    fn group_len(&self) -> usize {
+        self.weight.len() / self.step.len().max(1)
+    }
+
+    /// Codes or values, `[groups, group_len]`.
+    pub(crate) fn forward(&self, output: Output) -> Vec<f32> {
+        self.forward_at(Level::best(), output)
+    }
+
+    fn forward_at(&self, level: Level, output: Output) -> Vec<f32> {
+        let len = self.group_len();
+        let mut out = vec![0.0; self.weight.len()];
+        let group = |(index, out): (usize, &mut [f32])| {
+            let at = index * len;
+            let weight = &self.weight[at..][..len];
+            let rounding = self.rounding.get(at..at + len);
+            let (step, z) = (self.step[index], self.zero_point[index]);
+            at!(level, stepped_row(out, weight, rounding, step, z, self.rule, output));
+        };
+        rows(&mut out, len, group);
+        out
+    }
+
+    /// Gradients, given that of the values.
+    pub(crate) fn backward(&self, gradient: &[f32], matrix: bool) -> SteppedGradients {
+        self.backward_at(Level::best(), gradient, matrix)
+    }
+
+    fn backward_at(&self, level: Level, gradient: &[f32], matrix: bool) -> SteppedGradients {
+        let len = self.group_len();
+        let mut sums = vec![[0.0f64; 2]; self.step.len()];
+        let group = |index: usize, out: &mut [f32], sums: &mut [f64; 2]| {
+            let at = index * len;
+            let part = |values: &'a [f32]| &values[at..][..len];
+            let (weight, gradient) = (part(self.weight), &gradient[at..][..len]);
+            let rounding = self.rounding.get(at..at + len);
+            let (step, z) = (self.step[index], self.zero_point[index]);
+            *sums = at!(level, {
+                stepped_row_backward(out, gradient, weight, rounding, step, z, self.rule)
+            });
+        };
+        let matrix = if matrix {
+            let mut matrix = vec![0.0; self.weight.len()];
+            if parallel(self.weight.len()) {
+                let out = matrix.par_chunks_exact_mut(len).enumerate();
+                out.zip(sums.par_chunks_mut(1))
+                    .for_each(|((index, out), sums)| group(index, out, &mut sums[0]));
+            } else {
+                let out = matrix.chunks_exact_mut(len).enumerate();
+                out.zip(&mut sums).for_each(|((index, out), sums)| group(index, out, sums));
+            }
+            matrix
+        } else {
+            let each = sums.par_chunks_mut(1).enumerate();
+            let scratch = || vec![0.0; len];
+            each.for_each_init(scratch, |out, (index, sums)| group(index, out, &mut sums[0]));
+            Vec::new()
+        };
+        SteppedGradients {
+            matrix,
+            step: sums.iter().map(|[step, _]| *step as f32).collect(),
+            zero_point: sums.iter().map(|[_, zero]| *zero as f32).collect(),
+        }
+    }
+}
+
+impl SteppedGradients {
+    /// The gradient of V: the weight's, times the step; `[groups, group_len]`.
+    pub(crate) fn rounding(&self, step: &[f32]) -> Vec<f32> {
+        let len = self.matrix.len() / step.len().max(1);
+        let rows = self.matrix.chunks_exact(len.max(1)).zip(step);
+        rows.flat_map(|(row, step)| row.iter().map(move |slope| slope * step)).collect()
+    }
+}
+
+/// The code of a weight at `u`.
+#[inline(always)]
+fn code_of(rule: Rule, u: f32, z: f32) -> f32 {
+    match rule {
+        Rule::Affine { max_code } => (u.round_ties_even() + z).clamp(0.0, max_code),
+        Rule::Lsq { middle } => u.clamp(-middle, middle - 1.0).round_ties_even() + middle,
+        Rule::Seq { margin, ties } => {
+            let x = u.clamp(margin - 1.0, 1.0 - margin) * 2.0 - 0.5;
+            let level = match ties {
+                TieRule::HalfEven => x.round_ties_even(),
+                TieRule::HalfUp => (x + 0.5).floor(),
+            };
+            level + 2.0
+        }
+        Rule::Ternary { margin } => {
+            (u.clamp(margin - 1.0, 1.0 - margin) * 1.5).round_ties_even() + 1.0
+        }
+        Rule::Sign => f32::from(u8::from(u >= 0.0)),
+    }
+}
+
+/// Whether a weight at `u` feels its gradient.
+#[inline(always)]
+fn inside(rule: Rule, u: f32, z: f32) -> bool {
+    match rule {
+        Rule::Affine { max_code } => {
+            let code = u.round_ties_even() + z;
+            code >= 0.0 && code <= max_code
+        }
+        Rule::Lsq { middle } => u >= -middle && u <= middle - 1.0,
+        Rule::Seq { margin, .. } | Rule::Ternary { margin } => {
+            u >= margin - 1.0 && u <= 1.0 - margin
+        }
+        Rule::Sign => (-1.0..=1.0).contains(&u),
+    }
+}
+
+#[inline(always)]
+fn stepped_row(
+    out: &mut [f32],
+    weight: &[f32],
+    rounding: Option<&[f32]>,
+    step: f32,
+    z: f32,
+    rule: Rule,
+    output: Output,
+) {
+    // The rule is matched once for a row, not for every weight.
+    macro_rules! of {
+        ($rule:expr) => {{
+            let rule = $rule;
+            let entries = out.iter_mut().zip(weight);
+            match rounding {
+                None => entries.for_each(|(out, w)| *out = code_of(rule, w / step, z)),
+                Some(rounding) => entries
+                    .zip(rounding)
+                    .for_each(|((out, w), v)| *out = code_of(rule, w / step + v, z)),
+            }
+        }};
+    }
+    match rule {
+        Rule::Affine { max_code } => of!(Rule::Affine { max_code }),
+        Rule::Lsq { middle } => of!(Rule::Lsq { middle }),
+        Rule::Seq { margin, ties: TieRule::HalfEven } => {
+            of!(Rule::Seq { margin, ties: TieRule::HalfEven });
+        }
+        Rule::Seq { margin, ties: TieRule::HalfUp } => {
+            of!(Rule::Seq { margin, ties: TieRule::HalfUp });
+        }
+        Rule::Ternary { margin } => of!(Rule::Ternary { margin }),
+        Rule::Sign => of!(Rule::Sign),
+    }
+    if output == Output::Values {
+        let scale = rule.scale(step);
+        for code in out {
+            *code = scale * (*code - z);
+        }
+    }
+}
+
+/// The gradient that passes into `out`; the sums over the group of the gradients of Δ and of z.
+#[inline(always)]
+fn stepped_row_backward(
+    out: &mut [f32],
+    gradient: &[f32],
+    weight: &[f32],
+    rounding: Option<&[f32]>,
+    step: f32,
+    z: f32,
+    rule: Rule,
+) -> [f64; 2] {
+    let factor = rule.scale(1.0);
+    macro_rules! of {
+        ($rule:expr) => {{
+            let rule = $rule;
+            // First u, from which the codes follow.
+            let entries = out.iter_mut().zip(weight);
+            match rounding {
+                None => entries.for_each(|(out, w)| *out = w / step),
+                Some(rounding) => {
+                    entries.zip(rounding).for_each(|((out, w), v)| *out = w / step + v);
+                }
+            }
+            let through_value =
+                vector::sum_pairs(gradient, out, |g, u| g * (code_of(rule, u, z) - z));
+            for (out, g) in out.iter_mut().zip(gradient) {
+                *out = if inside(rule, *out, z) { *g } else { 0.0 };
+            }
+            let passing = &*out;
+            let through_code = match rule {
+                // Its codes do not depend on the step.
+                Rule::Sign => 0.0,
+                _ => vector::sum_pairs(passing, weight, |g, w| g * w) / f64::from(step),
+            };
+            let zero = match rule {
+                Rule::Affine { .. } => vector::sum_pairs(passing, gradient, |p, g| p - g),
+                _ => -vector::sum(gradient),
+            };
+            [f64::from(factor) * through_value - through_code, f64::from(rule.scale(step)) * zero]
+        }};
+    }
+    match rule {
+        Rule::Affine { max_code } => of!(Rule::Affine { max_code }),
+        Rule::Lsq { middle } => of!(Rule::Lsq { middle }),
+        Rule::Seq { margin, ties: TieRule::HalfEven } => {
+            of!(Rule::Seq { margin, ties: TieRule::HalfEven })
+        }
+        Rule::Seq { margin, ties: TieRule::HalfUp } => {
+            of!(Rule::Seq { margin, ties: TieRule::HalfUp })
+        }
+        Rule::Ternary { margin } => of!(Rule::Ternary { margin }),
+        Rule::Sign => of!(Rule::Sign),
+    }
+}
