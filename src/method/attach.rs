@@ -2,7 +2,7 @@
 //!
 //! The one place where burn's `[in, out]` weights meet our `[out, in]`.
 
-use burn::module::{Module, Param, Reparameterization, Reparameterizer};
+use burn::module::{Module, Param, ParamId, Reparameterization, Reparameterizer};
 use burn::tensor::{DType, Tensor};
 
 use super::{Folded, Method, MethodConfig, Moment, Problem, ROLES, Start};
@@ -138,6 +138,15 @@ pub fn between_steps(weight: &Param<Tensor<2>>, moment: Moment) -> Option<Param<
     let grouped = ops::reshape_grouped(base.inner().transpose(), attached.layout.grouped());
     let method = attached.method.between_steps(grouped, moment);
     Some(attach(weight, FakeQuant { method, ..attached }, trains_base))
+}
+
+/// What a method makes of its weight now: a leaf to compute with in its place, and the value on the
+/// tape; `None` for a dense weight.
+pub fn materialize(weight: &Param<Tensor<2>>) -> Option<(Param<Tensor<2>>, Tensor<2>)> {
+    attached(weight)?;
+    let value = weight.val();
+    let leaf = Tensor::from_inner(value.clone().inner()).require_grad();
+    Some((Param::initialized(ParamId::new(), leaf), value))
 }
 
 /// The role of a parameter, by its path in the module; `None` for one that no method learns.

@@ -32,7 +32,9 @@ use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 pub use adadim::{AdaDim, AdaDimConfig};
-pub use attach::{FakeQuant, attach, attached, between_steps, fold, quantize, role_of};
+pub use attach::{
+    FakeQuant, attach, attached, between_steps, fold, materialize, quantize, role_of,
+};
 pub use awq::{Awq, AwqConfig};
 pub use bcq::{Bcq, BcqConfig, BcqSolve};
 pub use block_ap::{BlockAp, BlockApConfig, BlockApStart};

@@ -6,11 +6,12 @@
 //! methods-core 6.3.) On this machine's processor a loss reads each row of logits once and writes
 //! the gradient over the student's.
 
-use burn::tensor::{DType, Int, Tensor, activation};
+use burn::tensor::{Int, Tensor, activation};
 
+use super::bridge::{self, Operation, Plain, tensor};
 #[cfg(feature = "flex")]
 use {
-    super::bridge::{self, Rows, fused, tensor},
+    super::bridge::{Rows, fused},
     super::kernel::loss as kernel,
 };
 
@@ -50,9 +51,37 @@ pub fn with_gradient<const D: usize>(
     value: Tensor<1>,
     gradient: Tensor<D>,
 ) -> Tensor<1> {
-    let linear = (x * gradient).sum().cast(DType::F32);
-    // linear - linear is exactly zero, so the value keeps every bit.
-    linear.clone() - linear.detach() + value
+    let operation = Known { value: bridge::frozen(value), gradient: bridge::frozen(gradient) };
+    tensor(bridge::apply(operation, [x.into_dispatch()]))
+}
+
+#[derive(Clone, Debug)]
+struct Known {
+    value: Plain,
+    gradient: Plain,
+}
+
+impl Operation<1> for Known {
+    type Saved = ();
+    const CHEAP: bool = false;
+
+    fn forward(&self, _: [Plain; 1]) -> (Plain, ()) {
+        (self.value.clone(), ())
+    }
+
+    fn backward(&self, _: [Plain; 1], (): (), upstream: Plain, _: [bool; 1]) -> [Option<Plain>; 1] {
+        // The scalar is read: a loss is not a part of a loop, and most often it is 1.
+        let upstream = tensor::<1>(upstream).into_scalar::<f32>();
+        #[allow(clippy::float_cmp)] // exactly 1, or multiplied
+        let unchanged = upstream == 1.0;
+        let gradient = self.gradient.clone();
+        [Some(if unchanged { gradient } else { scaled(gradient, upstream) })]
+    }
+}
+
+/// A plain tensor of any rank times a number.
+fn scaled(x: Plain, factor: f32) -> Plain {
+    Tensor::<2>::from_dispatch(x).mul_scalar(factor).into_dispatch()
 }
 
 /// Joins a value and a gradient, summed in f64, to the device they came from.

@@ -146,11 +146,28 @@ pub(crate) fn ln(x: f32) -> f32 {
 /// The sum of `values`; see [`sum_pairs`].
 #[inline(always)]
 pub(crate) fn sum(values: &[f32]) -> f64 {
-    sum_pairs(values, values, |value, _| value)
+    sum_pairs(
+        values,
+        values,
+        #[inline(always)]
+        |value, _| value,
+    )
+}
+
+/// The sum of products; see [`sum_pairs`].
+#[inline(always)]
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f64 {
+    sum_pairs(
+        a,
+        b,
+        #[inline(always)]
+        |a, b| a * b,
+    )
 }
 
 /// The sum of `term` over the pairs of two slices of one length, in lanes and blocks so that its
-/// error does not grow with the length: each block is summed in f32 lanes, the blocks in f64.
+/// error does not grow with the length: each block is summed in f32 lanes, the blocks in f64. A
+/// `term` that is more than an operation has to be `#[inline(always)]` itself.
 #[inline(always)]
 pub(crate) fn sum_pairs(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -> f64 {
     const BLOCK: usize = 64 * LANES;

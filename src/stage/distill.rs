@@ -23,7 +23,9 @@ use crate::objective::{ObjectiveConfig, Targets};
 use crate::ops::{self, Closeness};
 use crate::quant::{Bits, GroupSize, ObserverConfig, Symmetry};
 use crate::report::{Event, Reporter, memory};
-use crate::train::{self, LearningRate, Optimizer, OptimizerConfig, ScheduleConfig, StepStats};
+use crate::train::{
+    self, LearningRate, Optimizer, OptimizerConfig, ScheduleConfig, StepStats, Still,
+};
 
 /// Logits held at once, student's and teacher's each.
 const LOGITS_PER_CHUNK: usize = 1 << 23;
@@ -213,11 +215,12 @@ impl Session {
         let log_point = (step + 1).is_multiple_of(config.log_every) || step + 1 == config.steps;
         let mut closeness = None;
         let student = self.student.take().ok_or_else(|| Error::failed("the student is gone"))?;
-        let (student, stats) = train::step(
+        let (student, stats) = train::accumulated_step(
             student,
             &mut self.optimizer,
             config.accumulate,
             &rate_of,
+            still,
             |student, part| {
                 let waiting = Instant::now();
                 let windows = &drawn[part * config.batch..][..config.batch];
@@ -342,6 +345,19 @@ impl Session {
 
 fn state_file(ctx: &StageContext<'_>) -> PathBuf {
     ctx.dir.join("state.safetensors")
+}
+
+/// The student with its weights as they are quantized now.
+fn still(student: &CausalLm) -> Still<CausalLm> {
+    let mut module = student.clone();
+    let mut weights = Vec::new();
+    for (_, linear) in module.blocks.iter_mut().flat_map(Block::linears_mut) {
+        if let Some((leaf, value)) = method::materialize(&linear.weight) {
+            weights.push((leaf.id, value));
+            linear.weight = leaf;
+        }
+    }
+    Still { module, weights }
 }
 
 /// Puts the method on every linear of the plan. Latents are f32 whatever the model's type.

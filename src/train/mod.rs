@@ -6,7 +6,7 @@
 mod optim;
 mod schedule;
 
-use burn::module::Module;
+use burn::module::{Module, ParamId};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::Tensor;
 
@@ -14,6 +14,7 @@ pub use optim::{Optimizer, OptimizerConfig, Rule};
 pub use schedule::{ACTIVATION_RATE, LearningRate, Role, ScheduleConfig};
 
 use crate::error::{Error, Result};
+use crate::ops;
 
 /// What a step reports.
 #[derive(Clone, Copy, Debug)]
@@ -34,21 +35,78 @@ pub fn step<M: Module>(
     optimizer: &mut Optimizer,
     accumulate: usize,
     rate_of: &dyn Fn(&str) -> f64,
-    mut loss: impl FnMut(&M, usize) -> Result<Tensor<1>>,
+    loss: impl FnMut(&M, usize) -> Result<Tensor<1>>,
 ) -> Result<(M, StepStats)> {
+    let (gradients, loss) = mean_gradients(&module, accumulate, loss)?;
+    update(module, optimizer, rate_of, gradients, loss)
+}
+
+/// A module whose quantized weights stand still, see [`accumulated_step`].
+pub struct Still<M> {
+    /// The module with a leaf in the place of each weight that a method makes.
+    pub module: M,
+    /// What each leaf is a copy of, on the tape of the method's parameters.
+    pub weights: Vec<(ParamId, Tensor<2>)>,
+}
+
+/// As [`step`], but weights are fake-quantized once for all micro-batches: those run on what `still`
+/// makes of the module, and the sum of their gradients goes back through the methods at the end.
+/// Nothing else of the module may learn.
+///
+/// # Errors
+/// As [`step`].
+pub fn accumulated_step<M: Module>(
+    module: M,
+    optimizer: &mut Optimizer,
+    accumulate: usize,
+    rate_of: &dyn Fn(&str) -> f64,
+    still: impl FnOnce(&M) -> Still<M>,
+    loss: impl FnMut(&M, usize) -> Result<Tensor<1>>,
+) -> Result<(M, StepStats)> {
+    if accumulate == 1 {
+        return step(module, optimizer, accumulate, rate_of, loss);
+    }
+    let still = still(&module);
+    let (mut gradients, loss) = mean_gradients(&still.module, accumulate, loss)?;
+    let through_methods = still.weights.into_iter().filter_map(|(leaf, weight)| {
+        let gradient = gradients.remove::<2>(leaf)?;
+        let nothing = Tensor::zeros([1], &gradient.device());
+        Some(ops::with_gradient(weight, nothing, gradient))
+    });
+    let gradients = match through_methods.reduce(|sum, term| sum + term) {
+        Some(sum) => GradientsParams::from_grads(sum.backward(), &module),
+        None => GradientsParams::new(),
+    };
+    update(module, optimizer, rate_of, gradients, loss)
+}
+
+/// The mean of the micro-batches' gradients, and of their losses.
+fn mean_gradients<M: Module>(
+    module: &M,
+    accumulate: usize,
+    mut loss: impl FnMut(&M, usize) -> Result<Tensor<1>>,
+) -> Result<(GradientsParams, f64)> {
     let mut total = 0.0;
     let mut sum = GradientsAccumulator::new();
     for micro in 0..accumulate {
-        let value = loss(&module, micro)?;
+        let value = loss(module, micro)?;
         let gradients = (value.clone() / accumulate as f64).backward();
-        sum.accumulate(&module, GradientsParams::from_grads(gradients, &module));
+        sum.accumulate(module, GradientsParams::from_grads(gradients, module));
         total += f64::from(value.into_scalar::<f32>());
     }
-    let loss = total / accumulate as f64;
+    Ok((sum.grads(), total / accumulate as f64))
+}
+
+fn update<M: Module>(
+    module: M,
+    optimizer: &mut Optimizer,
+    rate_of: &dyn Fn(&str) -> f64,
+    gradients: GradientsParams,
+    loss: f64,
+) -> Result<(M, StepStats)> {
     if !loss.is_finite() {
         return Err(not_finite("the loss", loss));
     }
-    let gradients = sum.grads();
     let grad_norm = optimizer.global_norm(&module, &gradients);
     if !grad_norm.is_finite() {
         return Err(not_finite("the gradient norm", grad_norm));

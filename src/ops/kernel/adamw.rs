@@ -61,7 +61,7 @@ fn step_chunk(adamw: AdamW, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f3
 /// The sum of squares.
 pub(crate) fn squared_norm(values: &[f32]) -> f64 {
     let level = Level::best();
-    let chunk = |part: &[f32]| at!(level, vector::sum_pairs(part, part, |a, b| a * b));
+    let chunk = |part: &[f32]| at!(level, vector::dot(part, part));
     let parts: Vec<f64> = if parallel(values.len()) {
         values.par_chunks(CHUNK).map(chunk).collect()
     } else {

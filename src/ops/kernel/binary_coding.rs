@@ -184,7 +184,12 @@ impl<'a> Mapped<'a> {
         let reach = alpha.iter().fold(f32::INFINITY, |least, a| least.min(a.abs()));
         // The levels in unit steps, from the middle.
         values_row(moved, codes, alpha, 0.0);
-        let value = vector::sum_pairs(gradient, moved, |g, level| g * (level - shift));
+        let value = vector::sum_pairs(
+            gradient,
+            moved,
+            #[inline(always)]
+            |g, level| g * (level - shift),
+        );
         let entries = division.iter_mut().zip(moved.iter_mut()).zip(weight);
         for (((division, moved), w), (d, g)) in entries.zip(log_division.iter().zip(gradient)) {
             let ratio = w / vector::exp(d + log_step);
@@ -222,8 +227,12 @@ fn values_row(out: &mut [f32], codes: &[f32], alpha: &[f32], offset: f32) {
 #[inline(always)]
 fn plane_sums(sums: &mut [f32], gradient: &[f32], codes: &[f32]) {
     for (bit, sum) in sums.iter_mut().enumerate() {
-        let signed =
-            vector::sum_pairs(gradient, codes, |g, code| if set(code, bit) { g } else { -g });
+        let signed = vector::sum_pairs(
+            gradient,
+            codes,
+            #[inline(always)]
+            |g, code| if set(code, bit) { g } else { -g },
+        );
         *sum = signed as f32;
     }
 }

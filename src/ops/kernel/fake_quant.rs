@@ -146,7 +146,11 @@ pub(crate) fn exp(x: &[f32]) -> Vec<f32> {
     let mut out = x.to_vec();
     let level = Level::best();
     rows(&mut out, x.len().clamp(1, 1 << 12), |(_, part)| {
-        at!(level, part.iter_mut().for_each(|x| *x = vector::exp(*x)));
+        at!(level, {
+            for x in part {
+                *x = vector::exp(*x);
+            }
+        });
     });
     out
 }
@@ -195,21 +199,49 @@ fn divided_row(
     top: f32,
     scale: Option<f32>,
 ) {
-    let code =
-        |w: f32, theta: f32| ((w / vector::exp(theta)).round_ties_even() + z).clamp(0.0, top);
+    divided_ratios(out, weight, division, columns, log_step);
+    match scale {
+        None => {
+            for out in out {
+                *out = affine_code(*out, z, top);
+            }
+        }
+        Some(log_scale) => {
+            let scale = vector::exp(log_scale);
+            for out in out {
+                *out = scale * (affine_code(*out, z, top) - z);
+            }
+        }
+    }
+}
+
+/// `W / exp(D + (δ + r) (+ c))`.
+#[inline(always)]
+fn divided_ratios(
+    out: &mut [f32],
+    weight: &[f32],
+    division: &[f32],
+    columns: Option<&[f32]>,
+    log_step: f32,
+) {
     let entries = out.iter_mut().zip(weight).zip(division);
     match columns {
-        None => entries.for_each(|((out, w), d)| *out = code(*w, d + log_step)),
+        None => {
+            for ((out, w), d) in entries {
+                *out = w / vector::exp(d + log_step);
+            }
+        }
         Some(columns) => {
-            entries.zip(columns).for_each(|(((out, w), d), c)| *out = code(*w, d + (log_step + c)));
+            for (((out, w), d), c) in entries.zip(columns) {
+                *out = w / vector::exp(d + (log_step + c));
+            }
         }
     }
-    if let Some(log_scale) = scale {
-        let scale = vector::exp(log_scale);
-        for code in out {
-            *code = scale * (*code - z);
-        }
-    }
+}
+
+#[inline(always)]
+fn affine_code(u: f32, z: f32, top: f32) -> f32 {
+    (u.round_ties_even() + z).clamp(0.0, top)
 }
 
 /// The gradient of D into `out`; the sums over the group of the gradients of δ through the value,
@@ -228,17 +260,13 @@ fn divided_row_backward(
     log_scale: f32,
 ) -> [f64; 2] {
     let scale = vector::exp(log_scale);
-    // First the ratios, from which the codes follow.
-    let entries = out.iter_mut().zip(weight).zip(division);
-    match columns {
-        None => entries.for_each(|((out, w), d)| *out = w / vector::exp(d + log_step)),
-        Some(columns) => entries
-            .zip(columns)
-            .for_each(|(((out, w), d), c)| *out = w / vector::exp(d + (log_step + c))),
-    }
-    let value = vector::sum_pairs(gradient, out, |g, ratio| {
-        g * ((ratio.round_ties_even() + z).clamp(0.0, top) - z)
-    });
+    divided_ratios(out, weight, division, columns, log_step);
+    let value = vector::sum_pairs(
+        gradient,
+        out,
+        #[inline(always)]
+        |g, ratio| g * (affine_code(ratio, z, top) - z),
+    );
     for (ratio, gradient) in out.iter_mut().zip(gradient) {
         let code = ratio.round_ties_even() + z;
         let inside = code >= 0.0 && code <= top;
@@ -354,7 +382,7 @@ impl SteppedGradients {
 #[inline(always)]
 fn code_of(rule: Rule, u: f32, z: f32) -> f32 {
     match rule {
-        Rule::Affine { max_code } => (u.round_ties_even() + z).clamp(0.0, max_code),
+        Rule::Affine { max_code } => affine_code(u, z, max_code),
         Rule::Lsq { middle } => u.clamp(-middle, middle - 1.0).round_ties_even() + middle,
         Rule::Seq { margin, ties } => {
             let x = u.clamp(margin - 1.0, 1.0 - margin) * 2.0 - 0.5;
@@ -397,16 +425,20 @@ fn stepped_row(
     rule: Rule,
     output: Output,
 ) {
+    steps_of(out, weight, rounding, step);
     // The rule is matched once for a row, not for every weight.
     macro_rules! of {
         ($rule:expr) => {{
             let rule = $rule;
-            let entries = out.iter_mut().zip(weight);
-            match rounding {
-                None => entries.for_each(|(out, w)| *out = code_of(rule, w / step, z)),
-                Some(rounding) => entries
-                    .zip(rounding)
-                    .for_each(|((out, w), v)| *out = code_of(rule, w / step + v, z)),
+            if output == Output::Codes {
+                for out in out {
+                    *out = code_of(rule, *out, z);
+                }
+            } else {
+                let scale = rule.scale(step);
+                for out in out {
+                    *out = scale * (code_of(rule, *out, z) - z);
+                }
             }
         }};
     }
@@ -422,10 +454,21 @@ fn stepped_row(
         Rule::Ternary { margin } => of!(Rule::Ternary { margin }),
         Rule::Sign => of!(Rule::Sign),
     }
-    if output == Output::Values {
-        let scale = rule.scale(step);
-        for code in out {
-            *code = scale * (*code - z);
+}
+
+/// `u = W / Δ (+ V)`.
+#[inline(always)]
+fn steps_of(out: &mut [f32], weight: &[f32], rounding: Option<&[f32]>, step: f32) {
+    match rounding {
+        None => {
+            for (out, w) in out.iter_mut().zip(weight) {
+                *out = w / step;
+            }
+        }
+        Some(rounding) => {
+            for ((out, w), v) in out.iter_mut().zip(weight).zip(rounding) {
+                *out = w / step + v;
+            }
         }
     }
 }
@@ -442,19 +485,16 @@ fn stepped_row_backward(
     rule: Rule,
 ) -> [f64; 2] {
     let factor = rule.scale(1.0);
+    steps_of(out, weight, rounding, step);
     macro_rules! of {
         ($rule:expr) => {{
             let rule = $rule;
-            // First u, from which the codes follow.
-            let entries = out.iter_mut().zip(weight);
-            match rounding {
-                None => entries.for_each(|(out, w)| *out = w / step),
-                Some(rounding) => {
-                    entries.zip(rounding).for_each(|((out, w), v)| *out = w / step + v);
-                }
-            }
-            let through_value =
-                vector::sum_pairs(gradient, out, |g, u| g * (code_of(rule, u, z) - z));
+            let through_value = vector::sum_pairs(
+                gradient,
+                out,
+                #[inline(always)]
+                |g, u| g * (code_of(rule, u, z) - z),
+            );
             for (out, g) in out.iter_mut().zip(gradient) {
                 *out = if inside(rule, *out, z) { *g } else { 0.0 };
             }
@@ -462,10 +502,15 @@ fn stepped_row_backward(
             let through_code = match rule {
                 // Its codes do not depend on the step.
                 Rule::Sign => 0.0,
-                _ => vector::sum_pairs(passing, weight, |g, w| g * w) / f64::from(step),
+                _ => vector::dot(passing, weight) / f64::from(step),
             };
             let zero = match rule {
-                Rule::Affine { .. } => vector::sum_pairs(passing, gradient, |p, g| p - g),
+                Rule::Affine { .. } => vector::sum_pairs(
+                    passing,
+                    gradient,
+                    #[inline(always)]
+                    |p, g| p - g,
+                ),
                 _ => -vector::sum(gradient),
             };
             [f64::from(factor) * through_value - through_code, f64::from(rule.scale(step)) * zero]

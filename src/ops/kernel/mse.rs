@@ -29,7 +29,17 @@ fn sum(level: Level, a: &[f32], b: &[f32]) -> f64 {
         .par_chunks(CHUNK)
         .zip(b.par_chunks(CHUNK))
         .with_min_len(min_tasks(a.len()))
-        .map(|(a, b)| at!(level, vector::sum_pairs(a, b, |a, b| (a - b) * (a - b))))
+        .map(|(a, b)| {
+            at!(
+                level,
+                vector::sum_pairs(
+                    a,
+                    b,
+                    #[inline(always)]
+                    |a, b| (a - b) * (a - b)
+                )
+            )
+        })
         .collect();
     parts.iter().sum()
 }

@@ -70,7 +70,7 @@ fn forward(level: Level, x: &[f32], gain: &[f32], eps: f32, y: &mut [f32]) -> Ve
 #[inline(always)]
 #[allow(clippy::inline_always)] // compiled for the caller's instruction set
 fn forward_row(x: &[f32], gain: &[f32], eps: f32, y: &mut [f32]) -> f32 {
-    let mean = vector::sum_pairs(x, x, |a, b| a * b) / x.len() as f64;
+    let mean = vector::dot(x, x) / x.len() as f64;
     let inverse = (1.0 / (mean + f64::from(eps)).sqrt()) as f32;
     for ((y, x), gain) in y.iter_mut().zip(x).zip(gain) {
         *y = x * inverse * gain;
@@ -118,7 +118,12 @@ fn backward_row(dy: &[f32], x: &[f32], gain: &[f32], inverse: f32, dx: &mut [f32
     for ((dx, dy), gain) in dx.iter_mut().zip(dy).zip(gain) {
         *dx = dy * gain;
     }
-    let dot = vector::sum_pairs(dx, x, |a, b| a * (b * inverse)) / x.len() as f64;
+    let dot = vector::sum_pairs(
+        dx,
+        x,
+        #[inline(always)]
+        |a, b| a * (b * inverse),
+    ) / x.len() as f64;
     let along = (dot * f64::from(inverse)) as f32;
     for (dx, x) in dx.iter_mut().zip(x) {
         *dx = *dx * inverse - x * inverse * along;

@@ -1,0 +1,131 @@
+//! Operations in their two forms, as kernels ("fused") and composed from burn's ("composed"), and the
+//! block step that they make up, with its memory.
+//!
+//! `cargo bench --bench ops` runs everything in about ten minutes; words after `--` filter, as in every
+//! Criterion bench. `benches/peers/plain.py kernels` puts PyTorch beside it. `docs/performance.md` has
+//! the figures and how to read them.
+
+mod block;
+
+use std::time::Duration;
+
+use burn::module::Module as _;
+use burn::tensor::{Device, Distribution, Int, Tensor};
+use criterion::{BatchSize, BenchmarkId, Criterion};
+use fewbit::method::{FlexRoundConfig, MethodConfig, SeqConfig, Start};
+use fewbit::ops::{self, Comparison, Divergence};
+use fewbit::quant::{Bits, GroupSize, ObserverConfig, QuantSpec, Symmetry};
+
+/// The program's own allocator.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() {
+    if block::measured_one() {
+        return;
+    }
+    let mut criterion = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_secs(1))
+        .measurement_time(Duration::from_secs(3))
+        .configure_from_args();
+    fake_quantizers(&mut criterion);
+    losses(&mut criterion);
+    block::bench(&mut criterion);
+    criterion.final_summary();
+    block::memory();
+}
+
+/// The two forms under the names that the reports carry.
+const FORMS: [(&str, bool); 2] = [("fused", true), ("composed", false)];
+
+/// Runs `f` in one of the forms.
+fn in_form<R>(fused: bool, f: impl FnOnce() -> R) -> R {
+    if fused { f() } else { ops::composed(f) }
+}
+
+fn spec(bits: u8) -> QuantSpec {
+    QuantSpec {
+        bits: Bits::new(bits).expect("2 and 4 are widths"),
+        group_size: GroupSize::PerChannel,
+        symmetry: Symmetry::Asymmetric,
+    }
+}
+
+/// Forward and backward of one fake-quantizer, one scale per output row, from a given gradient of its
+/// values.
+fn fake_quantizers(criterion: &mut Criterion) {
+    let device = Device::flex().autodiff();
+    let methods = [
+        (
+            "flexround",
+            MethodConfig::FlexRound(FlexRoundConfig {}),
+            4,
+            vec![[2048, 8192], [384, 128]],
+        ),
+        ("seq", MethodConfig::Seq(SeqConfig::default()), 2, vec![[2048, 8192]]),
+    ];
+    for (name, config, bits, shapes) in methods {
+        let mut group = criterion.benchmark_group(name);
+        for shape in shapes {
+            let random = || Tensor::<2>::random(shape, Distribution::Normal(0.0, 0.02), &device);
+            let (weight, upstream) = (random(), random().inner());
+            let (spec, observer) = (spec(bits), ObserverConfig::default());
+            let start = weight.clone().inner();
+            let method = config.init(&Start::new(&spec, &observer, &start));
+            let method = method.expect("a random weight has a grid").train();
+            let weight = if config.trains_base() { weight.require_grad() } else { weight };
+            for (form, fused) in FORMS {
+                let id = BenchmarkId::new(form, format!("{}x{}", shape[0], shape[1]));
+                group.bench_function(id, |bencher| {
+                    bencher.iter(|| {
+                        in_form(fused, || {
+                            let value = method.fake_quant(weight.clone());
+                            let zero = Tensor::zeros([1], &device.clone().inner());
+                            ops::with_gradient(value, zero, upstream.clone()).backward()
+                        })
+                    });
+                });
+            }
+        }
+        group.finish();
+    }
+}
+
+/// Value and gradient of one loss to the student's logits.
+fn losses(criterion: &mut Criterion) {
+    let device = Device::flex();
+    let kinds = [
+        ("jsd", Some(Divergence::Jsd { beta: 0.5 })),
+        ("kl_forward", Some(Divergence::KlForward)),
+        ("cross_entropy", None),
+    ];
+    for [tokens, vocab] in [[512, 32_000], [128, 128_256]] {
+        let random =
+            || Tensor::<2>::random([tokens, vocab], Distribution::Normal(0.0, 3.0), &device);
+        let (student, teacher) = (random(), random());
+        let weights = Tensor::<2>::full([tokens, 1], 1.0 / tokens as f32, &device);
+        let targets = Tensor::<2, Int>::zeros([tokens, 1], &device);
+        for (name, kind) in kinds {
+            let mut group = criterion.benchmark_group(name);
+            for (form, fused) in FORMS {
+                let id = BenchmarkId::new(form, format!("{tokens}x{vocab}"));
+                group.bench_function(id, |bencher| {
+                    // Its gradient takes the place of the student's logits: each run has its own.
+                    let fresh = || student.clone().mul_scalar(1.0);
+                    let loss = |student: Tensor<2>| {
+                        in_form(fused, || match kind {
+                            None => ops::cross_entropy(student, targets.clone(), weights.clone()),
+                            Some(divergence) => {
+                                let how = Comparison { divergence, temperature: 1.0, top_k: None };
+                                ops::divergence(&how, student, teacher.clone(), weights.clone())
+                            }
+                        })
+                    };
+                    bencher.iter_batched(fresh, loss, BatchSize::PerIteration);
+                });
+            }
+            group.finish();
+        }
+    }
+}
