@@ -13,7 +13,7 @@ use super::bridge::{self, Operation, Plain, tensor};
 #[cfg(feature = "flex")]
 use super::bridge::{Rows, fused};
 #[cfg(feature = "flex")]
-use super::kernel::fake_quant as kernel;
+use super::kernel::fake_quant::{self as kernel, InPlace};
 
 /// `round(x)`, ties to even, with gradient 1 (straight-through estimator).
 ///
@@ -183,15 +183,14 @@ impl Operation<4> for DividedOperation {
         #[cfg(feature = "flex")]
         if fused(&self.weight) {
             let rows = DividedRows::new(self, inputs);
-            let gradient = Rows::of(gradient);
-            let found = rows.kernel().backward(gradient.values(), wanted[3]);
+            let mut gradient = Rows::of(gradient);
+            let found = rows.kernel().backward(gradient.values_mut(), wanted[3]);
             return [
-                (found.log_scale, &rows.log_scale),
-                (found.log_division, &rows.log_division),
-                (found.log_row, &rows.log_row),
-                (found.log_column, &rows.log_column),
-            ]
-            .map(|(values, like)| (!values.is_empty()).then(|| like.like(values).plain()));
+                Some(rows.log_scale.like(found.log_scale).plain()),
+                Some(gradient.plain()),
+                Some(rows.log_row.like(found.log_row).plain()),
+                wanted[3].then(|| rows.log_column.like(found.log_column).plain()),
+            ];
         }
         let [out, _] = tensor::<2>(inputs[2].clone()).dims();
         let parts = self.composed(inputs);
@@ -499,18 +498,28 @@ impl Operation<4> for SteppedOperation {
         let [weight, _, _, rounding] = wanted;
         #[cfg(feature = "flex")]
         if fused(&inputs[0]) {
-            let (inputs, gradient) = (inputs.map(Rows::of), Rows::of(gradient));
-            let found = self.kernel(&inputs).backward(gradient.values(), weight || rounding);
-            let offsets = rounding.then(|| found.rounding(inputs[1].values()));
+            let (inputs, mut gradient) = (inputs.map(Rows::of), Rows::of(gradient));
+            let in_place = match (weight, rounding) {
+                (true, _) => InPlace::Weight,
+                (false, true) => InPlace::Rounding,
+                (false, false) => InPlace::Neither,
+            };
+            let found = self.kernel(&inputs).backward(gradient.values_mut(), in_place);
             let mut step = found.step;
             for g in &mut step {
                 *g *= self.step_gradient;
             }
             return [
-                weight.then(|| inputs[0].like(found.matrix).plain()),
+                weight.then(|| gradient.clone().plain()),
                 Some(inputs[1].like(step).plain()),
                 Some(inputs[2].like(found.zero_point).plain()),
-                offsets.map(|values| inputs[3].like(values).plain()),
+                rounding.then(|| {
+                    let found = gradient.plain();
+                    if !weight {
+                        return found;
+                    }
+                    (tensor::<2>(found) * tensor(inputs[1].clone().plain())).into_dispatch()
+                }),
             ];
         }
         let [_, step, zero_point, _] = inputs.clone().map(tensor::<2>);

@@ -43,8 +43,6 @@ pub(crate) struct Divided<'a> {
 #[derive(Debug)]
 #[allow(clippy::struct_field_names)] // the parameters' names
 pub(crate) struct DividedGradients {
-    /// `[groups, group_len]`.
-    pub log_division: Vec<f32>,
     /// `[groups]`.
     pub log_scale: Vec<f32>,
     /// As long as `log_row`.
@@ -97,40 +95,28 @@ impl<'a> Divided<'a> {
         out
     }
 
-    /// Gradients, given that of the values; of the columns only if asked for.
-    pub(crate) fn backward(&self, gradient: &[f32], columns: bool) -> DividedGradients {
+    /// Gradients, given that of the values, which D's replaces; of the columns only if asked for.
+    pub(crate) fn backward(&self, gradient: &mut [f32], columns: bool) -> DividedGradients {
         self.backward_at(Level::best(), gradient, columns)
     }
 
-    fn backward_at(&self, level: Level, gradient: &[f32], columns: bool) -> DividedGradients {
+    fn backward_at(&self, level: Level, gradient: &mut [f32], columns: bool) -> DividedGradients {
         let len = self.group_len();
-        let mut log_division = vec![0.0; self.weight.len()];
-        let mut sums = vec![[0.0; 2]; self.groups()];
-        let group = |((index, out), sums): ((usize, &mut [f32]), &mut [f64; 2])| {
+        let sums = reduce_rows(gradient, len, |scratch, index, gradient| {
             let at = index * len;
             let part = |values: &'a [f32]| &values[at..][..len];
             let (weight, division) = (part(self.weight), part(self.log_division));
             let (z, top, log_step) = (self.zero_point[index], self.max_code, self.log_step(index));
-            let scale = self.log_scale[index];
-            let (gradient, columns) = (&gradient[at..][..len], self.columns(index));
-            *sums = at!(level, {
-                divided_row_backward(
-                    out, gradient, weight, division, columns, log_step, z, top, scale,
-                )
-            });
-        };
-        if parallel(self.weight.len()) {
-            let out = log_division.par_chunks_exact_mut(len).enumerate();
-            out.zip(sums.par_chunks_mut(1)).for_each(|(out, sums)| group((out, &mut sums[0])));
-        } else {
-            let out = log_division.chunks_exact_mut(len).enumerate();
-            out.zip(&mut sums).for_each(|(out, sums)| group((out, sums)));
-        }
+            let (columns, scale) = (self.columns(index), self.log_scale[index]);
+            at!(level, {
+                divided_ratios(scratch, weight, division, columns, log_step);
+                divided_row_backward(gradient, scratch, z, top, scale)
+            })
+        });
         let sharing = self.groups() / self.log_row.len();
         let log_column =
-            if columns { column_sums(&log_division, self.log_column.len()) } else { Vec::new() };
+            if columns { column_sums(gradient, self.log_column.len()) } else { Vec::new() };
         DividedGradients {
-            log_division,
             log_scale: sums.iter().map(|[value, division]| (value + division) as f32).collect(),
             log_row: sums
                 .chunks(sharing)
@@ -161,6 +147,24 @@ fn rows(out: &mut [f32], len: usize, group: impl Fn((usize, &mut [f32])) + Send 
         out.par_chunks_mut(len).enumerate().for_each(group);
     } else {
         out.chunks_mut(len).enumerate().for_each(group);
+    }
+}
+
+/// Runs `group` on every row of `matrix`, with its index and a buffer of its length; the results in
+/// the order of the rows.
+fn reduce_rows<R: Send>(
+    matrix: &mut [f32],
+    len: usize,
+    group: impl Fn(&mut [f32], usize, &mut [f32]) -> R + Sync,
+) -> Vec<R> {
+    let scratch = || vec![0.0; len];
+    if parallel(matrix.len()) {
+        let rows = matrix.par_chunks_exact_mut(len).enumerate();
+        rows.map_init(scratch, |scratch, (index, row)| group(scratch, index, row)).collect()
+    } else {
+        let mut scratch = scratch();
+        let rows = matrix.chunks_exact_mut(len).enumerate();
+        rows.map(|(index, row)| group(&mut scratch, index, row)).collect()
     }
 }
 
@@ -244,36 +248,30 @@ fn affine_code(u: f32, z: f32, top: f32) -> f32 {
     (u.round_ties_even() + z).clamp(0.0, top)
 }
 
-/// The gradient of D into `out`; the sums over the group of the gradients of δ through the value,
-/// and of D.
+/// D's gradient in the place of that of the values; the sums over the group of the gradients of δ
+/// through the value, and of D.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)] // one row of a struct of arrays
 fn divided_row_backward(
-    out: &mut [f32],
-    gradient: &[f32],
-    weight: &[f32],
-    division: &[f32],
-    columns: Option<&[f32]>,
-    log_step: f32,
+    gradient: &mut [f32],
+    ratios: &[f32],
     z: f32,
     top: f32,
     log_scale: f32,
 ) -> [f64; 2] {
     let scale = vector::exp(log_scale);
-    divided_ratios(out, weight, division, columns, log_step);
     let value = vector::sum_pairs(
         gradient,
-        out,
+        ratios,
         #[inline(always)]
         |g, ratio| g * (affine_code(ratio, z, top) - z),
     );
-    for (ratio, gradient) in out.iter_mut().zip(gradient) {
+    for (gradient, ratio) in gradient.iter_mut().zip(ratios) {
         let code = ratio.round_ties_even() + z;
         let inside = code >= 0.0 && code <= top;
         // Outside the ratio may be infinite: no product with a zero.
-        *ratio = if inside { -(gradient * scale) * *ratio } else { 0.0 };
+        *gradient = if inside { -(*gradient * scale) * ratio } else { 0.0 };
     }
-    [f64::from(scale) * value, vector::sum(out)]
+    [f64::from(scale) * value, vector::sum(gradient)]
 }
 
 /// Every quantizer whose codes follow from `u = W / Δ (+ V)`.
@@ -291,11 +289,20 @@ pub(crate) struct Stepped<'a> {
     pub rule: Rule,
 }
 
+/// Which gradient of [`Stepped`] takes the place of that of the values.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum InPlace {
+    /// The weight's.
+    Weight,
+    /// V's.
+    Rounding,
+    /// None is wanted: what is there then has no meaning.
+    Neither,
+}
+
 /// Gradients of [`Stepped`].
 #[derive(Debug)]
 pub(crate) struct SteppedGradients {
-    /// Of the weight, `[groups, group_len]`, or empty.
-    pub matrix: Vec<f32>,
     /// `[groups]`.
     pub step: Vec<f32>,
     /// `[groups]`.
@@ -326,55 +333,33 @@ impl<'a> Stepped<'a> {
         out
     }
 
-    /// Gradients, given that of the values.
-    pub(crate) fn backward(&self, gradient: &[f32], matrix: bool) -> SteppedGradients {
+    /// Gradients, given that of the values, which is overwritten.
+    pub(crate) fn backward(&self, gradient: &mut [f32], matrix: InPlace) -> SteppedGradients {
         self.backward_at(Level::best(), gradient, matrix)
     }
 
-    fn backward_at(&self, level: Level, gradient: &[f32], matrix: bool) -> SteppedGradients {
+    fn backward_at(&self, level: Level, gradient: &mut [f32], matrix: InPlace) -> SteppedGradients {
         let len = self.group_len();
-        let mut sums = vec![[0.0f64; 2]; self.step.len()];
-        let group = |index: usize, out: &mut [f32], sums: &mut [f64; 2]| {
+        let sums = reduce_rows(gradient, len, |scratch, index, gradient| {
             let at = index * len;
-            let part = |values: &'a [f32]| &values[at..][..len];
-            let (weight, gradient) = (part(self.weight), &gradient[at..][..len]);
+            let weight = &self.weight[at..][..len];
             let rounding = self.rounding.get(at..at + len);
             let (step, z) = (self.step[index], self.zero_point[index]);
-            *sums = at!(level, {
-                stepped_row_backward(out, gradient, weight, rounding, step, z, self.rule)
-            });
-        };
-        let matrix = if matrix {
-            let mut matrix = vec![0.0; self.weight.len()];
-            if parallel(self.weight.len()) {
-                let out = matrix.par_chunks_exact_mut(len).enumerate();
-                out.zip(sums.par_chunks_mut(1))
-                    .for_each(|((index, out), sums)| group(index, out, &mut sums[0]));
-            } else {
-                let out = matrix.chunks_exact_mut(len).enumerate();
-                out.zip(&mut sums).for_each(|((index, out), sums)| group(index, out, sums));
-            }
-            matrix
-        } else {
-            let each = sums.par_chunks_mut(1).enumerate();
-            let scratch = || vec![0.0; len];
-            each.for_each_init(scratch, |out, (index, sums)| group(index, out, &mut sums[0]));
-            Vec::new()
-        };
+            at!(level, {
+                steps_of(scratch, weight, rounding, step);
+                let sums = stepped_row_backward(gradient, scratch, weight, step, z, self.rule);
+                if matrix == InPlace::Rounding {
+                    for slope in gradient {
+                        *slope *= step;
+                    }
+                }
+                sums
+            })
+        });
         SteppedGradients {
-            matrix,
             step: sums.iter().map(|[step, _]| *step as f32).collect(),
             zero_point: sums.iter().map(|[_, zero]| *zero as f32).collect(),
         }
-    }
-}
-
-impl SteppedGradients {
-    /// The gradient of V: the weight's, times the step; `[groups, group_len]`.
-    pub(crate) fn rounding(&self, step: &[f32]) -> Vec<f32> {
-        let len = self.matrix.len() / step.len().max(1);
-        let rows = self.matrix.chunks_exact(len.max(1)).zip(step);
-        rows.flat_map(|(row, step)| row.iter().map(move |slope| slope * step)).collect()
     }
 }
 
@@ -473,47 +458,50 @@ fn steps_of(out: &mut [f32], weight: &[f32], rounding: Option<&[f32]>, step: f32
     }
 }
 
-/// The gradient that passes into `out`; the sums over the group of the gradients of Δ and of z.
+/// The gradient that passes in the place of that of the values; the sums over the group of the
+/// gradients of Δ and of z.
 #[inline(always)]
 fn stepped_row_backward(
-    out: &mut [f32],
-    gradient: &[f32],
+    gradient: &mut [f32],
+    steps: &[f32],
     weight: &[f32],
-    rounding: Option<&[f32]>,
     step: f32,
     z: f32,
     rule: Rule,
 ) -> [f64; 2] {
     let factor = rule.scale(1.0);
-    steps_of(out, weight, rounding, step);
     macro_rules! of {
         ($rule:expr) => {{
             let rule = $rule;
             let through_value = vector::sum_pairs(
                 gradient,
-                out,
+                steps,
                 #[inline(always)]
                 |g, u| g * (code_of(rule, u, z) - z),
             );
-            for (out, g) in out.iter_mut().zip(gradient) {
-                *out = if inside(rule, *out, z) { *g } else { 0.0 };
+            // What moves the value at fixed u: where the code is clamped, z does, elsewhere the code
+            // moves with it; codes that z is no part of never do.
+            let at_fixed_u = match rule {
+                Rule::Affine { .. } => vector::sum_pairs(
+                    gradient,
+                    steps,
+                    #[inline(always)]
+                    |g, u| if inside(rule, u, z) { 0.0 } else { g },
+                ),
+                _ => vector::sum(gradient),
+            };
+            for (g, u) in gradient.iter_mut().zip(steps) {
+                *g = if inside(rule, *u, z) { *g } else { 0.0 };
             }
-            let passing = &*out;
             let through_code = match rule {
                 // Its codes do not depend on the step.
                 Rule::Sign => 0.0,
-                _ => vector::dot(passing, weight) / f64::from(step),
+                _ => vector::dot(gradient, weight) / f64::from(step),
             };
-            let zero = match rule {
-                Rule::Affine { .. } => vector::sum_pairs(
-                    passing,
-                    gradient,
-                    #[inline(always)]
-                    |p, g| p - g,
-                ),
-                _ => -vector::sum(gradient),
-            };
-            [f64::from(factor) * through_value - through_code, f64::from(rule.scale(step)) * zero]
+            [
+                f64::from(factor) * through_value - through_code,
+                -f64::from(rule.scale(step)) * at_fixed_u,
+            ]
         }};
     }
     match rule {
