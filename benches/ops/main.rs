@@ -11,10 +11,12 @@ use std::time::Duration;
 
 use burn::module::Module as _;
 use burn::tensor::{Device, Distribution, Int, Tensor};
-use criterion::{BatchSize, BenchmarkId, Criterion};
+use criterion::{BatchSize, BenchmarkId, Criterion, Throughput};
 use fewbit::method::{FlexRoundConfig, MethodConfig, SeqConfig, Start};
 use fewbit::ops::{self, Comparison, Divergence};
 use fewbit::quant::{Bits, GroupSize, ObserverConfig, QuantSpec, Symmetry};
+use rayon::iter::{IndexedParallelIterator as _, ParallelIterator as _};
+use rayon::slice::{ParallelSlice as _, ParallelSliceMut as _};
 
 /// The program's own allocator.
 #[global_allocator]
@@ -29,6 +31,7 @@ fn main() {
         .warm_up_time(Duration::from_secs(1))
         .measurement_time(Duration::from_secs(3))
         .configure_from_args();
+    ceilings(&mut criterion);
     fake_quantizers(&mut criterion);
     losses(&mut criterion);
     block::bench(&mut criterion);
@@ -52,6 +55,31 @@ fn spec(bits: u8) -> QuantSpec {
     }
 }
 
+/// What this machine can do at most: bytes moved by a plain copy on all threads, and multiplications by
+/// a square product.
+fn ceilings(criterion: &mut Criterion) {
+    const PART: usize = 1 << 20;
+    let mut group = criterion.benchmark_group("ceiling");
+    let (from, mut to) = (vec![1.0f32; 1 << 25], vec![0.0f32; 1 << 25]);
+    group.throughput(Throughput::Bytes(2 * 4 << 25));
+    group.bench_function(BenchmarkId::new("copy", "128 MiB to 128 MiB"), |bencher| {
+        bencher.iter(|| {
+            let parts = to.par_chunks_mut(PART).zip(from.par_chunks(PART));
+            parts.for_each(|(to, from)| to.copy_from_slice(from));
+        });
+    });
+    let device = Device::flex();
+    let square = || Tensor::<2>::random([2048, 2048], Distribution::Normal(0.0, 1.0), &device);
+    let (left, right) = (square(), square());
+    group.throughput(Throughput::Elements(2 * 2048 * 2048 * 2048));
+    for (form, fused) in FORMS {
+        group.bench_function(BenchmarkId::new(format!("product {form}"), "2048"), |bencher| {
+            bencher.iter(|| in_form(fused, || ops::matmul(left.clone(), right.clone())));
+        });
+    }
+    group.finish();
+}
+
 /// Forward and backward of one fake-quantizer, one scale per output row, from a given gradient of its
 /// values.
 fn fake_quantizers(criterion: &mut Criterion) {
@@ -61,7 +89,7 @@ fn fake_quantizers(criterion: &mut Criterion) {
             "flexround",
             MethodConfig::FlexRound(FlexRoundConfig {}),
             4,
-            vec![[2048, 8192], [384, 128]],
+            vec![[2048, 8192], [128, 384]],
         ),
         ("seq", MethodConfig::Seq(SeqConfig::default()), 2, vec![[2048, 8192]]),
     ];

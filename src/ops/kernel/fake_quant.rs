@@ -309,7 +309,7 @@ pub(crate) struct SteppedGradients {
     pub zero_point: Vec<f32>,
 }
 
-impl<'a> Stepped<'a> {
+impl Stepped<'_> {
     fn group_len(&self) -> usize {
         self.weight.len() / self.step.len().max(1)
     }
