@@ -88,6 +88,7 @@ pub fn adamw_step<const D: usize>(
             shrink: step.shrink as f32,
             beta1: step.beta1 as f32,
             beta2: step.beta2 as f32,
+            new: [(1.0 - step.beta1) as f32, (1.0 - step.beta2) as f32],
             epsilon: step.epsilon as f32,
             rate: (step.rate / correction1) as f32,
             correction2: (1.0 / correction2) as f32,

@@ -269,11 +269,14 @@ impl Operation<4> for MappedOperation {
             tensor::<2>(self.weight.clone()) / (log_division + (log_scale.clone() + log_row)).exp();
         let scale = log_scale.exp();
         let mut moved = gradient.clone() * scale.clone();
+        let mut division = (moved.clone() * ratio.clone()).neg();
         if self.filter {
-            let beyond = (ratio.clone() + shift.clone() - level.clone()).abs();
-            moved = moved.mask_fill(beyond.greater(alpha.abs().min_dim(1)), 0.0);
+            let beyond = (ratio + shift.clone() - level.clone()).abs();
+            let beyond = beyond.greater(alpha.abs().min_dim(1));
+            moved = moved.mask_fill(beyond.clone(), 0.0);
+            // There the ratio may be infinite: no product with a zero.
+            division = division.mask_fill(beyond, 0.0);
         }
-        let division = (moved.clone() * ratio).neg();
         let row = division.clone().sum_dim(1);
         let value = (gradient * (level - shift)).sum_dim(1) * scale;
         let alpha = plane_gradients(&planes, &moved);

@@ -525,11 +525,13 @@ impl Operation<4> for SteppedOperation {
         let [_, step, zero_point, _] = inputs.clone().map(tensor::<2>);
         let (code, ratio, outside) = self.composed(inputs);
         let gradient = tensor::<2>(gradient);
-        let passing = gradient.clone().mask_fill(outside, 0.0);
+        let passing = gradient.clone().mask_fill(outside.clone(), 0.0);
         let through_value = (gradient.clone() * (code - zero_point)).sum_dim(1);
         let mut of_step = through_value * self.rule.scale(1.0);
         if self.rule != Rule::Sign {
-            of_step = of_step - (passing.clone() * ratio).sum_dim(1);
+            // Outside the ratio may be infinite: no product with a zero.
+            let through_code = (gradient.clone() * ratio).mask_fill(outside, 0.0);
+            of_step = of_step - through_code.sum_dim(1);
         }
         let at_fixed_u = match self.rule {
             Rule::Affine { .. } => passing.clone() - gradient,

@@ -20,6 +20,9 @@ pub(crate) struct AdamW {
     pub beta1: f32,
     /// Decay of the second moment.
     pub beta2: f32,
+    /// What a gradient and its square weigh in the moments: one minus the decays, which in f32
+    /// would be off by a hundred thousandth.
+    pub new: [f32; 2],
     /// Added to the root of the second moment.
     pub epsilon: f32,
     /// Learning rate over the first moment's bias correction.
@@ -35,32 +38,45 @@ pub(crate) fn step(
     adamw: AdamW,
     parameter: &mut [f32],
     gradient: &[f32],
+    moments: [&mut [f32]; 2],
+) {
+    step_at(Level::best(), adamw, parameter, gradient, moments);
+}
+
+fn step_at(
+    level: Level,
+    adamw: AdamW,
+    parameter: &mut [f32],
+    gradient: &[f32],
     [first, second]: [&mut [f32]; 2],
 ) {
     if !parallel(parameter.len()) {
-        return at!(Level::best(), step_chunk(adamw, parameter, gradient, first, second));
+        return at!(level, step_chunk(adamw, parameter, gradient, first, second));
     }
     let both = parameter.par_chunks_mut(CHUNK).zip(gradient.par_chunks(CHUNK));
     let means = first.par_chunks_mut(CHUNK).zip(second.par_chunks_mut(CHUNK));
     both.zip(means).for_each(|((parameter, gradient), (first, second))| {
-        at!(Level::best(), step_chunk(adamw, parameter, gradient, first, second));
+        at!(level, step_chunk(adamw, parameter, gradient, first, second));
     });
 }
 
 #[inline(always)]
 fn step_chunk(adamw: AdamW, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
-    let AdamW { shrink, beta1, beta2, epsilon, rate, correction2, keep } = adamw;
+    let AdamW { shrink, beta1, beta2, new, epsilon, rate, correction2, keep } = adamw;
     for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
         let g = g * shrink;
-        *m = beta1 * *m + (1.0 - beta1) * g;
-        *v = beta2 * *v + (1.0 - beta2) * (g * g);
+        *m = beta1 * *m + new[0] * g;
+        *v = beta2 * *v + new[1] * (g * g);
         *p = *p * keep - rate * *m / ((*v * correction2).sqrt() + epsilon);
     }
 }
 
 /// The sum of squares.
 pub(crate) fn squared_norm(values: &[f32]) -> f64 {
-    let level = Level::best();
+    squared_norm_at(Level::best(), values)
+}
+
+fn squared_norm_at(level: Level, values: &[f32]) -> f64 {
     let chunk = |part: &[f32]| at!(level, vector::dot(part, part));
     let parts: Vec<f64> = if parallel(values.len()) {
         values.par_chunks(CHUNK).map(chunk).collect()
@@ -68,4 +84,60 @@ pub(crate) fn squared_norm(values: &[f32]) -> f64 {
         values.chunks(CHUNK).map(chunk).collect()
     };
     parts.into_iter().sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The last two are worth a second thread, and more than two chunks.
+    const LENGTHS: [usize; 10] = [0, 1, 7, 15, 16, 17, 33, 100, 33_001, 100_003];
+
+    fn noise(len: usize, seed: f32, size: f32) -> Vec<f32> {
+        (0..len).map(|i| ((i as f32 + seed) * 12.9898).sin() * size).collect()
+    }
+
+    fn bits(values: &[f32]) -> Vec<u32> {
+        values.iter().map(|x| x.to_bits()).collect()
+    }
+
+    /// Parameter and moments after three steps, and the squared norm of the parameter.
+    fn trained(level: Level, len: usize) -> ([Vec<u32>; 3], u64) {
+        let mut parameter = noise(len, 0.2, 0.5);
+        let [mut first, mut second] = [vec![0.0; len], vec![0.0; len]];
+        for i in 1..=3u8 {
+            // Some gradients are zero, some far too small for their square, some large.
+            let size = [0.1, 1e-25, 50.0][usize::from(i) - 1];
+            let mut gradient = noise(len, f32::from(i), size);
+            gradient.iter_mut().step_by(5).for_each(|g| *g = 0.0);
+            let adamw = AdamW {
+                shrink: 0.7,
+                beta1: 0.9,
+                beta2: 0.95,
+                new: [0.1, 0.05],
+                epsilon: 1e-8,
+                rate: 0.01 / (1.0 - 0.9f32.powi(i.into())),
+                correction2: 1.0 / (1.0 - 0.95f32.powi(i.into())),
+                keep: 0.999,
+            };
+            step_at(level, adamw, &mut parameter, &gradient, [&mut first, &mut second]);
+        }
+        let norm = squared_norm_at(level, &parameter).to_bits();
+        ([parameter, first, second].map(|values| bits(&values)), norm)
+    }
+
+    #[test]
+    fn every_instruction_set_and_number_of_threads_gives_the_same_bits() {
+        for len in LENGTHS {
+            let portable = trained(Level::Portable, len);
+            for level in Level::available() {
+                assert!(trained(level, len) == portable, "{len} entries, {level:?}");
+            }
+            for threads in [1, 2] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let found = pool.install(|| trained(Level::best(), len));
+                assert!(found == portable, "{len} entries, {threads} threads");
+            }
+        }
+    }
 }

@@ -288,3 +288,101 @@ fn nearest_row(codes: &mut [f32], position: &[f32], alpha: &[f32], around: Optio
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Groups and their length; the last two are worth a second thread.
+    const SHAPES: [[usize; 2]; 10] = [
+        [3, 1],
+        [2, 7],
+        [1, 15],
+        [4, 16],
+        [5, 17],
+        [3, 33],
+        [2, 100],
+        [8, 128],
+        [300, 113],
+        [1024, 33],
+    ];
+
+    fn noise(len: usize, seed: f32, size: f32) -> Vec<f32> {
+        (0..len).map(|i| ((i as f32 + seed) * 12.9898).sin() * size).collect()
+    }
+
+    fn codes(len: usize, bits: usize) -> Vec<f32> {
+        (0..len).map(|i| ((i * 7 + i / 3) % (1 << bits)) as f32).collect()
+    }
+
+    fn bits_of(values: &[f32]) -> Vec<u32> {
+        values.iter().map(|x| x.to_bits()).collect()
+    }
+
+    #[track_caller]
+    fn assert_same(what: &str, results: impl Fn(Level) -> Vec<Vec<u32>> + Sync) {
+        let portable = results(Level::Portable);
+        for level in Level::available() {
+            assert!(results(level) == portable, "{what}, {level:?}");
+        }
+        for threads in [1, 2] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let found = pool.install(|| results(Level::best()));
+            assert!(found == portable, "{what}, {threads} threads");
+        }
+    }
+
+    #[test]
+    fn coded_gives_the_same_bits_at_every_level_and_number_of_threads() {
+        for ([groups, len], bits) in SHAPES.iter().flat_map(|s| [1, 2, 3, 8].map(|b| (*s, b))) {
+            let (alpha, offset) = (noise(groups * bits, 0.2, 1.0), noise(groups, 0.8, 0.3));
+            let (codes, gradient) = (codes(groups * len, bits), noise(groups * len, 0.5, 1.0));
+            let grid = Coded { codes: &codes, alpha: &alpha, offset: &offset };
+            assert_same(&format!("{groups} groups of {len}, {bits} bits"), |level| {
+                let (alpha, offset) = grid.backward_at(level, &gradient);
+                [grid.forward_at(level), alpha, offset].map(|values| bits_of(&values)).to_vec()
+            });
+        }
+    }
+
+    #[test]
+    fn mapped_gives_the_same_bits_at_every_level_and_number_of_threads() {
+        for ([groups, len], filter) in SHAPES.iter().flat_map(|s| [false, true].map(|f| (*s, f))) {
+            let (bits, count) = (3, groups * len);
+            let mapped = Mapped {
+                weight: &noise(count, 0.1, 4.0),
+                log_division: &noise(count, 0.4, 0.3),
+                log_scale: &noise(groups, 0.6, 1.0),
+                log_row: &noise(groups, 0.9, 0.3),
+                alpha: &noise(groups * bits, 0.2, 2.0),
+                shift: &noise(groups, 0.7, 1.0),
+                codes: &codes(count, bits),
+                filter,
+            };
+            let gradient = noise(count, 0.5, 1.0);
+            assert_same(&format!("{groups} groups of {len}, filter {filter}"), |level| {
+                let found = mapped.backward_at(level, &gradient);
+                let all = [
+                    mapped.forward(),
+                    found.log_division,
+                    found.log_scale,
+                    found.log_row,
+                    found.alpha,
+                ];
+                all.map(|values| bits_of(&values)).to_vec()
+            });
+        }
+    }
+
+    #[test]
+    fn nearest_codes_do_not_depend_on_the_number_of_threads() {
+        for [groups, len] in SHAPES {
+            let (position, alpha) = (noise(groups * len, 0.1, 4.0), noise(groups * 3, 0.2, 2.0));
+            let present = codes(groups * len, 3);
+            assert_same(&format!("{groups} groups of {len}"), |_| {
+                let near = |around| bits_of(&nearest_codes(&position, &alpha, 3, around));
+                vec![near(None), near(Some(&present))]
+            });
+        }
+    }
+}

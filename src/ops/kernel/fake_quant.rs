@@ -129,8 +129,11 @@ impl<'a> Divided<'a> {
 
 /// `e^x` of each.
 pub(crate) fn exp(x: &[f32]) -> Vec<f32> {
+    exp_at(Level::best(), x)
+}
+
+fn exp_at(level: Level, x: &[f32]) -> Vec<f32> {
     let mut out = x.to_vec();
-    let level = Level::best();
     rows(&mut out, x.len().clamp(1, 1 << 12), |(_, part)| {
         at!(level, {
             for x in part {
@@ -515,5 +518,140 @@ fn stepped_row_backward(
         }
         Rule::Ternary { margin } => of!(Rule::Ternary { margin }),
         Rule::Sign => of!(Rule::Sign),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Groups and their length; the last two are worth a second thread.
+    const SHAPES: [[usize; 2]; 10] = [
+        [4, 1],
+        [2, 7],
+        [2, 15],
+        [4, 16],
+        [6, 17],
+        [4, 33],
+        [2, 100],
+        [8, 128],
+        [300, 113],
+        [1024, 33],
+    ];
+
+    const RULES: [Rule; 6] = [
+        Rule::Affine { max_code: 15.0 },
+        Rule::Lsq { middle: 8.0 },
+        Rule::Seq { margin: 0.01, ties: TieRule::HalfEven },
+        Rule::Seq { margin: 0.01, ties: TieRule::HalfUp },
+        Rule::Ternary { margin: 0.01 },
+        Rule::Sign,
+    ];
+
+    fn noise(len: usize, seed: f32, size: f32) -> Vec<f32> {
+        (0..len).map(|i| ((i as f32 + seed) * 12.9898).sin() * size).collect()
+    }
+
+    /// In units of the step: zeros, ties, bounds and far outliers among ordinary ones.
+    fn ratios(len: usize) -> Vec<f32> {
+        let ordinary = noise(len, 0.3, 6.0);
+        let special = [0.0, -0.0, 0.5, -1.5, 2.5, 7.0, -8.0, 1e4, -1e4, 0.99, 1e30];
+        let pick = |(i, x)| if i % 3 == 0 { special[i / 3 % special.len()] } else { x };
+        ordinary.into_iter().enumerate().map(pick).collect()
+    }
+
+    fn bits(values: &[f32]) -> Vec<u32> {
+        values.iter().map(|x| x.to_bits()).collect()
+    }
+
+    #[track_caller]
+    fn assert_same(what: &str, results: impl Fn(Level) -> Vec<Vec<u32>> + Sync) {
+        let portable = results(Level::Portable);
+        for level in Level::available() {
+            assert!(results(level) == portable, "{what}, {level:?}");
+        }
+        for threads in [1, 2] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let found = pool.install(|| results(Level::best()));
+            assert!(found == portable, "{what}, {threads} threads");
+        }
+    }
+
+    #[test]
+    fn divided_gives_the_same_bits_at_every_level_and_number_of_threads() {
+        for [groups, len] in SHAPES {
+            let count = groups * len;
+            let (log_scale, zero_point) = (noise(groups, 0.7, 2.0), vec![7.0; groups]);
+            let weight: Vec<f32> =
+                ratios(count).iter().zip(0..).map(|(u, i)| u * log_scale[i / len].exp()).collect();
+            let (division, gradient) = (noise(count, 0.1, 0.2), noise(count, 0.9, 1.0));
+            // Every group has an entry of its own, or two share one and there are columns.
+            let column = noise(2 * len, 0.4, 0.2);
+            for (rows, column) in [(groups, &[][..]), (groups / 2, &column[..])] {
+                let log_row = noise(rows, 0.6, 0.2);
+                let divided = Divided {
+                    weight: &weight,
+                    log_division: &division,
+                    log_scale: &log_scale,
+                    log_row: &log_row,
+                    log_column: column,
+                    zero_point: &zero_point,
+                    max_code: 15.0,
+                };
+                assert_same(&format!("{groups} groups of {len}, {rows} rows"), |level| {
+                    let mut division = gradient.clone();
+                    let found = divided.backward_at(level, &mut division, true);
+                    let gradients = [division, found.log_scale, found.log_row, found.log_column];
+                    let forwards =
+                        [Output::Codes, Output::Values].map(|what| divided.forward_at(level, what));
+                    forwards.iter().chain(&gradients).map(|values| bits(values)).collect()
+                });
+            }
+        }
+    }
+
+    #[test]
+    fn stepped_gives_the_same_bits_at_every_level_and_number_of_threads() {
+        for ([groups, len], rule) in SHAPES.iter().flat_map(|s| RULES.map(|rule| (*s, rule))) {
+            let count = groups * len;
+            let step: Vec<f32> = noise(groups, 0.7, 2.0).iter().map(|x| x.exp()).collect();
+            let weight: Vec<f32> =
+                ratios(count).iter().zip(0..).map(|(u, i)| u * step[i / len]).collect();
+            let (zero_point, gradient) = (noise(groups, 0.2, 4.0), noise(count, 0.9, 1.0));
+            let offsets = noise(count, 0.5, 0.5);
+            for rounding in [&[][..], &offsets] {
+                let stepped = Stepped {
+                    weight: &weight,
+                    step: &step,
+                    zero_point: &zero_point,
+                    rounding,
+                    rule,
+                };
+                assert_same(&format!("{groups} groups of {len}, {rule:?}"), |level| {
+                    let of = |matrix: InPlace| {
+                        let mut gradient = gradient.clone();
+                        let found = stepped.backward_at(level, &mut gradient, matrix);
+                        (gradient, found.step, found.zero_point)
+                    };
+                    let (weight, step, zero) = of(InPlace::Weight);
+                    let (rounding, ..) = of(InPlace::Rounding);
+                    let (_, alone_step, alone_zero) = of(InPlace::Neither);
+                    assert_eq!(bits(&alone_step), bits(&step));
+                    assert_eq!(bits(&alone_zero), bits(&zero));
+                    let gradients = [rounding, weight, step, zero];
+                    let forwards =
+                        [Output::Codes, Output::Values].map(|what| stepped.forward_at(level, what));
+                    forwards.iter().chain(&gradients).map(|values| bits(values)).collect()
+                });
+            }
+        }
+    }
+
+    #[test]
+    fn exp_gives_the_same_bits_at_every_level_and_number_of_threads() {
+        for [groups, len] in SHAPES {
+            let x = noise(groups * len, 0.3, 100.0);
+            assert_same("exp", |level| vec![bits(&exp_at(level, &x))]);
+        }
     }
 }
