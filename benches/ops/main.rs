@@ -61,7 +61,7 @@ fn ceilings(criterion: &mut Criterion) {
     const PART: usize = 1 << 20;
     let mut group = criterion.benchmark_group("ceiling");
     let (from, mut to) = (vec![1.0f32; 1 << 25], vec![0.0f32; 1 << 25]);
-    group.throughput(Throughput::Bytes(2 * 4 << 25));
+    group.throughput(Throughput::Bytes((2 * 4) << 25));
     group.bench_function(BenchmarkId::new("copy", "128 MiB to 128 MiB"), |bencher| {
         bencher.iter(|| {
             let parts = to.par_chunks_mut(PART).zip(from.par_chunks(PART));
