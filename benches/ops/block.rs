@@ -1,6 +1,8 @@
 //! One step of block reconstruction, FlexRound at 4 bits with one scale per output row: fake-quantize
 //! seven linears, run the block, compare with a target, go back, AdamW.
 
+use std::time::Duration;
+
 use burn::module::{Module as _, Param, ParamId};
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Distribution, Tensor};
@@ -116,10 +118,13 @@ fn frozen<const D: usize>(tensor: Tensor<D>) -> Param<Tensor<D>> {
 
 pub(super) fn bench(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("block_step");
+    // The first two steps of a large block touch memory that the system has yet to give.
+    group.warm_up_time(Duration::from_secs(6));
     for shape in &SHAPES {
         for (form, fused) in FORMS {
+            // Criterion calls the closure for every sample: what lasts is made before.
+            let mut session = Session::new(shape);
             group.bench_function(BenchmarkId::new(form, shape.name), |bencher| {
-                let mut session = Session::new(shape);
                 bencher.iter(|| in_form(fused, || session.step()));
             });
         }
