@@ -1,9 +1,9 @@
 //! Tensor operations of our own, behind front functions on `Tensor`.
 //!
 //! Methods, objectives and the model call only these functions. Behind each is an operation with a
-//! derivative written by hand ([`bridge`]), so the tape holds little more than its inputs. On this
-//! machine's processor (burn's Flex backend, f32) it runs as a kernel over rows ([`kernel`]), in
-//! vector code that is chosen at run time ([`vector`]); on every other backend it is composed from
+//! derivative written by hand (`bridge`), so the tape holds little more than its inputs. On this
+//! machine's processor (burn's Flex backend, f32) it runs as a kernel over rows (`kernel`), in
+//! vector code that is chosen at run time (`vector`); on every other backend it is composed from
 //! burn's operations. [`composed`] forces the latter.
 
 mod adamw;
