@@ -9,6 +9,7 @@ mod block;
 
 use std::time::Duration;
 
+use anyhow::Result;
 use burn::module::Module as _;
 use burn::tensor::{Device, Distribution, Int, Tensor};
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput};
@@ -22,9 +23,9 @@ use rayon::slice::{ParallelSlice as _, ParallelSliceMut as _};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-fn main() {
-    if block::measured_one() {
-        return;
+fn main() -> Result<()> {
+    if block::measured_one()? {
+        return Ok(());
     }
     let mut criterion = Criterion::default()
         .sample_size(10)
@@ -32,11 +33,11 @@ fn main() {
         .measurement_time(Duration::from_secs(3))
         .configure_from_args();
     ceilings(&mut criterion);
-    fake_quantizers(&mut criterion);
+    fake_quantizers(&mut criterion)?;
     losses(&mut criterion);
-    block::bench(&mut criterion);
+    block::bench(&mut criterion)?;
     criterion.final_summary();
-    block::memory();
+    block::memory()
 }
 
 /// The two forms under the names that the reports carry.
@@ -47,12 +48,12 @@ fn in_form<R>(fused: bool, f: impl FnOnce() -> R) -> R {
     if fused { f() } else { ops::composed(f) }
 }
 
-fn spec(bits: u8) -> QuantSpec {
-    QuantSpec {
-        bits: Bits::new(bits).expect("2 and 4 are widths"),
+fn spec(bits: u8) -> Result<QuantSpec> {
+    Ok(QuantSpec {
+        bits: Bits::new(bits)?,
         group_size: GroupSize::PerChannel,
         symmetry: Symmetry::Asymmetric,
-    }
+    })
 }
 
 /// What this machine can do at most: bytes moved by a plain copy on all threads, and multiplications by
@@ -82,7 +83,7 @@ fn ceilings(criterion: &mut Criterion) {
 
 /// Forward and backward of one fake-quantizer, one scale per output row, from a given gradient of its
 /// values.
-fn fake_quantizers(criterion: &mut Criterion) {
+fn fake_quantizers(criterion: &mut Criterion) -> Result<()> {
     let device = Device::flex().autodiff();
     let methods = [
         (
@@ -98,10 +99,9 @@ fn fake_quantizers(criterion: &mut Criterion) {
         for shape in shapes {
             let random = || Tensor::<2>::random(shape, Distribution::Normal(0.0, 0.02), &device);
             let (weight, upstream) = (random(), random().inner());
-            let (spec, observer) = (spec(bits), ObserverConfig::default());
+            let (spec, observer) = (spec(bits)?, ObserverConfig::default());
             let start = weight.clone().inner();
-            let method = config.init(&Start::new(&spec, &observer, &start));
-            let method = method.expect("a random weight has a grid").train();
+            let method = config.init(&Start::new(&spec, &observer, &start))?.train();
             let weight = if config.trains_base() { weight.require_grad() } else { weight };
             for (form, fused) in FORMS {
                 let id = BenchmarkId::new(form, format!("{}x{}", shape[0], shape[1]));
@@ -118,6 +118,7 @@ fn fake_quantizers(criterion: &mut Criterion) {
         }
         group.finish();
     }
+    Ok(())
 }
 
 /// Value and gradient of one loss to the student's logits.

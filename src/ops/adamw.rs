@@ -3,9 +3,9 @@
 
 use burn::tensor::{Tensor, TensorData};
 
-use super::bridge::{Plain, tensor};
 #[cfg(feature = "flex")]
-use super::bridge::{Rows, fused};
+use super::bridge::{self, Rows, reads};
+use super::bridge::{Plain, tensor};
 #[cfg(feature = "flex")]
 use super::kernel::adamw as kernel;
 
@@ -75,11 +75,11 @@ pub fn adamw_step<const D: usize>(
     });
     let Moments { first, second } = moments;
     #[cfg(feature = "flex")]
-    if fused(&parameter.clone().into_dispatch()) {
+    if reads(&parameter) {
         // A transposed view of a row-major matrix is updated as that matrix.
         let flip = D == 2 && is_transposed(&parameter);
         let orient = |tensor: Tensor<D>| if flip { tensor.transpose() } else { tensor };
-        let rows = |tensor: Tensor<D>| Rows::of(orient(tensor).into_dispatch());
+        let rows = |tensor: Tensor<D>| Rows::of(bridge::frozen(orient(tensor)));
         let [mut first, mut second] = [first, second].map(|moment| rows(tensor(moment)));
         let gradient = rows(gradient);
         let mut parameter = rows(parameter);
@@ -111,7 +111,7 @@ pub fn adamw_step<const D: usize>(
 /// The sum of squares, in f64.
 pub fn squared_norm<const D: usize>(x: Tensor<D>) -> f64 {
     #[cfg(feature = "flex")]
-    if fused(&x.clone().into_dispatch()) {
+    if reads(&x) {
         let x = if D == 2 && is_transposed(&x) { x.transpose() } else { x };
         return kernel::squared_norm(Rows::of(x.into_dispatch()).values());
     }
@@ -121,7 +121,7 @@ pub fn squared_norm<const D: usize>(x: Tensor<D>) -> f64 {
 /// Zeros in the layout of `like`.
 fn zeros<const D: usize>(like: &Tensor<D>) -> Tensor<D> {
     #[cfg(feature = "flex")]
-    if D == 2 && fused(&like.clone().into_dispatch()) && is_transposed(like) {
+    if D == 2 && reads(like) && is_transposed(like) {
         return like.clone().transpose().zeros_like().transpose();
     }
     like.zeros_like()
@@ -134,7 +134,7 @@ fn zeros<const D: usize>(like: &Tensor<D>) -> Tensor<D> {
 /// - like, x, result: the same, off the tape
 pub fn laid_out_like<const D: usize>(like: &Tensor<D>, x: Tensor<D>) -> Tensor<D> {
     #[cfg(feature = "flex")]
-    if D == 2 && fused(&like.clone().into_dispatch()) && is_transposed(like) {
+    if D == 2 && reads(like) && is_transposed(like) {
         let rows = Rows::of(x.transpose().into_dispatch());
         return tensor::<D>(rows.plain()).transpose();
     }

@@ -5,7 +5,7 @@ use burn::tensor::{Tensor, TensorData};
 
 use super::bridge::{self, Operation, Plain, tensor};
 #[cfg(feature = "flex")]
-use super::bridge::{Rows, fused};
+use super::bridge::{Rows, fused, reads};
 use super::fake_quant::exp;
 #[cfg(feature = "flex")]
 use super::kernel::binary_coding as kernel;
@@ -110,7 +110,7 @@ pub fn nearest_codes(
 ) -> Tensor<2> {
     let [groups, bits] = alpha.dims();
     #[cfg(feature = "flex")]
-    if fused(&position.clone().into_dispatch()) {
+    if reads(position) {
         let rows = |tensor: &Tensor<2>| Rows::of(bridge::frozen(tensor.clone()));
         let (position, alpha, around) = (rows(position), rows(alpha), around.map(rows));
         let around = around.as_ref().map(Rows::values);

@@ -5,7 +5,7 @@ use burn::tensor::{DType, Tensor, activation};
 
 #[cfg(feature = "flex")]
 use {
-    super::bridge::{self, Operation, Plain, Rows, fused, tensor},
+    super::bridge::{self, Operation, Plain, Rows, reads, tensor},
     super::kernel::{attention as attention_kernel, mse, norm, swiglu as swiglu_kernel},
     std::sync::Arc,
 };
@@ -17,7 +17,7 @@ use {
 /// - gain: `[d_model]`
 pub fn rms_norm<const D: usize>(x: Tensor<D>, gain: Tensor<1>, eps: f64) -> Tensor<D> {
     #[cfg(feature = "flex")]
-    if fused(&x.clone().into_dispatch()) && fused(&gain.clone().into_dispatch()) {
+    if reads(&x) && reads(&gain) {
         let inputs = [x.into_dispatch(), gain.into_dispatch()];
         return tensor(bridge::apply(RmsNorm { eps: eps as f32 }, inputs));
     }
@@ -76,7 +76,7 @@ impl Operation<2> for RmsNorm {
 /// - gate, up, result: the same
 pub fn swiglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
     #[cfg(feature = "flex")]
-    if fused(&gate.clone().into_dispatch()) {
+    if reads(&gate) {
         return tensor(bridge::apply(SwiGlu, [gate, up].map(Tensor::into_dispatch)));
     }
     activation::silu(gate) * up
@@ -175,7 +175,7 @@ pub fn causal_attention(
     head_dim: usize,
 ) -> Tensor<3> {
     #[cfg(feature = "flex")]
-    if fused(&q.clone().into_dispatch()) {
+    if reads(&q) {
         let operation = Attention {
             cos: bridge::frozen(rotary.cos.clone()),
             sin: bridge::frozen(rotary.sin.clone()),
@@ -272,7 +272,7 @@ impl Operation<3> for Attention {
 pub fn block_mse(output: Tensor<3>, target: Tensor<3>, sum_sequence: bool) -> Tensor<1> {
     let [_, seq, _] = output.dims();
     #[cfg(feature = "flex")]
-    if fused(&output.clone().into_dispatch()) {
+    if reads(&output) {
         let factor = if sum_sequence { seq as f64 } else { 1.0 };
         let factor = factor / output.shape().num_elements() as f64;
         let operation = SquaredError { target: bridge::frozen(target), factor };

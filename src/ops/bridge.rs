@@ -223,7 +223,7 @@ pub fn composed<R>(f: impl FnOnce() -> R) -> R {
 }
 
 #[cfg(feature = "flex")]
-pub(super) use flex::{Rows, fused};
+pub(super) use flex::{Rows, fused, reads};
 
 #[cfg(feature = "flex")]
 mod flex {
@@ -231,7 +231,7 @@ mod flex {
 
     use burn::backend::flex::FlexTensor;
     use burn::backend::{DispatchAutodiffContext, DispatchTensorKind, Flex};
-    use burn::tensor::{DType, TensorData};
+    use burn::tensor::{DType, Tensor, TensorData};
 
     use super::{COMPOSED, Plain, primitive, wrap};
 
@@ -245,6 +245,11 @@ mod flex {
         matches!(kind, DispatchTensorKind::Flex(_))
             && tensor.dtype() == DType::F32
             && !COMPOSED.get()
+    }
+
+    /// As [`fused`], of a tensor with its rank.
+    pub(in crate::ops) fn reads<const D: usize>(tensor: &Tensor<D>) -> bool {
+        fused(&tensor.clone().into_dispatch())
     }
 
     /// A plain f32 tensor of this machine's memory, row-major.

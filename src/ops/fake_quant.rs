@@ -76,21 +76,13 @@ impl Operation<1> for Exp {
     }
 }
 
-/// What an operation gives.
+/// What a quantizer gives.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Output {
+pub(super) enum Output {
+    /// Integer codes.
     Codes,
+    /// The values they stand for.
     Values,
-}
-
-#[cfg(feature = "flex")]
-impl From<Output> for kernel::Output {
-    fn from(output: Output) -> Self {
-        match output {
-            Output::Codes => Self::Codes,
-            Output::Values => Self::Values,
-        }
-    }
 }
 
 /// FlexRound's quantizer (Lee et al. 2023, eq. 2, in the log form of the released code) and LRQ's
@@ -162,7 +154,7 @@ impl Operation<4> for DividedOperation {
         #[cfg(feature = "flex")]
         if fused(&self.weight) {
             let rows = DividedRows::new(self, inputs);
-            let out = rows.kernel().forward(self.output.into());
+            let out = rows.kernel().forward(self.output);
             return (Rows::new(out, rows.weight.shape()).plain(), ());
         }
         let parts = self.composed(inputs);
@@ -206,8 +198,8 @@ impl Operation<4> for DividedOperation {
         let value = (gradient * (parts.code - parts.zero_point)).sum_dim(1) * parts.scale;
         let through_division = division.clone().sum_dim(1);
         let row = through_division.clone().reshape([out, groups / out]).sum_dim(1);
-        let column = (self.columns && wanted[3])
-            .then(|| division.clone().reshape([out, groups / out * len]).sum_dim(0));
+        let column =
+            wanted[3].then(|| division.clone().reshape([out, groups / out * len]).sum_dim(0));
         [
             Some((value + through_division).into_dispatch()),
             Some(division.into_dispatch()),
@@ -476,7 +468,7 @@ impl Operation<4> for SteppedOperation {
         #[cfg(feature = "flex")]
         if fused(&inputs[0]) {
             let inputs = inputs.map(Rows::of);
-            let out = self.kernel(&inputs).forward(self.output.into());
+            let out = self.kernel(&inputs).forward(self.output);
             return (inputs[0].like(out).plain(), ());
         }
         let [_, step, zero_point, _] = inputs.clone().map(tensor::<2>);

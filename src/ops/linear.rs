@@ -4,7 +4,7 @@
 use burn::tensor::Tensor;
 
 #[cfg(feature = "flex")]
-use super::bridge::{self, Operation, Plain, Rows, fused, tensor};
+use super::bridge::{self, Operation, Plain, Rows, reads, tensor};
 #[cfg(feature = "flex")]
 use super::kernel::linear as kernel;
 
@@ -15,27 +15,12 @@ use super::kernel::linear as kernel;
 /// - weight: `[in, out]`; fastest as the transposed view of a row-major `[out, in]`
 /// - result: `[.., out]`
 pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>) -> Tensor<D> {
-    let shape = x.dims();
-    let [inputs, out] = weight.dims();
-    let rows = shape[..D - 1].iter().product();
     #[cfg(feature = "flex")]
-    if fused(&x.clone().into_dispatch()) && fused(&weight.clone().into_dispatch()) {
-        let x = flatten(x, [rows, inputs]).into_dispatch();
-        let product = bridge::apply(Linear, [x, weight.transpose().into_dispatch()]);
-        let mut shape = shape;
-        shape[D - 1] = out;
-        return unflatten(tensor(product), shape);
+    if reads(&x) && reads(&weight) {
+        let inputs = [x.into_dispatch(), weight.transpose().into_dispatch()];
+        return tensor(bridge::apply(Linear, inputs));
     }
-    let _ = (rows, inputs, out);
     x.matmul(weight.unsqueeze())
-}
-
-fn flatten<const D: usize>(x: Tensor<D>, shape: [usize; 2]) -> Tensor<2> {
-    if D == 2 { Tensor::from_dispatch(x.into_dispatch()) } else { x.reshape(shape) }
-}
-
-fn unflatten<const D: usize>(x: Tensor<2>, shape: [usize; D]) -> Tensor<D> {
-    if D == 2 { Tensor::from_dispatch(x.into_dispatch()) } else { x.reshape(shape) }
 }
 
 /// `A B`.
@@ -44,13 +29,13 @@ fn unflatten<const D: usize>(x: Tensor<2>, shape: [usize; D]) -> Tensor<D> {
 /// - left: `[m, k]`, right: `[k, n]`, result: `[m, n]`
 pub fn matmul(left: Tensor<2>, right: Tensor<2>) -> Tensor<2> {
     #[cfg(feature = "flex")]
-    if fused(&left.clone().into_dispatch()) && fused(&right.clone().into_dispatch()) {
+    if reads(&left) && reads(&right) {
         return tensor(bridge::apply(Product, [left, right].map(Tensor::into_dispatch)));
     }
     left.matmul(right)
 }
 
-/// `x Wᵀ` with both row-major: `[rows, in]` and `[out, in]`.
+/// `x Wᵀ` with both row-major: `[.., in]` and `[out, in]`.
 #[cfg(feature = "flex")]
 #[derive(Clone, Debug)]
 struct Linear;
@@ -64,7 +49,11 @@ impl Operation<2> for Linear {
         let [x, weight] = inputs.map(Rows::of);
         let ([rows, inputs], [out, _]) = (x.matrix(), weight.matrix());
         let y = kernel::times_transposed(x.values(), weight.values(), [rows, inputs, out]);
-        (Rows::new(y, [rows, out]).plain(), ())
+        let mut shape = x.shape();
+        if let Some(last) = shape.last_mut() {
+            *last = out;
+        }
+        (Rows::new(y, shape).plain(), ())
     }
 
     fn backward(

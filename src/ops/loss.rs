@@ -11,7 +11,7 @@ use burn::tensor::{Int, Tensor, activation};
 use super::bridge::{self, Operation, Plain, tensor};
 #[cfg(feature = "flex")]
 use {
-    super::bridge::{Rows, fused},
+    super::bridge::{Rows, reads},
     super::kernel::loss as kernel,
 };
 
@@ -118,7 +118,7 @@ pub fn divergence(
 ) -> LossValue {
     let Comparison { divergence, temperature, top_k } = *comparison;
     #[cfg(feature = "flex")]
-    if fused(&student.clone().into_dispatch()) {
+    if reads(&student) {
         let [mut student, teacher, weights] =
             [student, teacher, weights].map(|t| Rows::of(bridge::frozen(t)));
         let settings = kernel::Settings { kind: divergence, temperature, top_k };
@@ -158,7 +158,7 @@ pub fn divergence_value(
     weights: Tensor<2>,
 ) -> f64 {
     #[cfg(feature = "flex")]
-    if fused(&student.clone().into_dispatch()) {
+    if reads(&student) {
         let Comparison { divergence, temperature, top_k } = *comparison;
         let [student, teacher, weights] =
             [student, teacher, weights].map(|t| Rows::of(bridge::frozen(t)));
@@ -186,7 +186,7 @@ pub struct Closeness {
 /// Compares student and teacher; shapes and weights as in [`divergence`]. Nothing is kept.
 pub fn compare(student: Tensor<2>, teacher: Tensor<2>, weights: Tensor<2>) -> Closeness {
     #[cfg(feature = "flex")]
-    if fused(&student.clone().into_dispatch()) {
+    if reads(&student) {
         let [student, teacher, weights] =
             [student, teacher, weights].map(|t| Rows::of(bridge::frozen(t)));
         let [jsd, kl_forward, kl_reverse, top1] =
@@ -264,7 +264,7 @@ struct Gradient {
 /// Masked mean over tokens of the largest probability; weights as in [`divergence`].
 pub fn confidence(logits: Tensor<2>, weights: Tensor<2>) -> f64 {
     #[cfg(feature = "flex")]
-    if fused(&logits.clone().into_dispatch()) {
+    if reads(&logits) {
         let [logits, weights] = [logits, weights].map(|t| Rows::of(bridge::frozen(t)));
         return kernel::confidence(logits.values(), weights.values());
     }
@@ -281,7 +281,7 @@ pub fn confidence(logits: Tensor<2>, weights: Tensor<2>) -> f64 {
 /// - weights: `[tokens, 1]`, the mask divided by the number of unmasked tokens
 pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<2, Int>, weights: Tensor<2>) -> LossValue {
     #[cfg(feature = "flex")]
-    if fused(&logits.clone().into_dispatch()) {
+    if reads(&logits) {
         let [mut logits, weights] = [logits, weights].map(|t| Rows::of(bridge::frozen(t)));
         let targets = host(targets);
         let value =
@@ -308,7 +308,7 @@ pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<2, Int>, weights: Tensor
 /// - result: `[tokens]`
 pub fn negative_log_likelihood(logits: Tensor<2>, targets: Tensor<2, Int>) -> Vec<f32> {
     #[cfg(feature = "flex")]
-    if fused(&logits.clone().into_dispatch()) {
+    if reads(&logits) {
         let logits = Rows::of(bridge::frozen(logits));
         return kernel::negative_log_likelihood(logits.values(), &host(targets));
     }

@@ -7,7 +7,7 @@
 use rayon::iter::{IndexedParallelIterator, ParallelIterator};
 use rayon::slice::ParallelSliceMut;
 
-use super::parallel;
+use super::rows;
 use crate::ops::vector::{self, Level, at};
 
 /// The most bits of a code.
@@ -46,11 +46,7 @@ impl Coded<'_> {
             let alpha = &self.alpha[index * bits..][..bits];
             at!(level, values_row(out, codes, alpha, self.offset[index]));
         };
-        if parallel(out.len()) {
-            out.par_chunks_exact_mut(len).enumerate().for_each(group);
-        } else {
-            out.chunks_exact_mut(len).enumerate().for_each(group);
-        }
+        rows(&mut out, len, group);
         out
     }
 
@@ -72,7 +68,7 @@ impl Coded<'_> {
             });
         };
         let each = alpha.par_chunks_exact_mut(bits).enumerate();
-        each.zip(&mut offset).with_min_len(1 + 4096 / len).for_each(group);
+        each.zip(&mut offset).with_min_len(1 + 4096 / len.max(1)).for_each(group);
         (alpha, offset)
     }
 }
@@ -148,7 +144,7 @@ impl<'a> Mapped<'a> {
         let mut alpha = vec![0.0; self.alpha.len()];
         let mut sums = vec![[0.0f64; 2]; self.shift.len()];
         let each = log_division.par_chunks_exact_mut(len).zip(alpha.par_chunks_exact_mut(bits));
-        each.zip(&mut sums).enumerate().with_min_len(1 + 4096 / len).for_each_init(
+        each.zip(&mut sums).enumerate().with_min_len(1 + 4096 / len.max(1)).for_each_init(
             || vec![0.0; len],
             |moved, (index, ((division, alpha), sums))| {
                 let gradient = &gradient[index * len..][..len];

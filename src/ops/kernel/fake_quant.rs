@@ -6,18 +6,10 @@
 use rayon::iter::{IndexedParallelIterator, ParallelIterator};
 use rayon::slice::{ParallelSlice, ParallelSliceMut};
 
-use super::parallel;
+use super::{parallel, rows};
+use crate::ops::fake_quant::Output;
 use crate::ops::vector::{self, Level, at};
 use crate::ops::{Rule, TieRule};
-
-/// What a forward writes.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) enum Output {
-    /// Integer codes.
-    Codes,
-    /// The values they stand for.
-    Values,
-}
 
 /// FlexRound's and LRQ's quantizer: `Δ (clamp(round(W / exp(θ)) + z, 0, L) - z)`, `Δ = exp(δ)`,
 /// `θ = D + (δ + r) (+ c)`.
@@ -142,15 +134,6 @@ fn exp_at(level: Level, x: &[f32]) -> Vec<f32> {
         });
     });
     out
-}
-
-/// Runs `group` on every row of `out`, with its index.
-fn rows(out: &mut [f32], len: usize, group: impl Fn((usize, &mut [f32])) + Send + Sync) {
-    if parallel(out.len()) {
-        out.par_chunks_mut(len).enumerate().for_each(group);
-    } else {
-        out.chunks_mut(len).enumerate().for_each(group);
-    }
 }
 
 /// Runs `group` on every row of `matrix`, with its index and a buffer of its length; the results in

@@ -292,12 +292,12 @@ impl Total {
         let (whole, rest) = block.as_chunks_mut::<LANES>();
         for chunk in whole {
             for (x, lane) in chunk.iter_mut().zip(&mut lanes) {
-                *x = exp((*x - max) * inverse);
+                *x = vector::exp((*x - max) * inverse);
                 *lane += *x;
             }
         }
         for (x, lane) in rest.iter_mut().zip(&mut lanes) {
-            *x = exp((*x - max) * inverse);
+            *x = vector::exp((*x - max) * inverse);
             *lane += *x;
         }
         let shrink = f64::from(vector::exp((self.max - max) * inverse));
@@ -448,14 +448,6 @@ fn to_mixture(share: [f32; 2], q: f32, p: f32, d: f32) -> [f32; 2] {
     let share = if p > q { share[0] } else { share[1] };
     let base = -vector::ln(1.0 - share * gap);
     [q * (base - d.max(0.0)), p * (base + d.min(0.0))]
-}
-
-/// [`vector::exp`] without subnormal results, which are too small to matter and slow.
-#[inline(always)]
-fn exp(x: f32) -> f32 {
-    // Not by `x` twice: the compiler would move all the rest behind one comparison.
-    let e = vector::exp(if x < -87.0 { -87.0 } else { x });
-    if e < 2e-38 { 0.0 } else { e }
 }
 
 /// [`vector::max`] with four times the lanes, which a short slice needs to hide the latency.

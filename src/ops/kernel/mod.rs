@@ -1,5 +1,8 @@
 //! Kernels over slices of f32, row-major. Nothing here knows burn.
 
+use rayon::iter::{IndexedParallelIterator, ParallelIterator};
+use rayon::slice::ParallelSliceMut;
+
 pub(super) mod adamw;
 pub(super) mod attention;
 pub(super) mod binary_coding;
@@ -16,4 +19,18 @@ const SERIAL: usize = 1 << 15;
 /// Whether work on so many elements is worth several threads.
 fn parallel(elements: usize) -> bool {
     elements >= SERIAL
+}
+
+/// The least number of tasks worth a second thread: none where the whole work is small.
+fn min_tasks(elements: usize) -> usize {
+    if parallel(elements) { 1 } else { usize::MAX }
+}
+
+/// Runs `group` on every row of `out`, with its index.
+fn rows(out: &mut [f32], len: usize, group: impl Fn((usize, &mut [f32])) + Send + Sync) {
+    if parallel(out.len()) {
+        out.par_chunks_mut(len).enumerate().for_each(group);
+    } else {
+        out.chunks_mut(len).enumerate().for_each(group);
+    }
 }

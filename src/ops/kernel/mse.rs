@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::parallel;
+use super::min_tasks;
 use crate::ops::vector::{self, Level, at};
 
 /// Elements of one task. It fixes the order of the sum.
@@ -16,11 +16,6 @@ pub(crate) fn squared_error(a: &[f32], b: &[f32]) -> f64 {
 /// `out = factor * (a - b)`.
 pub(crate) fn squared_error_gradient(a: &[f32], b: &[f32], factor: f32, out: &mut [f32]) {
     gradient(Level::best(), a, b, factor, out);
-}
-
-/// The least number of tasks worth a second thread: none where the whole work is small.
-fn min_tasks(elements: usize) -> usize {
-    if parallel(elements) { 1 } else { usize::MAX }
 }
 
 fn sum(level: Level, a: &[f32], b: &[f32]) -> f64 {

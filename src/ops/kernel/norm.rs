@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::parallel;
+use super::min_tasks;
 use crate::ops::vector::{self, Level, at};
 
 /// Rows of one task. It fixes the order in which the gain's gradient is summed.
@@ -41,11 +41,6 @@ pub(crate) fn rms_norm_backward(
             *out = *total as f32;
         }
     }
-}
-
-/// The least number of tasks worth a second thread: none where the whole work is small.
-fn min_tasks(elements: usize) -> usize {
-    if parallel(elements) { 1 } else { usize::MAX }
 }
 
 fn forward(level: Level, x: &[f32], gain: &[f32], eps: f32, y: &mut [f32]) -> Vec<f32> {

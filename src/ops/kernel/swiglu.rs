@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::parallel;
+use super::min_tasks;
 use crate::ops::vector::{self, Level, at};
 
 /// Elements of one task.
@@ -22,11 +22,6 @@ pub(crate) fn swiglu_backward(
     dup: &mut [f32],
 ) {
     backward(Level::best(), [d, gate, up], dgate, dup);
-}
-
-/// The least number of tasks worth a second thread: none where the whole work is small.
-fn min_tasks(elements: usize) -> usize {
-    if parallel(elements) { 1 } else { usize::MAX }
 }
 
 fn forward(level: Level, gate: &[f32], up: &[f32], out: &mut [f32]) {
