@@ -54,7 +54,6 @@ impl Case {
             layout,
             observer: &ObserverConfig::default(),
             weight: &w.clone().reshape(layout.grouped()),
-            quantized: None,
             seed: 0,
         };
         let method = config.init(&start).unwrap();

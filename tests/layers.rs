@@ -12,7 +12,7 @@ const BASE: [&str; 4] = ["error", "device", "report", "stop"];
 /// `layer::Item` allows that one item.
 const LAYERS: [(&str, &[&str]); 14] = [
     ("cli", &["run", "recipe", "stage", "task", "export", "model", "data", "quant", "store"]),
-    ("run", &["recipe", "stage", "export", "model", "data", "store"]),
+    ("run", &["recipe", "stage", "export", "model", "data", "quant", "store"]),
     ("recipe", &["stage", "method", "model", "quant", "store"]),
     (
         "stage",
@@ -33,7 +33,8 @@ const LAYERS: [(&str, &[&str]); 14] = [
     ("export", &["model", "quant", "store"]),
     // The role of a parameter is the word both sides share: method says it, train reads rates by it.
     ("method", &["train::Role", "quant", "ops"]),
-    ("model", &["ops", "store"]),
+    // A linear may be held as codes: the one form of quantization that a forward computes with.
+    ("model", &["quant::CodedWeight", "quant::Learned", "quant::QuantizedWeight", "ops", "store"]),
     ("objective", &["ops"]),
     // Hashing a file is one function for all.
     ("data", &["store::folder", "store::hex"]),

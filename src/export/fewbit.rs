@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use super::manifest::{GridRecord, LinearRecord};
 use super::weights_sha256;
 use crate::error::{Error, Result};
-use crate::quant::{Grid, GroupLayout, QuantizedWeight, ZeroKind, bits};
+use crate::quant::{Grid, GroupLayout, PackedCodes, QuantizedWeight, ZeroKind, bits};
 use crate::store::{DType, HostTensor, TensorSource};
 
 /// The names under which linear `name` is stored, on either grid.
@@ -28,9 +28,8 @@ pub fn encode(
     let layout = weight.layout;
     let width = weight.bits.get();
     let [rows, columns] = layout.stored();
-    let words = bits::pack_rows(&weight.codes, columns, width);
     let [codes_name, scales_name, zeros_name, alphas_name, offsets_name] = tensor_names(name);
-    let codes = HostTensor::u32([rows, bits::words_per_row(columns, width)], &words);
+    let codes = HostTensor::u32([rows, bits::words_per_row(columns, width)], weight.codes.words());
     let mut tensors = vec![(codes_name, codes)];
     let scale_shape = layout.scale_shape();
     let grid = match &weight.grid {
@@ -124,14 +123,10 @@ pub fn decode(
             offset: per_group(&offsets_name)?,
         },
     };
-    QuantizedWeight {
-        codes: bits::unpack_rows(&words, columns, width),
-        grid,
-        bits: record.bits,
-        layout,
-    }
-    .checked()
-    .map_err(|e| e.at(name))
+    let codes = PackedCodes::from_words(words, [rows, columns], width).ok_or_else(|| {
+        Error::failed("bits behind the last code of a row are set").at(&codes_name)
+    })?;
+    QuantizedWeight { codes, grid, bits: record.bits, layout }.checked().map_err(|e| e.at(name))
 }
 
 fn read(source: &dyn TensorSource, name: &str, shapes: &[Vec<usize>]) -> Result<HostTensor> {
@@ -253,7 +248,8 @@ mod tests {
         };
         let bits = Bits::new(bits).unwrap();
         let n = out * groups;
-        let codes = (0..n * group_len).map(|_| (next() as usize % bits.levels()) as u8).collect();
+        let codes: Vec<u8> =
+            (0..n * group_len).map(|_| (next() as usize % bits.levels()) as u8).collect();
         let mut positive =
             |n: usize| -> Vec<f32> { (0..n).map(|_| (next() % 1000 + 1) as f32 * 1e-3).collect() };
         let grid = match kind {
@@ -277,12 +273,8 @@ mod tests {
         let inputs = groups * group_len;
         let axis = if seed.is_multiple_of(2) { GroupAxis::In } else { GroupAxis::Out };
         let (out, inputs) = if axis == GroupAxis::In { (out, inputs) } else { (inputs, out) };
-        QuantizedWeight {
-            codes,
-            grid,
-            bits,
-            layout: GroupLayout { out, inputs, groups: n, group_len, axis },
-        }
+        let layout = GroupLayout { out, inputs, groups: n, group_len, axis };
+        QuantizedWeight::new(&codes, grid, bits, layout).unwrap()
     }
 
     proptest! {

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::manifest::{FORMAT_VERSION, LinearRecord, Manifest, ParityRecord, Provenance};
-use super::{ActivationRecord, Format, dequantized, fewbit};
+use super::{ActivationRecord, Adapter, Format, dequantized, fewbit};
 use crate::error::{Error, Result};
 use crate::model::{HEAD, ModelConfig, ModelTap, WeightSource, companions, weight_name};
 use crate::quant::QuantizedWeight;
@@ -38,8 +38,12 @@ pub struct ModelParts<'a> {
 impl ModelParts<'_> {
     /// Every tensor of the export by the name the source has, or would have, for it.
     fn names(&self) -> BTreeSet<String> {
+        // A packed source holds the parts of its codes under names of their own.
+        let parts: BTreeSet<String> =
+            self.quantized.keys().flat_map(|linear| fewbit::tensor_names(linear)).collect();
         let source = self.source.names().into_iter().map(str::to_owned);
         source
+            .filter(|name| !parts.contains(name))
             .chain(self.dense.keys().cloned())
             .chain(self.quantized.keys().map(|linear| weight_name(linear)))
             .collect()
@@ -306,6 +310,8 @@ pub struct OpenModel {
     pub checkpoint: Checkpoint,
     /// The manifest, when fewbit wrote the folder.
     pub manifest: Option<Manifest>,
+    /// An adapter whose scales stand in for the stored ones.
+    pub adapter: Option<Adapter>,
 }
 
 /// Opens a model folder; only headers are read.
@@ -323,6 +329,7 @@ pub fn open_model(dir: &Path) -> Result<OpenModel> {
         config: ModelConfig::read(dir)?,
         checkpoint: Checkpoint::open(dir)?,
         manifest: Manifest::read(dir)?,
+        adapter: None,
     };
     if let Some(record) = opened.activations() {
         record.check(opened.config.n_blocks).map_err(|e| {
@@ -333,6 +340,16 @@ pub fn open_model(dir: &Path) -> Result<OpenModel> {
 }
 
 impl OpenModel {
+    /// The model with an adapter's scales.
+    ///
+    /// # Errors
+    /// Exit code 6 when the adapter belongs to another base.
+    pub fn with_adapter(mut self, adapter: Adapter) -> Result<Self> {
+        adapter.check(|name| self.quantized(name)).map_err(|e| e.at(self.dir.display()))?;
+        self.adapter = Some(adapter);
+        Ok(self)
+    }
+
     fn activations(&self) -> Option<&ActivationRecord> {
         self.manifest.as_ref()?.activations.as_ref()
     }
@@ -340,6 +357,12 @@ impl OpenModel {
     /// What the model does to activations, as it was trained to.
     pub fn tap(&self) -> ModelTap {
         self.activations().map(ActivationRecord::tap).unwrap_or_default()
+    }
+
+    /// The linears that are stored as codes, with their records.
+    pub fn linears(&self) -> impl Iterator<Item = (&String, &LinearRecord)> {
+        let manifest = self.manifest.as_ref().filter(|m| m.format == Format::Fewbit);
+        manifest.into_iter().flat_map(|manifest| &manifest.linears)
     }
 
     /// The record of a linear that is stored as codes.
@@ -354,9 +377,15 @@ impl OpenModel {
     /// When the stored tensors are damaged.
     pub fn quantized(&self, linear: &str) -> Result<Option<QuantizedWeight>> {
         let Some(record) = self.packed(linear) else { return Ok(None) };
-        fewbit::decode(linear, record, &self.checkpoint)
-            .map(Some)
-            .map_err(|e| e.at(self.dir.display()))
+        let weight = fewbit::decode(linear, record, &self.checkpoint)
+            .map_err(|e| e.at(self.dir.display()))?;
+        match &self.adapter {
+            None => Ok(Some(weight)),
+            Some(adapter) => {
+                let grid = adapter.grid(linear, &weight)?;
+                Ok(Some(QuantizedWeight { grid: grid.unwrap_or(weight.grid.clone()), ..weight }))
+            }
+        }
     }
 }
 
@@ -379,6 +408,10 @@ impl WeightSource for OpenModel {
     fn contains(&self, name: &str) -> bool {
         self.checkpoint.contains(name)
             || self.packed(name.strip_suffix(".weight").unwrap_or(name)).is_some()
+    }
+
+    fn coded(&self, name: &str) -> Result<Option<QuantizedWeight>> {
+        self.quantized(name)
     }
 
     fn overrides(&self, name: &str) -> bool {

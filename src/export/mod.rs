@@ -4,6 +4,7 @@
 //! uses, and compared with what was trained; only then does it take its place.
 
 pub mod activations;
+mod adapter;
 mod dequantized;
 pub mod fewbit;
 mod folder;
@@ -12,10 +13,11 @@ mod manifest;
 use serde::{Deserialize, Serialize};
 
 pub use activations::ActivationRecord;
+pub use adapter::{Adapter, AdapterDType, AdapterHead, AdapterPart, AdapterRecord, Tuned};
 pub use folder::{
     Exported, ModelParts, OpenModel, Parity, WeightStats, open_model, weights_sha256, write,
 };
-pub use manifest::{LinearRecord, MANIFEST_FILE, Manifest, ParityRecord, Provenance};
+pub use manifest::{GridRecord, LinearRecord, MANIFEST_FILE, Manifest, ParityRecord, Provenance};
 
 /// `[stage.export]`'s `format` table: every format named in it is written.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]

@@ -2,13 +2,15 @@
 //!
 //! The one place where burn's `[in, out]` weights meet our `[out, in]`.
 
-use burn::module::{Module, Param, ParamId, Reparameterization, Reparameterizer};
+use burn::module::{Module, Param, ParamId, Reparameterization};
 use burn::tensor::{DType, Tensor};
 
 use super::{Folded, Method, MethodConfig, Moment, Problem, ROLES, Start};
 use crate::error::Result;
 use crate::ops;
-use crate::quant::{Bits, Grid, GroupLayout, ObserverConfig, QuantSpec, QuantizedWeight};
+use crate::quant::{
+    Bits, CodedWeight, Grid, GroupLayout, ObserverConfig, Once, QuantSpec, QuantizedWeight,
+};
 use crate::train::Role;
 
 /// A method sitting on a linear's weight.
@@ -47,13 +49,8 @@ impl FakeQuant {
                 (codes, Grid::BinaryCoding { alpha: host(alpha), offset: host(offset) })
             }
         };
-        QuantizedWeight {
-            codes: host(codes).into_iter().map(|code| code as u8).collect(),
-            grid,
-            bits: self.bits,
-            layout: self.layout,
-        }
-        .checked()
+        let codes: Vec<u8> = host(codes).into_iter().map(|code| code as u8).collect();
+        QuantizedWeight::new(&codes, grid, self.bits, self.layout)
     }
 }
 
@@ -114,7 +111,7 @@ pub fn attach(
 ) -> Param<Tensor<2>> {
     // Re-applying over an existing reparameterization keeps the old one: strip it first.
     let bare = Param::initialized(weight.id, weight.base());
-    bare.set_require_grad(trains_base).apply_reparameterization(OneShot(Some(fake_quant)))
+    bare.set_require_grad(trains_base).apply_reparameterization(Once(Some(fake_quant)))
 }
 
 /// The method on a linear's weight, if any.
@@ -122,12 +119,15 @@ pub fn attached(weight: &Param<Tensor<2>>) -> Option<&FakeQuant> {
     weight.reparameterization::<FakeQuant>()
 }
 
-/// Codes and grid of a weight that carries a method; `None` for a dense weight.
+/// Codes and grid of a weight that carries a method, or is coded; `None` for a dense weight.
 ///
 /// # Errors
 /// When the learned grid is damaged (a step that is not a positive number, a code out of range).
 pub fn fold(weight: &Param<Tensor<2>>) -> Option<Result<QuantizedWeight>> {
-    attached(weight).map(|method| method.fold(weight.base()))
+    match weight.reparameterization::<CodedWeight>() {
+        Some(coded) => Some(coded.fold()),
+        None => attached(weight).map(|method| method.fold(weight.base())),
+    }
 }
 
 /// The weight after its method's work between steps; `None` for a dense weight.
@@ -157,19 +157,4 @@ pub fn role_of(path: &str) -> Option<Role> {
         return Some(Role::Weight);
     }
     ROLES.iter().flat_map(|roles| roles.iter()).find(|(known, _)| *known == name).map(|(_, r)| *r)
-}
-
-/// Puts one prepared reparameterization on the one parameter it is applied to.
-struct OneShot(Option<FakeQuant>);
-
-impl Reparameterizer for OneShot {
-    type Reparam = FakeQuant;
-
-    fn reparameterize<const D: usize>(
-        &mut self,
-        _path: &str,
-        param: Param<Tensor<D>>,
-    ) -> (Param<Tensor<D>>, Option<FakeQuant>) {
-        (param, self.0.take())
-    }
 }

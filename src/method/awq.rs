@@ -114,13 +114,10 @@ fn clipped(problem: &Problem<'_>, inputs: &Hessian) -> Result<QuantizedWeight> {
         Tensor::<1>::from_data(values, &weight.device()).reshape([layout.groups, 1])
     };
     let grid = QuantParams { scale: column(&scale), zero_point: column(&zero_point) };
-    QuantizedWeight {
-        codes: host(grid.codes(grouped, max_code)).into_iter().map(|code| code as u8).collect(),
-        grid: Grid::Uniform { scale, zero_point, zero_kind: ZeroKind::Integer },
-        bits: spec.bits,
-        layout,
-    }
-    .checked()
+    let codes: Vec<u8> =
+        host(grid.codes(grouped, max_code)).into_iter().map(|code| code as u8).collect();
+    let grid = Grid::Uniform { scale, zero_point, zero_kind: ZeroKind::Integer };
+    QuantizedWeight::new(&codes, grid, spec.bits, layout)
 }
 
 /// The weight with each group's extremes pulled in to `keep` of what they are.

@@ -86,15 +86,11 @@ impl Solver for Bcq {
         };
         let values: Vec<f32> = weight.to_data().iter::<f32>().collect();
         let groups = solve_all(&values, &layout, &options, uniform.as_deref());
-        QuantizedWeight {
-            codes: groups.iter().flat_map(|group| group.codes.iter().copied()).collect(),
-            grid: Grid::BinaryCoding {
-                alpha: groups.iter().flat_map(|group| group.alpha.iter().copied()).collect(),
-                offset: groups.iter().map(|group| group.offset).collect(),
-            },
-            bits: spec.bits,
-            layout,
-        }
-        .checked()
+        let codes: Vec<u8> = groups.iter().flat_map(|group| group.codes.iter().copied()).collect();
+        let grid = Grid::BinaryCoding {
+            alpha: groups.iter().flat_map(|group| group.alpha.iter().copied()).collect(),
+            offset: groups.iter().map(|group| group.offset).collect(),
+        };
+        QuantizedWeight::new(&codes, grid, spec.bits, layout)
     }
 }

@@ -81,16 +81,11 @@ impl Solver for Gptq {
         let values: Vec<f32> = weight.to_data().iter::<f32>().collect();
         let max_code = spec.bits.max_code();
         let solved = gptq(&values, &layout, max_code, problem.need_inputs()?, &options, &observe)?;
-        QuantizedWeight {
-            codes: solved.codes,
-            grid: Grid::Uniform {
-                scale: solved.scale,
-                zero_point: solved.zero_point,
-                zero_kind: ZeroKind::Integer,
-            },
-            bits: spec.bits,
-            layout,
-        }
-        .checked()
+        let grid = Grid::Uniform {
+            scale: solved.scale,
+            zero_point: solved.zero_point,
+            zero_kind: ZeroKind::Integer,
+        };
+        QuantizedWeight::new(&solved.codes, grid, spec.bits, layout)
     }
 }

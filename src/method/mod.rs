@@ -1,15 +1,18 @@
 //! Quantization methods: one file, one line in the `methods!` list each.
 //!
 //! A method sees one weight in grouped form `[groups, group_len]` and knows neither models nor
-//! files. There are two kinds:
+//! files. There are three kinds:
 //!
 //! * a [`WeightMethod`] sits on a stock `nn::Linear`'s weight as a burn `Reparameterization`: what it
 //!   learns are ordinary parameters, the optimizer and the records see them, and every forward reads
 //!   the fake-quantized weight. There is no second kind of linear;
 //! * a [`Solver`] learns nothing: it turns a weight, and if it asks for them statistics of the
-//!   linear's inputs, into codes and a grid at once.
+//!   linear's inputs, into codes and a grid at once;
+//! * a [`Tuner`] goes on from codes that an earlier stage left: they stay packed
+//!   ([`CodedWeight`](crate::quant::CodedWeight)), and only their grid learns.
 
 mod adadim;
+mod alphatuning;
 mod attach;
 mod awq;
 mod bcq;
@@ -20,6 +23,7 @@ mod gptq;
 mod lrq;
 mod lsq;
 mod lwc;
+mod peqa;
 mod rtn;
 mod seq;
 mod sign;
@@ -32,6 +36,7 @@ use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 pub use adadim::{AdaDim, AdaDimConfig};
+pub use alphatuning::{AlphaTuning, AlphaTuningConfig, LearnedAlphas};
 pub use attach::{
     FakeQuant, attach, attached, between_steps, fold, materialize, quantize, role_of,
 };
@@ -44,6 +49,7 @@ pub use gptq::{Gptq, GptqConfig};
 pub use lrq::{Division, FullDivision, LowRankDivision, Lrq, LrqConfig, Rank};
 pub use lsq::{Lsq, LsqConfig, LsqGradientScale, LsqStart};
 pub use lwc::{Lwc, LwcConfig};
+pub use peqa::{Peqa, PeqaConfig};
 pub use rtn::{Rtn, RtnConfig};
 pub use seq::{Seq, SeqConfig, SeqStart};
 pub use sign::{Sign, SignConfig};
@@ -54,8 +60,8 @@ pub use uniquanf::{UniQuanF, UniQuanFConfig};
 use crate::error::{Error, Result};
 use crate::ops;
 use crate::quant::{
-    GroupAxis, GroupLayout, Hessian, ObserverConfig, QuantParams, QuantSpec, QuantizedWeight, Repr,
-    ZeroKind,
+    GroupAxis, GroupLayout, Hessian, Learned, ObserverConfig, QuantParams, QuantSpec,
+    QuantizedWeight, Repr, ZeroKind,
 };
 use crate::train::Role;
 
@@ -101,15 +107,6 @@ pub enum Quantizer {
     Divided(ops::Divided),
     /// Codes of the weight in units of a learned step; what its zero points are.
     Stepped(ops::Stepped, ZeroKind),
-    /// Frozen codes on a learned uniform grid.
-    Frozen {
-        /// Codes as floats, `[groups, group_len]`.
-        codes: Tensor<2>,
-        /// The grid.
-        grid: QuantParams,
-        /// What its zero points are.
-        zero_kind: ZeroKind,
-    },
     /// UniQuanF's mapping to binary coding.
     Unified {
         /// The learned mapping.
@@ -129,7 +126,6 @@ impl Quantizer {
         match self {
             Self::Divided(divided) => divided.values(),
             Self::Stepped(stepped, _) => stepped.values(),
-            Self::Frozen { codes, grid, .. } => grid.dequantize(codes),
             Self::Unified { unified, weight, codes, filter } => unified.map(weight, &codes, filter),
         }
     }
@@ -147,7 +143,6 @@ impl Quantizer {
                 let grid = QuantParams { scale, zero_point: stepped.zero_point.clone() };
                 Folded::uniform(stepped.codes(), grid, zero_kind)
             }
-            Self::Frozen { codes, grid, zero_kind } => Folded::uniform(codes, grid, zero_kind),
             Self::Unified { unified, codes, .. } => {
                 let (alpha, offset) = unified.folded();
                 Folded::BinaryCoding { codes, alpha, offset }
@@ -166,8 +161,6 @@ pub struct Start<'a> {
     pub observer: &'a ObserverConfig,
     /// The weight, `[groups, group_len]`, f32.
     pub weight: &'a Tensor<2>,
-    /// Codes and grid that an earlier stage left, for methods that keep them.
-    pub quantized: Option<&'a QuantizedWeight>,
     /// For random starts: a function of the run's seed and the linear's name.
     pub seed: u64,
 }
@@ -178,7 +171,7 @@ impl<'a> Start<'a> {
         let [groups, group_len] = weight.dims();
         let axis = GroupAxis::In;
         let layout = GroupLayout { out: groups, inputs: group_len, groups, group_len, axis };
-        Self { spec, layout, observer, weight, quantized: None, seed: 0 }
+        Self { spec, layout, observer, weight, seed: 0 }
     }
 }
 
@@ -196,8 +189,6 @@ pub trait WeightMethod: Module + Sized {
     /// The method's keys in a recipe.
     type Config;
 
-    /// What the linear has to be.
-    const TAKES: Repr = Repr::Dense;
     /// What the linear becomes.
     const LEAVES: Repr;
     /// Whether the stored weight itself learns (as a latent) or stays frozen.
@@ -313,11 +304,27 @@ pub trait Solver {
     fn solve(config: &Self::Config, problem: &Problem<'_>) -> Result<QuantizedWeight>;
 }
 
+/// A method that learns the grid of codes which an earlier stage left, and nothing else.
+pub trait Tuner {
+    /// The method's keys in a recipe.
+    type Config;
+
+    /// What the linear has to be, and stays.
+    const TAKES: Repr;
+
+    /// What of the grid learns.
+    fn learned(config: &Self::Config) -> Learned;
+}
+
+/// What the parameters of a [`CodedWeight`](crate::quant::CodedWeight) are to the optimizer.
+const TUNED: &[(&str, Role)] = &[("scale", Role::Scale), ("offset", Role::Scale)];
+
 /// Makes the enum of methods, their configurations and the dispatch; a new method is one line.
 macro_rules! methods {
     (
         learned { $($(#[$doc:meta])* $name:ident { $key:literal, $config:ty },)* }
         solvers { $($(#[$sdoc:meta])* $solver:ident { $skey:literal, $sconfig:ty },)* }
+        tuners { $($(#[$tdoc:meta])* $tuner:ident { $tkey:literal, $tconfig:ty },)* }
     ) => {
         /// A method attached to a weight.
         #[derive(Debug, Module)]
@@ -331,22 +338,27 @@ macro_rules! methods {
         pub enum MethodConfig {
             $($(#[$doc])* #[serde(rename = $key)] $name($config),)*
             $($(#[$sdoc])* #[serde(rename = $skey)] $solver($sconfig),)*
+            $($(#[$tdoc])* #[serde(rename = $tkey)] $tuner($tconfig),)*
         }
 
         /// The name of every method in recipes.
-        pub const NAMES: &[&str] = &[$($key,)* $($skey,)*];
+        pub const NAMES: &[&str] = &[$($key,)* $($skey,)* $($tkey,)*];
 
         impl MethodConfig {
             /// The name in recipes and reports.
             pub fn name(&self) -> &'static str {
-                match self { $(Self::$name(_) => $key,)* $(Self::$solver(_) => $skey,)* }
+                match self {
+                    $(Self::$name(_) => $key,)*
+                    $(Self::$solver(_) => $skey,)*
+                    $(Self::$tuner(_) => $tkey,)*
+                }
             }
 
             /// What linears have to be.
             pub fn takes(&self) -> Repr {
                 match self {
-                    $(Self::$name(_) => <$name as WeightMethod>::TAKES,)*
-                    $(Self::$solver(_) => Repr::Dense,)*
+                    $(Self::$tuner(_) => <$tuner as Tuner>::TAKES,)*
+                    _ => Repr::Dense,
                 }
             }
 
@@ -355,6 +367,15 @@ macro_rules! methods {
                 match self {
                     $(Self::$name(_) => <$name as WeightMethod>::LEAVES,)*
                     $(Self::$solver(_) => <$solver as Solver>::LEAVES,)*
+                    $(Self::$tuner(_) => <$tuner as Tuner>::TAKES,)*
+                }
+            }
+
+            /// What of a grid it learns; `None` for a method that makes codes.
+            pub fn tunes(&self) -> Option<Learned> {
+                match self {
+                    $(Self::$tuner(config) => Some(<$tuner as Tuner>::learned(config)),)*
+                    _ => None,
                 }
             }
 
@@ -362,7 +383,7 @@ macro_rules! methods {
             pub fn trains_base(&self) -> bool {
                 match self {
                     $(Self::$name(_) => <$name as WeightMethod>::TRAINS_BASE,)*
-                    $(Self::$solver(_) => false,)*
+                    _ => false,
                 }
             }
 
@@ -374,6 +395,7 @@ macro_rules! methods {
                             || !<$name as WeightMethod>::ROLES.is_empty()
                     })*
                     $(Self::$solver(_) => false,)*
+                    $(Self::$tuner(_) => true,)*
                 }
             }
 
@@ -381,23 +403,23 @@ macro_rules! methods {
             pub fn has_hook(&self) -> bool {
                 match self {
                     $(Self::$name(_) => <$name as WeightMethod>::HAS_HOOK,)*
-                    $(Self::$solver(_) => false,)*
+                    _ => false,
                 }
             }
 
             /// What the method looks at besides the weight.
             pub fn needs(&self) -> Needs {
                 match self {
-                    $(Self::$name(_) => Needs::Weight,)*
                     $(Self::$solver(_) => <$solver as Solver>::NEEDS,)*
+                    _ => Needs::Weight,
                 }
             }
 
             /// See [`Solver::balance_exponents`].
             pub fn balance_exponents(&self) -> Vec<f64> {
                 match self {
-                    $(Self::$name(_) => Vec::new(),)*
                     $(Self::$solver(config) => $solver::balance_exponents(config),)*
+                    _ => Vec::new(),
                 }
             }
 
@@ -409,6 +431,7 @@ macro_rules! methods {
                 match self {
                     $(Self::$name(config) => <$name as WeightMethod>::accepts(config, spec),)*
                     $(Self::$solver(config) => <$solver as Solver>::accepts(config, spec),)*
+                    $(Self::$tuner(_) => Ok(()),)*
                 }
             }
 
@@ -421,20 +444,24 @@ macro_rules! methods {
                     $(Self::$name(config) => {
                         <$name as WeightMethod>::accepts_shape(config, shape)
                     })*
-                    $(Self::$solver(_) => Ok(()),)*
+                    _ => Ok(()),
                 }
             }
 
             /// See [`WeightMethod::init`].
             ///
             /// # Errors
-            /// When the observer refuses the weight, or this is a [`Solver`].
+            /// When the observer refuses the weight, or this is another kind of method.
             pub fn init(&self, start: &Start<'_>) -> Result<Method> {
                 Ok(match self {
                     $(Self::$name(config) => Method::$name($name::init(config, start)?),)*
                     $(Self::$solver(_) => {
                         return Err(Error::usage(concat!("method.", $skey, " learns nothing"))
                             .fix("[stage.calibrate]"));
+                    })*
+                    $(Self::$tuner(_) => {
+                        return Err(Error::usage(concat!("method.", $tkey, " makes no codes"))
+                            .fix("[stage.tune_scales], after a stage that leaves some"));
                     })*
                 })
             }
@@ -477,7 +504,7 @@ macro_rules! methods {
         }
 
         /// The learned parameters of every method, `(name, role)`.
-        const ROLES: &[&[(&str, Role)]] = &[$(<$name as WeightMethod>::ROLES,)*];
+        const ROLES: &[&[(&str, Role)]] = &[$(<$name as WeightMethod>::ROLES,)* TUNED];
     };
 }
 
@@ -505,8 +532,6 @@ methods! {
         Ternary { "ternary", TernaryConfig },
         /// Signs, 1 bit, latent weights and steps learned.
         Sign { "sign", SignConfig },
-        /// E2E-QP: the steps of codes that an earlier stage left.
-        E2eQp { "e2e_qp", E2eQpConfig },
     }
     solvers {
         /// Binary coding: sign planes with a scale each, fitted to the weight.
@@ -517,5 +542,13 @@ methods! {
         Awq { "awq", AwqConfig },
         /// AdaDim: groups along the inputs or the outputs, chosen for each linear.
         AdaDim { "adadim", AdaDimConfig },
+    }
+    tuners {
+        /// PEQA: the scales of codes that an earlier stage left.
+        Peqa { "peqa", PeqaConfig },
+        /// AlphaTuning: the scales of sign planes that an earlier stage left.
+        AlphaTuning { "alphatuning", AlphaTuningConfig },
+        /// E2E-QP: the steps of codes that an earlier stage left.
+        E2eQp { "e2e_qp", E2eQpConfig },
     }
 }

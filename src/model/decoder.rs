@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::ModelConfig;
 use crate::ops::{self, Rotary};
+use crate::quant::CodedWeight;
 
 /// Names of a block's linears, in execution order.
 pub const LINEARS: [&str; 7] = [
@@ -213,7 +214,10 @@ impl Attention {
 
 /// A linear's output, `[.., out]`.
 pub(super) fn project<const D: usize>(linear: &Linear, x: Tensor<D>) -> Tensor<D> {
-    let y = ops::linear(x, linear.weight.val());
+    let y = match linear.weight.reparameterization::<CodedWeight>() {
+        Some(coded) => coded.linear(x),
+        None => ops::linear(x, linear.weight.val()),
+    };
     match &linear.bias {
         Some(bias) => y + bias.val().unsqueeze(),
         None => y,

@@ -11,6 +11,7 @@ use super::config::ModelConfig;
 use super::decoder::{Attention, Block, LINEARS, Mlp, RmsNorm};
 use super::tap::ModelTap;
 use crate::error::{Error, Result};
+use crate::quant::{CodedWeight, Learned, QuantizedWeight};
 use crate::store::TensorSource;
 use crate::store::safetensors::Checkpoint;
 
@@ -24,6 +25,15 @@ pub trait WeightSource {
 
     /// Whether there is such a tensor.
     fn contains(&self, name: &str) -> bool;
+
+    /// Linear `name` as codes, to be held in memory as they are; `None` where it is, or is to be
+    /// held, dense.
+    ///
+    /// # Errors
+    /// When the codes are damaged.
+    fn coded(&self, _name: &str) -> Result<Option<QuantizedWeight>> {
+        Ok(None)
+    }
 
     /// Whether this source holds linear `name` in another form than the checkpoint does.
     fn overrides(&self, _name: &str) -> bool {
@@ -175,13 +185,33 @@ impl Loader<'_> {
     /// The checkpoint holds `[out, in]`; burn's linear wants `[in, out]`. The transposed view
     /// keeps the rows contiguous for the quantizer, and the matmul reads it without a copy.
     fn linear(&self, name: &str, shape: [usize; 2], bias: bool) -> Result<Linear> {
-        let weight: Tensor<2> = self.tensor(&weight_name(name), shape)?;
+        let weight = match self.source.coded(name)? {
+            Some(weight) => self.coded(name, &weight, shape)?,
+            None => frozen(self.tensor::<2>(&weight_name(name), shape)?.transpose()),
+        };
         let bias = if bias {
             Some(frozen(self.tensor(&format!("{name}.bias"), [shape[0]])?))
         } else {
             None
         };
-        Ok(Linear { weight: frozen(weight.transpose()), bias })
+        Ok(Linear { weight, bias })
+    }
+
+    fn coded(
+        &self,
+        name: &str,
+        weight: &QuantizedWeight,
+        shape: [usize; 2],
+    ) -> Result<Param<Tensor<2>>> {
+        let found = [weight.layout.out, weight.layout.inputs];
+        if found != shape {
+            return Err(Error::preflight(format!(
+                "the packed weight is {found:?}, config.json asks for {shape:?}"
+            ))
+            .at(name));
+        }
+        let coded = CodedWeight::new(weight, Learned::default(), self.dtype, self.device);
+        Ok(coded.into_parameter(ParamId::new()))
     }
 
     fn norm(&self, name: &str) -> Result<RmsNorm> {

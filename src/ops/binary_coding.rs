@@ -11,7 +11,7 @@ use super::fake_quant::exp;
 use super::kernel::binary_coding as kernel;
 
 /// The sign planes of codes, `bits` tensors of ±1, `[groups, group_len]`; bit `i` set is +1.
-fn sign_planes(codes: &Tensor<2>, bits: u8) -> Vec<Tensor<2>> {
+pub(super) fn sign_planes(codes: &Tensor<2>, bits: u8) -> Vec<Tensor<2>> {
     let mut rest = codes.clone();
     (0..bits)
         .map(|_| {
@@ -23,67 +23,7 @@ fn sign_planes(codes: &Tensor<2>, bits: u8) -> Vec<Tensor<2>> {
         .collect()
 }
 
-/// `±alpha_0 ± alpha_1 ... + offset`, added in this order, which is the stored format's. Gradients
-/// to `alpha` and the offset; the codes are frozen (AlphaTuning, methods-peft-bcq 2).
-///
-/// # Shapes
-/// - codes: `[groups, group_len]`, integers as floats; bit `i` is the sign of `alpha_i`
-/// - alpha: `[groups, bits]`
-/// - offset: `[groups, 1]`
-/// - result: `[groups, group_len]`
-pub fn binary_coding(codes: Tensor<2>, alpha: Tensor<2>, offset: Tensor<2>) -> Tensor<2> {
-    let operation = CodedOperation { codes: bridge::frozen(codes) };
-    tensor(bridge::apply(operation, [alpha, offset].map(Tensor::into_dispatch)))
-}
-
-#[derive(Clone, Debug)]
-struct CodedOperation {
-    codes: Plain,
-}
-
-impl Operation<2> for CodedOperation {
-    type Saved = ();
-    const CHEAP: bool = true;
-
-    fn forward(&self, inputs: [Plain; 2]) -> (Plain, ()) {
-        #[cfg(feature = "flex")]
-        if fused(&self.codes) {
-            let (codes, [alpha, offset]) = (Rows::of(self.codes.clone()), inputs.map(Rows::of));
-            let (alpha, offset) = (alpha.values(), offset.values());
-            let values = kernel::Coded { codes: codes.values(), alpha, offset }.forward();
-            return (codes.like(values).plain(), ());
-        }
-        let [alpha, offset] = inputs.map(tensor::<2>);
-        let [_, bits] = alpha.dims();
-        let planes = sign_planes(&tensor(self.codes.clone()), bits as u8);
-        (plane_sum(&planes, &alpha, offset).into_dispatch(), ())
-    }
-
-    fn backward(
-        &self,
-        inputs: [Plain; 2],
-        (): (),
-        gradient: Plain,
-        _: [bool; 2],
-    ) -> [Option<Plain>; 2] {
-        #[cfg(feature = "flex")]
-        if fused(&self.codes) {
-            let (codes, gradient) = (Rows::of(self.codes.clone()), Rows::of(gradient));
-            let inputs = inputs.map(Rows::of);
-            let [alpha, offset] = inputs.each_ref().map(Rows::values);
-            let grid = kernel::Coded { codes: codes.values(), alpha, offset };
-            let (alpha, offset) = grid.backward(gradient.values());
-            return [Some(inputs[0].like(alpha).plain()), Some(inputs[1].like(offset).plain())];
-        }
-        let [_, bits] = tensor::<2>(inputs[0].clone()).dims();
-        let planes = sign_planes(&tensor(self.codes.clone()), bits as u8);
-        let gradient = tensor::<2>(gradient);
-        let offset = gradient.clone().sum_dim(1);
-        [Some(plane_gradients(&planes, &gradient).into_dispatch()), Some(offset.into_dispatch())]
-    }
-}
-
-fn plane_sum(planes: &[Tensor<2>], alpha: &Tensor<2>, offset: Tensor<2>) -> Tensor<2> {
+pub(super) fn plane_sum(planes: &[Tensor<2>], alpha: &Tensor<2>, offset: Tensor<2>) -> Tensor<2> {
     let terms = planes.iter().enumerate().map(|(i, b)| b.clone() * alpha.clone().narrow(1, i, 1));
     match terms.reduce(|sum, term| sum + term) {
         Some(sum) => sum + offset,
@@ -92,7 +32,7 @@ fn plane_sum(planes: &[Tensor<2>], alpha: &Tensor<2>, offset: Tensor<2>) -> Tens
 }
 
 /// `Σ gradient · (±1)` of each plane, `[groups, bits]`.
-fn plane_gradients(planes: &[Tensor<2>], gradient: &Tensor<2>) -> Tensor<2> {
+pub(super) fn plane_gradients(planes: &[Tensor<2>], gradient: &Tensor<2>) -> Tensor<2> {
     let sums = planes.iter().map(|plane| (gradient.clone() * plane.clone()).sum_dim(1));
     Tensor::cat(sums.collect(), 1)
 }

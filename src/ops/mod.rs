@@ -8,8 +8,10 @@
 
 mod adamw;
 mod binary_coding;
+pub mod bits;
 mod block;
 mod bridge;
+mod coded;
 mod fake_quant;
 #[cfg(feature = "flex")]
 mod kernel;
@@ -19,9 +21,10 @@ mod loss;
 mod vector;
 
 pub use adamw::{AdamWStep, Moments, adamw_step, laid_out_like, squared_norm};
-pub use binary_coding::{Unified, binary_coding, nearest_codes};
+pub use binary_coding::{Unified, nearest_codes};
 pub use block::{Rotary, block_mse, causal_attention, rms_norm, swiglu};
 pub use bridge::composed;
+pub use coded::{CodedKind, CodedMatrix, PackedCodes};
 pub use fake_quant::{
     Divided, Rule, Stepped, TieRule, clamp_ste, exp, reshape_grouped, round_ste, scale_gradient,
 };

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Bits, GroupAxis, GroupLayout, bcq};
 use crate::error::{Error, Result};
+use crate::ops::PackedCodes;
 
 /// What a linear currently is; the alphabet in which a plan type-checks.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -71,6 +72,27 @@ impl Grid {
         }
     }
 
+    /// Steps, or scales of the planes, `[groups, planes]`.
+    pub fn scales(&self) -> &[f32] {
+        match self {
+            Self::Uniform { scale, .. } => scale,
+            Self::BinaryCoding { alpha, .. } => alpha,
+        }
+    }
+
+    /// The plane of the scale of greatest magnitude of each group, the first at a tie, `[groups]`;
+    /// `planes` scales to a group.
+    pub fn largest_planes(&self, planes: usize) -> Vec<u8> {
+        let magnitude = |group: &[f32], i: usize| group[i].abs();
+        let largest = |group: &[f32]| {
+            let by_magnitude =
+                |a: &usize, b: &usize| magnitude(group, *a).total_cmp(&magnitude(group, *b));
+            // The last of equal maxima is taken: from the back, that is the first.
+            (0..group.len()).rev().max_by(by_magnitude).unwrap_or(0) as u8
+        };
+        self.scales().chunks(planes.max(1)).map(largest).collect()
+    }
+
     /// One positive number per group that says how coarse its levels are: the step of a uniform
     /// grid, the sum of the magnitudes of a binary-coding group's scales. For reports.
     pub fn coarseness(&self) -> Vec<f32> {
@@ -87,8 +109,8 @@ impl Grid {
 /// A quantized linear: codes and grid. What was trained, and what is exported, bit for bit.
 #[derive(Clone, Debug, PartialEq)]
 pub struct QuantizedWeight {
-    /// The stored integers, row-major in the layout's stored shape, each in `0..2^bits`.
-    pub codes: Vec<u8>,
+    /// The stored integers, packed, in the layout's stored shape.
+    pub codes: PackedCodes,
     /// The values they stand for.
     pub grid: Grid,
     /// Width of a code.
@@ -98,13 +120,13 @@ pub struct QuantizedWeight {
 }
 
 impl QuantizedWeight {
-    /// Checks what a reader or a fold cannot guarantee by type: lengths, code range, finite steps.
+    /// Packs `codes`, row-major in the layout's stored shape, each in `0..2^bits`.
     ///
     /// # Errors
-    /// Says which value is wrong; the caller adds the tensor's name.
-    pub fn checked(self) -> Result<Self> {
-        let Self { codes, grid, bits, layout } = &self;
-        if codes.len() != layout.len() {
+    /// As [`QuantizedWeight::checked`].
+    pub fn new(codes: &[u8], grid: Grid, bits: Bits, layout: GroupLayout) -> Result<Self> {
+        let [rows, columns] = layout.stored();
+        if codes.len() != rows * columns {
             return Err(Error::failed(format!(
                 "{} codes for a weight of {} x {}",
                 codes.len(),
@@ -112,8 +134,27 @@ impl QuantizedWeight {
                 layout.inputs
             )));
         }
-        if let Some(code) = codes.iter().find(|c| **c > bits.max_code()) {
+        if let Some(code) = codes.iter().find(|code| **code > bits.max_code()) {
             return Err(Error::failed(format!("code {code} does not fit in {bits} bits")));
+        }
+        let codes = PackedCodes::pack(codes, columns, bits.get());
+        Self { codes, grid, bits, layout }.checked()
+    }
+
+    /// Checks what a reader or a fold cannot guarantee by type: lengths, finite steps.
+    ///
+    /// # Errors
+    /// Says which value is wrong; the caller adds the tensor's name.
+    pub fn checked(self) -> Result<Self> {
+        let Self { codes, grid, bits, layout } = &self;
+        if [codes.rows(), codes.columns()] != layout.stored() || codes.bits() != bits.get() {
+            return Err(Error::failed(format!(
+                "{} codes of {} bits for a weight of {} x {} in {bits} bits",
+                codes.len(),
+                codes.bits(),
+                layout.out,
+                layout.inputs
+            )));
         }
         match grid {
             Grid::Uniform { scale, zero_point, zero_kind } => {
@@ -143,7 +184,8 @@ impl QuantizedWeight {
     /// subtraction, exact, and one multiplication on a uniform grid; one addition per plane and one
     /// for the offset in binary coding); so the result is bit-equal to what was trained.
     pub fn dequantize(&self) -> Vec<f32> {
-        let groups = self.codes.chunks_exact(self.layout.group_len);
+        let codes = self.codes.to_vec();
+        let groups = codes.chunks_exact(self.layout.group_len);
         let stored: Vec<f32> = match &self.grid {
             Grid::Uniform { scale, zero_point, .. } => groups
                 .zip(scale.iter().zip(zero_point))
@@ -193,8 +235,12 @@ impl QuantizedWeight {
     /// How often each code occurs.
     pub fn histogram(&self) -> CodeHistogram {
         let mut counts = vec![0; self.bits.levels()];
-        for code in &self.codes {
-            counts[usize::from(*code)] += 1;
+        let mut row = vec![0; self.codes.columns()];
+        for index in 0..self.codes.rows() {
+            self.codes.unpack_row(index, &mut row);
+            for code in &row {
+                counts[usize::from(*code)] += 1;
+            }
         }
         CodeHistogram(counts)
     }
@@ -243,16 +289,14 @@ mod tests {
     use super::*;
 
     fn weight() -> QuantizedWeight {
-        QuantizedWeight {
-            codes: vec![0, 2, 3, 3],
-            grid: Grid::Uniform {
-                scale: vec![0.5],
-                zero_point: vec![2.0],
-                zero_kind: ZeroKind::Integer,
-            },
-            bits: Bits::new(2).unwrap(),
-            layout: GroupLayout { out: 1, inputs: 4, groups: 1, group_len: 4, axis: GroupAxis::In },
-        }
+        let layout =
+            GroupLayout { out: 1, inputs: 4, groups: 1, group_len: 4, axis: GroupAxis::In };
+        QuantizedWeight::new(&[0, 2, 3, 3], grid(0.5, 2.0), Bits::new(2).unwrap(), layout).unwrap()
+    }
+
+    fn grid(scale: f32, zero: f32) -> Grid {
+        let (scale, zero_point) = (vec![scale], vec![zero]);
+        Grid::Uniform { scale, zero_point, zero_kind: ZeroKind::Integer }
     }
 
     #[test]
@@ -263,23 +307,14 @@ mod tests {
 
     #[test]
     fn damage_is_refused() {
-        assert!(weight().checked().is_ok());
-        let mut w = weight();
-        w.codes[1] = 4;
-        assert!(w.checked().unwrap_err().to_string().contains("code 4"));
-        let mut w = weight();
-        w.codes.pop();
-        assert!(w.checked().is_err());
-        let mut w = weight();
-        w.grid = Grid::Uniform {
-            scale: vec![f32::NAN],
-            zero_point: vec![2.0],
-            zero_kind: ZeroKind::Integer,
-        };
-        assert!(w.checked().is_err());
-        let mut w = weight();
-        w.grid =
-            Grid::Uniform { scale: vec![0.5], zero_point: vec![1.5], zero_kind: ZeroKind::Integer };
-        assert!(w.checked().is_err());
+        let QuantizedWeight { bits, layout, .. } = weight();
+        let packed = |codes: &[u8]| QuantizedWeight::new(codes, grid(0.5, 2.0), bits, layout);
+        assert!(packed(&[0, 4, 3, 3]).unwrap_err().to_string().contains("code 4"));
+        assert!(packed(&[0, 2, 3]).is_err());
+        for grid in [grid(f32::NAN, 2.0), grid(0.5, 1.5)] {
+            assert!(QuantizedWeight { grid, ..weight() }.checked().is_err());
+        }
+        let wider = Bits::new(3).unwrap();
+        assert!(QuantizedWeight { bits: wider, ..weight() }.checked().is_err());
     }
 }

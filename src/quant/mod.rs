@@ -12,16 +12,19 @@
 
 pub mod activation;
 pub mod bcq;
-pub mod bits;
+mod coded;
 pub mod gptq;
 mod grid;
 mod hessian;
 mod observer;
 mod spec;
 
+pub use crate::ops::{PackedCodes, bits};
 pub use activation::{
     ActivationConfig, ActivationQuant, ActivationScheme, InputGrid, KvCacheConfig,
 };
+pub(crate) use coded::Once;
+pub use coded::{CodedWeight, Learned, LearnedScales};
 pub use grid::{CodeHistogram, Grid, QuantizedWeight, Repr, ZeroKind};
 pub use hessian::Hessian;
 pub use observer::{MinMaxConfig, MseConfig, ObserverConfig, QuantParams, SCALE_FLOOR};

@@ -14,7 +14,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 pub use builtin::{Builtin, builtins, find};
 pub use parse::{parse, to_toml};
-pub use plan::{Plan, PlannedStage};
+pub use plan::{Base, Plan, PlannedStage};
 
 use crate::quant::{
     ActivationConfig, ActivationQuant, Bits, GroupSize, KvCacheConfig, ObserverConfig, Symmetry,
@@ -54,6 +54,9 @@ fn auto() -> String {
 pub struct ModelSection {
     /// A folder, `embedded:NAME` or a hub id.
     pub path: String,
+    /// The float model behind a packed one, for objectives and baselines that need it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<String>,
     /// The type activations are computed in; learned parameters stay f32.
     #[serde(default)]
     pub compute: Compute,

@@ -21,8 +21,30 @@ use crate::store::safetensors::Checkpoint;
 pub struct Plan {
     /// The recipe.
     pub recipe: Recipe,
+    /// What its linears are before the first stage.
+    pub start: Repr,
     /// Its stages, resolved.
     pub stages: Vec<PlannedStage>,
+}
+
+/// What the linears of a packed model are, by full name; empty for a float model.
+#[derive(Clone, Debug, Default)]
+pub struct Base {
+    /// Bits and grouping, and what the codes stand for.
+    pub linears: BTreeMap<String, (QuantSpec, Repr)>,
+}
+
+impl Base {
+    fn repr(&self) -> Result<Repr> {
+        let mut kinds = self.linears.values().map(|(_, repr)| *repr);
+        let Some(first) = kinds.next() else { return Ok(Repr::Dense) };
+        match kinds.find(|repr| *repr != first) {
+            None => Ok(first),
+            Some(_) => Err(Error::preflight("some linears are uniform and some binary-coded")
+                .at("model.path")
+                .fix("the float model it was made from")),
+        }
+    }
 }
 
 /// One stage with everything decided.
@@ -49,8 +71,8 @@ pub struct PlannedStage {
 }
 
 impl Plan {
-    /// Resolves and type-checks `recipe` for a model. `text` is the recipe's text and `set` what
-    /// overrides it, to name places.
+    /// Resolves and type-checks `recipe` for a model. `base` says what its linears are when the model
+    /// is packed already; `text` is the recipe's text and `set` what overrides it, to name places.
     ///
     /// # Errors
     /// Usage errors (exit 2) for a recipe that makes no sense, preflight errors (exit 3) for one
@@ -59,6 +81,7 @@ impl Plan {
         recipe: Recipe,
         model: &ModelConfig,
         checkpoint: &Checkpoint,
+        base: &Base,
         text: &str,
         set: &[String],
     ) -> Result<Self> {
@@ -66,11 +89,15 @@ impl Plan {
         if recipe.stage.is_empty() {
             return Err(Error::usage("the recipe has no stage").fix("a [[stage]] table"));
         }
-        check_model(model, checkpoint)?;
+        check_model(model, checkpoint, base)?;
         let mut stages: Vec<PlannedStage> = Vec::new();
-        let mut repr = Repr::Dense;
-        let mut latest = "float";
-        let mut quantized = BTreeSet::new();
+        let mut repr = base.repr()?;
+        let start = repr;
+        let mut latest = if repr == Repr::Dense { "float" } else { "base" };
+        // What the linears are by now.
+        let mut quantized: BTreeMap<String, QuantSpec> =
+            base.linears.iter().map(|(name, (spec, _))| (name.clone(), *spec)).collect();
+        let mut last_spec = quantized.values().next().copied();
         let activations = recipe.quant.of_activations();
         let mut calibrated = false;
         for (index, config) in recipe.stage.iter().enumerate() {
@@ -82,12 +109,26 @@ impl Plan {
             let first_step =
                 stages.last().map_or(0, |s| s.first_step + s.config.steps(model.n_blocks));
             let change = config.quantizes();
-            let resolved = Resolved::new(&recipe.quant, change, model, &quantized, &lines)?;
+            let tunes = matches!(config, StageConfig::TuneScales(_));
+            let resolved = if tunes {
+                // What the linears are is what they stay; the head does not learn.
+                let mut linears = quantized.clone();
+                linears.remove(HEAD);
+                Resolved { linears, ..Resolved::default() }
+            } else {
+                Resolved::new(&recipe.quant, change, model, &quantized, &lines)?
+            };
             // The head is rounded once, by the first stage that quantizes.
             let head = resolved.head.filter(|_| quantized.is_empty());
-            if change.is_some() {
+            let mut default_spec = default_spec(&recipe.quant, change);
+            if change.is_some() || tunes {
                 latest = config.name();
-                quantized.extend(resolved.linears.keys().cloned());
+                quantized.extend(resolved.linears.clone());
+            }
+            if tunes {
+                default_spec = last_spec.unwrap_or(default_spec);
+            } else if change.is_some() {
+                last_spec = Some(default_spec);
             }
             stages.push(PlannedStage {
                 config: config.clone(),
@@ -95,18 +136,18 @@ impl Plan {
                 head,
                 kept: resolved.kept,
                 observer: observer(config).unwrap_or(&recipe.quant.observer).clone(),
-                default_spec: default_spec(&recipe.quant, change),
+                default_spec,
                 activations,
                 latest,
                 first_step,
             });
         }
-        Ok(Self { recipe, stages })
+        Ok(Self { recipe, start, stages })
     }
 
     /// `dense → reconstruct(flexround, w4) → ...`.
     pub fn summary(&self) -> String {
-        let mut parts = vec!["dense".to_owned()];
+        let mut parts = vec![self.start.to_string()];
         parts.extend(self.stages.iter().map(PlannedStage::summary));
         parts.join(" → ")
     }
@@ -143,6 +184,10 @@ impl PlannedStage {
                 let (method, objective) = (config.method.name(), config.objective.name());
                 format!("{name}({method}, {spec}, {objective})")
             }
+            StageConfig::TuneScales(config) => {
+                let (method, objective) = (config.method.name(), config.objective.name());
+                format!("{name}({method}, {spec}, {objective})")
+            }
             StageConfig::Evaluate(_) => name.to_owned(),
             StageConfig::Export(config) => {
                 let formats: Vec<&str> =
@@ -175,7 +220,10 @@ fn check_activations(
             *calibrated = true;
             Ok(())
         }
-        StageConfig::Distill(_) | StageConfig::Evaluate(_) | StageConfig::Export(_) => Ok(()),
+        StageConfig::Distill(_)
+        | StageConfig::TuneScales(_)
+        | StageConfig::Evaluate(_)
+        | StageConfig::Export(_) => Ok(()),
     }
 }
 
@@ -184,7 +232,7 @@ fn observer(config: &StageConfig) -> Option<&ObserverConfig> {
         StageConfig::Calibrate(config) => config.observer.as_ref(),
         StageConfig::Reconstruct(config) => config.observer.as_ref(),
         StageConfig::Distill(config) => config.observer.as_ref(),
-        StageConfig::Evaluate(_) | StageConfig::Export(_) => None,
+        StageConfig::TuneScales(_) | StageConfig::Evaluate(_) | StageConfig::Export(_) => None,
     }
 }
 
@@ -198,13 +246,16 @@ fn default_spec(quant: &QuantSection, change: Option<(&MethodConfig, SpecChange)
 }
 
 /// Every linear is in the checkpoint, with the shape that config.json gives it.
-fn check_model(model: &ModelConfig, checkpoint: &Checkpoint) -> Result<()> {
+fn check_model(model: &ModelConfig, checkpoint: &Checkpoint, base: &Base) -> Result<()> {
     for (name, shape) in linear_shapes(model) {
+        if base.linears.contains_key(&name) {
+            continue;
+        }
         let name = weight_name(&name);
         let found = checkpoint.info(&name).ok_or_else(|| {
             Error::preflight("the checkpoint lacks a tensor that config.json asks for")
                 .at(&name)
-                .fix("a float Hugging Face model folder; a packed one cannot be trained further")
+                .fix("a Hugging Face model folder, float or packed by fewbit")
         })?;
         if found.shape != shape {
             return Err(Error::preflight(format!(
@@ -232,7 +283,7 @@ impl Resolved {
         quant: &QuantSection,
         change: Option<(&MethodConfig, SpecChange)>,
         model: &ModelConfig,
-        quantized: &BTreeSet<String>,
+        quantized: &BTreeMap<String, QuantSpec>,
         lines: &Lines<'_>,
     ) -> Result<Self> {
         let default = default_spec(quant, change);
@@ -268,7 +319,7 @@ impl Resolved {
                 }
                 // A linear whose override asks for other bits than this method has stays as an
                 // earlier stage left it.
-                Err(_) if spec.bits != default.bits && quantized.contains(&name) => {
+                Err(_) if spec.bits != default.bits && quantized.contains_key(&name) => {
                     resolved.kept.push(name);
                 }
                 Err(error) => return Err(error.at(name).at(lines.place("quant.bits"))),

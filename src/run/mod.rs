@@ -97,6 +97,7 @@ fn execute(
         seed: plan.recipe.seed,
         device: device.name.clone(),
     };
+    model.take_packed()?;
     record.status = Status::Running;
     record.device.clone_from(&device.name);
     record.save(folder.path())?;

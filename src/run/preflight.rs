@@ -2,6 +2,7 @@
 //! run will need is estimated.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -13,9 +14,10 @@ use super::{Fingerprint, Options, RunFolder};
 use crate::data::{TokenStream, Tokenizer, read_documents, sha256_of};
 use crate::device::{self, NamedDevice};
 use crate::error::{Error, Kind, Result};
-use crate::export::ActivationRecord;
+use crate::export::{ActivationRecord, Format, GridRecord, Manifest};
 use crate::model::{HEAD, ModelConfig, companions, linear_shapes};
-use crate::recipe::{self, DataConfig, Plan, Recipe, to_toml};
+use crate::quant::{GroupAxis, GroupSize, QuantSpec, Repr, Symmetry};
+use crate::recipe::{self, Base, DataConfig, Plan, Recipe, to_toml};
 use crate::report::{Event, memory, size};
 use crate::stage::{Corpus, Data, ModelState, StageConfig};
 use crate::stop::StopFlag;
@@ -72,7 +74,8 @@ pub fn prepare(options: &Options, stop: &StopFlag) -> Result<Prepared> {
     }
     let device = device::open(&recipe.device)?;
     let model = open_model(&recipe)?;
-    let plan = Plan::new(recipe, &model.config, &model.checkpoint, &text, &options.set)?;
+    let plan =
+        Plan::new(recipe, &model.config, &model.checkpoint, &base_of(&model), &text, &options.set)?;
     stop.check()?;
     let data = load_data(&plan, &model)?;
     check_data(&plan, &model, &data)?;
@@ -86,12 +89,17 @@ pub fn prepare(options: &Options, stop: &StopFlag) -> Result<Prepared> {
 
 fn open_model(recipe: &Recipe) -> Result<ModelState> {
     let dir = locate::model(&recipe.model.path).map_err(|e| e.at("model.path"))?;
-    let manifest = crate::export::Manifest::read(&dir)?;
-    if manifest.is_some_and(|manifest| manifest.format == crate::export::Format::Fewbit) {
-        return Err(Error::preflight("the model is packed already")
-            .at(dir.display())
-            .fix("the float model it was made from"));
-    }
+    let manifest = Manifest::read(&dir)?.filter(|manifest| manifest.format == Format::Fewbit);
+    let packed = manifest.is_some().then(|| crate::export::open_model(&dir)).transpose()?;
+    let teacher = match &recipe.model.teacher {
+        Some(teacher) => {
+            let dir = locate::model(teacher).map_err(|e| e.at("model.teacher"))?;
+            Some(Checkpoint::open(&dir).map_err(|e| e.at("model.teacher"))?)
+        }
+        None => None,
+    };
+    let recorded = packed.as_ref().and_then(|packed| packed.manifest.as_ref());
+    let recorded = recorded.and_then(|manifest| manifest.activations.clone());
     let name = recipe.model.path.trim_end_matches('/');
     let name = name.rsplit(['/', ':']).next().unwrap_or(name).to_owned();
     let as_preflight = |error: Error| match error.kind() {
@@ -103,10 +111,36 @@ fn open_model(recipe: &Recipe) -> Result<ModelState> {
         checkpoint: Checkpoint::open(&dir).map_err(as_preflight)?,
         quantized: BTreeMap::new(),
         dense: BTreeMap::new(),
-        activations: ActivationRecord::new(recipe.quant.of_activations()),
+        activations: recorded
+            .unwrap_or_else(|| ActivationRecord::new(recipe.quant.of_activations())),
+        packed,
+        teacher,
         dir,
         name,
     })
+}
+
+/// What the linears of a packed model are.
+fn base_of(model: &ModelState) -> Base {
+    let linears = model.packed.iter().flat_map(|packed| packed.linears());
+    let linears = linears.map(|(name, record)| {
+        let group_size = match (record.group_len, record.shape) {
+            (len, [out, inputs]) if len == out * inputs && out > 1 => GroupSize::PerTensor,
+            (len, [out, inputs])
+                if len == [inputs, out][usize::from(record.axis == GroupAxis::Out)] =>
+            {
+                GroupSize::PerChannel
+            }
+            (len, _) => NonZeroUsize::new(len).map_or(GroupSize::PerChannel, GroupSize::Of),
+        };
+        let spec = QuantSpec { bits: record.bits, group_size, symmetry: Symmetry::Asymmetric };
+        let repr = match record.grid {
+            GridRecord::Uniform { .. } => Repr::Uniform,
+            GridRecord::BinaryCoding {} => Repr::BinaryCoding,
+        };
+        (name.clone(), (spec, repr))
+    });
+    Base { linears: linears.collect() }
 }
 
 fn load_data(plan: &Plan, model: &ModelState) -> Result<Data> {
@@ -187,7 +221,7 @@ fn check_data(plan: &Plan, model: &ModelState, data: &Data) -> Result<()> {
                     .spread(samples, corpus.length)
                     .map_err(|e| e.at("data.calibration"))?;
             }
-            StageConfig::Distill(_) => {
+            StageConfig::Distill(_) | StageConfig::TuneScales(_) => {
                 let corpus = Data::need(data.train.as_ref(), "train")?;
                 corpus.stream.spread(1, corpus.length).map_err(|e| e.at("data.train"))?;
             }
@@ -389,9 +423,33 @@ fn stage_cost(
                 seconds: speed.seconds(flops, (per_step * stage.steps) as f64, stage.steps as f64),
             }
         }
+        StageConfig::TuneScales(stage) => {
+            let Some(corpus) = &data.train else { return Cost::default() };
+            let length = corpus.length as u64;
+            let micro = stage.batch as u64 * length;
+            let tokens = micro * stage.accumulate as u64;
+            let weights = sizes.linears + sizes.rest;
+            let flops = 8.0 * (weights * tokens * stage.steps) as f64;
+            let per_step = (tape(micro, length) * 3 * config.n_blocks as u64
+                + micro * config.vocab as u64 * 4 * 20)
+                * stage.accumulate as u64;
+            let teacher = if stage.objective.needs_teacher() { 4 * weights } else { 0 };
+            Cost {
+                // Codes of at most a byte, their scales, and the tiles that exist as floats.
+                device: sizes.linears
+                    + 4 * sizes.rest
+                    + teacher
+                    + (16 << 20)
+                    + tape(micro, length) * config.n_blocks as u64
+                    + 12 * 4 * (micro * config.vocab as u64).min(1 << 23),
+                host: 0,
+                disk: sizes.linears / 8,
+                seconds: speed.seconds(flops, (per_step * stage.steps) as f64, stage.steps as f64),
+            }
+        }
         StageConfig::Evaluate(stage) => {
             let Some(corpus) = &data.validation else { return Cost::default() };
-            let models = 1 + stage.baselines.len() as u64;
+            let models = 1 + stage.baselines.as_ref().map_or(1, Vec::len) as u64;
             let weights = sizes.linears + sizes.rest;
             let tokens = corpus.stream.tokens.len() as u64 * models;
             Cost {

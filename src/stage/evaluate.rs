@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use burn::tensor::{Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use super::{Corpus, Data, Measured, ModelState, StageContext};
+use super::{Corpus, Data, Measured, ModelState, Packed, StageContext};
 use crate::error::Result;
 use crate::method::{self, MethodConfig, RtnConfig};
 use crate::model::{EMBEDDING, HEAD, Loader, ModelTap, WeightSource, weight_name};
@@ -19,13 +19,10 @@ use crate::task::{self, Perplexity, PplConfig};
 pub struct EvaluateConfig {
     /// What is measured.
     pub task: TaskConfig,
-    /// What is measured beside it, so that a number never stands alone.
-    #[serde(default = "float_only")]
-    pub baselines: Vec<Baseline>,
-}
-
-fn float_only() -> Vec<Baseline> {
-    vec![Baseline::Float]
+    /// What is measured beside it, so that a number never stands alone; the float model unless
+    /// said otherwise, where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub baselines: Option<Vec<Baseline>>,
 }
 
 /// `task.NAME = { ... }`.
@@ -48,7 +45,11 @@ pub enum Baseline {
 
 pub(super) fn run(config: &EvaluateConfig, ctx: &mut StageContext<'_>) -> Result<()> {
     let TaskConfig::Ppl(task) = &config.task;
-    for baseline in &config.baselines {
+    let baselines = match &config.baselines {
+        Some(baselines) => baselines.clone(),
+        None => ctx.model.float().map_or_else(|_| Vec::new(), |_| vec![Baseline::Float]),
+    };
+    for baseline in &baselines {
         match baseline {
             Baseline::Float => float(task, ctx).map(drop)?,
             Baseline::Rtn => rtn(task, ctx)?,
@@ -59,8 +60,8 @@ pub(super) fn run(config: &EvaluateConfig, ctx: &mut StageContext<'_>) -> Result
     } else {
         format!("after {}", ctx.latest)
     };
-    if what != "float" || config.baselines.is_empty() {
-        let result = perplexity(ctx, ctx.model, ctx.model.tap(), task)?;
+    if what != "float" || baselines.is_empty() {
+        let result = perplexity(ctx, &Packed(ctx.model), ctx.model.tap(), task)?;
         record(ctx, what, result, task);
     }
     Ok(())
@@ -71,7 +72,7 @@ fn float(task: &PplConfig, ctx: &mut StageContext<'_>) -> Result<Perplexity> {
     if let Some(known) = known_float(ctx, task) {
         return Ok(known);
     }
-    let result = perplexity(ctx, &ctx.model.checkpoint, ModelTap::default(), task)?;
+    let result = perplexity(ctx, ctx.model.float()?, ModelTap::default(), task)?;
     record(ctx, "float".to_owned(), result.clone(), task);
     Ok(result)
 }
@@ -109,7 +110,7 @@ fn round(ctx: &StageContext<'_>, name: &str, current: &QuantizedWeight) -> Resul
     if name == HEAD {
         return Ok(current.clone());
     }
-    let values = ctx.model.checkpoint.weight(&weight_name(name), &shape)?;
+    let values = ctx.model.float()?.weight(&weight_name(name), &shape)?;
     let weight = Tensor::from_data(TensorData::new(values, shape), &ctx.device.device);
     let symmetry =
         if current.bits.get() == 1 { Symmetry::Asymmetric } else { ctx.default_spec.symmetry };
@@ -130,7 +131,7 @@ impl WeightSource for Rounded<'_> {
             Some(weight) => Ok(weight.dequantize()),
             // Norms as the checkpoint has them: balancing is part of another method.
             None if name == EMBEDDING => self.model.weight(name, shape),
-            None => self.model.checkpoint.weight(name, shape),
+            None => self.model.float()?.weight(name, shape),
         }
     }
 

@@ -3,10 +3,10 @@
 use serde::{Deserialize, Serialize};
 
 use super::evaluate;
-use super::{ExportRecord, StageContext};
+use super::{ExportRecord, Packed, StageContext};
 use crate::error::{Error, Result};
 use crate::export::{self, Format, FormatsConfig, ModelParts, OpenModel, Parity};
-use crate::model::Loader;
+use crate::model::{Loader, WeightSource};
 use crate::report::{Event, Reporter};
 use crate::task::{self, PplConfig};
 
@@ -33,12 +33,18 @@ impl ExportConfig {
 pub(super) fn run(config: &ExportConfig, ctx: &mut StageContext<'_>) -> Result<()> {
     let task = PplConfig { windows: Some(PARITY_WINDOWS), ..PplConfig::default() };
     // Without validation text the gate still compares every code and weight.
-    let trained = match ctx.data.validation {
-        Some(_) => Some(evaluate::perplexity(ctx, ctx.model, ctx.model.tap(), &task)?),
-        None => None,
-    };
     for format in config.format.formats() {
         ctx.stop.check()?;
+        // Computed as the folder will be: with codes, or with the weights they stand for.
+        let packed = Packed(ctx.model);
+        let source: &dyn WeightSource = match format {
+            Format::Fewbit => &packed,
+            Format::Dequantized => ctx.model,
+        };
+        let trained = match ctx.data.validation {
+            Some(_) => Some(evaluate::perplexity(ctx, source, ctx.model.tap(), &task)?),
+            None => None,
+        };
         let target = ctx.run_dir.join("export").join(format.name());
         let mut measure = |opened: &OpenModel| -> Result<f64> {
             let corpus = evaluate::validation(ctx)?;

@@ -13,9 +13,11 @@ mod export;
 mod head;
 mod inputs;
 mod reconstruct;
+mod session;
 mod solve_block;
 mod streams;
 mod training_state;
+mod tune_scales;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -29,16 +31,21 @@ pub use distill::DistillConfig;
 pub use evaluate::{Baseline, EvaluateConfig, TaskConfig};
 pub use export::{ExportConfig, PARITY_WINDOWS};
 pub use reconstruct::ReconstructConfig;
+pub use tune_scales::{AdapterConfig, TuneScalesConfig};
 
 use crate::data::{self, TokenStream};
 use crate::device::NamedDevice;
 use crate::error::{Error, Result};
 use crate::export::fewbit::Saved;
-use crate::export::{ActivationRecord, Provenance};
+use crate::export::{ActivationRecord, OpenModel, Provenance};
 use crate::method::{self, FakeQuant, MethodConfig, Start};
 use crate::model::{ModelConfig, ModelTap, WeightSource};
+use crate::objective::ObjectiveConfig;
 use crate::ops;
-use crate::quant::{Bits, GroupSize, ObserverConfig, QuantSpec, QuantizedWeight, Repr, Symmetry};
+use crate::quant::{
+    Bits, CodedWeight, GroupSize, Learned, ObserverConfig, QuantSpec, QuantizedWeight, Repr,
+    Symmetry,
+};
 use crate::report::{Event, Reporter, Reporters};
 use crate::stop::StopFlag;
 use crate::store::HostTensor;
@@ -55,6 +62,8 @@ pub enum StageConfig {
     Reconstruct(ReconstructConfig),
     /// The whole model at once, against a frozen teacher.
     Distill(DistillConfig),
+    /// The scales of codes that an earlier stage left.
+    TuneScales(TuneScalesConfig),
     /// Perplexity.
     Evaluate(EvaluateConfig),
     /// Packed files.
@@ -79,6 +88,7 @@ impl StageConfig {
             Self::Calibrate(_) => "calibrate",
             Self::Reconstruct(_) => "reconstruct",
             Self::Distill(_) => "distill",
+            Self::TuneScales(_) => "tune_scales",
             Self::Evaluate(_) => "evaluate",
             Self::Export(_) => "export",
         }
@@ -89,7 +99,7 @@ impl StageConfig {
     /// # Errors
     /// A usage error when this stage cannot follow.
     pub fn leaves(&self, input: Repr) -> Result<Repr> {
-        if let Some((method, _)) = self.quantizes() {
+        if let Some(method) = self.method() {
             let (takes, name) = (method.takes(), method.name());
             if takes != Repr::Dense && takes != input {
                 return Err(Error::usage(format!(
@@ -110,11 +120,20 @@ impl StageConfig {
             Self::Calibrate(config) => needs_dense(config.method.leaves()),
             Self::Reconstruct(config) => needs_dense(config.method.leaves()),
             Self::Distill(config) => Ok(config.method.leaves()),
+            Self::TuneScales(config) => Ok(config.method.leaves()),
             Self::Export(_) if input == Repr::Dense => {
                 Err(Error::usage("export needs quantized weights, and no earlier stage makes any")
                     .fix("a stage.calibrate, stage.reconstruct or stage.distill before it"))
             }
             Self::Evaluate(_) | Self::Export(_) => Ok(input),
+        }
+    }
+
+    /// What this stage does to weights, where it does anything.
+    pub fn method(&self) -> Option<&MethodConfig> {
+        match self {
+            Self::TuneScales(config) => Some(&config.method),
+            _ => self.quantizes().map(|(method, _)| method),
         }
     }
 
@@ -136,7 +155,7 @@ impl StageConfig {
             Self::Calibrate(config) => of!(config),
             Self::Reconstruct(config) => of!(config),
             Self::Distill(config) => of!(config),
-            Self::Evaluate(_) | Self::Export(_) => None,
+            Self::TuneScales(_) | Self::Evaluate(_) | Self::Export(_) => None,
         }
     }
 
@@ -145,6 +164,7 @@ impl StageConfig {
         match self {
             Self::Reconstruct(config) => config.steps * blocks as u64,
             Self::Distill(config) => config.steps,
+            Self::TuneScales(config) => config.steps,
             Self::Calibrate(_) | Self::Evaluate(_) | Self::Export(_) => 0,
         }
     }
@@ -158,6 +178,7 @@ impl StageConfig {
             Self::Calibrate(config) => config.check(),
             Self::Reconstruct(config) => config.check(),
             Self::Distill(config) => config.check(),
+            Self::TuneScales(config) => config.check(),
             Self::Evaluate(_) => Ok(()),
             Self::Export(config) => config.check(),
         }
@@ -173,6 +194,7 @@ impl StageConfig {
             Self::Calibrate(config) => calibrate::run(config, ctx),
             Self::Reconstruct(config) => reconstruct::run(config, ctx),
             Self::Distill(config) => distill::run(config, ctx),
+            Self::TuneScales(config) => tune_scales::run(config, ctx),
             Self::Evaluate(config) => evaluate::run(config, ctx),
             Self::Export(config) => export::run(config, ctx),
         }
@@ -188,8 +210,29 @@ impl StageConfig {
                 head::round(ctx)?;
                 ctx.restore_linears()
             }
+            Self::TuneScales(_) => tune_scales::restore(ctx),
             Self::Evaluate(_) | Self::Export(_) => Ok(()),
         }
+    }
+}
+
+/// Refuses an objective that does not compare logits.
+fn check_objective(objective: &ObjectiveConfig, stage: &str) -> Result<()> {
+    objective.check()?;
+    if matches!(objective, ObjectiveConfig::Mse(_)) {
+        return Err(Error::usage(format!(
+            "objective.mse compares block outputs, and {stage} logits"
+        ))
+        .fix("objective.jsd = {} or objective.cross_entropy = {}"));
+    }
+    Ok(())
+}
+
+/// Refuses counts of zero.
+fn check_counts(counts: &[(&str, u64)]) -> Result<()> {
+    match counts.iter().find(|(_, count)| *count == 0) {
+        Some((key, _)) => Err(Error::usage(format!("{key} = 0")).fix(format!("{key} = 1"))),
+        None => Ok(()),
     }
 }
 
@@ -201,8 +244,12 @@ pub struct ModelState {
     pub name: String,
     /// Its shape.
     pub config: ModelConfig,
-    /// Its float tensors.
+    /// Its tensors: float, or where `packed` says so the codes of a folder of ours.
     pub checkpoint: Checkpoint,
+    /// The packed folder that the run starts from, when it does.
+    pub packed: Option<OpenModel>,
+    /// The float model behind a packed one, for teachers and baselines.
+    pub teacher: Option<Checkpoint>,
     /// Quantized linears by full name, with the method that made each.
     pub quantized: BTreeMap<String, (QuantizedWeight, String)>,
     /// Dense tensors that a stage changed, by name.
@@ -212,6 +259,36 @@ pub struct ModelState {
 }
 
 impl ModelState {
+    /// The float model.
+    ///
+    /// # Errors
+    /// A usage error when the run starts from packed codes and names none.
+    pub fn float(&self) -> Result<&Checkpoint> {
+        match (&self.teacher, &self.packed) {
+            (Some(teacher), _) => Ok(teacher),
+            (None, None) => Ok(&self.checkpoint),
+            (None, Some(packed)) => {
+                Err(Error::usage("this needs the float model, and model.path is packed")
+                    .at(packed.dir.display())
+                    .fix("model.teacher = the float model it was made from"))
+            }
+        }
+    }
+
+    /// Takes the codes of the packed folder that the run starts from, if it does.
+    ///
+    /// # Errors
+    /// When they are damaged.
+    pub fn take_packed(&mut self) -> Result<()> {
+        let Some(packed) = &self.packed else { return Ok(()) };
+        for (name, record) in packed.linears() {
+            if let Some(weight) = packed.quantized(name)? {
+                self.quantized.insert(name.clone(), (weight, record.method.clone()));
+            }
+        }
+        Ok(())
+    }
+
     /// What the current model does to activations: nothing while every linear is float.
     pub fn tap(&self) -> ModelTap {
         if self.quantized.is_empty() { ModelTap::default() } else { self.activations.tap() }
@@ -235,6 +312,27 @@ impl WeightSource for ModelState {
 
     fn overrides(&self, name: &str) -> bool {
         self.quantized.contains_key(name)
+    }
+}
+
+/// The current weights, quantized linears as their codes.
+pub(crate) struct Packed<'a>(pub(crate) &'a ModelState);
+
+impl WeightSource for Packed<'_> {
+    fn weight(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        self.0.weight(name, shape)
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.0.contains(name)
+    }
+
+    fn coded(&self, name: &str) -> Result<Option<QuantizedWeight>> {
+        Ok(self.0.quantized.get(name).map(|(weight, _)| weight.clone()))
+    }
+
+    fn overrides(&self, name: &str) -> bool {
+        self.0.overrides(name)
     }
 }
 
@@ -315,6 +413,9 @@ pub struct Results {
     pub exports: Vec<ExportRecord>,
     /// Block errors per stage, `[before, after]` per block.
     pub block_mse: BTreeMap<usize, Vec<[f64; 2]>>,
+    /// Numbers that learn, by stage, where it is a few of the model's.
+    #[serde(default)]
+    pub trainable: BTreeMap<usize, u64>,
     /// Largest difference ever found between a folded and a fake-quantized weight: 0.
     pub fold_difference: f32,
 }
@@ -379,7 +480,6 @@ impl StageContext<'_> {
             layout,
             observer: self.observer,
             weight: &grouped,
-            quantized: self.model.quantized.get(name).map(|(weight, _)| weight),
             seed: data::seed_of(self.seed, &format!("stage {} {name}", self.stage)),
         };
         let attached = method.init(&start).map_err(|e| e.at(name))?;
@@ -387,6 +487,14 @@ impl StageContext<'_> {
         let trains_base = method.trains_base();
         linear.weight = method::attach(&linear.weight, fake_quant, trains_base);
         Ok(())
+    }
+
+    /// The codes that an earlier stage left of a linear, with what learns of their grid.
+    fn coded(&self, name: &str, learned: Learned) -> Result<CodedWeight> {
+        let Some((weight, _)) = self.model.quantized.get(name) else {
+            return Err(Error::failed("no stage has left codes of this linear").at(name));
+        };
+        Ok(CodedWeight::new(weight, learned, self.compute, &self.device.device))
     }
 
     /// Folds one linear and checks the law on the real tensor: the folded weight is the

@@ -4,6 +4,7 @@
 mod examples;
 mod laws;
 mod toy;
+mod tuning;
 mod uniquanf;
 
 use std::collections::BTreeSet;
@@ -73,25 +74,18 @@ fn rounded(spec: &QuantSpec, observer: &ObserverConfig, w: &Tensor<2>) -> Quanti
     quantize(&recipe("rtn = {}"), spec, observer, layout, w).unwrap()
 }
 
-/// A method on `w`, `[out, in]`; it may start from the codes of an earlier stage.
-fn start_from(
-    quantized: Option<&QuantizedWeight>,
-    method: &str,
-    spec: &QuantSpec,
-    w: &Tensor<2>,
-    seed: u64,
-) -> Result<Method> {
+/// A method on `w`, `[out, in]`.
+fn start_from(method: &str, spec: &QuantSpec, w: &Tensor<2>, seed: u64) -> Result<Method> {
     let config = recipe(method);
     config.accepts(spec)?;
     let layout = spec.layout(w.dims())?;
     let weight = w.clone().reshape(layout.grouped());
     let observer = &ObserverConfig::default();
-    config.init(&Start { spec, layout, observer, weight: &weight, quantized, seed })
+    config.init(&Start { spec, layout, observer, weight: &weight, seed })
 }
 
 fn start(method: &str, spec: &QuantSpec, w: &Tensor<2>) -> Method {
-    let quantized = method.starts_with("e2e_qp").then(|| rounded(spec, &min_max(true), w));
-    start_from(quantized.as_ref(), method, spec, w, 0).unwrap()
+    start_from(method, spec, w, 0).unwrap()
 }
 
 /// A linear whose weight is `w`, with `method` attached.
@@ -147,6 +141,7 @@ fn grid_of(weight: &QuantizedWeight) -> (&[f32], &[f32], ZeroKind) {
 
 /// How many values each group of a folded weight has.
 fn values_per_group(weight: &QuantizedWeight) -> Vec<usize> {
-    let groups = weight.codes.chunks(weight.layout.group_len);
+    let codes = weight.codes.to_vec();
+    let groups = codes.chunks(weight.layout.group_len);
     groups.map(|group| group.iter().collect::<BTreeSet<_>>().len()).collect()
 }

@@ -10,7 +10,7 @@ use super::{asymmetric, host, matrix, min_max, noise, noisy, rounded, spec, star
 
 fn uniquanf(keys: &str, bits: u8, w: &Tensor<2>) -> fewbit::method::UniQuanF {
     let text = format!("uniquanf = {{ {keys} }}");
-    let method = start_from(None, &text, &asymmetric(bits), w, 0).unwrap();
+    let method = start_from(&text, &asymmetric(bits), w, 0).unwrap();
     let Method::UniQuanF(method) = method else { panic!("another method") };
     method
 }

@@ -1,10 +1,10 @@
 //! Binary-coding grids: values of codes, nearest levels, and UniQuanF's mapping.
 
-use burn::tensor::Tensor;
-use fewbit::ops::{self, Unified};
+use burn::tensor::{Device, Tensor};
+use fewbit::ops::{self, CodedKind, CodedMatrix, PackedCodes, Unified};
 use proptest::prelude::*;
 
-use crate::{Dice, Matrix, Outcome, Sum, bits, both, close, host, length};
+use crate::{Dice, Matrix, Outcome, Sum, both, close, host, length};
 
 fn codes(dice: &mut Dice, shape: [usize; 2], bits: usize) -> Matrix {
     Matrix::new(shape, (0..shape[0] * shape[1]).map(|_| dice.below(1 << bits) as f32).collect())
@@ -135,7 +135,11 @@ impl UnifiedCase {
     fn dequantized(&self) -> [Vec<f32>; 2] {
         let inputs = || self.inputs.each_ref().map(Matrix::plain);
         let (alpha, offset) = self.unified(inputs()).folded();
-        let coded = ops::binary_coding(self.codes.plain(), alpha, offset);
+        let [_, len] = self.codes.shape;
+        let codes: Vec<u8> = self.codes.values.iter().map(|code| *code as u8).collect();
+        let codes = PackedCodes::pack(&codes, len, alpha.dims()[1] as u8);
+        let matrix = CodedMatrix::new(codes, len, CodedKind::BinaryCoding, false, &Device::flex());
+        let coded = matrix.weight(alpha, offset);
         [self.map(inputs()), coded].map(host)
     }
 
@@ -191,42 +195,6 @@ impl UnifiedCase {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(192))]
-
-    #[test]
-    fn values_of_codes(
-        len in length(),
-        groups in 1usize..5,
-        width in 1usize..=8,
-        seed in any::<u64>(),
-    ) {
-        let mut dice = Dice::new(seed);
-        let codes = codes(&mut dice, [groups, len], width);
-        let size = dice.one_of(&[1.0, 1e4, 1e-12]);
-        let inputs = [dice.matrix([groups, width], size), dice.matrix([groups, 1], size)];
-        let upstream = dice.noise(groups * len, 1.0);
-        let [alpha, offset] = &inputs;
-        // In the order of the stored format, in f32: the same bits.
-        let mut values = Vec::new();
-        let mut gradients = [vec![Sum::default(); groups * width], vec![Sum::default(); groups]];
-        for (i, code) in codes.values.iter().enumerate() {
-            let group = i / len;
-            let terms = alpha.row(group).iter().enumerate().map(|(b, a)| sign(*code, b) * a);
-            values.push(terms.reduce(|sum, term| sum + term).unwrap() + offset.values[group]);
-            let g = f64::from(upstream[i]);
-            for bit in 0..width {
-                gradients[0][group * width + bit].add(g * f64::from(sign(*code, bit)));
-            }
-            gradients[1][group].add(g);
-        }
-        let f = |[alpha, offset]: [Tensor<2>; 2]| {
-            ops::binary_coding(codes.on(&alpha.device()), alpha, offset)
-        };
-        for found in Outcome::both(&inputs, &upstream, f) {
-            prop_assert_eq!(bits(&found.values), bits(&values));
-            close("alpha", &found.gradients[0], &gradients[0], 2e-6);
-            close("offset", &found.gradients[1], &gradients[1], 2e-6);
-        }
-    }
 
     #[test]
     fn mapping(

@@ -4,7 +4,10 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::tensor::{Device, Int, Tensor};
-use fewbit::ops::{self, Comparison, Divergence, Divided, Rotary, Rule, TieRule, Unified};
+use fewbit::ops::{
+    self, CodedKind, CodedMatrix, Comparison, Divergence, Divided, PackedCodes, Rotary, Rule,
+    TieRule, Unified,
+};
 
 use crate::binary_coding::UnifiedCase;
 use crate::block::AttentionCase;
@@ -61,9 +64,6 @@ fn quantizers_refuse_tracked_constants() {
         });
         refuses("the zero point", || {
             let _ = divided(constant(SHAPE), tracked(COLUMN)).values();
-        });
-        refuses("codes", || {
-            let _ = ops::binary_coding(tracked(SHAPE), tracked([2, 3]), tracked(COLUMN));
         });
         refuses("a mapped weight", || map(tracked(SHAPE), constant(SHAPE), zeros()));
         refuses("mapped codes", || map(constant(SHAPE), tracked(SHAPE), zeros()));
@@ -179,10 +179,16 @@ fn quantizers_survive_recomputation() {
         survives_recomputation("mapping", &case.inputs, |inputs| case.map(inputs));
     }
     let mut dice = Dice::new(4);
-    let codes = Matrix::new([3, 17], (0..51).map(|_| dice.below(8) as f32).collect());
-    let inputs = [dice.matrix([3, 3], 1.0), dice.matrix([3, 1], 1.0)];
-    survives_recomputation("binary coding", &inputs, |[alpha, offset]| {
-        ops::binary_coding(codes.on(&alpha.device()), alpha, offset)
+    let codes: Vec<u8> = (0..51).map(|_| dice.below(8) as u8).collect();
+    let codes = PackedCodes::pack(&codes, 17, 3);
+    let kind = CodedKind::BinaryCoding;
+    let coded = CodedMatrix::new(codes, 17, kind, false, &Device::flex());
+    let grid = [dice.matrix([3, 3], 1.0), dice.matrix([3, 1], 1.0)];
+    survives_recomputation("coded weight", &grid, |[alpha, offset]| coded.weight(alpha, offset));
+    let [alpha, offset] = grid;
+    let inputs = [dice.matrix([4, 17], 1.0), alpha, offset];
+    survives_recomputation("coded linear", &inputs, |[x, alpha, offset]| {
+        coded.linear(x, alpha, offset)
     });
     survives_recomputation("exp", &[dice.matrix([3, 17], 1.0)], |[x]| ops::exp(ops::exp(x)));
 }

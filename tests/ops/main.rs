@@ -5,6 +5,7 @@
 mod adamw;
 mod binary_coding;
 mod block;
+mod coded;
 mod divided;
 mod laws;
 mod losses;

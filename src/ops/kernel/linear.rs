@@ -9,7 +9,7 @@ use faer::{Accum, MatMut, MatRef, Par};
 /// Multiplications below which waking other threads costs more than they save.
 const SERIAL: usize = 1 << 19;
 
-fn threads(m: usize, k: usize, n: usize) -> Par {
+pub(super) fn threads(m: usize, k: usize, n: usize) -> Par {
     if m * k * n < SERIAL { Par::Seq } else { Par::rayon(0) }
 }
 

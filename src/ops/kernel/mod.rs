@@ -6,6 +6,7 @@ use rayon::slice::ParallelSliceMut;
 pub(super) mod adamw;
 pub(super) mod attention;
 pub(super) mod binary_coding;
+pub(super) mod coded;
 pub(super) mod fake_quant;
 pub(super) mod linear;
 pub(super) mod loss;

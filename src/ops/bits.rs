@@ -119,7 +119,7 @@ fn pack_blocks<const B: usize>(words: &mut Vec<u32>, blocks: &[[u8; WORD]]) {
 }
 
 /// Fills `codes` from the start of `words`.
-fn unpack_into(codes: &mut [u8], words: &[u32], bits: u8) {
+pub(super) fn unpack_into(codes: &mut [u8], words: &[u32], bits: u8) {
     let needed = words_per_row(codes.len(), bits);
     assert!(words.len() >= needed, "{needed} words needed, {} given", words.len());
     let (blocks, rest) = codes.as_chunks_mut::<WORD>();

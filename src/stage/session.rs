@@ -1,0 +1,399 @@
+//! Training a whole model on windows of text: steps, log points, saved states. What learns of the
+//! model, and what becomes of it, is the stages' affair.
+//!
+//! The head is frozen, so the loss's gradient is brought back to the hidden state chunk by chunk,
+//! and nothing of size `[tokens, vocab]` outlives its chunk.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use burn::module::Module;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+
+use super::{Data, StageContext, training_state};
+use crate::data::{Order, TokenStream};
+use crate::error::{Error, Result};
+use crate::method;
+use crate::model::{Block, CausalLm, Loader, Positions};
+use crate::objective::{ObjectiveConfig, Targets};
+use crate::ops::{self, Closeness};
+use crate::report::{Event, Reporter, memory};
+use crate::train::{self, Optimizer, OptimizerConfig, ScheduleConfig, StepStats, Still};
+
+/// Logits held at once, student's and teacher's each.
+const LOGITS_PER_CHUNK: usize = 1 << 23;
+
+/// How a whole model is trained.
+pub(super) struct Training<'a> {
+    /// The stage's verb in reports.
+    pub verb: &'static str,
+    /// What is minimized.
+    pub objective: &'a ObjectiveConfig,
+    /// Optimizer steps.
+    pub steps: u64,
+    /// Sequences in a micro-batch.
+    pub batch: usize,
+    /// Micro-batches in a step.
+    pub accumulate: usize,
+    /// How rates move over the steps.
+    pub schedule: &'a ScheduleConfig,
+    /// AdamW's constants and gradient clipping.
+    pub optimizer: &'a OptimizerConfig,
+    /// Steps between saves of the whole training state.
+    pub checkpoint_every: u64,
+    /// Steps between log points.
+    pub log_every: u64,
+    /// The base rate that is reported.
+    pub rate: f64,
+    /// The base rate of a parameter, by its path.
+    pub rate_of: &'a dyn Fn(&str) -> f64,
+    /// Whether weights are fake-quantized, once for all micro-batches of a step.
+    pub fake_quant: bool,
+}
+
+impl Training<'_> {
+    /// Trains what learns of `student`, off the tape before and after; goes on from a saved state
+    /// where there is one.
+    ///
+    /// # Errors
+    /// Whatever goes wrong; a signal, after a save.
+    pub(super) fn run(&self, student: CausalLm, ctx: &mut StageContext<'_>) -> Result<CausalLm> {
+        let mut session = Session::start(self, student, ctx)?;
+        while session.step < self.steps {
+            if let Err(stopped) = ctx.stop.check() {
+                session.save(ctx)?;
+                return Err(stopped);
+            }
+            session.advance(self, ctx)?;
+            if session.step.is_multiple_of(self.checkpoint_every) && session.step < self.steps {
+                session.save(ctx)?;
+            }
+        }
+        Ok(session.taken()?.valid())
+    }
+}
+
+/// Removes the state of a training whose result is saved.
+///
+/// # Errors
+/// I/O errors.
+pub(super) fn discard_state(ctx: &StageContext<'_>) -> Result<()> {
+    let state = state_file(ctx);
+    if state.exists() {
+        std::fs::remove_file(&state).map_err(|e| Error::io("remove", &state, &e))?;
+    }
+    Ok(())
+}
+
+/// Everything a step needs. What a checkpoint holds is `student`'s learned parameters,
+/// `optimizer`'s state and `step`; the data order is a function of the step.
+struct Session {
+    student: Option<CausalLm>,
+    teacher: Option<CausalLm>,
+    objective: ObjectiveConfig,
+    optimizer: Optimizer,
+    order: Order,
+    positions: Positions,
+    step: u64,
+    timer: Timer,
+}
+
+/// Times between log points.
+struct Timer {
+    since: Instant,
+    data: Duration,
+    tokens: usize,
+}
+
+impl Timer {
+    fn new() -> Self {
+        Self { since: Instant::now(), data: Duration::ZERO, tokens: 0 }
+    }
+}
+
+impl Session {
+    fn start(
+        training: &Training<'_>,
+        student: CausalLm,
+        ctx: &mut StageContext<'_>,
+    ) -> Result<Self> {
+        let corpus = Data::need(ctx.data.train.as_ref(), "train")?;
+        let windows = corpus.stream.windows(corpus.length);
+        let windows = corpus.samples.map_or(windows, |samples| samples.min(windows));
+        let order = Order::new(
+            ctx.seed,
+            format!("stage {}", ctx.stage),
+            windows,
+            training.batch * training.accumulate,
+        )?;
+        let device = &ctx.device.device;
+        let positions = Positions::new(&ctx.model.config, 0, corpus.length, ctx.compute, device);
+        let teacher = training.objective.needs_teacher().then(|| teacher(ctx)).transpose()?;
+        let objective = confident(training, ctx, teacher.as_ref(), &order, &positions)?;
+        let mut session = Self {
+            student: Some(student.train()),
+            teacher,
+            objective,
+            optimizer: Optimizer::new(training.optimizer),
+            order,
+            positions,
+            step: 0,
+            timer: Timer::new(),
+        };
+        session.load(training, ctx)?;
+        Ok(session)
+    }
+
+    fn taken(&mut self) -> Result<CausalLm> {
+        self.student.take().ok_or_else(|| Error::failed("the student is gone"))
+    }
+
+    /// One optimizer step.
+    fn advance(&mut self, training: &Training<'_>, ctx: &mut StageContext<'_>) -> Result<()> {
+        let step = self.step;
+        let corpus = Data::need(ctx.data.train.as_ref(), "train")?;
+        let factor = training.schedule.factor(step, training.steps);
+        let rate_of = |path: &str| (training.rate_of)(path) * factor;
+        let drawn = self.order.batch(step);
+        let student = self.taken()?;
+        let (teacher, positions, timer) = (&self.teacher, &self.positions, &mut self.timer);
+        let objective = &self.objective;
+        let log_point = (step + 1).is_multiple_of(training.log_every) || step + 1 == training.steps;
+        let mut closeness = None;
+        let loss = |student: &CausalLm, part: usize| {
+            let waiting = Instant::now();
+            let windows = &drawn[part * training.batch..][..training.batch];
+            let batch = Batch::new(&corpus.stream, windows, corpus.length, &ctx.device.device);
+            timer.data += waiting.elapsed();
+            timer.tokens += windows.len() * corpus.length;
+            let compare = log_point && part == 0;
+            let (loss, measured) =
+                batch.loss(student, teacher.as_ref(), positions, objective, compare)?;
+            closeness = closeness.take().or(measured);
+            Ok(loss)
+        };
+        let (optimizer, accumulate) = (&mut self.optimizer, training.accumulate);
+        let stepped = if training.fake_quant {
+            train::accumulated_step(student, optimizer, accumulate, &rate_of, still, loss)
+        } else {
+            train::step(student, optimizer, accumulate, &rate_of, loss)
+        };
+        let (student, stats) =
+            stepped.map_err(|e| e.at(format!("stage {}, step {step}", ctx.stage)))?;
+        self.student = Some(student);
+        self.step += 1;
+        if log_point {
+            self.report(training, ctx, stats, closeness, training.rate * factor);
+        } else {
+            ctx.report.emit(&Event::Progress {
+                verb: training.verb.to_owned(),
+                done: self.step,
+                of: training.steps,
+                detail: format!("loss {:.4}", stats.loss),
+            });
+        }
+        Ok(())
+    }
+
+    fn report(
+        &mut self,
+        training: &Training<'_>,
+        ctx: &mut StageContext<'_>,
+        stats: StepStats,
+        closeness: Option<Closeness>,
+        rate: f64,
+    ) {
+        let timer = std::mem::replace(&mut self.timer, Timer::new());
+        let seconds = timer.since.elapsed().as_secs_f64().max(1e-9);
+        let mut values = vec![
+            ("train/loss", stats.loss),
+            ("train/learning_rate", rate),
+            ("train/grad_norm", stats.grad_norm),
+        ];
+        if let Some(c) = closeness {
+            values.extend([
+                ("distill/jsd", c.jsd),
+                ("distill/kl_forward", c.kl_forward),
+                ("distill/kl_reverse", c.kl_reverse),
+                ("distill/top1_agreement", c.top1),
+            ]);
+        }
+        values.extend([
+            ("perf/tokens_per_second", timer.tokens as f64 / seconds),
+            ("perf/data_wait_fraction", timer.data.as_secs_f64() / seconds),
+        ]);
+        values.extend(memory::peak_gib().map(|gib| ("memory/peak_gib", gib)));
+        ctx.report.emit(&Event::Step {
+            stage: ctx.stage,
+            verb: training.verb.to_owned(),
+            step: self.step,
+            of: training.steps,
+            global_step: ctx.first_step + self.step,
+            values: values.into_iter().map(|(tag, value)| (tag.to_owned(), value)).collect(),
+        });
+    }
+
+    fn save(&self, ctx: &StageContext<'_>) -> Result<()> {
+        match &self.student {
+            Some(student) => {
+                training_state::save(&state_file(ctx), student, &self.optimizer, self.step)
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Goes on from a saved state, if there is one.
+    fn load(&mut self, training: &Training<'_>, ctx: &mut StageContext<'_>) -> Result<()> {
+        let path = state_file(ctx);
+        let Some(student) = self.student.take_if(|_| path.exists()) else { return Ok(()) };
+        let device = &ctx.device.device;
+        let (student, step) = training_state::load(&path, student, &mut self.optimizer, device)?;
+        self.student = Some(student);
+        self.step = step;
+        ctx.report.emit(&Event::Resumed {
+            stage: training.verb.to_owned(),
+            position: format!("step {}/{}", self.step, training.steps),
+        });
+        Ok(())
+    }
+}
+
+fn state_file(ctx: &StageContext<'_>) -> PathBuf {
+    ctx.dir.join("state.safetensors")
+}
+
+/// The student with its weights as they are quantized now.
+fn still(student: &CausalLm) -> Still<CausalLm> {
+    let mut module = student.clone();
+    let mut weights = Vec::new();
+    for (_, linear) in module.blocks.iter_mut().flat_map(Block::linears_mut) {
+        if let Some((leaf, value)) = method::materialize(&linear.weight) {
+            weights.push((leaf.id, value));
+            linear.weight = leaf;
+        }
+    }
+    Still { module, weights }
+}
+
+/// The float model.
+fn teacher(ctx: &StageContext<'_>) -> Result<CausalLm> {
+    let (config, device) = (&ctx.model.config, &ctx.device.device);
+    Loader { config, source: ctx.model.float()?, device, dtype: ctx.compute }.model()
+}
+
+/// The objective with the teacher's confidence on the first batches, where it asks for that. A
+/// function of the data and the teacher, so a resumed run finds the same number.
+fn confident(
+    training: &Training<'_>,
+    ctx: &StageContext<'_>,
+    teacher: Option<&CausalLm>,
+    order: &Order,
+    positions: &Positions,
+) -> Result<ObjectiveConfig> {
+    let batches = training.objective.confidence_batches();
+    let (Some(teacher), 1..) = (teacher, batches) else { return Ok(training.objective.clone()) };
+    let corpus = Data::need(ctx.data.train.as_ref(), "train")?;
+    let mut sum = 0.0;
+    for step in 0..batches {
+        ctx.stop.check()?;
+        let drawn = order.batch(step);
+        let windows = &drawn[..training.batch];
+        let batch = Batch::new(&corpus.stream, windows, corpus.length, &ctx.device.device);
+        let hidden = flat(teacher.hidden(batch.tokens.clone(), positions));
+        for range in chunks(hidden.dims()[0], teacher.vocab()) {
+            let part = |tensor: &Tensor<2>| tensor.clone().slice_dim(0, range.clone());
+            let logits = teacher.logits(part(&hidden));
+            sum += ops::confidence(logits, part(&batch.weights));
+        }
+    }
+    Ok(training.objective.clone().with_confidence(sum / batches as f64))
+}
+
+/// `[batch, seq, d_model]` as `[tokens, d_model]`.
+fn flat(hidden: Tensor<3>) -> Tensor<2> {
+    let [batch, seq, d_model] = hidden.dims();
+    hidden.reshape([batch * seq, d_model])
+}
+
+/// Runs of tokens whose logits are held together.
+fn chunks(tokens: usize, vocab: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+    let chunk = (LOGITS_PER_CHUNK / vocab).clamp(1, tokens.max(1));
+    (0..tokens).step_by(chunk).map(move |start| start..(start + chunk).min(tokens))
+}
+
+/// Token windows on the device.
+struct Batch {
+    tokens: Tensor<2, Int>,
+    next: Tensor<2, Int>,
+    next_weights: Tensor<2>,
+    weights: Tensor<2>,
+}
+
+impl Batch {
+    fn new(stream: &TokenStream, windows: &[u32], length: usize, device: &Device) -> Self {
+        let rows: Vec<&[u32]> =
+            windows.iter().map(|w| stream.window(*w as usize, length)).collect();
+        let count = rows.len() * length;
+        let last = |i: usize| i % length == length - 1;
+        let flat: Vec<i32> =
+            rows.iter().flat_map(|row| row.iter().map(|id| id.cast_signed())).collect();
+        let next = (0..count).map(|i| if last(i) { 0 } else { flat[i + 1] }).collect();
+        let predicted = (rows.len() * (length - 1)).max(1) as f32;
+        let weights = (0..count).map(|i| if last(i) { 0.0 } else { 1.0 / predicted }).collect();
+        let column = |values: Vec<f32>| TensorData::new(values, [count, 1]);
+        Self {
+            tokens: CausalLm::tokens(&rows, device),
+            next: Tensor::from_data(TensorData::new::<i32, _>(next, [count, 1]), device),
+            next_weights: Tensor::from_data(column(weights), device),
+            weights: Tensor::from_data(column(vec![1.0 / count as f32; count]), device),
+        }
+    }
+
+    /// The objective on this batch, joined to the student's tape at its hidden state.
+    fn loss(
+        &self,
+        student: &CausalLm,
+        teacher: Option<&CausalLm>,
+        positions: &Positions,
+        objective: &ObjectiveConfig,
+        compare: bool,
+    ) -> Result<(Tensor<1>, Option<Closeness>)> {
+        let hidden = flat(student.hidden(self.tokens.clone(), positions));
+        let free = hidden.clone().inner();
+        let goal = teacher.map(|teacher| flat(teacher.hidden(self.tokens.clone(), positions)));
+        let [count, _] = free.dims();
+        let mut value: Option<Tensor<1>> = None;
+        let mut gradients = Vec::new();
+        let mut closeness = (compare && teacher.is_some()).then(Closeness::default);
+        for range in chunks(count, student.vocab()) {
+            let part = |tensor: &Tensor<2>| tensor.clone().slice_dim(0, range.clone());
+            let logits = student.logits(part(&free)).inner();
+            let targets = Targets {
+                teacher: teacher.zip(goal.as_ref()).map(|(t, goal)| t.logits(part(goal))),
+                next: self.next.clone().slice_dim(0, range.clone()),
+                next_weights: part(&self.next_weights),
+                weights: part(&self.weights),
+            };
+            if let (Some(sum), Some(teacher)) = (closeness.as_mut(), targets.teacher.clone()) {
+                add(sum, ops::compare(logits.clone(), teacher, targets.weights.clone()));
+            }
+            let loss = objective.on_logits(logits, &targets)?;
+            value = Some(match value {
+                Some(sum) => sum + loss.value,
+                None => loss.value,
+            });
+            gradients.push(student.head_gradient(loss.gradient).inner());
+        }
+        let value = value.ok_or_else(|| Error::failed("an empty batch"))?;
+        let loss = ops::with_gradient(hidden, value, Tensor::cat(gradients, 0));
+        Ok((loss, closeness))
+    }
+}
+
+/// Adds what was measured on a part of the tokens.
+fn add(sum: &mut Closeness, part: Closeness) {
+    sum.jsd += part.jsd;
+    sum.kl_forward += part.kl_forward;
+    sum.kl_reverse += part.kl_reverse;
+    sum.top1 += part.top1;
+}

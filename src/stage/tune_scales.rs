@@ -1,0 +1,275 @@
+//! `tune_scales`: a quantized model adapts to a text by the scales of its grids alone.
+//!
+//! The codes stay as they are, packed and shared; what learns, and what is left, is a few numbers
+//! per output channel or group. They are saved as an adapter, which is this stage's checkpoint too.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::session::{Training, discard_state};
+use super::{Packed, StageContext};
+use crate::error::{Error, Result};
+use crate::export::{Adapter, AdapterDType, AdapterHead, Tuned};
+use crate::method::{self, MethodConfig};
+use crate::model::{CausalLm, Loader, block_prefix};
+use crate::objective::{CrossEntropyObjective, ObjectiveConfig};
+use crate::quant::{Learned, QuantizedWeight};
+use crate::report::{Event, Reporter, size};
+use crate::train::{LearningRate, OptimizerConfig, ScheduleConfig};
+
+/// Keys of `[stage.tune_scales]`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct TuneScalesConfig {
+    /// What of the grids learns: `peqa`, `alphatuning` or `e2e_qp`.
+    pub method: MethodConfig,
+    /// What is minimized; next-token cross-entropy unless said otherwise.
+    #[serde(default = "cross_entropy")]
+    pub objective: ObjectiveConfig,
+    /// Optimizer steps.
+    pub steps: u64,
+    /// Sequences in a micro-batch.
+    #[serde(default = "eight")]
+    pub batch: usize,
+    /// Micro-batches in a step.
+    #[serde(default = "one")]
+    pub accumulate: usize,
+    /// Base learning rate, in the units of the scales; relative where the method says so.
+    pub learning_rate: LearningRate,
+    /// How the rate moves over the steps; a straight line to 0 unless said otherwise.
+    #[serde(default = "linear")]
+    pub schedule: ScheduleConfig,
+    /// AdamW's constants and gradient clipping.
+    #[serde(default)]
+    pub optimizer: OptimizerConfig,
+    /// Steps between saves of the whole training state.
+    #[serde(default = "hundred")]
+    pub checkpoint_every: u64,
+    /// Steps between log points.
+    #[serde(default = "ten")]
+    pub log_every: u64,
+    /// The adapter that is written.
+    #[serde(default)]
+    pub adapter: AdapterConfig,
+}
+
+/// Keys of `adapter`.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdapterConfig {
+    /// Its name, and its file's; the method's unless said otherwise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// `"f32"`, or `"f16"`: half the size; the trained scales are rounded to it, so the model that
+    /// goes on is the one that the adapter gives.
+    pub dtype: AdapterDType,
+}
+
+fn cross_entropy() -> ObjectiveConfig {
+    ObjectiveConfig::CrossEntropy(CrossEntropyObjective {})
+}
+
+fn linear() -> ScheduleConfig {
+    ScheduleConfig::Linear { final_ratio: 0.0, warmup: 0 }
+}
+
+fn one() -> usize {
+    1
+}
+
+fn eight() -> usize {
+    8
+}
+
+fn ten() -> u64 {
+    10
+}
+
+fn hundred() -> u64 {
+    100
+}
+
+impl TuneScalesConfig {
+    pub(super) fn check(&self) -> Result<()> {
+        super::check_objective(&self.objective, "tune_scales")?;
+        super::check_counts(&[
+            ("batch", self.batch as u64),
+            ("accumulate", self.accumulate as u64),
+            ("checkpoint_every", self.checkpoint_every),
+            ("log_every", self.log_every),
+        ])?;
+        if self.method.tunes().is_none() {
+            return Err(Error::usage(format!(
+                "tune_scales learns the grids of codes, and method.{} makes codes",
+                self.method.name()
+            ))
+            .fix("method.peqa = {}, method.alphatuning = {} or method.e2e_qp = {}"));
+        }
+        let name = self.adapter_name();
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        if name.is_empty() || name.starts_with('.') || !name.chars().all(plain) {
+            return Err(Error::usage(format!("adapter.name = {name:?} is no name of a file"))
+                .fix("letters, digits, - and _"));
+        }
+        Ok(())
+    }
+
+    /// The adapter's name.
+    pub fn adapter_name(&self) -> &str {
+        self.adapter.name.as_deref().unwrap_or_else(|| self.method.name())
+    }
+
+    fn learned(&self) -> Learned {
+        self.method.tunes().unwrap_or_default()
+    }
+}
+
+pub(super) fn run(config: &TuneScalesConfig, ctx: &mut StageContext<'_>) -> Result<()> {
+    let student = student(config, ctx)?;
+    note_size(ctx, &student);
+    let base = config.learning_rate;
+    let training = Training {
+        verb: "tune_scales",
+        objective: &config.objective,
+        steps: config.steps,
+        batch: config.batch,
+        accumulate: config.accumulate,
+        schedule: &config.schedule,
+        optimizer: &config.optimizer,
+        checkpoint_every: config.checkpoint_every,
+        log_every: config.log_every,
+        rate: base.scale,
+        rate_of: &|path| method::role_of(path).map_or(0.0, |role| base.of(role)),
+        fake_quant: false,
+    };
+    let student = training.run(student, ctx)?;
+    let mut tuned = Vec::new();
+    for (index, block) in student.blocks.iter().enumerate() {
+        for (name, linear) in block.linears() {
+            let name = format!("{}.{name}", block_prefix(index));
+            if ctx.specs.contains_key(&name) {
+                tuned.push((name.clone(), ctx.fold(&name, linear)?));
+            }
+        }
+    }
+    report_changes(ctx, &tuned, ctx.first_step + config.steps);
+    let linears: Vec<Tuned<'_>> = (tuned.iter())
+        .filter_map(|(name, weight)| {
+            let (base, _) = ctx.model.quantized.get(name)?;
+            Some(Tuned { name, base, weight })
+        })
+        .collect();
+    let (head, dtype) = (head(config, ctx), config.adapter.dtype);
+    let adapter = Adapter::new(head, config.learned(), dtype, &linears)?;
+    // The public copy first: the stage is done once its own is there.
+    let dir = ctx.run_dir.join("adapters");
+    std::fs::create_dir_all(&dir).map_err(|e| Error::io("create", &dir, &e))?;
+    let public = dir.join(format!("{}.safetensors", config.adapter_name()));
+    adapter.write(&public)?;
+    adapter.write(&checkpoint(ctx))?;
+    take(ctx, &adapter)?;
+    let bytes = std::fs::metadata(&public).map_or(0, |data| data.len());
+    let text = format!("adapter {}, {}", public.display(), size(bytes));
+    ctx.report.emit(&Event::Note { text });
+    discard_state(ctx)
+}
+
+/// Brings back the scales a finished stage left.
+pub(super) fn restore(ctx: &mut StageContext<'_>) -> Result<()> {
+    let again = |e: Error| e.fix("--fresh to start over");
+    let adapter = Adapter::read(&checkpoint(ctx)).map_err(again)?;
+    let quantized = &ctx.model.quantized;
+    let find = |name: &str| Ok(quantized.get(name).map(|(weight, _)| weight.clone()));
+    adapter.check(find).map_err(again)?;
+    take(ctx, &adapter)
+}
+
+fn checkpoint(ctx: &StageContext<'_>) -> PathBuf {
+    ctx.dir.join("adapter.safetensors")
+}
+
+/// The model goes on with the adapter's scales.
+fn take(ctx: &mut StageContext<'_>, adapter: &Adapter) -> Result<()> {
+    for (name, (weight, method)) in &mut ctx.model.quantized {
+        if let Some(grid) = adapter.grid(name, weight)? {
+            weight.grid = grid;
+            method.clone_from(&adapter.head().method);
+        }
+    }
+    Ok(())
+}
+
+/// The model with its codes packed and its grids ready to learn.
+fn student(config: &TuneScalesConfig, ctx: &StageContext<'_>) -> Result<CausalLm> {
+    let (model, device) = (&*ctx.model, &ctx.device.device);
+    let source = Packed(model);
+    let loader = Loader { config: &model.config, source: &source, device, dtype: ctx.compute };
+    let mut student = loader.model()?.with_tap(model.activations.tap());
+    for (index, block) in student.blocks.iter_mut().enumerate() {
+        for (name, linear) in block.linears_mut() {
+            let name = format!("{}.{name}", block_prefix(index));
+            if ctx.specs.contains_key(&name) {
+                let coded = ctx.coded(&name, config.learned())?;
+                linear.weight = coded.into_parameter(linear.weight.id);
+            }
+        }
+    }
+    Ok(student)
+}
+
+/// How much learns, and how much memory the weights take while it does.
+fn note_size(ctx: &mut StageContext<'_>, student: &CausalLm) {
+    let (mut weights, mut bytes, mut learned) = (0, 0, 0);
+    for (_, linear) in student.blocks.iter().flat_map(crate::model::Block::linears) {
+        let Some(coded) = linear.weight.reparameterization::<crate::quant::CodedWeight>() else {
+            continue;
+        };
+        weights += coded.layout().len();
+        bytes += coded.bytes();
+        learned += coded.learned_numbers();
+    }
+    ctx.results.trainable.insert(ctx.stage, learned as u64);
+    // Value, gradient and two moments; the value is counted with the weights.
+    let training = 12 * learned;
+    let each = bytes as f64 / (weights.max(1)) as f64;
+    let all = (bytes + training) as f64 / (weights.max(1)) as f64;
+    ctx.report.emit(&Event::Note {
+        text: format!(
+            "{learned} scales learn; packed weights take {each:.3} bytes each, {all:.3} with \
+             gradients and optimizer state"
+        ),
+    });
+}
+
+/// How far scales moved, and whether one changed its sign.
+fn report_changes(ctx: &mut StageContext<'_>, tuned: &[(String, QuantizedWeight)], step: u64) {
+    let mut changes = Vec::new();
+    let (mut widest, mut crossed) = (0.0f32, 0usize);
+    for (name, after) in tuned {
+        let Some((before, _)) = ctx.model.quantized.get(name) else { continue };
+        for (before, after) in before.grid.scales().iter().zip(after.grid.scales()) {
+            widest = widest.max((after / before - 1.0).abs());
+            if after * before > 0.0 {
+                changes.push((after / before).ln());
+            } else if after != before {
+                crossed += 1;
+            }
+        }
+    }
+    ctx.report_scale_change(&changes, step);
+    ctx.report.emit(&Event::Note {
+        text: format!("scales moved by at most {widest:.2} of themselves, {crossed} crossed zero"),
+    });
+}
+
+fn head(config: &TuneScalesConfig, ctx: &StageContext<'_>) -> AdapterHead {
+    AdapterHead {
+        name: config.adapter_name().to_owned(),
+        method: config.method.name().to_owned(),
+        base: ctx.model.name.clone(),
+        base_model_sha256: ctx.provenance.model_sha256.clone(),
+        data_sha256: ctx.data.train.as_ref().map(|c| c.sha256.clone()).unwrap_or_default(),
+        seed: ctx.seed,
+    }
+}
