@@ -6,6 +6,7 @@ mod inspect;
 mod logits;
 mod output;
 mod recipes;
+mod sizes;
 mod train;
 mod verify;
 
@@ -35,7 +36,8 @@ struct Cli {
 enum Command {
     /// Run every stage of a recipe; an unfinished run goes on by itself
     Train(train::TrainArgs),
-    /// Find everything `train` would refuse, and estimate memory, disk and time
+    /// Find everything `train` would refuse, and estimate memory, disk and time; or, from a
+    /// config.json alone, sizes and what there is to train
     Check(train::CheckArgs),
     /// List, show or copy the built-in recipes
     Recipes(recipes::RecipesArgs),

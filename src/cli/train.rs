@@ -2,22 +2,20 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{ArgGroup, Args};
 use serde_json::json;
 
 use super::output;
+use super::sizes::{self, SizesArgs};
 use crate::error::Result;
 use crate::report::terminal::{self, Terminal};
 use crate::report::{Event, Reporter, Reporters};
 use crate::run::{self, Options, Prepared, RunRecord, prepare};
 use crate::stop::StopFlag;
 
-/// What `train` and `check` share.
+/// What `train` and `check` may change in a recipe.
 #[derive(Args, Debug)]
-struct RecipeArgs {
-    /// A recipe's path, or a name in recipes/ or among the built-in ones
-    #[arg(long, value_name = "R")]
-    recipe: String,
+struct Changes {
     /// Override a key: a.b=value, list entries by index (stage.0.reconstruct.steps=100)
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
@@ -29,9 +27,9 @@ struct RecipeArgs {
     device: Option<String>,
 }
 
-impl RecipeArgs {
-    fn options(self, fresh: bool) -> Options {
-        let Self { recipe, set, output, device } = self;
+impl Changes {
+    fn options(self, recipe: String, fresh: bool) -> Options {
+        let Self { set, output, device } = self;
         Options { recipe, set, output, device, fresh }
     }
 }
@@ -39,8 +37,11 @@ impl RecipeArgs {
 /// Arguments of `train`.
 #[derive(Args, Debug)]
 pub(super) struct TrainArgs {
+    /// A recipe's path, or a name in recipes/ or among the built-in ones
+    #[arg(long, value_name = "R")]
+    recipe: String,
     #[command(flatten)]
-    recipe: RecipeArgs,
+    changes: Changes,
     /// Start over, removing what an earlier run left in the output folder
     #[arg(long)]
     fresh: bool,
@@ -51,16 +52,22 @@ pub(super) struct TrainArgs {
 
 /// Arguments of `check`.
 #[derive(Args, Debug)]
+#[command(group(ArgGroup::new("what").required(true).args(["recipe", "config"])))]
 pub(super) struct CheckArgs {
+    /// A recipe's path, or a name in recipes/ or among the built-in ones
+    #[arg(long, value_name = "R")]
+    recipe: Option<String>,
     #[command(flatten)]
-    recipe: RecipeArgs,
+    sizes: SizesArgs,
+    #[command(flatten)]
+    changes: Changes,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
 pub(super) fn train(args: TrainArgs, stop: &StopFlag) -> Result<()> {
-    let options = args.recipe.options(args.fresh);
+    let options = args.changes.options(args.recipe, args.fresh);
     if args.dry_run {
         return print_check(&prepare(&options, stop)?, false);
     }
@@ -70,7 +77,12 @@ pub(super) fn train(args: TrainArgs, stop: &StopFlag) -> Result<()> {
 }
 
 pub(super) fn check(args: CheckArgs, stop: &StopFlag) -> Result<()> {
-    let prepared = prepare(&args.recipe.options(false), stop)?;
+    if let Some(config) = &args.sizes.config {
+        return sizes::run(config, &args.sizes, args.json);
+    }
+    // Without a config, clap has seen to a recipe.
+    let recipe = args.recipe.unwrap_or_default();
+    let prepared = prepare(&args.changes.options(recipe, false), stop)?;
     print_check(&prepared, args.json)
 }
 

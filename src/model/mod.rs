@@ -7,8 +7,10 @@
 
 mod config;
 mod decoder;
+mod families;
 mod generate;
 mod load;
+mod sizes;
 mod tap;
 
 use burn::module::{Module, Param};
@@ -17,11 +19,13 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 pub use config::{ModelConfig, Rope, RopeScaling};
 pub use decoder::{Attention, Block, KvCache, LINEARS, Mlp, Positions, RmsNorm, Site, Tap};
+pub use families::{LinearShape, ModelShape};
 pub use generate::{Sampler, generate};
 pub use load::{
     EMBEDDING, HEAD, Loader, WeightSource, block_prefix, companions, head_name, linear_shapes,
     weight_name,
 };
+pub use sizes::{TRAINING_BYTES, Trainable};
 pub use tap::ModelTap;
 
 use crate::ops;
