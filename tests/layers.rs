@@ -13,7 +13,7 @@ const BASE: [&str; 4] = ["error", "device", "report", "stop"];
 const LAYERS: [(&str, &[&str]); 14] = [
     ("cli", &["run", "recipe", "stage", "task", "export", "model", "data", "quant", "store"]),
     ("run", &["recipe", "stage", "export", "model", "data", "quant", "store"]),
-    ("recipe", &["stage", "method", "model", "quant", "store"]),
+    ("recipe", &["stage", "method", "model", "data::DataFormat", "quant", "store"]),
     (
         "stage",
         &[
@@ -30,7 +30,7 @@ const LAYERS: [(&str, &[&str]); 14] = [
         ],
     ),
     ("task", &["model", "data", "ops"]),
-    ("export", &["model", "quant", "store"]),
+    ("export", &["model", "data::DataFormat", "quant", "store"]),
     // The role of a parameter is the word both sides share: method says it, train reads rates by it.
     ("method", &["train::Role", "quant", "ops"]),
     // A linear may be held as codes: the one form of quantization that a forward computes with.

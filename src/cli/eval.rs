@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
-use super::{ModelArgs, output};
-use crate::data::{TokenStream, read_documents, sha256_of};
+use super::{ModelArgs, data_format, output};
+use crate::data::{DataFormat, Marks, TokenStream, sha256_of};
 use crate::error::Result;
 use crate::model::ModelConfig;
 use crate::report::Event;
@@ -24,10 +24,16 @@ pub(super) struct EvalArgs {
     /// What to measure
     #[arg(long, value_enum, default_value = "ppl")]
     task: Task,
-    /// Text: JSONL with "text", a JSON list of strings, or plain text; several are joined in order
+    /// Text (JSONL with "text", a JSON list of strings, or plain text), or examples of the --format;
+    /// several are joined in order
     #[arg(long, value_name = "FILE", required = true)]
     data: Vec<String>,
-    /// Window length in tokens [default: the model's context, at most 2048]
+    /// What the data holds: text, completion ("prompt", "completion") or instruction
+    /// ("instruction", "input", "output"); of examples only completions count
+    #[arg(long, default_value = "text", value_parser = data_format)]
+    format: DataFormat,
+    /// Window length in tokens, which examples are packed into whole [default: the model's context,
+    /// at most 2048]
     #[arg(long)]
     context: Option<usize>,
     /// Tokens between window starts [default: the context]
@@ -55,15 +61,12 @@ pub(super) fn run(args: &EvalArgs, stop: &StopFlag) -> Result<()> {
     let session = args.model.open()?;
     let task = PplConfig { context: args.context, stride: args.stride, windows: args.windows };
     let config = &session.opened.config;
-    let (context, stride) = protocol(&task, config)?;
+    let (context, stride) = protocol(&task, config, args.format)?;
     let paths: Vec<PathBuf> = args.data.iter().map(|d| locate::data(d)).collect::<Result<_>>()?;
-    let mut documents = Vec::new();
-    for path in &paths {
-        documents.extend(read_documents(path)?);
-    }
     let tokenizer = session.tokenizer()?;
-    let bos = if args.no_bos { None } else { session.bos(&tokenizer)? };
-    let stream = TokenStream::build(&documents, &tokenizer, bos)?;
+    let mut marks = session.marks(&tokenizer)?;
+    marks.bos = marks.bos.filter(|_| !args.no_bos);
+    let stream = TokenStream::load(&paths, args.format, &tokenizer, marks, context)?;
     // Before the weights are read.
     stream.strided(context, stride).map_err(|error| error.at(args.data.join(", ")))?;
     let model = session.load()?;
@@ -85,7 +88,10 @@ pub(super) fn run(args: &EvalArgs, stop: &StopFlag) -> Result<()> {
             "context": result.context,
             "stride": result.stride,
             "windows": result.windows,
-            "bos": bos.is_some(),
+            "bos": marks.bos.is_some(),
+            "format": args.format,
+            "documents": stream.documents,
+            "cut": stream.cut,
             "data_sha256": data_sha256,
             "model": args.model.model,
             "device": session.device.name,
@@ -94,7 +100,7 @@ pub(super) fn run(args: &EvalArgs, stop: &StopFlag) -> Result<()> {
     output::line(&format!(
         "perplexity {:.4}   nll {:.5} per token over {} tokens\n\
          protocol   {} windows of {} tokens, stride {},\n           \
-         first token of a window not predicted, {}\n\
+         {}\n\
          data       {} sha256 {}\n\
          model      {} on {}",
         result.perplexity,
@@ -103,7 +109,7 @@ pub(super) fn run(args: &EvalArgs, stop: &StopFlag) -> Result<()> {
         result.windows,
         result.context,
         result.stride,
-        if bos.is_some() { "BOS before each document" } else { "no BOS" },
+        counted(&stream, marks),
         args.data.join(" + "),
         &data_sha256[..12],
         args.model.model,
@@ -111,12 +117,31 @@ pub(super) fn run(args: &EvalArgs, stop: &StopFlag) -> Result<()> {
     ))
 }
 
+/// Which tokens of the windows count, and what stands around documents.
+fn counted(stream: &TokenStream, marks: Marks) -> String {
+    let bos = if marks.bos.is_some() { "BOS before each document" } else { "no BOS" };
+    let Some(length) = stream.packed else {
+        return format!("first token of a window not predicted, {bos}");
+    };
+    let bos = bos.replace("document", "example");
+    let eos = if marks.eos.is_some() { "EOS behind it" } else { "no EOS" };
+    let cut = match stream.cut {
+        0 => String::new(),
+        cut => format!(", {cut} of them cut at {length} tokens"),
+    };
+    format!(
+        "completion tokens only, {bos}, {eos},\n           {} examples packed whole{cut}",
+        stream.documents
+    )
+}
+
 /// Window length and stride; an error names the option to blame, which is why they are tried one
 /// after the other.
-fn protocol(task: &PplConfig, config: &ModelConfig) -> Result<(usize, usize)> {
+fn protocol(task: &PplConfig, config: &ModelConfig, format: DataFormat) -> Result<(usize, usize)> {
     let context = PplConfig { context: task.context, ..PplConfig::default() };
-    context.protocol(config).map_err(|error| error.at("--context"))?;
+    let (length, _) = context.protocol(config, None).map_err(|error| error.at("--context"))?;
+    let packed = format.is_packed().then_some(length);
     let stride = PplConfig { stride: task.stride, ..context };
-    stride.protocol(config).map_err(|error| error.at("--stride"))?;
-    task.protocol(config)
+    stride.protocol(config, packed).map_err(|error| error.at("--stride"))?;
+    task.protocol(config, packed)
 }

@@ -15,7 +15,7 @@ use std::process::ExitCode;
 use burn::tensor::DType;
 use clap::{Args, Parser, Subcommand};
 
-use crate::data::Tokenizer;
+use crate::data::{DataFormat, Marks, Tokenizer};
 use crate::device::{self, NamedDevice};
 use crate::error::{Error, Result};
 use crate::export::{OpenModel, open_model};
@@ -122,6 +122,11 @@ fn compute(text: &str) -> Result<Compute, String> {
     }
 }
 
+fn data_format(text: &str) -> Result<DataFormat, String> {
+    let known = DataFormat::ALL.into_iter().find(|format| format.name() == text);
+    known.ok_or_else(|| DataFormat::ALL.map(DataFormat::name).join(", "))
+}
+
 /// A model opened for a command.
 struct Session {
     opened: OpenModel,
@@ -156,6 +161,11 @@ impl Session {
             Some(bos) => Ok(Some(bos)),
             None => tokenizer.bos_id(),
         }
+    }
+
+    /// The tokens put around documents.
+    fn marks(&self, tokenizer: &Tokenizer) -> Result<Marks> {
+        Ok(Marks { bos: self.bos(tokenizer)?, eos: self.opened.config.eos.first().copied() })
     }
 }
 

@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::{ModelArgs, output};
-use crate::data::{TokenStream, read_documents, sha256_of};
+use crate::data::{TokenStream, sha256_of};
 use crate::error::{Error, Kind, Result};
 use crate::export::{self, Manifest, OpenModel, open_model};
 use crate::model::{WeightSource, weight_name};
@@ -185,8 +185,9 @@ fn check_perplexity(
     let compute = crate::recipe::Compute::F32;
     let session = ModelArgs { model: dir, device: args.device.clone(), compute }.open()?;
     let tokenizer = session.tokenizer()?;
-    let documents = read_documents(&path)?;
-    let stream = TokenStream::build(&documents, &tokenizer, session.bos(&tokenizer)?)?;
+    let marks = session.marks(&tokenizer)?;
+    let (format, length) = (recorded.format, recorded.context);
+    let stream = TokenStream::load(&[&path], format, &tokenizer, marks, length)?;
     let task = PplConfig {
         context: Some(recorded.context),
         windows: Some(PARITY_WINDOWS),

@@ -63,7 +63,7 @@ pub fn sha256_of<P: AsRef<Path>>(paths: &[P]) -> Result<String> {
     Ok(hex(&all.finalize()))
 }
 
-fn decode_utf8(bytes: Vec<u8>, path: &Path) -> Result<String> {
+pub(super) fn decode_utf8(bytes: Vec<u8>, path: &Path) -> Result<String> {
     String::from_utf8(bytes).map_err(|error| {
         let valid = error.utf8_error().valid_up_to();
         let line = error.as_bytes()[..valid].split(|byte| *byte == b'\n').count();
@@ -129,7 +129,7 @@ fn json_line(line: &str) -> Result<String, String> {
 }
 
 /// The parser's message without its position: the line in it counts within one JSONL line.
-fn bare(error: &serde_json::Error) -> String {
+pub(super) fn bare(error: &serde_json::Error) -> String {
     let message = error.to_string();
     match message.rfind(" at line ") {
         Some(end) => message[..end].to_owned(),
@@ -137,7 +137,7 @@ fn bare(error: &serde_json::Error) -> String {
     }
 }
 
-fn kind_of(value: &Value) -> &'static str {
+pub(super) fn kind_of(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",
@@ -148,7 +148,7 @@ fn kind_of(value: &Value) -> &'static str {
     }
 }
 
-fn refused(what: impl Into<String>, path: &Path) -> Error {
+pub(super) fn refused(what: impl Into<String>, path: &Path) -> Error {
     Error::preflight(what).at(path.display())
 }
 

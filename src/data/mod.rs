@@ -3,11 +3,15 @@
 //! Nothing here knows a model or a device. Token ids are `u32`; a window is a slice of one stream.
 
 pub mod documents;
+pub mod examples;
 pub mod order;
+pub mod packing;
 pub mod tokenizer;
 pub mod windows;
 
 pub use documents::{read_documents, sha256_of};
+pub use examples::{DataFormat, Example, read_completions, read_instructions};
 pub use order::{Order, coin_flips, seed_of};
+pub use packing::Marks;
 pub use tokenizer::Tokenizer;
 pub use windows::{ScoredWindow, TokenStream};

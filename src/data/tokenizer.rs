@@ -8,6 +8,8 @@ use crate::error::{Error, Result};
 
 /// Documents handed to the thread pool at once; bounds the memory of their encodings.
 const BATCH: usize = 1024;
+/// Texts that a continuation is tokenized behind: the first whose tokens stay as they are.
+const LEADS: [&str; 3] = ["\n", ":", "."];
 
 /// The tokenizer of a model folder.
 ///
@@ -70,6 +72,36 @@ impl Tokenizer {
                 .encode_batch_fast(batch, false)
                 .map_err(|error| self.failed("encode", &error))?;
             all.extend(encodings.iter().map(|encoding| encoding.get_ids().to_vec()));
+        }
+        Ok(all)
+    }
+
+    /// The token ids of each text as it goes on behind another text, in order.
+    ///
+    /// Some tokenizers put a space before whatever they are given, which would come to stand in the
+    /// middle of a text. So each text is tokenized behind a short lead, whose tokens are then taken
+    /// off. Where the text's beginning melts into every lead, it is tokenized alone.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_continuations(&self, texts: &[String]) -> Result<Vec<Vec<u32>>> {
+        let mut all = vec![Vec::new(); texts.len()];
+        let mut open: Vec<usize> = (0..texts.len()).collect();
+        for lead in LEADS {
+            let head = self.encode(lead)?;
+            let led: Vec<_> = open.iter().map(|index| format!("{lead}{}", texts[*index])).collect();
+            let encoded = self.encode_all(&led)?;
+            let mut melted = Vec::new();
+            for (index, ids) in open.into_iter().zip(encoded) {
+                match ids.strip_prefix(&head[..]) {
+                    Some(rest) => all[index] = rest.to_vec(),
+                    None => melted.push(index),
+                }
+            }
+            open = melted;
+        }
+        for index in open {
+            all[index] = self.encode(&texts[index])?;
         }
         Ok(all)
     }
@@ -180,6 +212,27 @@ pub(crate) mod tests {
         assert_eq!(all.len(), texts.len());
         assert_eq!(all[BATCH], [3, 4]);
         assert_eq!(all[BATCH + 1], [5]);
+    }
+
+    #[test]
+    fn a_continuation_gets_no_space_before_it() {
+        for model in ["tinystories-656k", "stories260k"] {
+            let folder = format!("{}/datasets/{model}", env!("CARGO_MANIFEST_DIR"));
+            let tokenizer = Tokenizer::load(Path::new(&folder)).unwrap();
+            let prompt = "name: The Mill\nsay:";
+            let texts =
+                [" The Mill is a pub.", "The", "\n\nThe end", ": so", "", "  two", "5 of us"];
+            let texts = texts.map(str::to_owned);
+            let all = tokenizer.encode_continuations(&texts).unwrap();
+            for (text, ids) in texts.iter().zip(all) {
+                let joined = [tokenizer.encode(prompt).unwrap(), ids].concat();
+                let found = tokenizer.decode(&joined, false).unwrap();
+                assert_eq!(found, format!("{prompt}{text}"), "{model}");
+            }
+        }
+        let tokenizer = words(None).1.unwrap();
+        let texts = ["a b".to_owned(), String::new(), "c".to_owned()];
+        assert_eq!(tokenizer.encode_continuations(&texts).unwrap(), [vec![3, 4], vec![], vec![5]]);
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! One stream of tokens, cut into windows.
 //!
-//! The stream is BOS and the tokens of each document, joined with nothing between. Windows start
-//! at multiples of their length and the tail that does not fill one is dropped.
+//! A text's stream is BOS and the tokens of each document, joined with nothing between; examples are
+//! packed into windows as the stream is made. Windows start at multiples of their length and the
+//! tail that does not fill one is dropped.
 
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
@@ -11,8 +12,14 @@ use crate::error::{Error, Result};
 pub struct TokenStream {
     /// Token ids, BOS included.
     pub tokens: Vec<u32>,
-    /// Number of documents joined.
+    /// Number of documents joined, or of examples.
     pub documents: usize,
+    /// Which tokens are predicted and counted, `[tokens]`; `None` for text, where all are.
+    pub supervised: Option<Vec<bool>>,
+    /// The window length that examples were packed for; `None` for text.
+    pub packed: Option<usize>,
+    /// Examples that were longer than a window and lost their end.
+    pub cut: usize,
 }
 
 /// A window of the perplexity protocol.
@@ -37,7 +44,7 @@ impl TokenStream {
             tokens.extend(bos);
             tokens.extend_from_slice(ids);
         }
-        Ok(Self { tokens, documents: documents.len() })
+        Ok(Self { tokens, documents: documents.len(), ..Self::default() })
     }
 
     /// Number of whole windows of `length` tokens; 0 for a `length` of 0.
@@ -51,6 +58,23 @@ impl TokenStream {
     /// If `index` is not below [`windows(length)`](Self::windows).
     pub fn window(&self, index: usize, length: usize) -> &[u32] {
         &self.tokens[index * length..][..length]
+    }
+
+    /// Which tokens of window `index` are predicted and counted, `[length]`; `None` where all are
+    /// (but the first, which nothing predicts).
+    ///
+    /// # Panics
+    /// As [`window`](Self::window).
+    pub fn supervision(&self, index: usize, length: usize) -> Option<&[bool]> {
+        self.supervised.as_deref().map(|flags| &flags[index * length..][..length])
+    }
+
+    /// Number of tokens that count: the supervised ones, or all.
+    pub fn counted(&self) -> usize {
+        match &self.supervised {
+            Some(flags) => flags.iter().filter(|counts| **counts).count(),
+            None => self.tokens.len(),
+        }
     }
 
     /// `samples` window indices spread evenly over the `N` windows: `floor(i * N / samples)`.
@@ -121,7 +145,7 @@ mod tests {
     use crate::data::tokenizer::tests::words;
 
     fn stream(length: u32) -> TokenStream {
-        TokenStream { tokens: (0..length).collect(), documents: 1 }
+        TokenStream { tokens: (0..length).collect(), documents: 1, ..TokenStream::default() }
     }
 
     #[test]
@@ -129,7 +153,8 @@ mod tests {
         let tokenizer = words(None).1.unwrap();
         let documents = ["a b".to_owned(), String::new(), "c".to_owned()];
         let built = TokenStream::build(&documents, &tokenizer, Some(0)).unwrap();
-        assert_eq!(built, TokenStream { tokens: vec![0, 3, 4, 0, 0, 5], documents: 3 });
+        let tokens = vec![0, 3, 4, 0, 0, 5];
+        assert_eq!(built, TokenStream { tokens, documents: 3, ..TokenStream::default() });
         let plain = TokenStream::build(&documents, &tokenizer, None).unwrap();
         assert_eq!(plain.tokens, [3, 4, 5]);
     }

@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 
 use super::manifest::{FORMAT_VERSION, LinearRecord, Manifest, ParityRecord, Provenance};
 use super::{ActivationRecord, Adapter, Format, dequantized, fewbit};
+use crate::data::DataFormat;
 use crate::error::{Error, Result};
 use crate::model::{HEAD, ModelConfig, ModelTap, WeightSource, companions, weight_name};
 use crate::quant::QuantizedWeight;
@@ -74,6 +75,8 @@ pub struct Parity<'a> {
     pub context: usize,
     /// SHA-256 of the text.
     pub data_sha256: String,
+    /// What its documents are.
+    pub format: DataFormat,
     /// Measures a folder the way `fewbit eval` does.
     pub measure: &'a mut dyn FnMut(&OpenModel) -> Result<f64>,
 }
@@ -157,6 +160,7 @@ pub fn write(
             tokens: parity.tokens,
             context: parity.context,
             data_sha256: parity.data_sha256,
+            format: parity.format,
         });
         manifest.write(staged.path())?;
     }

@@ -6,6 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::{ActivationRecord, Format};
+use crate::data::DataFormat;
 use crate::error::{Error, Result};
 use crate::quant::{Bits, CodeHistogram, GroupAxis, ZeroKind};
 
@@ -111,6 +112,9 @@ pub struct ParityRecord {
     pub context: usize,
     /// SHA-256 of the text.
     pub data_sha256: String,
+    /// What its documents are; packed examples have windows of `context` tokens.
+    #[serde(default)]
+    pub format: DataFormat,
 }
 
 impl Manifest {
@@ -157,4 +161,17 @@ fn damaged(path: &Path, error: &serde_json::Error) -> Error {
     Error::failed(format!("the manifest is damaged: {error}"))
         .at(path.display())
         .fix("export the run again")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_without_a_format_is_of_text() {
+        let text = r#"{"trained": 2.0, "exported": 2.0, "tokens": 3, "context": 4,
+            "data_sha256": "ab"}"#;
+        let record: ParityRecord = serde_json::from_str(text).unwrap();
+        assert_eq!(record.format, DataFormat::Text);
+    }
 }

@@ -16,6 +16,7 @@ pub use builtin::{Builtin, builtins, find};
 pub use parse::{parse, to_toml};
 pub use plan::{Base, Plan, PlannedStage};
 
+pub use crate::data::DataFormat;
 use crate::quant::{
     ActivationConfig, ActivationQuant, Bits, GroupSize, KvCacheConfig, ObserverConfig, Symmetry,
 };
@@ -110,26 +111,19 @@ impl Default for DataSection {
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
-    /// A file or a list of files, joined in order: JSONL, a JSON list of strings, or plain text.
+    /// A file or a list of files, joined in order; `format` says what is in them.
     pub path: Paths,
     /// Windows drawn, evenly spread; default all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub samples: Option<usize>,
-    /// Tokens in a window; default the model's context, at most 2048.
+    /// Tokens in a window, which examples are packed into whole; default the model's context, at
+    /// most 2048.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub length: Option<usize>,
-    /// What a document is.
+    /// What a document is: plain text (JSONL with `text`, a JSON list of strings, or a text file),
+    /// or an example of which only the completion is learned (JSONL or a JSON list of objects).
     #[serde(default)]
     pub format: DataFormat,
-}
-
-/// What a document is.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum DataFormat {
-    /// Plain text.
-    #[default]
-    Text,
 }
 
 /// One path or several.

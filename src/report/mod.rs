@@ -152,6 +152,9 @@ pub enum Event {
         stride: usize,
         /// Whether a BOS token opens each document.
         bos: bool,
+        /// Whether only completions of packed examples were counted.
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        completions_only: bool,
         /// The text it was measured on.
         data: String,
         /// Perplexity divided by the float model's.

@@ -231,6 +231,7 @@ mod tests {
             context: 1,
             stride: 1,
             bos: true,
+            completions_only: false,
             data: String::new(),
             ratio_to_float: None,
             global_step: 0,

@@ -199,6 +199,7 @@ fn result(event: &Event, width: usize) -> Option<String> {
             context,
             stride,
             bos,
+            completions_only,
             data,
             ratio_to_float,
             ..
@@ -214,6 +215,9 @@ fn result(event: &Event, width: usize) -> Option<String> {
             ];
             if stride != context {
                 fields.push(Field::new(&format!("stride {stride}")));
+            }
+            if *completions_only {
+                fields.push(Field::new("completions only").or("completions"));
             }
             if !bos {
                 fields.push(Field::new("no BOS"));
@@ -505,6 +509,7 @@ mod tests {
             context: 2048,
             stride: 2048,
             bos: true,
+            completions_only: false,
             data: "data/validation.jsonl".into(),
             ratio_to_float: Some(1.168),
             global_step: 10,
@@ -617,6 +622,7 @@ mod tests {
             context,
             stride: 1024,
             bos: false,
+            completions_only: false,
             data: "a.txt".into(),
             ratio_to_float: None,
             global_step: 0,
@@ -626,6 +632,16 @@ mod tests {
             at(&float, 120),
             "eval      float              perplexity 16.23                 128000 tokens  \
              context 2048  stride 1024  no BOS  a.txt"
+        );
+        let mut packed = evaluation();
+        if let Event::Evaluation { completions_only, data, .. } = &mut packed {
+            *completions_only = true;
+            *data = "a.jsonl".into();
+        }
+        assert_eq!(
+            at(&packed, 120),
+            "eval      after reconstruct  perplexity 16.23   1.168× float  128000 tokens  \
+             context 2048  completions only  a.jsonl"
         );
     }
 

@@ -15,6 +15,7 @@ pub use folder::RunFolder;
 pub use preflight::{Needs, Prepared, prepare};
 pub use record::{Fingerprint, RunRecord, StageRecord, Status};
 
+use crate::data::TokenStream;
 use crate::error::{Error, Kind, Result};
 use crate::export::Provenance;
 use crate::recipe::to_toml;
@@ -178,6 +179,33 @@ pub fn announce(prepared: &Prepared, report: &mut dyn Reporter) {
         kept: prepared.kept(),
     });
     report.emit(&prepared.needs.event(&prepared.device));
+    let data = &prepared.data;
+    let corpora = [
+        ("calibration", &data.calibration),
+        ("train", &data.train),
+        ("validation", &data.validation),
+    ];
+    for (role, corpus) in corpora {
+        if let Some(text) = corpus.as_ref().and_then(|corpus| packing(role, &corpus.stream)) {
+            report.emit(&Event::Note { text });
+        }
+    }
+}
+
+/// What became of a data set of examples.
+fn packing(role: &str, stream: &TokenStream) -> Option<String> {
+    let length = stream.packed?;
+    let cut = match stream.cut {
+        0 => String::new(),
+        cut => format!("; {cut} of them cut to a window"),
+    };
+    let (windows, counted, tokens) =
+        (stream.windows(length), stream.counted(), stream.tokens.len());
+    Some(format!(
+        "data.{role} packs {} examples into {windows} windows of {length} tokens{cut}; {counted} of \
+         {tokens} tokens are supervised",
+        stream.documents
+    ))
 }
 
 /// The recipe for TensorBoard; the opening lines for the log.

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::{Fingerprint, Options, RunFolder};
-use crate::data::{TokenStream, Tokenizer, read_documents, sha256_of};
+use crate::data::{Marks, TokenStream, Tokenizer, sha256_of};
 use crate::device::{self, NamedDevice};
 use crate::error::{Error, Kind, Result};
 use crate::export::{ActivationRecord, Format, GridRecord, Manifest};
@@ -164,9 +164,10 @@ fn load_data(plan: &Plan, model: &ModelState) -> Result<Data> {
         Some(bos) => Some(bos),
         None => tokenizer.bos_id()?,
     };
+    let marks = Marks { bos, eos: model.config.eos.first().copied() };
     let load = |config: &Option<DataConfig>, role: &str| -> Result<Option<Corpus>> {
         let Some(config) = config else { return Ok(None) };
-        let corpus = load_corpus(config, model, &tokenizer, bos);
+        let corpus = load_corpus(config, model, &tokenizer, marks);
         corpus.map(Some).map_err(|e| e.at(format!("data.{role}")))
     };
     Ok(Data {
@@ -181,7 +182,7 @@ fn load_corpus(
     config: &DataConfig,
     model: &ModelState,
     tokenizer: &Tokenizer,
-    bos: Option<u32>,
+    marks: Marks,
 ) -> Result<Corpus> {
     let length = config.length.unwrap_or(model.config.max_positions.min(DEFAULT_LENGTH));
     if length < 2 || length > model.config.max_positions {
@@ -193,13 +194,10 @@ fn load_corpus(
     }
     let paths: Vec<PathBuf> =
         config.path.0.iter().map(|path| locate::data(path)).collect::<Result<_>>()?;
-    let mut documents = Vec::new();
-    for path in &paths {
-        documents.extend(read_documents(path)?);
-    }
     let names = config.path.0.iter().map(|path| path.rsplit('/').next().unwrap_or(path));
     Ok(Corpus {
-        stream: TokenStream::build(&documents, tokenizer, bos)?,
+        stream: TokenStream::load(&paths, config.format, tokenizer, marks, length)?,
+        format: config.format,
         sha256: sha256_of(&paths)?,
         name: names.collect::<Vec<_>>().join("+"),
         samples: config.samples,
@@ -228,7 +226,9 @@ fn check_data(plan: &Plan, model: &ModelState, data: &Data) -> Result<()> {
             StageConfig::Evaluate(config) => {
                 let corpus = Data::need(data.validation.as_ref(), "validation")?;
                 let crate::stage::TaskConfig::Ppl(task) = &config.task;
-                let (context, stride) = task.protocol(&model.config)?;
+                let packed = corpus.stream.packed;
+                let (context, stride) =
+                    task.protocol(&model.config, packed).map_err(|e| e.at("task.ppl"))?;
                 corpus.stream.strided(context, stride).map_err(|e| e.at("data.validation"))?;
             }
             StageConfig::Export(_) => {}

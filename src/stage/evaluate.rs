@@ -174,6 +174,7 @@ fn record(ctx: &mut StageContext<'_>, what: String, result: Perplexity, task: &P
         context: result.context,
         stride: result.stride,
         bos: ctx.data.bos.is_some(),
+        completions_only: result.completions_only,
         data: corpus.map(|corpus| corpus.name.clone()).unwrap_or_default(),
         ratio_to_float: ratio.map(|float| result.perplexity / float.perplexity),
         global_step: ctx.first_step,

@@ -70,6 +70,7 @@ pub(super) fn run(config: &ExportConfig, ctx: &mut StageContext<'_>) -> Result<(
                 tokens: trained.tokens,
                 context: trained.context,
                 data_sha256: corpus.sha256.clone(),
+                format: corpus.format,
                 measure: &mut measure,
             });
         let checked = if parity.is_some() { "codes and perplexity exact" } else { "codes exact" };

@@ -33,7 +33,7 @@ pub use export::{ExportConfig, PARITY_WINDOWS};
 pub use reconstruct::ReconstructConfig;
 pub use tune_scales::{AdapterConfig, TuneScalesConfig};
 
-use crate::data::{self, TokenStream};
+use crate::data::{self, DataFormat, TokenStream};
 use crate::device::NamedDevice;
 use crate::error::{Error, Result};
 use crate::export::fewbit::Saved;
@@ -340,13 +340,15 @@ impl WeightSource for Packed<'_> {
 pub struct Corpus {
     /// The stream.
     pub stream: TokenStream,
+    /// What its documents are.
+    pub format: DataFormat,
     /// SHA-256 of its files.
     pub sha256: String,
     /// How it goes by in reports.
     pub name: String,
     /// Windows to draw; all of them when absent.
     pub samples: Option<usize>,
-    /// Window length.
+    /// Window length; examples are packed for it.
     pub length: usize,
 }
 

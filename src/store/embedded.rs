@@ -18,6 +18,10 @@ macro_rules! embed {
 }
 
 const FILES: &[(&str, &[u8])] = embed![
+    "e2e_nlg/train.jsonl",
+    "e2e_nlg/validation.jsonl",
+    "tinyshakespeare/train.json",
+    "tinyshakespeare/validation.json",
     "tinystories-656k/config.json",
     "tinystories-656k/generation_config.json",
     "tinystories-656k/model.safetensors",

@@ -3,6 +3,9 @@
 //! The default protocol: BOS before each document, documents joined into one stream, windows of
 //! `context` tokens, stride equal to the context, positions from 0 in each window, the first token
 //! of a window not predicted, the tail dropped.
+//!
+//! Packed examples have their windows already: they are the protocol's, stride and context are their
+//! length, and of their tokens only the supervised ones count.
 
 use burn::tensor::{Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
@@ -42,7 +45,7 @@ pub struct Perplexity {
     pub perplexity: f64,
     /// Mean negative log-likelihood, nats.
     pub nll_per_token: f64,
-    /// Predicted tokens.
+    /// Tokens predicted and counted.
     pub tokens: u64,
     /// Window length.
     pub context: usize,
@@ -50,15 +53,29 @@ pub struct Perplexity {
     pub stride: usize,
     /// Windows used.
     pub windows: usize,
+    /// Whether only completions of packed examples were counted.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub completions_only: bool,
 }
 
 impl PplConfig {
-    /// Window length and stride for a model.
+    /// Window length and stride for a model, on data packed into windows of `packed` tokens if any.
     ///
     /// # Errors
-    /// A usage error when they make no sense for it.
-    pub fn protocol(&self, config: &ModelConfig) -> Result<(usize, usize)> {
-        let context = self.context.unwrap_or(config.max_positions.min(DEFAULT_CONTEXT));
+    /// A usage error when they make no sense for it, or are not the packed windows.
+    pub fn protocol(&self, config: &ModelConfig, packed: Option<usize>) -> Result<(usize, usize)> {
+        for (key, asked) in [("context", self.context), ("stride", self.stride)] {
+            if let (Some(asked), Some(packed)) = (asked, packed)
+                && asked != packed
+            {
+                return Err(Error::usage(format!(
+                    "{key} = {asked}, but the examples are packed into windows of {packed} tokens"
+                ))
+                .fix(format!("{key} = {packed}, or leave it out")));
+            }
+        }
+        let default = packed.unwrap_or(config.max_positions.min(DEFAULT_CONTEXT));
+        let context = self.context.unwrap_or(default);
         let stride = self.stride.unwrap_or(context);
         if context < 2 || context > config.max_positions {
             return Err(Error::usage(format!(
@@ -94,8 +111,9 @@ pub fn measure(
     stop: &StopFlag,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Perplexity> {
-    let (context, stride) = task.protocol(config)?;
+    let (context, stride) = task.protocol(config, stream.packed)?;
     let mut windows = stream.strided(context, stride)?;
+    windows.retain(|window| flags(stream, *window, context).is_none_or(|f| f.contains(&true)));
     if let Some(limit) = task.windows.filter(|limit| *limit < windows.len()) {
         windows = (0..limit).map(|i| windows[i * windows.len() / limit]).collect();
     }
@@ -105,10 +123,19 @@ pub fn measure(
     for (index, batch) in windows.chunks((TOKENS_PER_BATCH / context).max(1)).enumerate() {
         stop.check()?;
         progress((index * batch.len()) as u64, windows.len() as u64);
-        for losses in batch_nll(model, stream, batch, context, &positions, device) {
+        let losses = batch_nll(model, stream, batch, context, &positions, device);
+        for (window, mut losses) in batch.iter().zip(losses) {
+            if let Some(flags) = flags(stream, *window, context) {
+                let mut counts = flags.iter();
+                losses.retain(|_| counts.next().is_some_and(|counts| *counts));
+            }
             nll += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
             tokens += losses.len() as u64;
         }
+    }
+    if tokens == 0 {
+        return Err(Error::preflight("the data has zero supervised tokens")
+            .fix("examples with completions that fit the windows"));
     }
     let nll_per_token = nll / tokens as f64;
     if !nll_per_token.is_finite() {
@@ -122,7 +149,14 @@ pub fn measure(
         context,
         stride,
         windows: windows.len(),
+        completions_only: stream.supervised.is_some(),
     })
+}
+
+/// Which of a window's scored tokens count, `[scored]`; `None` where all do.
+fn flags(stream: &TokenStream, window: ScoredWindow, context: usize) -> Option<&[bool]> {
+    let end = window.start + context;
+    stream.supervised.as_deref().map(|flags| &flags[end - window.scored..end])
 }
 
 /// Negative log-likelihoods of the scored tokens of each window.
@@ -159,4 +193,46 @@ fn batch_nll(
             losses
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> ModelConfig {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/datasets/tinystories-656k");
+        ModelConfig::read(std::path::Path::new(folder)).unwrap()
+    }
+
+    #[test]
+    fn packed_windows_are_the_protocol() {
+        let config = config();
+        let protocol = |context, stride, packed| {
+            let task = PplConfig { context, stride, ..PplConfig::default() };
+            task.protocol(&config, packed)
+        };
+        assert_eq!(protocol(None, None, None).unwrap(), (512, 512));
+        assert_eq!(protocol(None, None, Some(128)).unwrap(), (128, 128));
+        assert_eq!(protocol(Some(128), Some(128), Some(128)).unwrap(), (128, 128));
+        assert_eq!(protocol(Some(128), Some(64), None).unwrap(), (128, 64));
+        let error = protocol(None, Some(64), Some(128)).unwrap_err();
+        assert_eq!(error.kind().exit_code(), 2);
+        assert_eq!(
+            error.to_string(),
+            "stride = 64, but the examples are packed into windows of 128 tokens\n  \
+             try  stride = 128, or leave it out"
+        );
+        let error = protocol(Some(256), None, Some(128)).unwrap_err();
+        assert!(error.what().starts_with("context = 256, but"), "{error}");
+    }
+
+    #[test]
+    fn only_supervised_tokens_are_flagged() {
+        let text = TokenStream { tokens: (0..8).collect(), ..TokenStream::default() };
+        let window = ScoredWindow { start: 4, scored: 3 };
+        assert_eq!(flags(&text, window, 4), None);
+        let supervised = [0, 0, 1, 1, 0, 1, 0, 1].map(|flag| flag == 1).to_vec();
+        let packed = TokenStream { supervised: Some(supervised), packed: Some(4), ..text };
+        assert_eq!(flags(&packed, window, 4).unwrap(), [true, false, true]);
+    }
 }
