@@ -102,6 +102,57 @@ const STORED: &[Stored] = &[
         ],
     },
     Stored {
+        recipe: "alphatuning_w3",
+        set: &["stage.2.tune_scales.steps=4", "stage.2.tune_scales.log_every=1"],
+        numbers: &[
+            ("float", 34.6141),
+            ("after calibrate", 44.5689),
+            ("first loss", 6.4104),
+            ("after tune_scales", 62.1162),
+        ],
+    },
+    Stored {
+        recipe: "e2e_qp_w2",
+        set: &[
+            "data.calibration.samples=16",
+            "stage.0.reconstruct.steps=4",
+            "stage.2.tune_scales.steps=4",
+            "stage.2.tune_scales.log_every=1",
+        ],
+        numbers: &[
+            ("block 0 loss", 62.9136),
+            ("block 1 loss", 466.5151),
+            ("float", 34.6141),
+            ("after reconstruct", 323.7320),
+            ("first loss", 8.2307),
+            ("after tune_scales", 248.4410),
+        ],
+    },
+    Stored {
+        recipe: "peqa_w3g128",
+        set: &[
+            "data.calibration.samples=16",
+            "stage.2.tune_scales.steps=4",
+            "stage.2.tune_scales.log_every=1",
+        ],
+        numbers: &[
+            ("float", 34.6141),
+            ("after calibrate", 45.0983),
+            ("first loss", 6.5194),
+            ("after tune_scales", 52.7058),
+        ],
+    },
+    Stored {
+        recipe: "peqa_w4",
+        set: &["stage.2.tune_scales.steps=4", "stage.2.tune_scales.log_every=1"],
+        numbers: &[
+            ("float", 34.6141),
+            ("after calibrate", 37.1045),
+            ("first loss", 6.3087),
+            ("after tune_scales", 52.3090),
+        ],
+    },
+    Stored {
         recipe: "gptq_w4g128",
         set: &["data.calibration.samples=16"],
         numbers: &[("float", 34.6142), ("rtn w4", 37.4020), ("after calibrate", 35.7538)],

@@ -32,9 +32,11 @@ macro_rules! builtin {
 
 const BUILTINS: &[Builtin] = builtin![
     "adadim_w3g128",
+    "alphatuning_w3",
     "awq_w4g128",
     "bcq_w3",
     "bitdistiller_w2g64",
+    "e2e_qp_w2",
     "efficientqat_w2g64",
     "flexround_w4",
     "gptq_w4g128",
@@ -43,6 +45,8 @@ const BUILTINS: &[Builtin] = builtin![
     "lsq_w4",
     "omniquant_w3",
     "paretoq_w2",
+    "peqa_w3g128",
+    "peqa_w4",
     "rtn_w4g128",
     "sign_w1",
     "signround_w4",

@@ -338,14 +338,24 @@ impl Batch {
         let flat: Vec<i32> =
             rows.iter().flat_map(|row| row.iter().map(|id| id.cast_signed())).collect();
         let next = (0..count).map(|i| if last(i) { 0 } else { flat[i + 1] }).collect();
-        let predicted = (rows.len() * (length - 1)).max(1) as f32;
-        let weights = (0..count).map(|i| if last(i) { 0.0 } else { 1.0 / predicted }).collect();
+        let supervised: Vec<Option<&[bool]>> =
+            windows.iter().map(|w| stream.supervision(*w as usize, length)).collect();
+        // Whether the token after position `i` is predicted and counts.
+        let counts = |i: usize| {
+            !last(i) && supervised[i / length].is_none_or(|window| window[i % length + 1])
+        };
+        let predicted = (0..count).filter(|i| counts(*i)).count().max(1) as f32;
+        let weights = (0..count).map(|i| if counts(i) { 1.0 / predicted } else { 0.0 }).collect();
+        // Text is compared with a teacher everywhere, examples where they are supervised.
+        let compared = |i: usize| supervised[i / length].is_none() || counts(i);
+        let total = (0..count).filter(|i| compared(*i)).count().max(1) as f32;
+        let all = (0..count).map(|i| if compared(i) { 1.0 / total } else { 0.0 }).collect();
         let column = |values: Vec<f32>| TensorData::new(values, [count, 1]);
         Self {
             tokens: CausalLm::tokens(&rows, device),
             next: Tensor::from_data(TensorData::new::<i32, _>(next, [count, 1]), device),
             next_weights: Tensor::from_data(column(weights), device),
-            weights: Tensor::from_data(column(vec![1.0 / count as f32; count]), device),
+            weights: Tensor::from_data(column(all), device),
         }
     }
 
