@@ -12,7 +12,8 @@ use common::{Ended, Place, events, few_stories};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-/// Five blocks to reconstruct, then a distillation; long enough for a signal to land inside.
+/// Five blocks to reconstruct, then a distillation, then scales to tune; long enough for a signal to
+/// land inside.
 const RECIPE: &str = r#"output = "run"
 device = "cpu"
 model.path = "model"
@@ -45,6 +46,14 @@ learning_rate = 1e-3
 checkpoint_every = 4
 log_every = 1
 [[stage]]
+[stage.tune_scales]
+method.peqa = {}
+steps = 40
+batch = 4
+learning_rate = 1e-3
+checkpoint_every = 4
+log_every = 1
+[[stage]]
 [stage.evaluate]
 task.ppl = { context = 64 }
 [[stage]]
@@ -56,6 +65,7 @@ format.fewbit = {}
 const PATIENCE: Duration = Duration::from_mins(2);
 const TRAIN: [&str; 3] = ["train", "--recipe", "recipe.toml"];
 const STATE: &str = "run/checkpoints/01-distill/state.safetensors";
+const TUNING: &str = "run/checkpoints/02-tune_scales/state.safetensors";
 
 /// A place with the recipe, its model and its text.
 fn prepared() -> Place {
@@ -120,10 +130,14 @@ fn blocks(place: &Place) -> usize {
 
 /// Steps of the distillation that are done.
 fn steps(place: &Place) -> u64 {
+    steps_of(place, 1)
+}
+
+fn steps_of(place: &Place, stage: usize) -> u64 {
     let steps = so_far(place);
     steps
         .iter()
-        .filter(|event| event["event"] == "step")
+        .filter(|event| event["event"] == "step" && event["stage"] == stage)
         .filter_map(|e| e["step"].as_u64())
         .max()
         .unwrap_or(0)
@@ -146,12 +160,14 @@ fn status(place: &Place) -> Value {
     serde_json::from_str::<Value>(&place.read("run/run.json")).unwrap()["status"].take()
 }
 
-/// The whole export of a finished run, byte for byte, manifest included.
+/// The whole export of a finished run, byte for byte, manifest and adapter included.
 fn exported(place: &Place) -> std::collections::BTreeMap<String, Vec<u8>> {
     assert_eq!(status(place), "done");
     let export = place.tree("run/export/fewbit");
     assert!(export.contains_key("model.safetensors") && export.contains_key("manifest.json"));
-    export
+    let adapters = place.tree("run/adapters");
+    assert!(adapters.contains_key("peqa.safetensors"));
+    export.into_iter().chain(adapters).collect()
 }
 
 /// Positions from which a run said that it went on.
@@ -174,8 +190,10 @@ fn however_a_run_is_stopped_it_ends_in_the_same_bytes() {
     let asked = prepared();
     stop_in_reconstruct(&asked);
     stop_in_distill(&asked);
+    stop_in_tuning(&asked);
     asked.ok(&TRAIN);
     assert!(exported(&asked) == expected, "SIGINT, SIGTERM and resuming changed the export");
+    assert!(!asked.path(TUNING).exists(), "the training state is gone when it is not needed");
     assert!(!asked.path(STATE).exists(), "the training state is gone when it is not needed");
 
     let killed = prepared();
@@ -210,6 +228,14 @@ fn stop_in_distill(place: &Place) {
     assert!(matches!(&resumed[..], [one] if one.starts_with("block ") && one.ends_with("/5")));
 }
 
+fn stop_in_tuning(place: &Place) {
+    let mut run = Background::start(place);
+    run.wait_for("steps of tuning", || steps_of(place, 2) >= 6);
+    run.signal(Signal::INT);
+    stopped(&run.end(), 130);
+    assert!(place.path(TUNING).exists() && steps_of(place, 2) < 40);
+}
+
 fn kill_in_distill(place: &Place) {
     let mut run = Background::start(place);
     run.wait_for("a checkpoint and steps after it", || {
@@ -223,7 +249,10 @@ fn kill_in_distill(place: &Place) {
 #[test]
 fn a_finished_run_says_so_and_refuses_what_changed() {
     let place = prepared();
-    place.write("recipe.toml", RECIPE.replace("= 25", "= 1").replace("= 48", "= 1"));
+    place.write(
+        "recipe.toml",
+        RECIPE.replace("= 25", "= 1").replace("= 48", "= 1").replace("= 40", "= 1"),
+    );
     place.ok(&TRAIN);
     let before = place.tree("run/export");
 
@@ -287,5 +316,5 @@ fn one_folder_has_one_process_and_damaged_checkpoints_are_named() {
     place.write("run/metrics.jsonl", format!("{metrics}{{\"time\":17"));
     place.ok(&TRAIN);
     assert!(events(&place.path("run/metrics.jsonl")).iter().any(|event| event["event"] == "done"));
-    assert_eq!(exported(&place).len(), place.tree("run/export/fewbit").len());
+    assert_eq!(exported(&place).len(), place.tree("run/export/fewbit").len() + 1);
 }

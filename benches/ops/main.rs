@@ -7,15 +7,18 @@
 
 mod block;
 
+use std::num::NonZeroUsize;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use burn::module::Module as _;
-use burn::tensor::{Device, Distribution, Int, Tensor};
+use burn::tensor::{DType, Device, Distribution, Int, Tensor};
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput};
-use fewbit::method::{FlexRoundConfig, MethodConfig, SeqConfig, Start};
+use fewbit::method::{FlexRoundConfig, MethodConfig, RtnConfig, SeqConfig, Start, quantize};
 use fewbit::ops::{self, Comparison, Divergence};
-use fewbit::quant::{Bits, GroupSize, ObserverConfig, QuantSpec, Symmetry};
+use fewbit::quant::{
+    Bits, CodedWeight, GroupSize, Learned, LearnedScales, ObserverConfig, QuantSpec, Symmetry,
+};
 use rayon::iter::{IndexedParallelIterator as _, ParallelIterator as _};
 use rayon::slice::{ParallelSlice as _, ParallelSliceMut as _};
 
@@ -35,6 +38,7 @@ fn main() -> Result<()> {
     ceilings(&mut criterion);
     fake_quantizers(&mut criterion)?;
     losses(&mut criterion);
+    packed_linear(&mut criterion)?;
     block::bench(&mut criterion)?;
     criterion.final_summary();
     block::memory()
@@ -118,6 +122,46 @@ fn fake_quantizers(criterion: &mut Criterion) -> Result<()> {
         }
         group.finish();
     }
+    Ok(())
+}
+
+/// Forward and backward of a linear, given the gradient of its output: dense with a weight that
+/// learns, dense and frozen, and with packed codes whose scales learn.
+fn packed_linear(criterion: &mut Criterion) -> Result<()> {
+    const SHAPE: [usize; 2] = [8192, 2048];
+    const TOKENS: usize = 512;
+    let device = Device::flex().autodiff();
+    let mut group = criterion.benchmark_group("packed linear");
+    let random = |shape| Tensor::<2>::random(shape, Distribution::Normal(0.0, 0.02), &device);
+    let (x, upstream) = (random([TOKENS, SHAPE[1]]).require_grad(), random([TOKENS, SHAPE[0]]));
+    let backward = |y: Tensor<2>| {
+        let zero = Tensor::zeros([1], &device.clone().inner());
+        ops::with_gradient(y, zero, upstream.clone().inner()).backward()
+    };
+    for (name, learns) in [("dense, weight learns", true), ("dense, frozen", false)] {
+        let weight = random(SHAPE).set_require_grad(learns);
+        group.bench_function(BenchmarkId::new(name, "512x2048x8192"), |bencher| {
+            bencher.iter(|| backward(ops::linear(x.clone(), weight.clone().transpose())));
+        });
+    }
+    let learned = Learned { scales: LearnedScales::All, ..Learned::default() };
+    for (name, bits, group_size) in [
+        ("4 bits, per row", 4, GroupSize::PerChannel),
+        ("4 bits, groups of 128", 4, GroupSize::Of(NonZeroUsize::new(128).context("128")?)),
+        ("3 bits, per row", 3, GroupSize::PerChannel),
+        ("2 bits, per row", 2, GroupSize::PerChannel),
+    ] {
+        let spec = QuantSpec { group_size, ..spec(bits)? };
+        let layout = spec.layout(SHAPE)?;
+        let rtn = MethodConfig::Rtn(RtnConfig {});
+        let weight = random(SHAPE).inner();
+        let weight = quantize(&rtn, &spec, &ObserverConfig::default(), layout, &weight)?;
+        let coded = CodedWeight::new(&weight, learned, DType::F32, &device);
+        group.bench_function(BenchmarkId::new(name, "512x2048x8192"), |bencher| {
+            bencher.iter(|| backward(coded.linear(x.clone())));
+        });
+    }
+    group.finish();
     Ok(())
 }
 

@@ -43,6 +43,14 @@ pub(crate) const EVALUATE: &str =
 /// # Errors
 /// When the run fails; the message holds what it said.
 pub(crate) fn run(recipe: &str) -> Result<Outcome> {
+    run_and(recipe, |folder| read(&folder.join("run.json")))
+}
+
+/// As [`run`], with another way to look at the run's folder.
+///
+/// # Errors
+/// When the run fails; the message holds what it said.
+pub(crate) fn run_and<T>(recipe: &str, look: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
     let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
     let path = folder.path().join("recipe.toml");
     std::fs::write(&path, recipe).context("cannot write the recipe")?;
@@ -53,8 +61,8 @@ pub(crate) fn run(recipe: &str) -> Result<Outcome> {
         .output()
         .context("cannot start fewbit")?;
     ensure!(output.status.success(), "{recipe}\n{}", String::from_utf8_lossy(&output.stderr));
-    let path = folder.path().join("run/run.json");
-    read(&path).with_context(|| format!("cannot use {}", path.display()))
+    let path = folder.path().join("run");
+    look(&path).with_context(|| format!("cannot use {}", path.display()))
 }
 
 fn read(path: &Path) -> Result<Outcome> {

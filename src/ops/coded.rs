@@ -279,9 +279,9 @@ impl Operation<3> for Product {
     ) -> [Option<Plain>; 3] {
         #[cfg(feature = "flex")]
         if fused(&gradient) {
-            return self.0.backward(inputs, output, gradient, wanted);
+            return self.0.backward(inputs, output.as_ref(), gradient, wanted);
         }
-        let _ = output;
+        drop(output);
         self.0.composed_backward(inputs, gradient, wanted)
     }
 }
@@ -297,7 +297,7 @@ impl CodedMatrix {
     fn backward(
         &self,
         inputs: [Plain; 3],
-        output: Option<Plain>,
+        output: Option<&Plain>,
         gradient: Plain,
         wanted: [bool; 3],
     ) -> [Option<Plain>; 3] {
@@ -314,7 +314,7 @@ impl CodedMatrix {
         });
         let mut offset = None;
         let of_scale = wanted[1].then(|| {
-            let per_row = match (&output, &of_x) {
+            let per_row = match (output, &of_x) {
                 (Some(output), _) => {
                     let output = Rows::of(output.clone());
                     let rows = self.codes.rows();
@@ -434,7 +434,7 @@ impl CodedMatrix {
         };
         let bits = usize::from(self.codes.bits());
         let row = |f: &dyn Fn(usize) -> usize| -> Tensor<1, Int> {
-            let values = (0..columns).map(|i| f(i * bits) as i32).collect();
+            let values = (0..columns).map(|i| f(i * bits).cast_signed() as i32).collect();
             Tensor::from_data(TensorData::new::<i32, _>(values, [columns]), &device)
         };
         let last = words.dims()[1] - 1;

@@ -105,6 +105,10 @@ impl Plan {
                 |error: Error| error.at(lines.place(&format!("stage.{index}.{}", config.name())));
             config.check().map_err(at)?;
             repr = config.leaves(repr).map_err(at)?;
+            if start != Repr::Dense && recipe.model.teacher.is_none() && config.needs_float() {
+                let error = Error::usage("this needs the float model, and model.path is packed");
+                return Err(at(error.fix("model.teacher = the float model it was made from")));
+            }
             check_activations(config, activations, &mut calibrated).map_err(at)?;
             let first_step =
                 stages.last().map_or(0, |s| s.first_step + s.config.steps(model.n_blocks));

@@ -14,7 +14,7 @@ use super::{Fingerprint, Options, RunFolder};
 use crate::data::{Marks, TokenStream, Tokenizer, sha256_of};
 use crate::device::{self, NamedDevice};
 use crate::error::{Error, Kind, Result};
-use crate::export::{ActivationRecord, Format, GridRecord, Manifest};
+use crate::export::{ActivationRecord, Format, GridRecord, Manifest, OpenModel};
 use crate::model::{HEAD, ModelConfig, companions, linear_shapes};
 use crate::quant::{GroupAxis, GroupSize, QuantSpec, Repr, Symmetry};
 use crate::recipe::{self, Base, DataConfig, Plan, Recipe, to_toml};
@@ -122,7 +122,7 @@ fn open_model(recipe: &Recipe) -> Result<ModelState> {
 
 /// What the linears of a packed model are.
 fn base_of(model: &ModelState) -> Base {
-    let linears = model.packed.iter().flat_map(|packed| packed.linears());
+    let linears = model.packed.iter().flat_map(OpenModel::linears);
     let linears = linears.map(|(name, record)| {
         let group_size = match (record.group_len, record.shape) {
             (len, [out, inputs]) if len == out * inputs && out > 1 => GroupSize::PerTensor,

@@ -169,6 +169,16 @@ impl StageConfig {
         }
     }
 
+    /// Whether it cannot do without the float model.
+    pub fn needs_float(&self) -> bool {
+        match self {
+            Self::Distill(config) => config.objective.needs_teacher(),
+            Self::TuneScales(config) => config.objective.needs_teacher(),
+            Self::Evaluate(config) => config.baselines.as_ref().is_some_and(|all| !all.is_empty()),
+            Self::Calibrate(_) | Self::Reconstruct(_) | Self::Export(_) => false,
+        }
+    }
+
     /// Refuses values that no type can refuse.
     ///
     /// # Errors
@@ -262,15 +272,15 @@ impl ModelState {
     /// The float model.
     ///
     /// # Errors
-    /// A usage error when the run starts from packed codes and names none.
+    /// When the run starts from packed codes and names none.
     pub fn float(&self) -> Result<&Checkpoint> {
         match (&self.teacher, &self.packed) {
             (Some(teacher), _) => Ok(teacher),
             (None, None) => Ok(&self.checkpoint),
             (None, Some(packed)) => {
-                Err(Error::usage("this needs the float model, and model.path is packed")
-                    .at(packed.dir.display())
-                    .fix("model.teacher = the float model it was made from"))
+                // The plan has refused what needs it.
+                Err(Error::failed("there is no float model beside the packed one")
+                    .at(packed.dir.display()))
             }
         }
     }

@@ -252,8 +252,8 @@ fn report_changes(ctx: &mut StageContext<'_>, tuned: &[(String, QuantizedWeight)
             widest = widest.max((after / before - 1.0).abs());
             if after * before > 0.0 {
                 changes.push((after / before).ln());
-            } else if after != before {
-                crossed += 1;
+            } else {
+                crossed += usize::from(after * before < 0.0);
             }
         }
     }

@@ -55,6 +55,10 @@ fn binary(spec: &QuantSpec, device: &Device) -> QuantizedWeight {
     fewbit::method::quantize(&bcq, spec, &min_max(true), layout, &w).unwrap()
 }
 
+fn differing(a: &[f32], b: &[f32]) -> usize {
+    bits_of(a).iter().zip(bits_of(b)).filter(|(a, b)| **a != *b).count()
+}
+
 /// Steps towards the outputs of another weight.
 fn trained(mut linear: Linear, steps: usize, rate: f64) -> Linear {
     let [inputs, outputs] = linear.weight.dims();
@@ -93,9 +97,8 @@ fn training_moves_scales_and_nothing_else() {
             let after = trained(linear(&base, learned(&text), &device), 3, 0.01);
             let after = fold(&after.weight).unwrap().unwrap();
             assert_eq!(after.codes, base.codes, "{text}");
-            let moved = |a: &[f32], b: &[f32]| a.iter().zip(b).filter(|(a, b)| a != b).count();
             let groups = base.layout.groups;
-            assert_eq!(moved(after.grid.scales(), base.grid.scales()), groups, "{text}");
+            assert_eq!(differing(after.grid.scales(), base.grid.scales()), groups, "{text}");
             match (&after.grid, &base.grid) {
                 (Grid::Uniform { zero_point: a, .. }, Grid::Uniform { zero_point: b, .. })
                 | (Grid::BinaryCoding { offset: a, .. }, Grid::BinaryCoding { offset: b, .. }) => {
@@ -129,8 +132,7 @@ fn every_scale_and_the_offsets_learn_when_asked_to() {
         else {
             panic!("another grid")
         };
-        assert_eq!(alpha.iter().zip(a).filter(|(x, y)| x != y).count(), scales, "{learn}");
-        assert_eq!(offset.iter().zip(o).filter(|(x, y)| x != y).count(), offsets, "{learn}");
+        assert_eq!((differing(alpha, a), differing(offset, o)), (scales, offsets), "{learn}");
     }
 }
 
@@ -161,8 +163,8 @@ fn peqa_gradients_by_three_routes() {
         let of_output = |base: &QuantizedWeight| {
             let coded = coded(base, learned("peqa = {}"), &device);
             let loss = (coded.linear(x.clone()) * up.clone()).sum();
-            let gradients = loss.clone().backward();
-            let value = f64::from(loss.into_scalar::<f32>());
+            let value = f64::from(loss.clone().into_scalar::<f32>());
+            let gradients = loss.backward();
             (host(coded.scale.val().grad(&gradients).unwrap()), value)
         };
         let (from_output, loss) = of_output(&base);
