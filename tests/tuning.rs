@@ -83,8 +83,8 @@ fn a_packed_folder_is_a_base_as_good_as_the_stage_that_made_it() {
     let refused = base.run(&[&["train", "--recipe", "jsd.toml"], &packed[..]].concat());
     assert_eq!(refused.code, 2, "{}", refused.err);
     assert!(refused.err.contains("model.teacher"), "{}", refused.err);
-    let named = ["--set", "model.teacher=model", "--fresh"];
-    base.ok(&[&["train", "--recipe", "jsd.toml"], &packed[..], &named].concat());
+    let teacher = ["--set", "model.teacher=model", "--fresh"];
+    base.ok(&[&["train", "--recipe", "jsd.toml"], &packed[..], &teacher].concat());
     let events = events(&base.path("other/metrics.jsonl"));
     assert!(events.iter().any(|e| e["values"]["distill/jsd"].is_number()));
     assert!(perplexities(&events).iter().any(|(what, _)| what == "float"));

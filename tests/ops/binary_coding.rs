@@ -139,8 +139,8 @@ impl UnifiedCase {
         let codes: Vec<u8> = self.codes.values.iter().map(|code| *code as u8).collect();
         let codes = PackedCodes::pack(&codes, len, alpha.dims()[1] as u8);
         let matrix = CodedMatrix::new(codes, len, CodedKind::BinaryCoding, false, &Device::flex());
-        let coded = matrix.weight(alpha, offset);
-        [self.map(inputs()), coded].map(host)
+        let dequantized = matrix.weight(alpha, offset);
+        [self.map(inputs()), dequantized].map(host)
     }
 
     /// Values, and the gradients of the inputs, in f64.

@@ -182,13 +182,13 @@ fn quantizers_survive_recomputation() {
     let codes: Vec<u8> = (0..51).map(|_| dice.below(8) as u8).collect();
     let codes = PackedCodes::pack(&codes, 17, 3);
     let kind = CodedKind::BinaryCoding;
-    let coded = CodedMatrix::new(codes, 17, kind, false, &Device::flex());
+    let packed = CodedMatrix::new(codes, 17, kind, false, &Device::flex());
     let grid = [dice.matrix([3, 3], 1.0), dice.matrix([3, 1], 1.0)];
-    survives_recomputation("coded weight", &grid, |[alpha, offset]| coded.weight(alpha, offset));
+    survives_recomputation("coded weight", &grid, |[alpha, offset]| packed.weight(alpha, offset));
     let [alpha, offset] = grid;
     let inputs = [dice.matrix([4, 17], 1.0), alpha, offset];
     survives_recomputation("coded linear", &inputs, |[x, alpha, offset]| {
-        coded.linear(x, alpha, offset)
+        packed.linear(x, alpha, offset)
     });
     survives_recomputation("exp", &[dice.matrix([3, 17], 1.0)], |[x]| ops::exp(ops::exp(x)));
 }
