@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::method::MethodConfig;
 use crate::model::{HEAD, ModelConfig, linear_shapes, weight_name};
 use crate::quant::{ActivationQuant, ObserverConfig, QuantSpec, Repr};
-use crate::stage::{SpecChange, StageConfig};
+use crate::stage::{BASE, SpecChange, StageConfig};
 use crate::store::TensorSource;
 use crate::store::safetensors::Checkpoint;
 
@@ -93,7 +93,7 @@ impl Plan {
         let mut stages: Vec<PlannedStage> = Vec::new();
         let mut repr = base.repr()?;
         let start = repr;
-        let mut latest = if repr == Repr::Dense { "float" } else { "base" };
+        let mut latest = if repr == Repr::Dense { "float" } else { BASE };
         // What the linears are by now.
         let mut quantized: BTreeMap<String, QuantSpec> =
             base.linears.iter().map(|(name, (spec, _))| (name.clone(), *spec)).collect();

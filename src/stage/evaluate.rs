@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use burn::tensor::{Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use super::{Corpus, Data, Measured, ModelState, Packed, StageContext};
+use super::{BASE, Corpus, Data, Measured, ModelState, Packed, StageContext};
 use crate::error::Result;
 use crate::method::{self, MethodConfig, RtnConfig};
 use crate::model::{EMBEDDING, HEAD, Loader, ModelTap, WeightSource, weight_name};
@@ -57,6 +57,8 @@ pub(super) fn run(config: &EvaluateConfig, ctx: &mut StageContext<'_>) -> Result
     }
     let what = if ctx.model.quantized.is_empty() {
         "float".to_owned()
+    } else if ctx.latest == BASE {
+        BASE.to_owned()
     } else {
         format!("after {}", ctx.latest)
     };

@@ -52,6 +52,9 @@ use crate::store::HostTensor;
 use crate::store::safetensors::Checkpoint;
 use crate::task::{Perplexity, PplConfig};
 
+/// What a packed model is called before any stage has changed it.
+pub const BASE: &str = "base";
+
 /// One entry of a recipe's stage list.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]

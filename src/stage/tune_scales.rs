@@ -12,9 +12,9 @@ use super::{Packed, StageContext};
 use crate::error::{Error, Result};
 use crate::export::{Adapter, AdapterDType, AdapterHead, Tuned};
 use crate::method::{self, MethodConfig};
-use crate::model::{CausalLm, Loader, block_prefix};
+use crate::model::{Block, CausalLm, Loader, block_prefix};
 use crate::objective::{CrossEntropyObjective, ObjectiveConfig};
-use crate::quant::{Learned, QuantizedWeight};
+use crate::quant::{CodedWeight, Learned, QuantizedWeight};
 use crate::report::{Event, Reporter, size};
 use crate::train::{LearningRate, OptimizerConfig, ScheduleConfig};
 
@@ -221,8 +221,8 @@ fn student(config: &TuneScalesConfig, ctx: &StageContext<'_>) -> Result<CausalLm
 /// How much learns, and how much memory the weights take while it does.
 fn note_size(ctx: &mut StageContext<'_>, student: &CausalLm) {
     let (mut weights, mut bytes, mut learned) = (0, 0, 0);
-    for (_, linear) in student.blocks.iter().flat_map(crate::model::Block::linears) {
-        let Some(coded) = linear.weight.reparameterization::<crate::quant::CodedWeight>() else {
+    for (_, linear) in student.blocks.iter().flat_map(Block::linears) {
+        let Some(coded) = linear.weight.reparameterization::<CodedWeight>() else {
             continue;
         };
         weights += coded.layout().len();
