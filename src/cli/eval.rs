@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use serde::Serialize;
 use serde_json::json;
 
-use super::{ModelArgs, data_format, output};
+use super::{AdaptedArgs, Session, data_format, output};
 use crate::data::{DataFormat, Marks, TokenStream, sha256_of};
 use crate::error::Result;
 use crate::model::ModelConfig;
@@ -13,6 +14,7 @@ use crate::report::Event;
 use crate::report::Reporter;
 use crate::report::terminal::Terminal;
 use crate::stop::StopFlag;
+use crate::store::folder::sha256_file;
 use crate::store::locate;
 use crate::task::{self, PplConfig};
 
@@ -20,7 +22,7 @@ use crate::task::{self, PplConfig};
 #[derive(Args, Debug)]
 pub(super) struct EvalArgs {
     #[command(flatten)]
-    model: ModelArgs,
+    source: AdaptedArgs,
     /// What to measure
     #[arg(long, value_enum, default_value = "ppl")]
     task: Task,
@@ -58,7 +60,7 @@ enum Task {
 
 pub(super) fn run(args: &EvalArgs, stop: &StopFlag) -> Result<()> {
     let Task::Ppl = args.task;
-    let session = args.model.open()?;
+    let session = args.source.open()?;
     let task = PplConfig { context: args.context, stride: args.stride, windows: args.windows };
     let config = &session.opened.config;
     let (context, stride) = protocol(&task, config, args.format)?;
@@ -79,6 +81,7 @@ pub(super) fn run(args: &EvalArgs, stop: &StopFlag) -> Result<()> {
     let result = task::measure(&model, config, &stream, &task, device, stop, &mut progress)?;
     terminal.flush();
     let data_sha256 = sha256_of(&paths)?;
+    let adapter = named_adapter(&session)?;
     if args.json {
         return output::json(&json!({
             "task": "ppl",
@@ -93,7 +96,8 @@ pub(super) fn run(args: &EvalArgs, stop: &StopFlag) -> Result<()> {
             "documents": stream.documents,
             "cut": stream.cut,
             "data_sha256": data_sha256,
-            "model": args.model.model,
+            "model": args.source.model.model,
+            "adapter": adapter,
             "device": session.device.name,
         }));
     }
@@ -102,7 +106,7 @@ pub(super) fn run(args: &EvalArgs, stop: &StopFlag) -> Result<()> {
          protocol   {} windows of {} tokens, stride {},\n           \
          {}\n\
          data       {} sha256 {}\n\
-         model      {} on {}",
+         model      {} on {}{}",
         result.perplexity,
         result.nll_per_token,
         result.tokens,
@@ -112,9 +116,34 @@ pub(super) fn run(args: &EvalArgs, stop: &StopFlag) -> Result<()> {
         counted(&stream, marks),
         args.data.join(" + "),
         &data_sha256[..12],
-        args.model.model,
+        args.source.model.model,
         session.device.name,
+        adapter.map_or_else(String::new, |adapter| adapter.line()),
     ))
+}
+
+/// The adapter that was measured with the model.
+#[derive(Serialize)]
+struct NamedAdapter {
+    name: String,
+    path: PathBuf,
+    sha256: String,
+}
+
+impl NamedAdapter {
+    fn line(&self) -> String {
+        let Self { name, path, sha256 } = self;
+        format!("\nadapter    {name} {} sha256 {}", path.display(), &sha256[..12])
+    }
+}
+
+fn named_adapter(session: &Session) -> Result<Option<NamedAdapter>> {
+    let Some((adapter, path)) = session.opened.adapter.as_ref().zip(session.adapter.as_ref())
+    else {
+        return Ok(None);
+    };
+    let (name, sha256) = (adapter.head().name.clone(), sha256_file(path)?);
+    Ok(Some(NamedAdapter { name, path: path.clone(), sha256 }))
 }
 
 /// Which tokens of the windows count, and what stands around documents.

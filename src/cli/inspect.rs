@@ -1,4 +1,5 @@
-//! `fewbit inspect PATH`: what is in a model folder, an export, a run or a safetensors file.
+//! `fewbit inspect PATH`: what is in a model folder, an export, a run, an adapter or a safetensors
+//! file.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -7,9 +8,9 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::output;
+use super::{adapter, output};
 use crate::error::Result;
-use crate::export::{Format, Manifest, fewbit};
+use crate::export::{Adapter, Format, Manifest, fewbit};
 use crate::quant::{CodeHistogram, GroupAxis, QuantizedWeight, Repr};
 use crate::report::size;
 use crate::store::safetensors::Checkpoint;
@@ -21,7 +22,7 @@ const BINS: usize = 16;
 /// Arguments of `inspect`.
 #[derive(Args, Debug)]
 pub(super) struct InspectArgs {
-    /// A model folder, an export, a run, or one safetensors file
+    /// A model folder, an export, a run, an adapter, or one safetensors file
     path: String,
     /// Print one JSON object
     #[arg(long)]
@@ -41,6 +42,9 @@ pub(super) fn run(args: &InspectArgs) -> Result<()> {
     } else {
         locate::model(&args.path)?
     };
+    if path.is_file() && Adapter::is_described_by(Checkpoint::open_file(&path)?.file_metadata()) {
+        return adapter::inspect(&path, args.json);
+    }
     let (checkpoint, linears) = open(&path)?;
     let stored: BTreeMap<String, TensorInfo> = checkpoint
         .names()
@@ -188,7 +192,7 @@ fn as_text(path: &Path, stored: &BTreeMap<String, TensorInfo>, linears: &[Linear
 
 /// An empty line, the heading and the rows, each column as wide as its longest entry and all but
 /// the first aligned right. Nothing where there are no rows.
-fn table(heading: &[&str], rows: &[Vec<String>]) -> String {
+pub(super) fn table(heading: &[&str], rows: &[Vec<String>]) -> String {
     if rows.is_empty() {
         return String::new();
     }

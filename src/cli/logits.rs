@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{ModelArgs, output};
+use super::{AdaptedArgs, output};
 use crate::error::{Error, Result};
 use crate::model::{CausalLm, Positions};
 use crate::store::safetensors::write_file;
@@ -15,7 +15,7 @@ use crate::store::{HostTensor, locate};
 #[derive(Args, Debug)]
 pub(super) struct LogitsArgs {
     #[command(flatten)]
-    model: ModelArgs,
+    source: AdaptedArgs,
     /// Token ids, separated by commas
     #[arg(long, value_delimiter = ',', required = true)]
     tokens: Vec<u32>,
@@ -26,7 +26,7 @@ pub(super) struct LogitsArgs {
 
 pub(super) fn run(args: &LogitsArgs) -> Result<()> {
     locate::output_file(&args.output)?;
-    let session = args.model.open()?;
+    let session = args.source.open()?;
     let config = &session.opened.config;
     if let Some(id) = args.tokens.iter().find(|id| **id as usize >= config.vocab) {
         return Err(Error::usage(format!("token {id} is not in the model's {}", config.vocab))

@@ -1,6 +1,9 @@
 //! The command line: one match arm per command. Results go to stdout, everything else to stderr.
 
+mod adapter;
+mod chat;
 mod eval;
+mod export;
 mod generate;
 mod inspect;
 mod logits;
@@ -10,6 +13,7 @@ mod sizes;
 mod train;
 mod verify;
 
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use burn::tensor::DType;
@@ -18,11 +22,12 @@ use clap::{Args, Parser, Subcommand};
 use crate::data::{DataFormat, Marks, Tokenizer};
 use crate::device::{self, NamedDevice};
 use crate::error::{Error, Result};
-use crate::export::{OpenModel, open_model};
+use crate::export::{Adapter, OpenModel, open_model};
 use crate::model::{CausalLm, Loader};
 use crate::recipe::Compute;
 use crate::stop::StopFlag;
 use crate::store::locate;
+use crate::store::safetensors::Checkpoint;
 
 /// Train language models into 4-, 3- and 2-bit weights.
 #[derive(Debug, Parser)]
@@ -43,12 +48,22 @@ enum Command {
     Recipes(recipes::RecipesArgs),
     /// Measure a model, with the protocol beside the number
     Eval(eval::EvalArgs),
+    /// Write a format from a run's packed export, or from any model that fewbit packed
+    Export(export::ExportArgs),
+    /// Show and compare scale adapters, or write a base with one as a model of its own
+    Adapter(adapter::AdapterArgs),
     /// Re-open an export and check hashes, codes, scales, shapes and parity
     Verify(verify::VerifyArgs),
     /// Show tensors, grids, bits per weight, sizes and histograms of codes
     Inspect(inspect::InspectArgs),
     /// Continue a prompt
     Generate(generate::GenerateArgs),
+    /// Continue lines of text one by one, switching adapters in between
+    ///
+    /// Every line of the input is a prompt of its own, continued as plain text: chat templates are
+    /// not applied yet, and earlier lines are not remembered. Lines that begin with / are commands;
+    /// /help lists them.
+    Chat(chat::ChatArgs),
     /// Write the logits of a token sequence, for parity checks against other runtimes
     Logits(logits::LogitsArgs),
 }
@@ -80,9 +95,12 @@ fn run(command: Command) -> Result<()> {
         Command::Check(args) => train::check(args, &stop),
         Command::Recipes(args) => recipes::run(args),
         Command::Eval(args) => eval::run(&args, &stop),
+        Command::Export(args) => export::run(&args, &stop),
+        Command::Adapter(args) => adapter::run(&args, &stop),
         Command::Verify(args) => verify::run(&args, &stop),
         Command::Inspect(args) => inspect::run(&args),
         Command::Generate(args) => generate::run(&args, &stop),
+        Command::Chat(args) => chat::run(&args, &stop),
         Command::Logits(args) => logits::run(&args),
     }
 }
@@ -114,6 +132,17 @@ struct ModelArgs {
     compute: Compute,
 }
 
+/// A model, and the adapter whose scales it gets.
+#[derive(Args, Debug)]
+struct AdaptedArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// A scale adapter for the model, which is then the packed base it was trained on: a file, or
+    /// a run that left one
+    #[arg(long, value_name = "FILE")]
+    adapter: Option<PathBuf>,
+}
+
 fn compute(text: &str) -> Result<Compute, String> {
     match text {
         "f32" => Ok(Compute::F32),
@@ -130,6 +159,8 @@ fn data_format(text: &str) -> Result<DataFormat, String> {
 /// A model opened for a command.
 struct Session {
     opened: OpenModel,
+    /// The file of the adapter that it was opened with.
+    adapter: Option<PathBuf>,
     device: NamedDevice,
     dtype: DType,
 }
@@ -139,8 +170,61 @@ impl ModelArgs {
         Ok(Session {
             device: device::open(&self.device)?,
             opened: open_model(&locate::model(&self.model)?)?,
+            adapter: None,
             dtype: self.compute.dtype(),
         })
+    }
+}
+
+impl AdaptedArgs {
+    fn open(&self) -> Result<Session> {
+        // A wrong path is found before a model is looked for.
+        let adapter = self.adapter.as_deref().map(read_adapter).transpose()?;
+        let session = self.model.open()?;
+        Ok(match adapter {
+            None => session,
+            Some((path, adapter)) => Session {
+                opened: session.opened.with_adapter(adapter)?,
+                adapter: Some(path),
+                ..session
+            },
+        })
+    }
+}
+
+/// The adapter that a path stands for, with its file: the file itself, or the only one of a run or
+/// of its `adapters/`.
+fn read_adapter(path: &Path) -> Result<(PathBuf, Adapter)> {
+    let file = if path.is_dir() { adapter_of(path)? } else { path.to_owned() };
+    Ok((file.clone(), Adapter::read(&file)?))
+}
+
+fn adapter_of(folder: &Path) -> Result<PathBuf> {
+    let inside = folder.join("adapters");
+    let place = if inside.is_dir() { &inside } else { folder };
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(place).map_err(|e| Error::io("list", place, &e))? {
+        let path = entry.map_err(|e| Error::io("list", place, &e))?.path();
+        if path.extension().is_some_and(|extension| extension == "safetensors")
+            && Checkpoint::open_file(&path)
+                .is_ok_and(|file| Adapter::is_described_by(file.file_metadata()))
+        {
+            files.push(path);
+        }
+    }
+    files.sort();
+    let error = |what: &str| Error::usage(what).at(folder.display());
+    match &files[..] {
+        [one] => Ok(one.clone()),
+        [] => {
+            Err(error("the folder holds no adapter")
+                .fix("a file under a run's adapters/, or the run"))
+        }
+        [first, ..] => {
+            let count = files.len();
+            Err(error(&format!("the folder holds {count} adapters"))
+                .fix(format!("one of them: {}", first.display())))
+        }
     }
 }
 

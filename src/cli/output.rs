@@ -2,8 +2,12 @@
 
 use std::io::{ErrorKind, Write};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, Result};
+
+/// Whether nobody reads stdout any more.
+static CLOSED: AtomicBool = AtomicBool::new(false);
 
 /// Writes to stdout and flushes.
 pub(super) fn print(text: &str) -> Result<()> {
@@ -12,8 +16,17 @@ pub(super) fn print(text: &str) -> Result<()> {
         Err(e) if e.kind() != ErrorKind::BrokenPipe => {
             Err(Error::io("write", Path::new("stdout"), &e))
         }
-        _ => Ok(()),
+        Err(_) => {
+            CLOSED.store(true, Ordering::Relaxed);
+            Ok(())
+        }
+        Ok(()) => Ok(()),
     }
+}
+
+/// Whether a write to stdout found that its reader went away.
+pub(super) fn is_closed() -> bool {
+    CLOSED.load(Ordering::Relaxed)
 }
 
 /// Writes a line to stdout.
@@ -24,6 +37,12 @@ pub(super) fn line(text: &str) -> Result<()> {
 /// Writes one JSON object to stdout.
 pub(super) fn json(value: &serde_json::Value) -> Result<()> {
     line(&value.to_string())
+}
+
+/// Writes to stderr, for who sits at it.
+pub(super) fn aside(text: &str) {
+    // A closed stderr must not end the work.
+    let _ = write!(std::io::stderr().lock(), "{text}");
 }
 
 /// Writes an error to stderr.

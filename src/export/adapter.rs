@@ -148,6 +148,11 @@ impl Adapter {
         self.linears.iter().map(|(name, (record, _))| (name.as_str(), record))
     }
 
+    /// A linear's offsets, `[groups]`, where they learned.
+    pub fn offsets(&self, linear: &str) -> Option<&[f32]> {
+        self.linears.get(linear).and_then(|(_, values)| values.offsets.as_deref())
+    }
+
     /// A linear's scales as stored, `[groups, planes]` or `[groups]`.
     pub fn scales(&self, linear: &str) -> Option<&[f32]> {
         self.linears.get(linear).map(|(_, values)| values.scales.as_slice())
@@ -281,6 +286,11 @@ impl Adapter {
         write_file(path, &tensors, &metadata)
     }
 
+    /// Whether the safetensors file with these metadata is an adapter.
+    pub fn is_described_by(metadata: &BTreeMap<String, String>) -> bool {
+        metadata.get("format").is_some_and(|format| format == FORMAT)
+    }
+
     /// Reads what [`Adapter::write`] wrote.
     ///
     /// # Errors
@@ -299,7 +309,7 @@ impl Adapter {
         let file = Checkpoint::open_file(path).map_err(|e| no_adapter(e.what()))?;
         let metadata = file.file_metadata();
         let text = |key: &str| metadata.get(key).map_or("", String::as_str);
-        if text("format") != FORMAT {
+        if !Self::is_described_by(metadata) {
             return Err(no_adapter("its metadata do not say so"));
         }
         match text("version").parse::<u32>() {
@@ -307,7 +317,9 @@ impl Adapter {
             _ => return Err(no_adapter("it is of a newer version").fix("a newer fewbit")),
         }
         let damaged = |what: &str| {
-            Error::failed(format!("the adapter is damaged: {what}")).at(path.display())
+            Error::failed(format!("the adapter is damaged: {what}"))
+                .at(path.display())
+                .fix("another copy of it")
         };
         let unreadable = |e: serde_json::Error| damaged(&e.to_string());
         let head: AdapterHead = serde_json::from_str(text("head")).map_err(unreadable)?;
@@ -426,7 +438,8 @@ impl AdapterRecord {
         self.layout().scale_shape()
     }
 
-    fn layout(&self) -> GroupLayout {
+    /// How the linear's weights fall into groups.
+    pub fn layout(&self) -> GroupLayout {
         let [out, inputs] = self.shape;
         let (group_len, axis) = (self.group_len, self.axis);
         GroupLayout { out, inputs, groups: out * inputs / group_len.max(1), group_len, axis }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::manifest::{FORMAT_VERSION, LinearRecord, Manifest, ParityRecord, Provenance};
-use super::{ActivationRecord, Adapter, Format, dequantized, fewbit};
+use super::{ActivationRecord, Adapter, AdapterHead, Format, dequantized, fewbit};
 use crate::data::DataFormat;
 use crate::error::{Error, Result};
 use crate::model::{HEAD, ModelConfig, ModelTap, WeightSource, companions, weight_name};
@@ -137,9 +137,21 @@ pub fn write(
     target: &Path,
     parity: Option<Parity<'_>>,
 ) -> Result<Exported> {
+    write_adapted(parts, None, format, target, parity)
+}
+
+/// As [`write`]; the manifest names the adapter that the scales are of.
+pub(super) fn write_adapted(
+    parts: &ModelParts<'_>,
+    adapter: Option<&AdapterHead>,
+    format: Format,
+    target: &Path,
+    parity: Option<Parity<'_>>,
+) -> Result<Exported> {
     let start = Instant::now();
     let staged = StagedFolder::create(target)?;
     let mut manifest = write_tensors(parts, format, staged.path())?;
+    manifest.adapter = adapter.cloned();
     manifest.files = write_companions(parts, format, staged.path())?;
     manifest.write(staged.path())?;
     let opened = open_model(staged.path())?;
@@ -213,6 +225,7 @@ fn write_tensors(parts: &ModelParts<'_>, format: Format, dir: &Path) -> Result<M
         bit_order: "lsb_stream".to_owned(),
         axis: "in".to_owned(),
         provenance: parts.provenance.clone(),
+        adapter: None,
         linears,
         activations: parts.activations.clone(),
         dense,
@@ -344,16 +357,6 @@ pub fn open_model(dir: &Path) -> Result<OpenModel> {
 }
 
 impl OpenModel {
-    /// The model with an adapter's scales.
-    ///
-    /// # Errors
-    /// Exit code 6 when the adapter belongs to another base.
-    pub fn with_adapter(mut self, adapter: Adapter) -> Result<Self> {
-        adapter.check(|name| self.quantized(name)).map_err(|e| e.at(self.dir.display()))?;
-        self.adapter = Some(adapter);
-        Ok(self)
-    }
-
     fn activations(&self) -> Option<&ActivationRecord> {
         self.manifest.as_ref()?.activations.as_ref()
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ActivationRecord, Format};
+use super::{ActivationRecord, AdapterHead, Format};
 use crate::data::DataFormat;
 use crate::error::{Error, Result};
 use crate::quant::{Bits, CodeHistogram, GroupAxis, ZeroKind};
@@ -31,6 +31,10 @@ pub struct Manifest {
     pub axis: String,
     /// Model, data and recipe.
     pub provenance: Provenance,
+    /// The adapter whose scales were put in place of the base's, where that is how the folder was
+    /// made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<AdapterHead>,
     /// Quantized linears by name.
     pub linears: BTreeMap<String, LinearRecord>,
     /// What happens to activations, where anything does.

@@ -4,20 +4,26 @@
 //! uses, and compared with what was trained; only then does it take its place.
 
 pub mod activations;
+mod adapted;
 mod adapter;
 mod dequantized;
+mod difference;
 pub mod fewbit;
 mod folder;
 mod manifest;
+mod switch;
 
 use serde::{Deserialize, Serialize};
 
 pub use activations::ActivationRecord;
+pub use adapted::write_opened;
 pub use adapter::{Adapter, AdapterDType, AdapterHead, AdapterPart, AdapterRecord, Tuned};
+pub use difference::{Change, Difference, differences};
 pub use folder::{
     Exported, ModelParts, OpenModel, Parity, WeightStats, open_model, weights_sha256, write,
 };
 pub use manifest::{GridRecord, LinearRecord, MANIFEST_FILE, Manifest, ParityRecord, Provenance};
+pub use switch::Adapters;
 
 /// `[stage.export]`'s `format` table: every format named in it is written.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
@@ -52,6 +58,17 @@ pub enum Format {
 }
 
 impl Format {
+    /// Every format.
+    pub const ALL: [Self; 2] = [Self::Fewbit, Self::Dequantized];
+
+    /// What it is, in a few words.
+    pub fn about(self) -> &'static str {
+        match self {
+            Self::Fewbit => "Packed codes and scales: what every other format is made from",
+            Self::Dequantized => "A dense Hugging Face folder of the quantized weights, in f32",
+        }
+    }
+
     /// Its name: the folder under `export/`.
     pub fn name(self) -> &'static str {
         match self {

@@ -1,0 +1,253 @@
+//! `fewbit export`: another format of a packed model, with an adapter's scales or its own.
+
+use std::path::{Path, PathBuf};
+
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use clap::{ArgGroup, Args};
+
+use super::{AdaptedArgs, ModelArgs, Session, data_format, output};
+use crate::data::{DataFormat, TokenStream, sha256_of};
+use crate::error::{Error, Result};
+use crate::export::{Exported, Format, MANIFEST_FILE, Manifest, OpenModel, Parity, write_opened};
+use crate::model::{Loader, WeightSource};
+use crate::recipe::Compute;
+use crate::report::size;
+use crate::stage::PARITY_WINDOWS;
+use crate::stop::StopFlag;
+use crate::store::locate;
+use crate::task::{self, Perplexity, PplConfig};
+
+/// Arguments of `export`.
+#[derive(Args, Debug)]
+#[command(group(ArgGroup::new("source").required(true).args(["run", "model"])))]
+pub(super) struct ExportArgs {
+    /// A finished run, whose packed export is read
+    #[arg(long, value_name = "DIR")]
+    run: Option<PathBuf>,
+    /// A folder that fewbit packed, a run, or a hub id of such a folder
+    #[arg(long, value_name = "DIR")]
+    model: Option<String>,
+    /// A scale adapter to put in place of the model's own scales
+    #[arg(long, value_name = "FILE")]
+    adapter: Option<PathBuf>,
+    /// The format to write
+    #[arg(long, value_parser = formats())]
+    format: Format,
+    #[command(flatten)]
+    target: TargetArgs,
+}
+
+/// Where an export goes, and how it is checked.
+#[derive(Args, Debug)]
+pub(super) struct TargetArgs {
+    /// The folder to write; an export that is there is replaced once the new one is checked
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// Text to measure the perplexity on, before and after; codes and weights are compared anyway
+    #[arg(long, value_name = "FILE")]
+    data: Option<String>,
+    /// What the data holds: text, completion or instruction [default: what the model's manifest
+    /// says of this data, else text]
+    #[arg(long, value_name = "FORMAT", value_parser = data_format)]
+    data_format: Option<DataFormat>,
+    /// Where to measure: auto, cpu, cuda[:i], metal, rocm[:i], vulkan, wgpu
+    #[arg(long, default_value = "auto")]
+    device: String,
+}
+
+/// The formats by name, for clap.
+pub(super) fn formats() -> impl TypedValueParser<Value = Format> {
+    let known = Format::ALL.map(|format| PossibleValue::new(format.name()).help(format.about()));
+    PossibleValuesParser::new(known).map(|name| {
+        let named = Format::ALL.into_iter().find(|format| format.name() == name);
+        // The parser lets no other name pass.
+        named.unwrap_or(Format::Fewbit)
+    })
+}
+
+pub(super) fn run(args: &ExportArgs, stop: &StopFlag) -> Result<()> {
+    let model = match (&args.run, &args.model) {
+        (Some(run), _) => packed_export(run)?.display().to_string(),
+        // Without a run, clap has seen to a model.
+        (None, model) => model.clone().unwrap_or_default(),
+    };
+    write(&model, args.adapter.as_deref(), args.format, &args.target, stop)
+}
+
+/// The packed export of a run.
+fn packed_export(run: &Path) -> Result<PathBuf> {
+    if !run.join("run.json").is_file() {
+        return Err(Error::usage("this is no run's folder: it has no run.json")
+            .at(run.display())
+            .fix("a folder that `fewbit train` wrote, or --model for another packed folder"));
+    }
+    let packed = run.join("export").join(Format::Fewbit.name());
+    if packed.is_dir() {
+        return Ok(packed);
+    }
+    Err(Error::usage("this run has no packed export")
+        .at(run.display())
+        .fix("finish it with `fewbit train`; its recipe needs [stage.export] format.fewbit = {}"))
+}
+
+/// Writes `model` with the scales of `adapter`, and prints what was written and checked.
+pub(super) fn write(
+    model: &str,
+    adapter: Option<&Path>,
+    format: Format,
+    args: &TargetArgs,
+    stop: &StopFlag,
+) -> Result<()> {
+    let device = args.device.clone();
+    // What `verify` measures in.
+    let model = ModelArgs { model: model.to_owned(), device, compute: Compute::F32 };
+    let session = AdaptedArgs { model, adapter: adapter.map(Path::to_owned) }.open()?;
+    session.opened.packed_manifest()?;
+    let data = args.data.as_deref().map(locate::data).transpose()?;
+    let inputs = [Some(&session.opened.dir), session.adapter.as_ref(), data.as_ref()];
+    check_output(&args.output, &inputs.into_iter().flatten().collect::<Vec<_>>())?;
+    let device = &session.device.name;
+    let Some(data) = data else {
+        let exported = write_opened(&session.opened, format, &args.output, None, device)?;
+        return print(&session, format, &exported, None);
+    };
+    let gauge = Gauge::new(&session, &data, args.data_format, stop)?;
+    let opened = &session.opened;
+    let trained = match format {
+        Format::Fewbit => gauge.measure(opened, opened)?,
+        Format::Dequantized => gauge.measure(opened, &Decoded(opened))?,
+    };
+    let mut measure = |opened: &OpenModel| Ok(gauge.measure(opened, opened)?.perplexity);
+    let parity = Parity {
+        trained: trained.perplexity,
+        tokens: trained.tokens,
+        context: trained.context,
+        data_sha256: gauge.sha256.clone(),
+        format: gauge.format,
+        measure: &mut measure,
+    };
+    let exported = write_opened(opened, format, &args.output, Some(parity), device)?;
+    print(&session, format, &exported, Some(&trained))
+}
+
+fn print(
+    session: &Session,
+    format: Format,
+    exported: &Exported,
+    parity: Option<&Perplexity>,
+) -> Result<()> {
+    let adapter = session.opened.adapter.as_ref().map_or_else(String::new, |adapter| {
+        let head = adapter.head();
+        format!("adapter    {}, trained by {} on {}\n", head.name, head.method, head.base)
+    });
+    let checked = match parity {
+        Some(Perplexity { perplexity, context, .. }) => {
+            format!("every weight, and perplexity {perplexity:.4} (context {context}), equal")
+        }
+        None => "every weight equal; --data FILE compares a perplexity too".to_owned(),
+    };
+    let (bytes, bits) = (size(exported.bytes), exported.bits_per_weight);
+    output::line(&format!(
+        "exported   {}\n\
+         format     {}, {bytes}, {bits:.2} bits/weight\n\
+         {adapter}checked    {checked}",
+        exported.path.display(),
+        format.name(),
+    ))
+}
+
+/// Refuses to replace anything but an export, or a folder that something is read from.
+fn check_output(output: &Path, inputs: &[&PathBuf]) -> Result<()> {
+    let refused =
+        |what: &str, at: &Path| Err(Error::usage(what).at(at.display()).fix("another --output"));
+    if output.as_os_str().is_empty() || output.is_file() {
+        return refused("the output is no folder", output);
+    }
+    if !output.is_dir() {
+        return Ok(());
+    }
+    let real = |path: &Path| path.canonicalize().map_err(|e| Error::io("resolve", path, &e));
+    let target = real(output)?;
+    for input in inputs {
+        if real(input)?.starts_with(&target) {
+            return refused("the output folder would replace what is read", input);
+        }
+    }
+    let manifest = Manifest::read(output).ok().flatten();
+    let ours = |name: &str| {
+        let weights = name.starts_with("model") && name.contains(".safetensors");
+        let listed = |manifest: &Manifest| manifest.files.contains_key(name);
+        manifest.as_ref().is_some_and(|m| name == MANIFEST_FILE || weights || listed(m))
+    };
+    for entry in std::fs::read_dir(output).map_err(|e| Error::io("list", output, &e))? {
+        let path = entry.map_err(|e| Error::io("list", output, &e))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if !path.is_file() || !ours(&name) {
+            return refused("the output folder holds files of something else", &path);
+        }
+    }
+    Ok(())
+}
+
+/// A packed model as the weights that its codes stand for.
+struct Decoded<'a>(&'a OpenModel);
+
+impl WeightSource for Decoded<'_> {
+    fn weight(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        self.0.weight(name, shape)
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.0.contains(name)
+    }
+
+    fn overrides(&self, name: &str) -> bool {
+        self.0.overrides(name)
+    }
+}
+
+/// Measures the gate's perplexity, of the model before it is written and of the folder after.
+struct Gauge<'a> {
+    session: &'a Session,
+    stream: TokenStream,
+    task: PplConfig,
+    sha256: String,
+    format: DataFormat,
+    stop: &'a StopFlag,
+}
+
+impl<'a> Gauge<'a> {
+    fn new(
+        session: &'a Session,
+        data: &Path,
+        format: Option<DataFormat>,
+        stop: &'a StopFlag,
+    ) -> Result<Self> {
+        let sha256 = sha256_of(&[data])?;
+        let recorded = session.opened.packed_manifest()?.parity.as_ref();
+        let recorded = recorded.filter(|parity| parity.data_sha256 == sha256);
+        let format = format.or(recorded.map(|parity| parity.format)).unwrap_or_default();
+        let task = PplConfig {
+            context: recorded.filter(|parity| parity.format == format).map(|p| p.context),
+            windows: Some(PARITY_WINDOWS),
+            ..PplConfig::default()
+        };
+        let config = &session.opened.config;
+        let (context, _) =
+            PplConfig { context: task.context, ..PplConfig::default() }.protocol(config, None)?;
+        let tokenizer = session.tokenizer()?;
+        let marks = session.marks(&tokenizer)?;
+        let stream = TokenStream::load(&[data], format, &tokenizer, marks, context)?;
+        let (context, stride) = task.protocol(config, stream.packed)?;
+        stream.strided(context, stride).map_err(|e| e.at(data.display()))?;
+        Ok(Self { session, stream, task, sha256, format, stop })
+    }
+
+    fn measure(&self, opened: &OpenModel, source: &dyn WeightSource) -> Result<Perplexity> {
+        let Self { session, stream, task, stop, .. } = self;
+        let (config, device) = (&opened.config, &session.device.device);
+        let model = Loader { config, source, device, dtype: session.dtype }.model()?;
+        let model = model.with_tap(opened.tap());
+        task::measure(&model, config, stream, task, device, stop, &mut |_, _| ())
+    }
+}
