@@ -14,7 +14,7 @@ use crate::export::{Adapter, AdapterDType, AdapterHead, Tuned};
 use crate::method::{self, MethodConfig};
 use crate::model::{Block, CausalLm, Loader, block_prefix};
 use crate::objective::{CrossEntropyObjective, ObjectiveConfig};
-use crate::quant::{CodedWeight, Learned, QuantizedWeight};
+use crate::quant::{CodedWeight, Learned, QuantizedWeight, SCALE_FLOOR};
 use crate::report::{Event, Reporter, size};
 use crate::train::{LearningRate, OptimizerConfig, ScheduleConfig};
 
@@ -242,14 +242,15 @@ fn note_size(ctx: &mut StageContext<'_>, student: &CausalLm) {
     });
 }
 
-/// How far scales moved, and whether one changed its sign.
+/// How far scales moved, and whether some left the side of zero they were on.
 fn report_changes(ctx: &mut StageContext<'_>, tuned: &[(String, QuantizedWeight)], step: u64) {
     let mut changes = Vec::new();
-    let (mut widest, mut crossed) = (0.0f32, 0usize);
+    let (mut widest, mut crossed, mut floored) = (0.0f32, 0usize, 0usize);
     for (name, after) in tuned {
         let Some((before, _)) = ctx.model.quantized.get(name) else { continue };
         for (before, after) in before.grid.scales().iter().zip(after.grid.scales()) {
             widest = widest.max((after / before - 1.0).abs());
+            floored += usize::from(after.abs() <= SCALE_FLOOR);
             if after * before > 0.0 {
                 changes.push((after / before).ln());
             } else {
@@ -259,7 +260,10 @@ fn report_changes(ctx: &mut StageContext<'_>, tuned: &[(String, QuantizedWeight)
     }
     ctx.report_scale_change(&changes, step);
     ctx.report.emit(&Event::Note {
-        text: format!("scales moved by at most {widest:.2} of themselves, {crossed} crossed zero"),
+        text: format!(
+            "scales moved by at most {widest:.2} of themselves, {crossed} crossed zero, {floored} \
+             fell to zero"
+        ),
     });
 }
 
