@@ -47,6 +47,7 @@ const BUILTINS: &[Builtin] = builtin![
     "paretoq_w2",
     "peqa_w3g128",
     "peqa_w4",
+    "qlora_w4",
     "rtn_w4g128",
     "sign_w1",
     "signround_w4",

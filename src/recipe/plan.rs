@@ -104,6 +104,10 @@ impl Plan {
             let at =
                 |error: Error| error.at(lines.place(&format!("stage.{index}.{}", config.name())));
             config.check().map_err(at)?;
+            if let StageConfig::Finetune(config) = config {
+                config.fits(model).map_err(at)?;
+            }
+            check_export(config, repr, &stages, base).map_err(at)?;
             repr = config.leaves(repr).map_err(at)?;
             if start != Repr::Dense && recipe.model.teacher.is_none() && config.needs_float() {
                 let error = Error::usage("this needs the float model, and model.path is packed");
@@ -128,6 +132,10 @@ impl Plan {
             if change.is_some() || tunes {
                 latest = config.name();
                 quantized.extend(resolved.linears.clone());
+            }
+            if matches!(config, StageConfig::Finetune(_)) {
+                latest = config.name();
+                quantized.retain(|name, _| name == HEAD);
             }
             if tunes {
                 default_spec = last_spec.unwrap_or(default_spec);
@@ -192,6 +200,10 @@ impl PlannedStage {
                 let (method, objective) = (config.method.name(), config.objective.name());
                 format!("{name}({method}, {spec}, {objective})")
             }
+            StageConfig::Finetune(config) => {
+                let (method, objective) = (config.method.summary(), config.objective.name());
+                format!("{name}({method}, {objective})")
+            }
             StageConfig::Evaluate(_) => name.to_owned(),
             StageConfig::Export(config) => {
                 let formats: Vec<&str> =
@@ -200,6 +212,22 @@ impl PlannedStage {
             }
         }
     }
+}
+
+/// Dense weights are exported where a stage has changed them, and the source is no packed folder, whose
+/// codes would stay beside them.
+fn check_export(
+    config: &StageConfig,
+    repr: Repr,
+    earlier: &[PlannedStage],
+    base: &Base,
+) -> Result<()> {
+    let tuned = |stage: &PlannedStage| matches!(stage.config, StageConfig::Finetune(_));
+    let export = matches!(config, StageConfig::Export(_)) && repr == Repr::Dense;
+    if export && !(base.linears.is_empty() && earlier.iter().any(tuned)) {
+        return Err(StageConfig::nothing_quantized());
+    }
+    Ok(())
 }
 
 /// What a stage wants of activations is there. `calibrated`: whether an earlier stage has put them on
@@ -226,6 +254,7 @@ fn check_activations(
         }
         StageConfig::Distill(_)
         | StageConfig::TuneScales(_)
+        | StageConfig::Finetune(_)
         | StageConfig::Evaluate(_)
         | StageConfig::Export(_) => Ok(()),
     }
@@ -236,7 +265,10 @@ fn observer(config: &StageConfig) -> Option<&ObserverConfig> {
         StageConfig::Calibrate(config) => config.observer.as_ref(),
         StageConfig::Reconstruct(config) => config.observer.as_ref(),
         StageConfig::Distill(config) => config.observer.as_ref(),
-        StageConfig::TuneScales(_) | StageConfig::Evaluate(_) | StageConfig::Export(_) => None,
+        StageConfig::TuneScales(_)
+        | StageConfig::Finetune(_)
+        | StageConfig::Evaluate(_)
+        | StageConfig::Export(_) => None,
     }
 }
 

@@ -19,7 +19,7 @@ use crate::model::{HEAD, ModelConfig, companions, linear_shapes};
 use crate::quant::{GroupAxis, GroupSize, QuantSpec, Repr, Symmetry};
 use crate::recipe::{self, Base, DataConfig, Plan, Recipe, to_toml};
 use crate::report::{Event, memory, size};
-use crate::stage::{Corpus, Data, ModelState, StageConfig};
+use crate::stage::{Corpus, Data, FinetuneConfig, ModelState, StageConfig};
 use crate::stop::StopFlag;
 use crate::store::folder::{free_bytes, sha256_file};
 use crate::store::safetensors::Checkpoint;
@@ -111,6 +111,7 @@ fn open_model(recipe: &Recipe) -> Result<ModelState> {
         checkpoint: Checkpoint::open(&dir).map_err(as_preflight)?,
         quantized: BTreeMap::new(),
         dense: BTreeMap::new(),
+        tuned: BTreeMap::new(),
         activations: recorded
             .unwrap_or_else(|| ActivationRecord::new(recipe.quant.of_activations())),
         packed,
@@ -208,6 +209,7 @@ fn load_corpus(
 /// Every stage finds the data it needs, and enough of it.
 fn check_data(plan: &Plan, model: &ModelState, data: &Data) -> Result<()> {
     let calibrates = model.activations.quant.fixed().is_some();
+    let mut quantized = model.packed.is_some();
     for stage in &plan.stages {
         match &stage.config {
             StageConfig::Calibrate(config) if !calibrates && !config.reads_text() => {}
@@ -219,7 +221,14 @@ fn check_data(plan: &Plan, model: &ModelState, data: &Data) -> Result<()> {
                     .spread(samples, corpus.length)
                     .map_err(|e| e.at("data.calibration"))?;
             }
-            StageConfig::Distill(_) | StageConfig::TuneScales(_) => {
+            StageConfig::Finetune(_) if quantized && model.activations.quant.is_on() => {
+                return Err(Error::preflight(
+                    "finetune leaves float weights, and an earlier stage has quantized activations",
+                )
+                .at("quant.activations")
+                .fix("stage.finetune before the stage that quantizes, or stage.tune_scales"));
+            }
+            StageConfig::Distill(_) | StageConfig::TuneScales(_) | StageConfig::Finetune(_) => {
                 let corpus = Data::need(data.train.as_ref(), "train")?;
                 corpus.stream.spread(1, corpus.length).map_err(|e| e.at("data.train"))?;
             }
@@ -233,6 +242,7 @@ fn check_data(plan: &Plan, model: &ModelState, data: &Data) -> Result<()> {
             }
             StageConfig::Export(_) => {}
         }
+        quantized |= stage.config.quantizes().is_some();
     }
     Ok(())
 }
@@ -373,11 +383,7 @@ fn stage_cost(
     speed: &Speed,
 ) -> Cost {
     let config = &model.config;
-    // Hidden-sized tensors that one block keeps for its backward pass, per token, and attention.
-    let tape = |tokens: u64, length: u64| {
-        4 * tokens * (14 * config.d_model as u64 + 5 * config.d_ff as u64)
-            + 12 * tokens * length * config.n_heads as u64
-    };
+    let tape = |tokens, length| tape(config, tokens, length);
     match stage {
         StageConfig::Calibrate(_) => Cost {
             device: 8 * sizes.block,
@@ -447,6 +453,7 @@ fn stage_cost(
                 seconds: speed.seconds(flops, (per_step * stage.steps) as f64, stage.steps as f64),
             }
         }
+        StageConfig::Finetune(stage) => finetune_cost(stage, config, data, sizes, speed),
         StageConfig::Evaluate(stage) => {
             let Some(corpus) = &data.validation else { return Cost::default() };
             let models = 1 + stage.baselines.as_ref().map_or(1, Vec::len) as u64;
@@ -464,6 +471,46 @@ fn stage_cost(
             Cost { disk: formats * (dense + 4 * sizes.linears), seconds: 0.2, ..Cost::default() }
         }
     }
+}
+
+fn finetune_cost(
+    stage: &FinetuneConfig,
+    config: &ModelConfig,
+    data: &Data,
+    sizes: &Sizes,
+    speed: &Speed,
+) -> Cost {
+    let Some(corpus) = &data.train else { return Cost::default() };
+    let length = corpus.length as u64;
+    let micro = stage.batch as u64 * length;
+    let tokens = micro * stage.accumulate as u64;
+    let blocks = config.n_blocks as u64;
+    let weights = sizes.linears + sizes.rest;
+    let flops = 8.0 * (weights * tokens * stage.steps) as f64;
+    // Weights with their factors merged are made anew, with their gradients.
+    let per_step = (sizes.linears * 4 * 8
+        + tape(config, micro, length) * 3 * blocks
+        + micro * config.vocab as u64 * 4 * 20)
+        * stage.accumulate as u64;
+    let teacher = if stage.objective.needs_teacher() { 4 * weights } else { 0 };
+    let learned = stage.method.trainable(config);
+    Cost {
+        // Weights, merged ones and their gradients; of what learns also two moments.
+        device: 4 * (3 * sizes.linears + sizes.rest)
+            + teacher
+            + 16 * learned
+            + tape(config, micro, length) * blocks
+            + 12 * 4 * (micro * config.vocab as u64).min(1 << 23),
+        host: 4 * sizes.linears,
+        disk: 4 * sizes.linears + 16 * learned,
+        seconds: speed.seconds(flops, (per_step * stage.steps) as f64, stage.steps as f64),
+    }
+}
+
+/// Hidden-sized tensors that one block keeps for its backward pass, per token, and attention.
+fn tape(config: &ModelConfig, tokens: u64, length: u64) -> u64 {
+    4 * tokens * (14 * config.d_model as u64 + 5 * config.d_ff as u64)
+        + 12 * tokens * length * config.n_heads as u64
 }
 
 /// What this device reaches in a quick measurement.

@@ -55,7 +55,7 @@ pub(super) fn run(config: &EvaluateConfig, ctx: &mut StageContext<'_>) -> Result
             Baseline::Rtn => rtn(task, ctx)?,
         }
     }
-    let what = if ctx.model.quantized.is_empty() {
+    let what = if ctx.model.quantized.is_empty() && ctx.model.tuned.is_empty() {
         "float".to_owned()
     } else if ctx.latest == BASE {
         BASE.to_owned()
@@ -112,7 +112,8 @@ fn round(ctx: &StageContext<'_>, name: &str, current: &QuantizedWeight) -> Resul
     if name == HEAD {
         return Ok(current.clone());
     }
-    let values = ctx.model.float()?.weight(&weight_name(name), &shape)?;
+    let float = ctx.model.tuned_on(ctx.model.float()?);
+    let values = float.weight(&weight_name(name), &shape)?;
     let weight = Tensor::from_data(TensorData::new(values, shape), &ctx.device.device);
     let symmetry =
         if current.bits.get() == 1 { Symmetry::Asymmetric } else { ctx.default_spec.symmetry };
@@ -133,7 +134,7 @@ impl WeightSource for Rounded<'_> {
             Some(weight) => Ok(weight.dequantize()),
             // Norms as the checkpoint has them: balancing is part of another method.
             None if name == EMBEDDING => self.model.weight(name, shape),
-            None => self.model.float()?.weight(name, shape),
+            None => self.model.tuned_on(self.model.float()?).weight(name, shape),
         }
     }
 

@@ -32,6 +32,8 @@ impl ExportConfig {
 
 pub(super) fn run(config: &ExportConfig, ctx: &mut StageContext<'_>) -> Result<()> {
     let task = PplConfig { windows: Some(PARITY_WINDOWS), ..PplConfig::default() };
+    let mut dense = ctx.model.tuned.clone();
+    dense.extend(ctx.model.dense.clone());
     // Without validation text the gate still compares every code and weight.
     for format in config.format.formats() {
         ctx.stop.check()?;
@@ -73,12 +75,17 @@ pub(super) fn run(config: &ExportConfig, ctx: &mut StageContext<'_>) -> Result<(
                 format: corpus.format,
                 measure: &mut measure,
             });
-        let checked = if parity.is_some() { "codes and perplexity exact" } else { "codes exact" };
+        let weights = if ctx.model.quantized.is_empty() { "weights" } else { "codes" };
+        let checked = if parity.is_some() {
+            format!("{weights} and perplexity exact")
+        } else {
+            format!("{weights} exact")
+        };
         let parts = ModelParts {
             dir: &ctx.model.dir,
             source: &ctx.model.checkpoint,
             quantized: &ctx.model.quantized,
-            dense: &ctx.model.dense,
+            dense: &dense,
             activations: ctx.model.activations.if_on(),
             provenance: ctx.provenance.clone(),
         };
@@ -93,7 +100,7 @@ pub(super) fn run(config: &ExportConfig, ctx: &mut StageContext<'_>) -> Result<(
             path: exported.path.display().to_string(),
             bytes: exported.bytes,
             bits_per_weight: exported.bits_per_weight,
-            parity: checked.to_owned(),
+            parity: checked,
             seconds: exported.seconds,
         });
         ctx.results.exports.retain(|record| record.format != format.name());

@@ -10,8 +10,10 @@ mod calibrate;
 mod distill;
 mod evaluate;
 mod export;
+mod finetune;
 mod head;
 mod inputs;
+mod lora;
 mod reconstruct;
 mod session;
 mod solve_block;
@@ -30,6 +32,8 @@ pub use calibrate::{CalibrateConfig, InputStream};
 pub use distill::DistillConfig;
 pub use evaluate::{Baseline, EvaluateConfig, TaskConfig};
 pub use export::{ExportConfig, PARITY_WINDOWS};
+pub use finetune::{FinetuneConfig, FinetuneMethod, FullConfig, LoraConfig, QloraConfig};
+pub use lora::{Target, Targets};
 pub use reconstruct::ReconstructConfig;
 pub use tune_scales::{AdapterConfig, TuneScalesConfig};
 
@@ -67,6 +71,8 @@ pub enum StageConfig {
     Distill(DistillConfig),
     /// The scales of codes that an earlier stage left.
     TuneScales(TuneScalesConfig),
+    /// Float weights, by low-rank factors beside them or as they are.
+    Finetune(FinetuneConfig),
     /// Perplexity.
     Evaluate(EvaluateConfig),
     /// Packed files.
@@ -92,6 +98,7 @@ impl StageConfig {
             Self::Reconstruct(_) => "reconstruct",
             Self::Distill(_) => "distill",
             Self::TuneScales(_) => "tune_scales",
+            Self::Finetune(_) => "finetune",
             Self::Evaluate(_) => "evaluate",
             Self::Export(_) => "export",
         }
@@ -124,12 +131,18 @@ impl StageConfig {
             Self::Reconstruct(config) => needs_dense(config.method.leaves()),
             Self::Distill(config) => Ok(config.method.leaves()),
             Self::TuneScales(config) => Ok(config.method.leaves()),
-            Self::Export(_) if input == Repr::Dense => {
-                Err(Error::usage("export needs quantized weights, and no earlier stage makes any")
-                    .fix("a stage.calibrate, stage.reconstruct or stage.distill before it"))
+            Self::Finetune(_) => Ok(Repr::Dense),
+            Self::Export(config) if input == Repr::Dense && config.format.fewbit.is_some() => {
+                Err(Self::nothing_quantized())
             }
             Self::Evaluate(_) | Self::Export(_) => Ok(input),
         }
+    }
+
+    /// What an export of weights that are all dense is refused with.
+    pub(crate) fn nothing_quantized() -> Error {
+        Error::usage("export needs quantized weights, and no earlier stage makes any")
+            .fix("a stage.calibrate, stage.reconstruct or stage.distill before it")
     }
 
     /// What this stage does to weights, where it does anything.
@@ -158,7 +171,7 @@ impl StageConfig {
             Self::Calibrate(config) => of!(config),
             Self::Reconstruct(config) => of!(config),
             Self::Distill(config) => of!(config),
-            Self::TuneScales(_) | Self::Evaluate(_) | Self::Export(_) => None,
+            Self::TuneScales(_) | Self::Finetune(_) | Self::Evaluate(_) | Self::Export(_) => None,
         }
     }
 
@@ -168,6 +181,7 @@ impl StageConfig {
             Self::Reconstruct(config) => config.steps * blocks as u64,
             Self::Distill(config) => config.steps,
             Self::TuneScales(config) => config.steps,
+            Self::Finetune(config) => config.steps,
             Self::Calibrate(_) | Self::Evaluate(_) | Self::Export(_) => 0,
         }
     }
@@ -192,6 +206,7 @@ impl StageConfig {
             Self::Reconstruct(config) => config.check(),
             Self::Distill(config) => config.check(),
             Self::TuneScales(config) => config.check(),
+            Self::Finetune(config) => config.check(),
             Self::Evaluate(_) => Ok(()),
             Self::Export(config) => config.check(),
         }
@@ -208,6 +223,7 @@ impl StageConfig {
             Self::Reconstruct(config) => reconstruct::run(config, ctx),
             Self::Distill(config) => distill::run(config, ctx),
             Self::TuneScales(config) => tune_scales::run(config, ctx),
+            Self::Finetune(config) => finetune::run(config, ctx),
             Self::Evaluate(config) => evaluate::run(config, ctx),
             Self::Export(config) => export::run(config, ctx),
         }
@@ -224,6 +240,7 @@ impl StageConfig {
                 ctx.restore_linears()
             }
             Self::TuneScales(_) => tune_scales::restore(ctx),
+            Self::Finetune(config) => finetune::restore(config, ctx),
             Self::Evaluate(_) | Self::Export(_) => Ok(()),
         }
     }
@@ -265,8 +282,11 @@ pub struct ModelState {
     pub teacher: Option<Checkpoint>,
     /// Quantized linears by full name, with the method that made each.
     pub quantized: BTreeMap<String, (QuantizedWeight, String)>,
-    /// Dense tensors that a stage changed, by name.
+    /// Dense tensors that a stage changed on the way to quantized ones, by name.
     pub dense: BTreeMap<String, HostTensor>,
+    /// Float tensors that fine-tuning left, by name: with them the checkpoint is the float model that
+    /// later stages quantize and compare with.
+    pub tuned: BTreeMap<String, HostTensor>,
     /// What is done to activations once something is quantized, and the grids calibrated so far.
     pub activations: ActivationRecord,
 }
@@ -286,6 +306,16 @@ impl ModelState {
                     .at(packed.dir.display()))
             }
         }
+    }
+
+    /// A float checkpoint with what fine-tuning made of it.
+    pub(crate) fn tuned_on<'a>(&'a self, checkpoint: &'a Checkpoint) -> Tuned<'a> {
+        Tuned { checkpoint, tuned: &self.tuned }
+    }
+
+    /// A tensor that a stage has left dense.
+    fn left(&self, name: &str) -> Option<&HostTensor> {
+        self.dense.get(name).or_else(|| self.tuned.get(name))
     }
 
     /// Takes the codes of the packed folder that the run starts from, if it does.
@@ -312,7 +342,7 @@ impl ModelState {
 impl WeightSource for ModelState {
     fn weight(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         let linear = name.strip_suffix(".weight").unwrap_or(name);
-        match (self.quantized.get(linear), self.dense.get(name)) {
+        match (self.quantized.get(linear), self.left(name)) {
             (Some((weight, _)), _) => Ok(weight.dequantize()),
             (None, Some(tensor)) => tensor.to_f32().map_err(|e| e.at(name)),
             (None, None) => self.checkpoint.weight(name, shape),
@@ -320,11 +350,30 @@ impl WeightSource for ModelState {
     }
 
     fn contains(&self, name: &str) -> bool {
-        self.checkpoint.contains(name) || self.dense.contains_key(name)
+        self.checkpoint.contains(name) || self.left(name).is_some()
     }
 
     fn overrides(&self, name: &str) -> bool {
         self.quantized.contains_key(name)
+    }
+}
+
+/// See [`ModelState::tuned_on`].
+pub(crate) struct Tuned<'a> {
+    checkpoint: &'a Checkpoint,
+    tuned: &'a BTreeMap<String, HostTensor>,
+}
+
+impl WeightSource for Tuned<'_> {
+    fn weight(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        match self.tuned.get(name) {
+            Some(tensor) => tensor.to_f32().map_err(|e| e.at(name)),
+            None => self.checkpoint.weight(name, shape),
+        }
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.checkpoint.contains(name) || self.tuned.contains_key(name)
     }
 }
 

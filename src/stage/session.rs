@@ -275,10 +275,11 @@ fn still(student: &CausalLm) -> Still<CausalLm> {
     Still { module, weights }
 }
 
-/// The float model.
+/// The float model, as an earlier stage may have fine-tuned it.
 fn teacher(ctx: &StageContext<'_>) -> Result<CausalLm> {
     let (config, device) = (&ctx.model.config, &ctx.device.device);
-    Loader { config, source: ctx.model.float()?, device, dtype: ctx.compute }.model()
+    let source = &ctx.model.tuned_on(ctx.model.float()?);
+    Loader { config, source, device, dtype: ctx.compute }.model()
 }
 
 /// The objective with the teacher's confidence on the first batches, where it asks for that. A

@@ -1,5 +1,5 @@
-//! The two streams of block-wise work: what enters the next block in the float model, and in the
-//! model as quantized so far.
+//! The two streams of block-wise work: what enters the next block in the float model, fine-tuned or
+//! as it came, and in the model as quantized so far.
 
 use burn::tensor::{DType, Tensor};
 
@@ -10,7 +10,7 @@ use crate::model::{Block, CausalLm, Loader, Positions, Tap, WeightSource};
 
 /// Inputs of the next block, and where its positions are.
 pub(super) struct Streams {
-    /// Of the untouched model.
+    /// Of the float model.
     pub float: Activations,
     /// Of the model whose earlier blocks are quantized.
     pub quantized: Activations,
@@ -49,7 +49,8 @@ impl Streams {
         index: usize,
         input: &Activations,
     ) -> Result<Activations> {
-        let teacher = loader(ctx, &ctx.model.checkpoint).block(index)?;
+        let float = ctx.model.tuned_on(&ctx.model.checkpoint);
+        let teacher = loader(ctx, &float).block(index)?;
         self.forward(ctx, &teacher, input, &|_, x| x)
     }
 

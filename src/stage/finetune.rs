@@ -1,0 +1,398 @@
+//! `finetune`: float weights adapt to a text, by low-rank factors beside them or as they are.
+//!
+//! The usual ways, in the same recipe as fewbit's own: LoRA, QLoRA, and full fine-tuning of the
+//! decoder blocks' linears. Embedding, norms and head stay frozen. Parameters, losses and weights are
+//! f32 whatever the model's type. Weights that an earlier stage quantized are taken by their values.
+//! What is left is dense: factors merged into their weights, for a later stage to quantize; activations
+//! are float again.
+
+use burn::module::Param;
+use burn::tensor::{DType, Tensor};
+use serde::{Deserialize, Serialize};
+
+use super::lora::{self, Adapters, Targets};
+use super::session::{Training, discard_state};
+use super::{StageContext, check_counts, check_objective};
+use crate::data;
+use crate::error::{Error, Result};
+use crate::export::fewbit::Saved;
+use crate::model::{CausalLm, HEAD, Loader, ModelConfig, block_prefix, linear_shapes, weight_name};
+use crate::objective::{CrossEntropyObjective, ObjectiveConfig};
+use crate::report::{Event, Reporter, size};
+use crate::store::HostTensor;
+use crate::train::{OptimizerConfig, ScheduleConfig};
+
+/// Keys of `[stage.finetune]`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct FinetuneConfig {
+    /// What learns: `lora`, `qlora` or `full`.
+    pub method: FinetuneMethod,
+    /// What is minimized; next-token cross-entropy unless said otherwise.
+    #[serde(default = "cross_entropy")]
+    pub objective: ObjectiveConfig,
+    /// Optimizer steps.
+    pub steps: u64,
+    /// Sequences in a micro-batch.
+    #[serde(default = "eight")]
+    pub batch: usize,
+    /// Micro-batches in a step.
+    #[serde(default = "one")]
+    pub accumulate: usize,
+    /// Base learning rate.
+    pub learning_rate: f64,
+    /// How the rate moves over the steps; a straight line to 0 unless said otherwise.
+    #[serde(default = "linear")]
+    pub schedule: ScheduleConfig,
+    /// AdamW's constants and gradient clipping.
+    #[serde(default)]
+    pub optimizer: OptimizerConfig,
+    /// Steps between saves of the whole training state.
+    #[serde(default = "hundred")]
+    pub checkpoint_every: u64,
+    /// Steps between log points.
+    #[serde(default = "ten")]
+    pub log_every: u64,
+}
+
+/// What learns in a `finetune` stage.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinetuneMethod {
+    /// Low-rank factors beside frozen float weights (arXiv 2106.09685).
+    Lora(LoraConfig),
+    /// Low-rank factors beside frozen quantized weights (arXiv 2305.14314, but on even steps in
+    /// blocks instead of its NF4 levels, and without its paged optimizer).
+    Qlora(QloraConfig),
+    /// Every linear of the decoder blocks.
+    Full(FullConfig),
+}
+
+/// `method.lora`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LoraConfig {
+    /// Columns of the factors; 4.
+    pub rank: usize,
+    /// The product of the factors is scaled by `alpha / rank`; 8.
+    pub alpha: f64,
+    /// Linears that get factors; `["q_proj", "v_proj"]`.
+    pub targets: Targets,
+}
+
+impl Default for LoraConfig {
+    fn default() -> Self {
+        Self { rank: 4, alpha: 8.0, targets: Targets::queries_and_values() }
+    }
+}
+
+/// `method.qlora`. Every linear of the blocks is quantized; targets are held that way (on a CPU in a
+/// byte for each weight, whatever the width), others by their values. The factors belong to that base:
+/// on the float weights they are only near what was trained.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct QloraConfig {
+    /// Columns of the factors; 4.
+    pub rank: usize,
+    /// The product of the factors is scaled by `alpha / rank`; 8.
+    pub alpha: f64,
+    /// Linears that get factors; `"all"`.
+    pub targets: Targets,
+    /// Width of the frozen weights, 4 or 8; 4.
+    pub bits: u8,
+    /// Weights along the inputs that share a symmetric f32 step; 32.
+    pub block: u8,
+}
+
+impl Default for QloraConfig {
+    fn default() -> Self {
+        let LoraConfig { rank, alpha, .. } = LoraConfig::default();
+        Self { rank, alpha, targets: Targets::all(), bits: 4, block: 32 }
+    }
+}
+
+/// `method.full`: no keys.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct FullConfig {}
+
+fn cross_entropy() -> ObjectiveConfig {
+    ObjectiveConfig::CrossEntropy(CrossEntropyObjective {})
+}
+
+fn linear() -> ScheduleConfig {
+    ScheduleConfig::Linear { final_ratio: 0.0, warmup: 0 }
+}
+
+fn one() -> usize {
+    1
+}
+
+fn eight() -> usize {
+    8
+}
+
+fn ten() -> u64 {
+    10
+}
+
+fn hundred() -> u64 {
+    100
+}
+
+impl FinetuneMethod {
+    /// Its name in recipes.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Lora(_) => "lora",
+            Self::Qlora(_) => "qlora",
+            Self::Full(_) => "full",
+        }
+    }
+
+    /// Its name with what it is measured by, for plans: `lora r4`, `qlora w4 r4`, `full`.
+    pub fn summary(&self) -> String {
+        match self {
+            Self::Lora(config) => format!("lora r{}", config.rank),
+            Self::Qlora(config) => format!("qlora w{} r{}", config.bits, config.rank),
+            Self::Full(_) => "full".to_owned(),
+        }
+    }
+
+    /// The factors it learns; `None` where weights learn as they are.
+    fn adapters(&self) -> Option<Adapters<'_>> {
+        match self {
+            Self::Lora(LoraConfig { rank, alpha, targets }) => {
+                Some(Adapters { rank: *rank, alpha: *alpha, targets, base: None })
+            }
+            Self::Qlora(QloraConfig { rank, alpha, targets, bits, block }) => {
+                let base = Some((*bits, *block));
+                Some(Adapters { rank: *rank, alpha: *alpha, targets, base })
+            }
+            Self::Full(_) => None,
+        }
+    }
+
+    /// How many numbers learn.
+    pub fn trainable(&self, model: &ModelConfig) -> u64 {
+        let adapters = self.adapters();
+        let numbers =
+            linear_shapes(model).into_iter().map(|(name, [out, inputs])| match adapters {
+                Some(adapters) if adapters.targets.contains(&name) => {
+                    adapters.rank * (out + inputs)
+                }
+                Some(_) => 0,
+                None => out * inputs,
+            });
+        numbers.sum::<usize>() as u64
+    }
+
+    /// Whether it changes a linear's weight.
+    fn changes(&self, linear: &str) -> bool {
+        match self {
+            Self::Lora(config) => config.targets.contains(linear),
+            Self::Qlora(_) | Self::Full(_) => true,
+        }
+    }
+}
+
+impl FinetuneConfig {
+    pub(super) fn check(&self) -> Result<()> {
+        check_objective(&self.objective, "finetune")?;
+        check_counts(&[
+            ("batch", self.batch as u64),
+            ("accumulate", self.accumulate as u64),
+            ("checkpoint_every", self.checkpoint_every),
+            ("log_every", self.log_every),
+        ])?;
+        if !self.learning_rate.is_finite() || self.learning_rate < 0.0 {
+            let what = format!("learning_rate = {} is not a rate", self.learning_rate);
+            return Err(Error::usage(what).fix("learning_rate = 1e-3"));
+        }
+        let Some(adapters) = self.method.adapters() else { return Ok(()) };
+        let name = self.method.name();
+        check_counts(&[("rank", adapters.rank as u64)])
+            .map_err(|e| e.at(format!("method.{name}")))?;
+        if !adapters.alpha.is_finite() || adapters.alpha <= 0.0 {
+            let what = format!("method.{name}.alpha = {} scales by nothing", adapters.alpha);
+            return Err(Error::usage(what).fix("alpha = 8"));
+        }
+        match adapters.base {
+            Some((bits, _)) if bits != 4 && bits != 8 => Err(Error::usage(format!(
+                "method.qlora.bits = {bits}, and it holds weights of 4 or 8"
+            ))
+            .fix("bits = 4; other widths: a stage.calibrate before this one, and method.lora")),
+            Some((_, 0)) => Err(Error::usage("method.qlora.block = 0").fix("block = 32")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses factors and blocks that the model's linears have no room for.
+    ///
+    /// # Errors
+    /// A preflight error that names the linear.
+    pub fn fits(&self, model: &ModelConfig) -> Result<()> {
+        let Some(adapters) = self.method.adapters() else { return Ok(()) };
+        for (name, shape) in linear_shapes(model) {
+            let [out, inputs] = shape;
+            let smaller = out.min(inputs);
+            if adapters.targets.contains(&name) && adapters.rank > smaller {
+                return Err(Error::preflight(format!(
+                    "rank {} is above {smaller}, the smaller side of a {out} x {inputs} linear",
+                    adapters.rank
+                ))
+                .at(weight_name(&name))
+                .fix(format!("rank = {smaller} or less, or method.full = {{}}")));
+            }
+            if let Some((_, block)) = adapters.base
+                && !inputs.is_multiple_of(usize::from(block))
+            {
+                return Err(Error::preflight(format!(
+                    "method.qlora.block {block} does not divide in_features {inputs}"
+                ))
+                .at(weight_name(&name))
+                .fix("block = 32 or 16"));
+            }
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn run(config: &FinetuneConfig, ctx: &mut StageContext<'_>) -> Result<()> {
+    // A factor's step is far below what bf16 resolves of it.
+    ctx.compute = DType::F32;
+    note_size(config, ctx);
+    let student = student(config, ctx)?;
+    let training = Training {
+        verb: "finetune",
+        objective: &config.objective,
+        steps: config.steps,
+        batch: config.batch,
+        accumulate: config.accumulate,
+        schedule: &config.schedule,
+        optimizer: &config.optimizer,
+        checkpoint_every: config.checkpoint_every,
+        log_every: config.log_every,
+        rate: config.learning_rate,
+        rate_of: &|_| config.learning_rate,
+        fake_quant: false,
+    };
+    let student = training.run(student, ctx)?;
+    // The public copy first: the stage is done once its own is there.
+    write_adapter(config, ctx, &student)?;
+    let all = holds_codes(ctx);
+    for (index, block) in student.blocks.iter().enumerate() {
+        let mut saved = Saved::default();
+        for (name, linear) in block.linears() {
+            let name = format!("{}.{name}", block_prefix(index));
+            if all || config.method.changes(&name) {
+                saved.dense.insert(weight_name(&name), merged(&name, &linear.weight)?);
+            }
+        }
+        saved.write(&ctx.block_file(index))?;
+        take(ctx, saved);
+    }
+    finish(ctx);
+    discard_state(ctx)
+}
+
+/// Brings back the weights a finished stage left.
+pub(super) fn restore(config: &FinetuneConfig, ctx: &mut StageContext<'_>) -> Result<()> {
+    let all = holds_codes(ctx);
+    for index in 0..ctx.model.config.n_blocks {
+        let saved = Saved::read(&ctx.block_file(index))?;
+        take(ctx, saved);
+    }
+    finish(ctx);
+    for (name, _) in linear_shapes(&ctx.model.config) {
+        let left = ctx.model.tuned.contains_key(&weight_name(&name));
+        if (all || config.method.changes(&name)) && !left {
+            return Err(Error::failed("a finished stage lacks a linear")
+                .at(ctx.dir.display())
+                .at(name)
+                .fix("--fresh to start over"));
+        }
+    }
+    Ok(())
+}
+
+/// Whether some linear of the blocks is quantized: all of them turn dense then.
+fn holds_codes(ctx: &StageContext<'_>) -> bool {
+    ctx.model.quantized.keys().any(|name| name != HEAD)
+}
+
+fn take(ctx: &mut StageContext<'_>, saved: Saved) {
+    for (name, tensor) in saved.dense {
+        ctx.model.quantized.remove(name.strip_suffix(".weight").unwrap_or(&name));
+        ctx.model.dense.remove(&name);
+        ctx.model.tuned.insert(name, tensor);
+    }
+}
+
+/// What earlier stages made of norms belongs to the float model from here on.
+fn finish(ctx: &mut StageContext<'_>) {
+    let norms = std::mem::take(&mut ctx.model.dense);
+    ctx.model.tuned.extend(norms);
+}
+
+/// The current model by its values, with what learns of it.
+fn student(config: &FinetuneConfig, ctx: &StageContext<'_>) -> Result<CausalLm> {
+    let (model, device) = (&*ctx.model, &ctx.device.device);
+    let loader = Loader { config: &model.config, source: model, device, dtype: ctx.compute };
+    let mut student = loader.model()?;
+    let adapters = config.method.adapters();
+    for (index, block) in student.blocks.iter_mut().enumerate() {
+        for (name, linear) in block.linears_mut() {
+            let name = format!("{}.{name}", block_prefix(index));
+            let weight = linear.weight.clone();
+            let seed = data::seed_of(ctx.seed, &format!("stage {} {name}", ctx.stage));
+            linear.weight = match adapters {
+                Some(adapters) => adapters.attach(&name, weight, seed, device),
+                None => weight.set_require_grad(true),
+            };
+        }
+    }
+    Ok(student)
+}
+
+/// A weight with its factors merged into it, `[out, in]`.
+fn merged(name: &str, weight: &Param<Tensor<2>>) -> Result<HostTensor> {
+    let tensor = lora::host(weight.val().transpose());
+    if tensor.to_f32()?.iter().all(|w| w.is_finite()) {
+        return Ok(tensor);
+    }
+    Err(Error::failed("a weight is no longer a number").at(name).fix("a smaller learning_rate"))
+}
+
+/// How much learns.
+fn note_size(config: &FinetuneConfig, ctx: &mut StageContext<'_>) {
+    let model = &ctx.model.config;
+    let weights: usize = linear_shapes(model).iter().map(|(_, [out, inputs])| out * inputs).sum();
+    let learned = config.method.trainable(model);
+    ctx.results.trainable.insert(ctx.stage, learned);
+    let share = 100.0 * learned as f64 / weights.max(1) as f64;
+    let text = format!("{learned} numbers learn, {share:.2} % of the linears' {weights} weights");
+    ctx.report.emit(&Event::Note { text });
+}
+
+/// The factors in a folder that peft reads, where there are any.
+fn write_adapter(
+    config: &FinetuneConfig,
+    ctx: &mut StageContext<'_>,
+    student: &CausalLm,
+) -> Result<()> {
+    let Some(adapters) = config.method.adapters() else { return Ok(()) };
+    let mut factors = Vec::new();
+    for (index, block) in student.blocks.iter().enumerate() {
+        for (name, linear) in block.linears() {
+            let name = format!("{}.{name}", block_prefix(index));
+            factors.extend(lora::factors(&name, &linear.weight));
+        }
+    }
+    let dir = ctx.run_dir.join("adapters").join(config.method.name());
+    let path = lora::write_folder(&dir, &adapters, &ctx.model.name, &factors)?;
+    let bytes = std::fs::metadata(&path).map_or(0, |data| data.len());
+    let text = format!("adapter {} for peft, {}", dir.display(), size(bytes));
+    ctx.report.emit(&Event::Note { text });
+    Ok(())
+}
