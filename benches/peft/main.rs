@@ -65,17 +65,17 @@ const ANCHORS: [Anchor; 4] = [
 
 /// Each at the best of a few rates tried.
 const WAYS: &[(Way, &str)] = &[
-    (Way { name: "PEQA W4", bits: 4, base: RTN, tune: PEQA }, "1e-2"),
-    (Way { name: "PEQA W3", bits: 3, base: RTN, tune: PEQA }, "1e-2"),
-    (Way { name: "AlphaTuning W3", bits: 3, base: BCQ, tune: ALPHA }, "3e-2"),
+    (Way { name: "PEQA W4", bits: 4, base: RTN, tune: PEQA_RELATIVE }, RELATIVE_RATE),
+    (Way { name: "PEQA W3", bits: 3, base: RTN, tune: PEQA_RELATIVE }, RELATIVE_RATE),
+    (Way { name: "AlphaTuning W3", bits: 3, base: BCQ, tune: ALPHA_RELATIVE }, RELATIVE_RATE),
     (
         Way {
             name: "AlphaTuning W3, all alphas",
             bits: 3,
             base: BCQ,
-            tune: "tune_scales]\nmethod.alphatuning = { learn = \"all\" }",
+            tune: "tune_scales]\nmethod.alphatuning = { learn = \"all\", relative = true }",
         },
-        "1e-2",
+        RELATIVE_RATE,
     ),
     (
         Way {
@@ -83,15 +83,6 @@ const WAYS: &[(Way, &str)] = &[
             bits: 4,
             base: "",
             tune: "finetune]\nmethod.lora = { rank = 4, alpha = 8 }",
-        },
-        "1e-2",
-    ),
-    (
-        Way {
-            name: "QLoRA rank 4, q and v",
-            bits: 4,
-            base: "",
-            tune: "finetune]\nmethod.qlora = { rank = 4, alpha = 8 }",
         },
         "1e-2",
     ),
@@ -106,12 +97,21 @@ const WAYS: &[(Way, &str)] = &[
     ),
     (
         Way {
+            name: "QLoRA rank 4, all linears",
+            bits: 4,
+            base: "",
+            tune: "finetune]\nmethod.qlora = { rank = 4, alpha = 8, targets = \"all\" }",
+        },
+        "1e-2",
+    ),
+    (
+        Way {
             name: "every weight of the blocks",
             bits: 4,
             base: "",
             tune: "finetune]\nmethod.full = {}",
         },
-        "1e-3",
+        "2e-3",
     ),
 ];
 

@@ -191,6 +191,7 @@ impl StageConfig {
         match self {
             Self::Distill(config) => config.objective.needs_teacher(),
             Self::TuneScales(config) => config.objective.needs_teacher(),
+            Self::Finetune(config) => config.objective.needs_teacher(),
             Self::Evaluate(config) => config.baselines.as_ref().is_some_and(|all| !all.is_empty()),
             Self::Calibrate(_) | Self::Reconstruct(_) | Self::Export(_) => false,
         }
