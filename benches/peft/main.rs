@@ -84,7 +84,7 @@ const WAYS: &[(Way, &str)] = &[
             base: "",
             tune: "finetune]\nmethod.lora = { rank = 4, alpha = 8 }",
         },
-        "1e-2",
+        "5e-2",
     ),
     (
         Way {
@@ -93,7 +93,7 @@ const WAYS: &[(Way, &str)] = &[
             base: "",
             tune: "finetune]\nmethod.lora = { rank = 4, alpha = 8, targets = \"all\" }",
         },
-        "1e-2",
+        "2e-2",
     ),
     (
         Way {
@@ -102,7 +102,7 @@ const WAYS: &[(Way, &str)] = &[
             base: "",
             tune: "finetune]\nmethod.qlora = { rank = 4, alpha = 8, targets = \"all\" }",
         },
-        "1e-2",
+        "2e-2",
     ),
     (
         Way {
@@ -111,7 +111,7 @@ const WAYS: &[(Way, &str)] = &[
             base: "",
             tune: "finetune]\nmethod.full = {}",
         },
-        "2e-3",
+        "1e-2",
     ),
 ];
 
