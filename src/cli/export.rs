@@ -115,7 +115,7 @@ pub(super) fn write(
     let opened = &session.opened;
     let trained = match format {
         Format::Fewbit => gauge.measure(opened, opened)?,
-        Format::Dequantized => gauge.measure(opened, &Decoded(opened))?,
+        _ => gauge.measure(opened, &Decoded(opened))?,
     };
     let mut measure = |opened: &OpenModel| Ok(gauge.measure(opened, opened)?.perplexity);
     let parity = Parity {

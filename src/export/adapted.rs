@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::folder::{self, Exported, ModelParts, OpenModel, Parity};
-use super::{Adapter, Format, Manifest};
+use super::{Adapter, Format, FormatsConfig, Manifest};
 use crate::error::{Error, Kind, Result};
 
 impl OpenModel {
@@ -79,6 +79,7 @@ pub fn write_opened(
         quantized: &quantized,
         dense: &BTreeMap::new(),
         activations: manifest.activations.clone(),
+        options: FormatsConfig::default(),
         provenance,
     };
     let head = adapter.map(Adapter::head).or(manifest.adapter.as_ref());

@@ -11,12 +11,13 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use half::f16;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
-use crate::quant::{Bits, Grid, GroupAxis, GroupLayout, Learned, LearnedScales, QuantizedWeight};
+use crate::quant::{
+    Bits, Grid, GroupAxis, GroupLayout, Learned, LearnedScales, QuantizedWeight, ScaleDType,
+};
 use crate::store::safetensors::{Checkpoint, write_file};
 use crate::store::{HostTensor, TensorSource, hex};
 
@@ -40,17 +41,6 @@ pub struct AdapterHead {
     pub data_sha256: String,
     /// Seed of the run.
     pub seed: u64,
-}
-
-/// How values are stored.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum AdapterDType {
-    /// 32-bit floats: exactly what was trained.
-    #[default]
-    F32,
-    /// Half precision.
-    F16,
 }
 
 /// What an adapter holds of a linear.
@@ -89,7 +79,7 @@ pub struct AdapterRecord {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Adapter {
     head: AdapterHead,
-    dtype: AdapterDType,
+    dtype: ScaleDType,
     linears: BTreeMap<String, (AdapterRecord, Values)>,
 }
 
@@ -123,7 +113,7 @@ impl Adapter {
     pub fn new(
         head: AdapterHead,
         learned: Learned,
-        dtype: AdapterDType,
+        dtype: ScaleDType,
         tuned: &[Tuned<'_>],
     ) -> Result<Self> {
         let linears = tuned.iter().map(|linear| {
@@ -139,7 +129,7 @@ impl Adapter {
     }
 
     /// How its values are stored.
-    pub fn dtype(&self) -> AdapterDType {
+    pub fn dtype(&self) -> ScaleDType {
         self.dtype
     }
 
@@ -257,8 +247,8 @@ impl Adapter {
                     vec![rows, groups, values.len() / (rows * groups)]
                 };
                 match self.dtype {
-                    AdapterDType::F32 => HostTensor::f32(shape, values),
-                    AdapterDType::F16 => HostTensor::f16_from_f32(shape, values),
+                    ScaleDType::F32 => HostTensor::f32(shape, values),
+                    ScaleDType::F16 => HostTensor::f16_from_f32(shape, values),
                 }
             };
             tensors.push((format!("{name}.{}", record.part.tensor()), floats(&values.scales)));
@@ -326,8 +316,8 @@ impl Adapter {
         let records: BTreeMap<String, AdapterRecord> =
             serde_json::from_str(text("linears")).map_err(unreadable)?;
         let dtype = match text("dtype") {
-            "f16" => AdapterDType::F16,
-            _ => AdapterDType::F32,
+            "f16" => ScaleDType::F16,
+            _ => ScaleDType::F32,
         };
         let tensors: Vec<(String, HostTensor)> = (file.names().into_iter())
             .map(|name| Ok((name.to_owned(), file.read(name)?)))
@@ -352,7 +342,7 @@ impl Adapter {
 fn entry(
     Tuned { base, weight, .. }: &Tuned<'_>,
     learned: Learned,
-    dtype: AdapterDType,
+    dtype: ScaleDType,
 ) -> Result<(AdapterRecord, Values)> {
     let (part, scales, offsets) = match &weight.grid {
         Grid::Uniform { scale, .. } => (AdapterPart::Scales, scale, None),
@@ -383,33 +373,6 @@ fn entry(
     };
     let offsets = offsets.cloned().map(|offsets| dtype.rounded(offsets)).transpose()?;
     Ok((record, Values { scales: dtype.rounded(scales)?, offsets, planes }))
-}
-
-impl AdapterDType {
-    /// The name in recipes and files.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-        }
-    }
-
-    /// The values as this type holds them.
-    fn rounded(self, values: Vec<f32>) -> Result<Vec<f32>> {
-        if self == Self::F32 {
-            return Ok(values);
-        }
-        let half = |value: f32| {
-            let rounded = f16::from_f32(value).to_f32();
-            if rounded.is_finite() && (rounded == 0.0) == (value == 0.0) {
-                Ok(rounded)
-            } else {
-                Err(Error::failed(format!("scale {value:e} does not fit in half precision"))
-                    .fix("adapter.dtype = \"f32\""))
-            }
-        };
-        values.into_iter().map(half).collect()
-    }
 }
 
 impl AdapterPart {

@@ -7,11 +7,13 @@ use std::time::Instant;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+use super::gguf::model as gguf;
 use super::manifest::{FORMAT_VERSION, LinearRecord, Manifest, ParityRecord, Provenance};
-use super::{ActivationRecord, Adapter, AdapterHead, Format, dequantized, fewbit};
+use super::packed::{Packed, Packer};
+use super::{ActivationRecord, Adapter, AdapterHead, Format, FormatsConfig, dequantized, fewbit};
 use crate::data::DataFormat;
 use crate::error::{Error, Result};
-use crate::model::{HEAD, ModelConfig, ModelTap, WeightSource, companions, weight_name};
+use crate::model::{EMBEDDING, HEAD, ModelConfig, ModelTap, WeightSource, companions, weight_name};
 use crate::quant::QuantizedWeight;
 use crate::store::folder::{StagedFolder, sha256_file};
 use crate::store::safetensors::{Checkpoint, ShardWriter};
@@ -32,13 +34,15 @@ pub struct ModelParts<'a> {
     pub dense: &'a BTreeMap<String, HostTensor>,
     /// What happens to activations, where anything does.
     pub activations: Option<ActivationRecord>,
+    /// What formats are asked to do.
+    pub options: FormatsConfig,
     /// Where all of it came from.
     pub provenance: Provenance,
 }
 
 impl ModelParts<'_> {
     /// Every tensor of the export by the name the source has, or would have, for it.
-    fn names(&self) -> BTreeSet<String> {
+    pub(super) fn names(&self) -> BTreeSet<String> {
         // A packed source holds the parts of its codes under names of their own.
         let parts: BTreeSet<String> =
             self.quantized.keys().flat_map(|linear| fewbit::tensor_names(linear)).collect();
@@ -51,11 +55,22 @@ impl ModelParts<'_> {
     }
 
     /// A tensor that is not quantized.
-    fn dense(&self, name: &str) -> Result<HostTensor> {
+    pub(super) fn dense(&self, name: &str) -> Result<HostTensor> {
         match self.dense.get(name) {
             Some(tensor) => Ok(tensor.clone()),
             None => self.source.read(name),
         }
+    }
+
+    /// The name under which `format` stores a tensor that is not quantized: other runtimes look for
+    /// a tied model's one matrix under the embedding's name.
+    fn stored_as<'n>(&self, name: &'n str, format: Format) -> Result<&'n str> {
+        let ours = matches!(format, Format::Fewbit | Format::Dequantized);
+        let head = name == weight_name(HEAD) && !self.unties();
+        if ours || !head || self.source.info(EMBEDDING).is_some() {
+            return Ok(name);
+        }
+        Ok(if ModelConfig::read(self.dir)?.tied { EMBEDDING } else { name })
     }
 
     /// Whether a tied model gets a head of its own.
@@ -150,12 +165,24 @@ pub(super) fn write_adapted(
 ) -> Result<Exported> {
     let start = Instant::now();
     let staged = StagedFolder::create(target)?;
-    let mut manifest = write_tensors(parts, format, staged.path())?;
+    let packer = match format {
+        Format::Fewbit | Format::Dequantized | Format::Gguf => None,
+        _ => Some(Packer::new(parts, format)?),
+    };
+    let mut manifest = if format == Format::Gguf {
+        write_gguf(parts, staged.path())?
+    } else {
+        write_tensors(parts, format, packer.as_ref(), staged.path())?
+    };
     manifest.adapter = adapter.cloned();
-    manifest.files = write_companions(parts, format, staged.path())?;
+    manifest.files = write_companions(parts, format, packer.as_ref(), staged.path())?;
+    if format == Format::Gguf {
+        let sha256 = sha256_file(&staged.path().join(gguf::FILE))?;
+        manifest.files.insert(gguf::FILE.to_owned(), sha256);
+    }
     manifest.write(staged.path())?;
     let opened = open_model(staged.path())?;
-    compare_weights(parts, &opened)?;
+    compare_weights(parts, format, &opened)?;
     if let Some(parity) = parity {
         let exported = (parity.measure)(&opened)?;
         if exported.to_bits() != parity.trained.to_bits() {
@@ -178,8 +205,8 @@ pub(super) fn write_adapted(
     }
     let bytes = folder_bytes(staged.path())?;
     let bits_per_weight = match format {
-        Format::Fewbit => manifest.bits_per_weight,
         Format::Dequantized => 32.0,
+        _ => manifest.bits_per_weight,
     };
     staged.commit()?;
     Ok(Exported {
@@ -190,7 +217,12 @@ pub(super) fn write_adapted(
     })
 }
 
-fn write_tensors(parts: &ModelParts<'_>, format: Format, dir: &Path) -> Result<Manifest> {
+fn write_tensors(
+    parts: &ModelParts<'_>,
+    format: Format,
+    packer: Option<&Packer>,
+    dir: &Path,
+) -> Result<Manifest> {
     let mut writer = ShardWriter::create(dir, MAX_SHARD_BYTES)?;
     let mut stats = WeightStats::default();
     let mut linears = BTreeMap::new();
@@ -200,25 +232,53 @@ fn write_tensors(parts: &ModelParts<'_>, format: Format, dir: &Path) -> Result<M
             parts.quantized.get(linear).map(|(weight, method)| (linear, weight, method))
         });
         let Some((linear, weight, method)) = linear else {
-            let tensor = parts.dense(name)?;
+            let (tensor, name) = (parts.dense(name)?, parts.stored_as(name, format)?);
             dense.insert(name.to_owned(), tensor.sha256());
             writer.add(name, &tensor)?;
             continue;
         };
-        stats.add(weight);
-        let (tensors, mut record) = fewbit::encode(linear, weight, method);
-        match format {
-            Format::Fewbit => write_all(&mut writer, &tensors)?,
-            Format::Dequantized => {
-                let tensor = dequantized::encode(weight);
-                record.sha256 = BTreeMap::from([(name.to_owned(), tensor.sha256())]);
-                writer.add(name, &tensor)?;
+        let (mut tensors, mut record) = fewbit::encode(linear, weight, method);
+        match packer {
+            Some(packer) => {
+                tensors = packer.encode(linear, weight)?;
+                let bytes: usize = tensors.iter().map(|(_, tensor)| tensor.bytes.len()).sum();
+                stats.weights += weight.layout.len() as u64;
+                stats.bits += 8.0 * bytes as f64;
             }
+            None => stats.add(weight),
         }
+        if format == Format::Dequantized {
+            tensors = vec![(name.to_owned(), dequantized::encode(weight))];
+        }
+        record.sha256 = tensors.iter().map(|(name, t)| (name.clone(), t.sha256())).collect();
+        write_all(&mut writer, &tensors)?;
         linears.insert(linear.to_owned(), record);
     }
     writer.finish(&BTreeMap::from([("format".to_owned(), "pt".to_owned())]))?;
-    Ok(Manifest {
+    Ok(manifest(parts, format, linears, dense, stats))
+}
+
+/// One file instead of tensors by name: its hash stands among those of files.
+fn write_gguf(parts: &ModelParts<'_>, dir: &Path) -> Result<Manifest> {
+    let mut stats = WeightStats::default();
+    let mut linears = BTreeMap::new();
+    for (name, (weight, method)) in parts.quantized {
+        let (_, record) = fewbit::encode(name, weight, method);
+        linears.insert(name.clone(), LinearRecord { sha256: BTreeMap::new(), ..record });
+        stats.weights += weight.layout.len() as u64;
+    }
+    stats.bits = gguf::write(parts, &parts.provenance.model, dir)?;
+    Ok(manifest(parts, Format::Gguf, linears, BTreeMap::new(), stats))
+}
+
+fn manifest(
+    parts: &ModelParts<'_>,
+    format: Format,
+    linears: BTreeMap<String, LinearRecord>,
+    dense: BTreeMap<String, String>,
+    stats: WeightStats,
+) -> Manifest {
+    Manifest {
         format,
         format_version: FORMAT_VERSION,
         fewbit: env!("CARGO_PKG_VERSION").to_owned(),
@@ -232,7 +292,7 @@ fn write_tensors(parts: &ModelParts<'_>, format: Format, dir: &Path) -> Result<M
         files: BTreeMap::new(),
         bits_per_weight: stats.bits_per_weight(),
         parity: None,
-    })
+    }
 }
 
 fn write_all(writer: &mut ShardWriter, tensors: &[(String, HostTensor)]) -> Result<()> {
@@ -243,15 +303,23 @@ fn write_all(writer: &mut ShardWriter, tensors: &[(String, HostTensor)]) -> Resu
 fn write_companions(
     parts: &ModelParts<'_>,
     format: Format,
+    packer: Option<&Packer>,
     dir: &Path,
 ) -> Result<BTreeMap<String, String>> {
     let path = parts.dir.join("config.json");
     let text = std::fs::read_to_string(&path).map_err(|e| Error::io("read", &path, &e))?;
     let mut config: Value = serde_json::from_str(&text)
         .map_err(|e| Error::failed(format!("config.json is not valid: {e}")).at(path.display()))?;
-    match format {
-        Format::Dequantized => config = dequantized::config(config, parts.unties()),
-        Format::Fewbit => {
+    match (format, packer) {
+        (Format::Dequantized, _) => config = dequantized::config(config, parts.unties()),
+        (_, Some(packer)) => {
+            if parts.unties() {
+                config["tie_word_embeddings"] = json!(false);
+            }
+            packer.configure(&mut config)?;
+        }
+        (Format::Gguf, _) => {}
+        (_, None) => {
             if let Some(map) = config.as_object_mut() {
                 let about = json!({
                     "quant_method": "fewbit",
@@ -276,7 +344,7 @@ fn write_companions(
 }
 
 /// Codes equal, weights bit-equal, activations on the same grids, nothing missing.
-fn compare_weights(parts: &ModelParts<'_>, opened: &OpenModel) -> Result<()> {
+fn compare_weights(parts: &ModelParts<'_>, format: Format, opened: &OpenModel) -> Result<()> {
     let differs = |what: &str, name: &str| {
         Err(Error::gate(format!("the exported {what} is not what was trained"))
             .at(name)
@@ -301,7 +369,15 @@ fn compare_weights(parts: &ModelParts<'_>, opened: &OpenModel) -> Result<()> {
     for name in &parts.names() {
         let quantized =
             name.strip_suffix(".weight").is_some_and(|l| parts.quantized.contains_key(l));
-        if !quantized && opened.checkpoint.read(name)? != parts.dense(name)? {
+        if quantized {
+            continue;
+        }
+        let tensor = parts.dense(name)?;
+        let same = match &opened.gguf {
+            Some(file) => file.values(name, &tensor.shape)? == tensor.to_f32()?,
+            None => opened.checkpoint.read(parts.stored_as(name, format)?)? == tensor,
+        };
+        if !same {
             return differs("tensor", name);
         }
     }
@@ -329,6 +405,10 @@ pub struct OpenModel {
     pub manifest: Option<Manifest>,
     /// An adapter whose scales stand in for the stored ones.
     pub adapter: Option<Adapter>,
+    /// How linears are stored in another runtime's format.
+    packed_as: Option<Packed>,
+    /// The file that holds the weights instead of safetensors.
+    gguf: Option<gguf::Weights>,
 }
 
 /// Opens a model folder; only headers are read.
@@ -341,12 +421,16 @@ pub fn open_model(dir: &Path) -> Result<OpenModel> {
             .at(dir.display())
             .fix("a Hugging Face folder, a fewbit run or export, or a hub id owner/name"));
     }
+    let config = ModelConfig::read(dir)?;
+    let gguf = gguf::Weights::open(dir, &config)?;
     let opened = OpenModel {
         dir: dir.to_owned(),
-        config: ModelConfig::read(dir)?,
-        checkpoint: Checkpoint::open(dir)?,
+        config,
+        checkpoint: if gguf.is_some() { Checkpoint::empty() } else { Checkpoint::open(dir)? },
+        gguf,
         manifest: Manifest::read(dir)?,
         adapter: None,
+        packed_as: Packed::of(&config_json(dir)?).map_err(|e| e.at(dir.display()))?,
     };
     if let Some(record) = opened.activations() {
         record.check(opened.config.n_blocks).map_err(|e| {
@@ -356,7 +440,20 @@ pub fn open_model(dir: &Path) -> Result<OpenModel> {
     Ok(opened)
 }
 
+/// A folder's `config.json` as it stands.
+fn config_json(dir: &Path) -> Result<Value> {
+    let path = dir.join("config.json");
+    let text = std::fs::read_to_string(&path).map_err(|e| Error::io("read", &path, &e))?;
+    serde_json::from_str(&text)
+        .map_err(|e| Error::failed(format!("config.json is not valid: {e}")).at(path.display()))
+}
+
 impl OpenModel {
+    /// How a linear is stored in another runtime's format, if it is.
+    fn packed_elsewhere(&self, linear: &str) -> Option<&Packed> {
+        self.packed_as.as_ref().filter(|packed| packed.holds(linear, &self.checkpoint))
+    }
+
     fn activations(&self) -> Option<&ActivationRecord> {
         self.manifest.as_ref()?.activations.as_ref()
     }
@@ -399,6 +496,17 @@ impl OpenModel {
 impl WeightSource for OpenModel {
     fn weight(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         let linear = name.strip_suffix(".weight").unwrap_or(name);
+        if let Some(file) = &self.gguf {
+            return file.values(name, shape);
+        }
+        if let Some(packed) = self.packed_elsewhere(linear) {
+            let (weights, found) = packed.weights(linear, &self.checkpoint)?;
+            if shape == found {
+                return Ok(weights);
+            }
+            let what = format!("the packed weight is {found:?}, config.json asks for {shape:?}");
+            return Err(Error::preflight(what).at(name));
+        }
         match self.quantized(linear)? {
             None => self.checkpoint.weight(name, shape),
             Some(weight) if shape == [weight.layout.out, weight.layout.inputs] => {
@@ -413,8 +521,11 @@ impl WeightSource for OpenModel {
     }
 
     fn contains(&self, name: &str) -> bool {
+        let linear = name.strip_suffix(".weight").unwrap_or(name);
         self.checkpoint.contains(name)
-            || self.packed(name.strip_suffix(".weight").unwrap_or(name)).is_some()
+            || self.gguf.as_ref().is_some_and(|file| file.contains(name))
+            || self.packed(linear).is_some()
+            || self.packed_elsewhere(linear).is_some()
     }
 
     fn coded(&self, name: &str) -> Result<Option<QuantizedWeight>> {
@@ -422,6 +533,6 @@ impl WeightSource for OpenModel {
     }
 
     fn overrides(&self, name: &str) -> bool {
-        self.packed(name).is_some()
+        self.packed(name).is_some() || self.packed_elsewhere(name).is_some()
     }
 }

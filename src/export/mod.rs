@@ -6,23 +6,34 @@
 pub mod activations;
 mod adapted;
 mod adapter;
+pub mod awq;
+pub mod bcq;
+pub mod compressed_tensors;
 mod dequantized;
 mod difference;
 pub mod fewbit;
 mod folder;
+pub mod gguf;
+pub mod gptq;
 mod manifest;
+pub mod matrix;
+pub mod mlx;
+mod packed;
+pub mod plan;
+pub mod read;
 mod switch;
 
 use serde::{Deserialize, Serialize};
 
 pub use activations::ActivationRecord;
 pub use adapted::write_opened;
-pub use adapter::{Adapter, AdapterDType, AdapterHead, AdapterPart, AdapterRecord, Tuned};
+pub use adapter::{Adapter, AdapterHead, AdapterPart, AdapterRecord, Tuned};
 pub use difference::{Change, Difference, differences};
 pub use folder::{
     Exported, ModelParts, OpenModel, Parity, WeightStats, open_model, weights_sha256, write,
 };
 pub use manifest::{GridRecord, LinearRecord, MANIFEST_FILE, Manifest, ParityRecord, Provenance};
+pub use packed::{CompressedTensorsConfig, GptqFormatConfig, MlxConfig, PlainConfig};
 pub use switch::Adapters;
 
 /// `[stage.export]`'s `format` table: every format named in it is written.
@@ -35,6 +46,27 @@ pub struct FormatsConfig {
     /// A dense Hugging Face folder of the quantized weights, which any runtime loads.
     #[serde(skip_serializing_if = "Option::is_none", alias = "dense")]
     pub dequantized: Option<DequantizedConfig>,
+    /// MLX's affine layout, as mlx-lm reads it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mlx: Option<MlxConfig>,
+    /// GPTQ.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gptq: Option<GptqFormatConfig>,
+    /// AutoRound: GPTQ's tensors under another config.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub autoround: Option<GptqFormatConfig>,
+    /// AWQ, 4 bits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub awq: Option<PlainConfig>,
+    /// compressed-tensors, packed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compressed_tensors: Option<CompressedTensorsConfig>,
+    /// Bit planes in LUT-GEMM's word order.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bcq: Option<PlainConfig>,
+    /// One GGUF file, as llama.cpp reads it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gguf: Option<PlainConfig>,
 }
 
 /// `format.fewbit`: no keys.
@@ -55,17 +87,48 @@ pub enum Format {
     Fewbit,
     /// Dense Hugging Face folder.
     Dequantized,
+    /// MLX.
+    Mlx,
+    /// GPTQ.
+    Gptq,
+    /// AutoRound.
+    Autoround,
+    /// AWQ.
+    Awq,
+    /// compressed-tensors.
+    CompressedTensors,
+    /// Bit planes.
+    Bcq,
+    /// GGUF.
+    Gguf,
 }
 
 impl Format {
     /// Every format.
-    pub const ALL: [Self; 2] = [Self::Fewbit, Self::Dequantized];
+    pub const ALL: [Self; 9] = [
+        Self::Fewbit,
+        Self::Dequantized,
+        Self::Mlx,
+        Self::Gptq,
+        Self::Autoround,
+        Self::Awq,
+        Self::CompressedTensors,
+        Self::Bcq,
+        Self::Gguf,
+    ];
 
     /// What it is, in a few words.
     pub fn about(self) -> &'static str {
         match self {
             Self::Fewbit => "Packed codes and scales: what every other format is made from",
             Self::Dequantized => "A dense Hugging Face folder of the quantized weights, in f32",
+            Self::Mlx => "MLX's affine layout: mlx-lm; 2, 3, 4, 5, 6 and 8 bits",
+            Self::Gptq => "GPTQ: transformers, gptqmodel, vLLM; 2, 3, 4 and 8 bits, f16 scales",
+            Self::Autoround => "AutoRound: GPTQ's tensors under its own config",
+            Self::Awq => "AWQ: 4 bits, f16 scales",
+            Self::CompressedTensors => "compressed-tensors: vLLM, transformers; 1 to 8 bits",
+            Self::Gguf => "One GGUF file: llama.cpp; the block type that holds each weight exactly",
+            Self::Bcq => "Sign planes of binary coding in LUT-GEMM's word order",
         }
     }
 
@@ -74,6 +137,13 @@ impl Format {
         match self {
             Self::Fewbit => "fewbit",
             Self::Dequantized => "dequantized",
+            Self::Mlx => "mlx",
+            Self::Gptq => "gptq",
+            Self::Autoround => "autoround",
+            Self::Awq => "awq",
+            Self::CompressedTensors => "compressed_tensors",
+            Self::Bcq => "bcq",
+            Self::Gguf => "gguf",
         }
     }
 }
@@ -81,8 +151,17 @@ impl Format {
 impl FormatsConfig {
     /// The formats asked for.
     pub fn formats(&self) -> Vec<Format> {
-        let fewbit = self.fewbit.as_ref().map(|_| Format::Fewbit);
-        let dequantized = self.dequantized.as_ref().map(|_| Format::Dequantized);
-        fewbit.into_iter().chain(dequantized).collect()
+        let asked = |format: &Format| match format {
+            Format::Fewbit => self.fewbit.is_some(),
+            Format::Dequantized => self.dequantized.is_some(),
+            Format::Mlx => self.mlx.is_some(),
+            Format::Gptq => self.gptq.is_some(),
+            Format::Autoround => self.autoround.is_some(),
+            Format::Awq => self.awq.is_some(),
+            Format::CompressedTensors => self.compressed_tensors.is_some(),
+            Format::Bcq => self.bcq.is_some(),
+            Format::Gguf => self.gguf.is_some(),
+        };
+        Format::ALL.into_iter().filter(asked).collect()
     }
 }

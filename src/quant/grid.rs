@@ -1,5 +1,6 @@
 //! What every method must end in: integer codes on a grid, on the host, ready to be packed.
 
+use half::f16;
 use serde::{Deserialize, Serialize};
 
 use super::{Bits, GroupAxis, GroupLayout, bcq};
@@ -106,6 +107,47 @@ impl Grid {
     }
 }
 
+/// The numbers that scales are.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ScaleDType {
+    /// 32-bit floats.
+    #[default]
+    F32,
+    /// Half precision, which most runtimes store.
+    F16,
+}
+
+impl ScaleDType {
+    /// The name in recipes and files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+        }
+    }
+
+    /// The nearest values of this type.
+    ///
+    /// # Errors
+    /// When one lies outside its range.
+    pub fn rounded(self, values: Vec<f32>) -> Result<Vec<f32>> {
+        if self == Self::F32 {
+            return Ok(values);
+        }
+        let half = |value: f32| {
+            let rounded = f16::from_f32(value).to_f32();
+            if rounded.is_finite() && (rounded == 0.0) == (value == 0.0) {
+                Ok(rounded)
+            } else {
+                Err(Error::failed(format!("scale {value:e} does not fit in half precision"))
+                    .fix("scales of \"f32\""))
+            }
+        };
+        values.into_iter().map(half).collect()
+    }
+}
+
 /// A quantized linear: codes and grid. What was trained, and what is exported, bit for bit.
 #[derive(Clone, Debug, PartialEq)]
 pub struct QuantizedWeight {
@@ -173,6 +215,21 @@ impl QuantizedWeight {
                 if let Some(value) = alpha.iter().chain(offset).find(|value| !value.is_finite()) {
                     return Err(Error::failed(format!("plane scale or offset {value}")));
                 }
+            }
+        }
+        Ok(self)
+    }
+
+    /// The same codes, with scales (and the offsets of binary coding) of this type.
+    ///
+    /// # Errors
+    /// As [`ScaleDType::rounded`].
+    pub fn with_scales(mut self, dtype: ScaleDType) -> Result<Self> {
+        match &mut self.grid {
+            Grid::Uniform { scale, .. } => *scale = dtype.rounded(std::mem::take(scale))?,
+            Grid::BinaryCoding { alpha, offset } => {
+                *alpha = dtype.rounded(std::mem::take(alpha))?;
+                *offset = dtype.rounded(std::mem::take(offset))?;
             }
         }
         Ok(self)

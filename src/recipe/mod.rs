@@ -18,7 +18,8 @@ pub use plan::{Base, Plan, PlannedStage};
 
 pub use crate::data::DataFormat;
 use crate::quant::{
-    ActivationConfig, ActivationQuant, Bits, GroupSize, KvCacheConfig, ObserverConfig, Symmetry,
+    ActivationConfig, ActivationQuant, Bits, GroupSize, KvCacheConfig, ObserverConfig, ScaleDType,
+    Symmetry,
 };
 use crate::stage::StageConfig;
 
@@ -175,6 +176,10 @@ pub struct QuantSection {
     /// How grids start.
     #[serde(default)]
     pub observer: ObserverConfig,
+    /// `"f16"`: what a stage leaves has scales that half precision holds, so that formats which
+    /// store such scales hold the model exactly.
+    #[serde(default)]
+    pub scales: ScaleDType,
     /// Activations too, from the first stage that quantizes on; absent: they stay float.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub activations: Option<ActivationConfig>,

@@ -123,6 +123,7 @@ fn execute(
             head: stage.head,
             observer: &stage.observer,
             default_spec: stage.default_spec,
+            scales: plan.recipe.quant.scales,
             dir: &dir,
             run_dir: folder.path(),
             report,

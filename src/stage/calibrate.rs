@@ -143,6 +143,7 @@ fn round_block(
             .and_then(|layout| {
                 method::quantize(&config.method, spec, ctx.observer, layout, &weight)
             })
+            .and_then(|weight| weight.with_scales(ctx.scales))
             .map_err(|e| e.at(&name))?;
         progress(ctx, index, &name);
         saved.linears.push((name, folded, config.method.name().to_owned()));

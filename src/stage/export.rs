@@ -41,7 +41,7 @@ pub(super) fn run(config: &ExportConfig, ctx: &mut StageContext<'_>) -> Result<(
         let packed = Packed(ctx.model);
         let source: &dyn WeightSource = match format {
             Format::Fewbit => &packed,
-            Format::Dequantized => ctx.model,
+            _ => ctx.model,
         };
         let trained = match ctx.data.validation {
             Some(_) => Some(evaluate::perplexity(ctx, source, ctx.model.tap(), &task)?),
@@ -87,6 +87,7 @@ pub(super) fn run(config: &ExportConfig, ctx: &mut StageContext<'_>) -> Result<(
             quantized: &ctx.model.quantized,
             dense: &dense,
             activations: ctx.model.activations.if_on(),
+            options: config.format.clone(),
             provenance: ctx.provenance.clone(),
         };
         let exported = export::write(&parts, format, &target, parity)?;

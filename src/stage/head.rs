@@ -41,5 +41,7 @@ pub(super) fn rounded(ctx: &StageContext<'_>, spec: &QuantSpec) -> Result<Quanti
     let weight = Tensor::from_data(TensorData::new(values, shape), &ctx.device.device);
     let rtn = MethodConfig::Rtn(RtnConfig {});
     let layout = spec.layout(shape)?;
-    method::quantize(&rtn, spec, ctx.observer, layout, &weight).map_err(|e| e.at(HEAD))
+    method::quantize(&rtn, spec, ctx.observer, layout, &weight)
+        .and_then(|weight| weight.with_scales(ctx.scales))
+        .map_err(|e| e.at(HEAD))
 }

@@ -48,7 +48,7 @@ use crate::objective::ObjectiveConfig;
 use crate::ops;
 use crate::quant::{
     Bits, CodedWeight, GroupSize, Learned, ObserverConfig, QuantSpec, QuantizedWeight, Repr,
-    Symmetry,
+    ScaleDType, Symmetry,
 };
 use crate::report::{Event, Reporter, Reporters};
 use crate::stop::StopFlag;
@@ -511,6 +511,8 @@ pub struct StageContext<'a> {
     pub observer: &'a ObserverConfig,
     /// `[quant]`, the stage's overrides aside: baselines use its grouping.
     pub default_spec: QuantSpec,
+    /// The numbers that scales are, of what this stage leaves.
+    pub scales: ScaleDType,
     /// This stage's folder under `checkpoints/`.
     pub dir: &'a Path,
     /// The run's folder.
@@ -581,7 +583,7 @@ impl StageContext<'_> {
         if widest > 0.0 && self.device.name == "cpu" {
             return Err(Error::gate(format!("the folded weight differs by {widest:e}")).at(name));
         }
-        Ok(folded)
+        folded.with_scales(self.scales).map_err(|e| e.at(name))
     }
 
     /// Emits the code histogram of everything quantized so far, one per width.

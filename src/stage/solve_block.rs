@@ -53,7 +53,10 @@ pub(super) fn solve_block(
             inputs: Some(&observed.hessian),
             output_error: if compares { Some(&error) } else { None },
         };
-        let solved = method.solve(&problem).map_err(|e| e.at(&name))?;
+        let solved = method
+            .solve(&problem)
+            .and_then(|weight| weight.with_scales(ctx.scales))
+            .map_err(|e| e.at(&name))?;
         replace(block.linears_mut()[position].1, dense(ctx, &solved));
         saved.linears.push((name, solved, method.name().to_owned()));
     }

@@ -10,11 +10,11 @@ use serde::{Deserialize, Serialize};
 use super::session::{Training, discard_state};
 use super::{Packed, StageContext};
 use crate::error::{Error, Result};
-use crate::export::{Adapter, AdapterDType, AdapterHead, Tuned};
+use crate::export::{Adapter, AdapterHead, Tuned};
 use crate::method::{self, MethodConfig};
 use crate::model::{Block, CausalLm, Loader, block_prefix};
 use crate::objective::{CrossEntropyObjective, ObjectiveConfig};
-use crate::quant::{CodedWeight, Learned, QuantizedWeight, SCALE_FLOOR};
+use crate::quant::{CodedWeight, Learned, QuantizedWeight, SCALE_FLOOR, ScaleDType};
 use crate::report::{Event, Reporter, size};
 use crate::train::{LearningRate, OptimizerConfig, ScheduleConfig};
 
@@ -63,7 +63,7 @@ pub struct AdapterConfig {
     pub name: Option<String>,
     /// `"f32"`, or `"f16"`: half the size; the trained scales are rounded to it, so the model that
     /// goes on is the one that the adapter gives.
-    pub dtype: AdapterDType,
+    pub dtype: ScaleDType,
 }
 
 fn cross_entropy() -> ObjectiveConfig {

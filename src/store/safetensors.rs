@@ -60,6 +60,11 @@ impl Checkpoint {
         }
     }
 
+    /// One without a file or a tensor.
+    pub fn empty() -> Self {
+        Self { files: Vec::new(), tensors: BTreeMap::new(), metadata: BTreeMap::new() }
+    }
+
     /// Opens one safetensors file under any name.
     ///
     /// # Errors

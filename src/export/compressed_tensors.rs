@@ -1,0 +1,222 @@
+//! compressed-tensors, format `pack-quantized`.
+//!
+//! Per linear `X`: `X.weight_packed`, i32 `[out, ceil(inputs * bits / 32)]`, a dense stream per
+//! row; `X.weight_scale`, `[out, groups]`, f32, f16 or bf16; `X.weight_shape`, i64 `[2]`; and
+//! unless symmetric `X.weight_zero_point`, i32 `[ceil(out * bits / 32), groups]`, a dense stream
+//! down the outputs. The library thinks in signed values, of which these are the unsigned codes:
+//! each has `2^(bits-1)` added.
+
+use serde_json::{Map, Value, json};
+
+use super::matrix::{
+    Affine, Layer, Tensors, floats, is_exact, most_common, transposed, words_as_i32,
+};
+use super::plan::{self, Target, Traits};
+use crate::error::{Error, Result};
+use crate::quant::bits;
+use crate::store::{DType, HostTensor};
+
+/// The tensors of linear `name` with scales of type `scales`: F32, F16 or BF16. A symmetric grid
+/// (zero points of `2^(bits-1)`) is stored without zero points.
+///
+/// # Errors
+/// When the grid does not fit ([`plan::refusal`]), and when `scales` would round a scale.
+pub fn encode(name: &str, weight: &Affine<'_>, scales: DType) -> Result<Tensors> {
+    weight.check(name)?;
+    plan::check(Target::CompressedTensors, &Traits::of(weight), name)?;
+    check_scales(name, weight, scales)?;
+    let (out, inputs, groups, width) = (weight.out, weight.inputs, weight.groups(), weight.bits);
+    let packed = bits::pack_rows(weight.codes, inputs, width);
+    let columns = bits::words_per_row(inputs, width);
+    let mut tensors = vec![
+        (format!("{name}.weight_packed"), words_as_i32([out, columns], &packed)),
+        (format!("{name}.weight_scale"), floats(scales, [out, groups], weight.scale)),
+        (
+            format!("{name}.weight_shape"),
+            HostTensor::i64([2], &[out.cast_signed() as i64, inputs.cast_signed() as i64]),
+        ),
+    ];
+    if !weight.is_centred() {
+        let zeros = bits::pack_rows(&transposed(&weight.zero_codes(), groups), out, width);
+        let rows = bits::words_per_row(out, width);
+        let zeros = words_as_i32([rows, groups], &transposed(&zeros, rows));
+        tensors.push((format!("{name}.weight_zero_point"), zeros));
+    }
+    Ok(tensors)
+}
+
+fn check_scales(name: &str, weight: &Affine<'_>, dtype: DType) -> Result<()> {
+    let fix = "format.compressed_tensors.scales = \"f32\"";
+    if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
+        let what = format!("compressed_tensors scales are F32, F16 or BF16, not {dtype}");
+        return Err(Error::usage(what).at(name).fix(fix));
+    }
+    let inexact = weight.scale.iter().filter(|scale| !is_exact(dtype, **scale)).count();
+    if inexact == 0 {
+        return Ok(());
+    }
+    let what = format!(
+        "{inexact} of {} scales are no {dtype} numbers, they would be rounded",
+        weight.scale.len()
+    );
+    Err(Error::preflight(what).at(name).fix(fix))
+}
+
+/// The `quantization_config`; `dense` names the linears that stay as they are.
+///
+/// Linears of one width, grouping and symmetry share an entry. Where there is one entry, it holds
+/// every linear that is not `dense`; where there are more, each names its linears.
+pub fn config(linears: &[Layer], dense: &[String]) -> Value {
+    let rows = linears.iter().all(Layer::is_whole_row);
+    let key = |layer: &Layer| (layer.bits, layer.group_len * usize::from(!rows), layer.centred);
+    let keys: Vec<_> = linears.iter().map(key).collect();
+    let mut distinct = keys.clone();
+    distinct.sort_unstable();
+    distinct.dedup();
+    // The most common first: readers show it as the model's scheme.
+    let common = most_common(&keys);
+    distinct.sort_by_key(|key| Some(*key) != common);
+    let mut groups = Map::new();
+    for (i, key) in distinct.iter().enumerate() {
+        let members = linears.iter().zip(&keys).filter(|(_, other)| *other == key);
+        let targets: Vec<&str> = match distinct.len() {
+            1 => vec!["Linear"],
+            _ => members.map(|(layer, _)| layer.name.as_str()).collect(),
+        };
+        groups.insert(format!("group_{i}"), scheme(*key, &targets));
+    }
+    json!({
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "version": version(linears),
+        "global_compression_ratio": null,
+        "kv_cache_scheme": null,
+        "ignore": dense,
+        "config_groups": groups,
+    })
+}
+
+fn scheme((bits, group, symmetric): (u8, usize, bool), targets: &[&str]) -> Value {
+    let mut weights = json!({
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": if group == 0 { "channel" } else { "group" },
+        "dynamic": false,
+        "actorder": null,
+    });
+    if group > 0 {
+        weights["group_size"] = json!(group);
+    }
+    json!({
+        "targets": targets,
+        "weights": weights,
+        "input_activations": null,
+        "output_activations": null,
+    })
+}
+
+/// The release of the library whose layout this is. Widths that do not divide a word became dense
+/// in 0.18; until then such codes were padded so that none straddles words.
+fn version(linears: &[Layer]) -> &'static str {
+    if linears.iter().all(|layer| 32_u8.is_multiple_of(layer.bits)) { "0.17.1" } else { "0.18.0" }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+    use proptest::prelude::*;
+
+    use super::super::matrix::sample::grid;
+    use super::super::read::{self, Shift, memory::Memory};
+    use super::*;
+    use crate::quant::ZeroKind;
+
+    #[test]
+    fn a_hand_example() {
+        let mut grid = grid([2, 4], 2, 4, ZeroKind::Integer, true, 1);
+        grid.codes = vec![1, 2, 3, 4, 5, 6, 7, 8];
+        grid.zero = vec![1.0, 2.0, 3.0, 4.0];
+        grid.scale = vec![0.5, 0.25, 2.0, 1.0];
+        let tensors = encode("x", &grid.affine(), DType::F16).unwrap();
+        assert_eq!(tensors[0].1, HostTensor::i32([2, 1], &[0x4321, 0x8765]));
+        assert_eq!(tensors[1].1, HostTensor::f16_from_f32([2, 2], &grid.scale));
+        assert_eq!(tensors[2].1, HostTensor::i64([2], &[2, 4]));
+        // One word per group, down the outputs.
+        assert_eq!(tensors[3].1, HostTensor::i32([1, 2], &[0x31, 0x42]));
+        grid.centre();
+        assert_eq!(encode("x", &grid.affine(), DType::F16).unwrap().len(), 3);
+    }
+
+    #[test]
+    fn scales_are_never_rounded() {
+        let mut grid = grid([2, 4], 2, 4, ZeroKind::Integer, false, 1);
+        for dtype in [DType::F16, DType::BF16] {
+            let error = encode("x", &grid.affine(), dtype).unwrap_err().to_string();
+            assert!(error.contains("scales = \"f32\""), "{error}");
+        }
+        assert!(encode("x", &grid.affine(), DType::F32).is_ok());
+        assert!(encode("x", &grid.affine(), DType::I8).is_err());
+        grid.scale.fill(bf16::from_f32(1e-20).to_f32());
+        assert!(encode("x", &grid.affine(), DType::BF16).is_ok());
+        assert!(encode("x", &grid.affine(), DType::F16).is_err());
+        grid.kind = ZeroKind::Half;
+        grid.zero.fill(1.5);
+        assert!(encode("x", &grid.affine(), DType::F32).is_err());
+    }
+
+    #[test]
+    fn one_entry_per_scheme() {
+        let layer = |name: &str, bits, group_len, centred| Layer {
+            name: name.to_owned(),
+            shape: [8, 64],
+            bits,
+            group_len,
+            centred,
+        };
+        let same = [layer("a", 4, 64, true), layer("b", 4, 64, true)];
+        let one = config(&same, &["lm_head".to_owned()]);
+        let scheme = &one["config_groups"]["group_0"];
+        assert_eq!(scheme["targets"], json!(["Linear"]));
+        assert_eq!(scheme["weights"]["strategy"], "channel");
+        assert_eq!((&one["ignore"], &one["version"]), (&json!(["lm_head"]), &json!("0.17.1")));
+        let mixed = [layer("a", 2, 32, false), layer("b", 3, 64, true), layer("c", 3, 64, true)];
+        let two = config(&mixed, &[]);
+        let groups = &two["config_groups"];
+        assert_eq!(groups["group_0"]["targets"], json!(["b", "c"]));
+        assert_eq!(groups["group_0"]["weights"]["group_size"], 64);
+        assert_eq!(groups["group_1"]["targets"], json!(["a"]));
+        assert_eq!(groups["group_1"]["weights"]["symmetric"], false);
+        assert_eq!(two["version"], "0.18.0");
+    }
+
+    proptest! {
+        #[test]
+        fn comes_back_bit_for_bit(
+            bits in 1_u8..=8,
+            group_len in 1_usize..70,
+            groups in 1_usize..4,
+            out in 1_usize..20,
+            centred: bool,
+            short: bool,
+            seed: u32,
+        ) {
+            let shape = [out, groups * group_len];
+            let mut grid = grid(shape, group_len, bits, ZeroKind::Integer, short, seed);
+            if centred {
+                grid.centre();
+            }
+            let dtype = if short { DType::F16 } else { DType::F32 };
+            let tensors = encode("x", &grid.affine(), dtype).unwrap();
+            let config = config(&[grid.affine().layer("x")], &[]);
+            let decoded =
+                read::compressed_tensors::decode(&config, "x", &Memory::new(tensors)).unwrap();
+            prop_assert_eq!(decoded.group_len, group_len);
+            prop_assert_eq!(&decoded.codes, &grid.codes);
+            prop_assert_eq!(&decoded.scale, &grid.scale);
+            prop_assert_eq!(decoded.shift, Shift::Zero(grid.zero.clone()));
+            prop_assert_eq!(decoded.weights, grid.affine().dequantize());
+        }
+    }
+}

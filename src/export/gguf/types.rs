@@ -1,0 +1,185 @@
+//! The tensor types of ggml that fewbit knows: ids, names and block sizes.
+
+use std::fmt;
+
+/// How the rows of a tensor are stored: blocks of [`BlockType::block_len`] weights in
+/// [`BlockType::block_bytes`] bytes each. Scales inside a block are f16.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub enum BlockType {
+    /// Plain 32-bit floats.
+    F32,
+    /// Plain 16-bit floats.
+    F16,
+    /// Plain bfloat16.
+    Bf16,
+    /// `d·t`, t in -8..=7; a scale per 32 weights.
+    Q4_0,
+    /// `d·q + m`, q in 0..=15; scale and minimum per 32 weights.
+    Q4_1,
+    /// `d·t`, t in -128..=127; a scale per 32 weights.
+    Q8_0,
+    /// `d·t`, t in -1..=2; a scale per 64 weights. A fork of llama.cpp stores blocks of 128 under
+    /// the same id; fewbit writes llama.cpp's.
+    Q2_0,
+    /// `d·sc·q - dmin·m`, q in 0..=3; 4-bit sc and m per 16 weights.
+    Q2K,
+    /// `d·sc·t`, t in -4..=3; 6-bit signed sc per 16 weights.
+    Q3K,
+    /// `d·sc·q - dmin·m`, q in 0..=15; 6-bit sc and m per 32 weights.
+    Q4K,
+    /// `d·t`, t in -1..=1; a scale per 256 weights.
+    Tq2_0,
+}
+
+impl BlockType {
+    /// Every type, smallest first; of two equal ones the more widely read first.
+    pub const ALL: [Self; 11] = [
+        Self::Tq2_0,
+        Self::Q2_0,
+        Self::Q2K,
+        Self::Q3K,
+        Self::Q4_0,
+        Self::Q4K,
+        Self::Q4_1,
+        Self::Q8_0,
+        Self::F16,
+        Self::Bf16,
+        Self::F32,
+    ];
+
+    /// The number that stands for it in a file.
+    pub fn id(self) -> u32 {
+        match self {
+            Self::F32 => 0,
+            Self::F16 => 1,
+            Self::Q4_0 => 2,
+            Self::Q4_1 => 3,
+            Self::Q8_0 => 8,
+            Self::Q2K => 10,
+            Self::Q3K => 11,
+            Self::Q4K => 12,
+            Self::Bf16 => 30,
+            Self::Tq2_0 => 35,
+            Self::Q2_0 => 42,
+        }
+    }
+
+    /// The type of an id; `None` for one that fewbit does not know.
+    pub fn from_id(id: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.id() == id)
+    }
+
+    /// ggml's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "F32",
+            Self::F16 => "F16",
+            Self::Bf16 => "BF16",
+            Self::Q4_0 => "Q4_0",
+            Self::Q4_1 => "Q4_1",
+            Self::Q8_0 => "Q8_0",
+            Self::Q2_0 => "Q2_0",
+            Self::Q2K => "Q2_K",
+            Self::Q3K => "Q3_K",
+            Self::Q4K => "Q4_K",
+            Self::Tq2_0 => "TQ2_0",
+        }
+    }
+
+    /// The type of a name, in either case.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name().eq_ignore_ascii_case(name))
+    }
+
+    /// Weights per block.
+    pub fn block_len(self) -> usize {
+        match self {
+            Self::F32 | Self::F16 | Self::Bf16 => 1,
+            Self::Q4_0 | Self::Q4_1 | Self::Q8_0 => 32,
+            Self::Q2_0 => 64,
+            Self::Q2K | Self::Q3K | Self::Q4K | Self::Tq2_0 => 256,
+        }
+    }
+
+    /// Bytes per block.
+    pub fn block_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+            Self::Q4_0 | Self::Q2_0 => 18,
+            Self::Q4_1 => 20,
+            Self::Q8_0 => 34,
+            Self::Q2K => 84,
+            Self::Q3K => 110,
+            Self::Q4K => 144,
+            Self::Tq2_0 => 66,
+        }
+    }
+
+    /// Bytes of a row of `columns` weights; `None` when they are no whole blocks or the count
+    /// overflows.
+    pub fn row_bytes(self, columns: usize) -> Option<usize> {
+        let whole = columns.is_multiple_of(self.block_len());
+        whole.then(|| (columns / self.block_len()).checked_mul(self.block_bytes())).flatten()
+    }
+
+    /// Bytes of a tensor of `shape`, outermost size first (a scalar is one weight); `None` as for
+    /// [`BlockType::row_bytes`].
+    pub fn tensor_bytes(self, shape: &[usize]) -> Option<usize> {
+        let (&columns, outer) = shape.split_last().unwrap_or((&1, &[]));
+        outer.iter().try_fold(self.row_bytes(columns)?, |bytes, &size| bytes.checked_mul(size))
+    }
+
+    /// Stored bits per weight, scales included.
+    pub fn bits_per_weight(self) -> f64 {
+        (8 * self.block_bytes()) as f64 / self.block_len() as f64
+    }
+
+    /// llama.cpp's number for a file that mostly holds this type (`general.file_type`).
+    pub fn file_type(self) -> u32 {
+        match self {
+            Self::F32 => 0,
+            Self::F16 => 1,
+            Self::Q4_0 => 2,
+            Self::Q4_1 => 3,
+            Self::Q8_0 => 7,
+            Self::Q2K => 10,
+            Self::Q3K => 11,
+            Self::Q4K => 14,
+            Self::Bf16 => 32,
+            Self::Tq2_0 => 37,
+            Self::Q2_0 => 41,
+        }
+    }
+}
+
+impl fmt::Display for BlockType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_and_names_lead_back() {
+        for kind in BlockType::ALL {
+            assert_eq!(BlockType::from_id(kind.id()), Some(kind));
+            assert_eq!(BlockType::from_name(&kind.name().to_lowercase()), Some(kind));
+        }
+        assert_eq!(BlockType::from_id(4), None);
+        assert_eq!(BlockType::from_name("Q5_K"), None);
+    }
+
+    #[test]
+    fn sizes_are_ordered_and_checked() {
+        let bits = BlockType::ALL.map(BlockType::bits_per_weight);
+        assert!(bits.is_sorted(), "{bits:?}");
+        assert_eq!(BlockType::Q4_0.tensor_bytes(&[3, 64]), Some(108));
+        assert_eq!(BlockType::Q4_0.tensor_bytes(&[3, 48]), None);
+        assert_eq!(BlockType::F32.tensor_bytes(&[]), Some(4));
+        assert_eq!(BlockType::F32.tensor_bytes(&[usize::MAX, 2]), None);
+    }
+}

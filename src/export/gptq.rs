@@ -1,0 +1,345 @@
+//! GPTQ's tensors, versions 1 and 2, which AutoRound reads under a config of its own.
+//!
+//! Per linear `X`, all words i32: `X.qweight` `[inputs * bits / 32, out]`, a dense stream down the
+//! inputs of each output; `X.qzeros` `[groups, out * bits / 32]`, a dense stream along the outputs;
+//! `X.scales` f16 `[groups, out]`; `X.g_idx` i32 `[inputs]`, the group of each input.
+//!
+//! Version 1 stores a zero point less one, and its readers add the one back to whole words, so
+//! that a zero point of 0 spills into its neighbour. It is written for symmetric grids only, where
+//! it has the widest reach; everything else is version 2. `scale * (code - zero)` is exact in f32
+//! for an f16 scale; runtimes that compute in f16 round each weight once.
+
+use serde_json::{Map, Value, json};
+
+use super::matrix::{
+    Affine, Layer, Tensors, floats, most_common, repeated, stored_group, transposed, words_as_i32,
+};
+use super::plan::{self, Target, Traits};
+use crate::error::{Error, Result};
+use crate::quant::bits;
+use crate::store::{DType, HostTensor};
+
+/// Group lengths that readers have kernels for, descending; others are stored as shorter ones.
+const GROUPS: [usize; 6] = [1024, 512, 256, 128, 64, 32];
+
+/// How zero points are stored.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Version {
+    /// Less one; symmetric grids only.
+    V1,
+    /// As they are.
+    V2,
+}
+
+impl Version {
+    /// Version 1 where every linear is symmetric, version 2 otherwise: a model has one version.
+    pub fn suited(linears: &[Layer]) -> Self {
+        if linears.iter().all(|layer| layer.centred) { Self::V1 } else { Self::V2 }
+    }
+}
+
+/// How to store.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct GptqOptions {
+    /// How zero points are stored.
+    pub version: Version,
+    /// Whether to write `g_idx`, which GPTQ readers want and AutoRound does without.
+    pub group_index: bool,
+    /// Whether rows that are one group are stored as such: so in a model where all of them are.
+    pub whole_rows: bool,
+}
+
+impl GptqOptions {
+    /// What suits a model of these linears.
+    pub fn suited(linears: &[Layer]) -> Self {
+        Self {
+            version: Version::suited(linears),
+            group_index: true,
+            whole_rows: linears.iter().all(Layer::is_whole_row),
+        }
+    }
+
+    /// The group length under which a linear is stored.
+    fn group(self, group_len: usize, inputs: usize) -> usize {
+        match stored_group(group_len, &GROUPS) {
+            Some(size) if !(self.whole_rows && group_len == inputs) => size,
+            _ => group_len,
+        }
+    }
+}
+
+/// The tensors of linear `name`.
+///
+/// # Errors
+/// When the grid does not fit ([`plan::refusal`]), and in version 1 when it is not symmetric.
+pub fn encode(name: &str, weight: &Affine<'_>, options: GptqOptions) -> Result<Tensors> {
+    weight.check(name)?;
+    plan::check(Target::Gptq, &Traits::of(weight), name)?;
+    let less = match options.version {
+        Version::V2 => 0,
+        Version::V1 if weight.is_centred() => 1,
+        Version::V1 => {
+            let what = "version 1 of gptq holds symmetric grids, a zero point of this one is not \
+                        in the middle";
+            return Err(Error::preflight(what).at(name).fix("format.gptq.version = 2"));
+        }
+    };
+    let (out, inputs, width) = (weight.out, weight.inputs, weight.bits);
+    let group = options.group(weight.group_len, inputs);
+    let times = weight.group_len / group;
+    let groups = inputs / group;
+    let words = bits::pack_rows(weight.codes, inputs, width);
+    let rows = bits::words_per_row(inputs, width);
+    let zeros: Vec<u8> = weight
+        .zero_codes()
+        .iter()
+        .flat_map(|zero| std::iter::repeat_n(zero - less, times))
+        .collect();
+    let zeros = bits::pack_rows(&transposed(&zeros, groups), out, width);
+    let scales = transposed(&repeated(weight.scale, times), groups);
+    let columns = bits::words_per_row(out, width);
+    let mut tensors = vec![
+        (format!("{name}.qweight"), words_as_i32([rows, out], &transposed(&words, rows))),
+        (format!("{name}.qzeros"), words_as_i32([groups, columns], &zeros)),
+        (format!("{name}.scales"), floats(DType::F16, [groups, out], &scales)),
+    ];
+    if options.group_index {
+        let index: Vec<i32> =
+            (0..inputs).map(|input| ((input / group) as u32).cast_signed()).collect();
+        tensors.push((format!("{name}.g_idx"), HostTensor::i32([inputs], &index)));
+    }
+    Ok(tensors)
+}
+
+/// Width and group length of a linear as stored, without a length where rows are whole.
+type Key = (u8, Option<usize>);
+
+fn keys(linears: &[Layer], options: GptqOptions) -> (Vec<Key>, Key) {
+    let key = |layer: &Layer| {
+        let whole = options.whole_rows && layer.is_whole_row();
+        let group = options.group(layer.group_len, layer.shape[1]);
+        (layer.bits, (!whole).then_some(group))
+    };
+    let keys: Vec<Key> = linears.iter().map(key).collect();
+    let common = most_common(&keys).unwrap_or((4, Some(128)));
+    (keys, common)
+}
+
+/// A group length as a config states it.
+pub(super) fn stated(group: Option<usize>) -> Value {
+    group.map_or(json!(-1), |group| json!(group))
+}
+
+/// The `quantization_config` of GPTQ. Linears that differ from the most common width and group
+/// are listed under `dynamic`, as are the linears that stay `dense`.
+pub fn config(linears: &[Layer], dense: &[String], options: GptqOptions) -> Value {
+    let (keys, common) = keys(linears, options);
+    let mut dynamic = Map::new();
+    for (layer, key) in linears.iter().zip(&keys) {
+        if *key != common {
+            let own = json!({ "bits": key.0, "group_size": stated(key.1) });
+            dynamic.insert(format!("+:^{}$", escaped(&layer.name)), own);
+        }
+    }
+    // The embedding and the head are dense unless the config says otherwise.
+    for name in dense.iter().filter(|name| name.contains(".layers.")) {
+        dynamic.insert(format!("-:^{}$", escaped(name)), json!({}));
+    }
+    let format = match options.version {
+        Version::V1 => "gptq",
+        Version::V2 => "gptq_v2",
+    };
+    let mut config = json!({
+        "quant_method": "gptq",
+        "bits": common.0,
+        "group_size": stated(common.1),
+        "sym": linears.iter().all(|layer| layer.centred),
+        "desc_act": false,
+        "checkpoint_format": format,
+        "lm_head": linears.iter().any(|layer| layer.name == "lm_head"),
+        "meta": { "quantizer": [concat!("fewbit:", env!("CARGO_PKG_VERSION"))] },
+    });
+    if !dynamic.is_empty() {
+        config["dynamic"] = Value::Object(dynamic);
+    }
+    config
+}
+
+/// The name as a regular expression.
+fn escaped(name: &str) -> String {
+    name.replace('.', "\\.")
+}
+
+/// The `quantization_config` of AutoRound over the same tensors. Linears that differ from the most
+/// common width and group are listed under `extra_config`, as are those that stay `dense`.
+pub fn autoround_config(linears: &[Layer], dense: &[String], options: GptqOptions) -> Value {
+    let (keys, common) = keys(linears, options);
+    let mut extra = Map::new();
+    for (layer, key) in linears.iter().zip(&keys) {
+        if *key != common {
+            let own = json!({ "bits": key.0, "group_size": stated(key.1), "data_type": "int" });
+            extra.insert(layer.name.clone(), own);
+        }
+    }
+    for name in dense.iter().filter(|name| name.contains(".layers.")) {
+        extra.insert(name.clone(), json!({ "bits": 16, "data_type": "fp" }));
+    }
+    let packing = match options.version {
+        Version::V1 => "auto_round:auto_gptq",
+        Version::V2 => "auto_round",
+    };
+    let mut config = json!({
+        "quant_method": "auto-round",
+        "packing_format": packing,
+        "bits": common.0,
+        "group_size": stated(common.1),
+        "sym": linears.iter().all(|layer| layer.centred),
+        "data_type": "int",
+        "autoround_version": AUTOROUND_VERSION,
+        "backend": "auto",
+    });
+    if !extra.is_empty() {
+        config["extra_config"] = Value::Object(extra);
+    }
+    config
+}
+
+/// The release whose reader the layout was checked against.
+const AUTOROUND_VERSION: &str = "0.16.1";
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::matrix::sample::{Grid, grid};
+    use super::super::read::{self, Shift, memory::Memory};
+    use super::*;
+    use crate::quant::ZeroKind;
+
+    const V2: GptqOptions =
+        GptqOptions { version: Version::V2, group_index: true, whole_rows: false };
+    const V1: GptqOptions = GptqOptions { version: Version::V1, ..V2 };
+
+    fn decoded(grid: &Grid, options: GptqOptions) -> read::Decoded {
+        let tensors = encode("x", &grid.affine(), options).unwrap();
+        let layers = [grid.affine().layer("x")];
+        let gptq =
+            read::gptq::decode(&config(&layers, &[], options), "x", &Memory::new(tensors.clone()))
+                .unwrap();
+        let auto = autoround_config(&layers, &[], options);
+        assert_eq!(read::gptq::decode(&auto, "x", &Memory::new(tensors)).unwrap(), gptq);
+        gptq
+    }
+
+    #[test]
+    fn a_hand_example() {
+        let mut grid = grid([32, 32], 32, 4, ZeroKind::Integer, true, 1);
+        grid.codes.fill(0);
+        grid.codes[..9].copy_from_slice(&[1, 2, 3, 4, 5, 6, 7, 8, 9]);
+        grid.codes[32] = 15;
+        grid.scale[1] = 0.25;
+        grid.centre();
+        let tensors = encode("x", &grid.affine(), V1).unwrap();
+        let words = tensors[0].1.to_u32().unwrap();
+        assert_eq!(tensors[0].1.shape, [4, 32]);
+        assert_eq!((words[0], words[1], words[32]), (0x8765_4321, 15, 9));
+        assert_eq!(tensors[1].1.to_u32().unwrap(), [0x7777_7777; 4]);
+        assert_eq!(tensors[1].1.shape, [1, 4]);
+        assert_eq!(tensors[2].1.to_f32().unwrap()[1..2], [0.25]);
+        assert_eq!(tensors[3].1, HostTensor::i32([32], &[0; 32]));
+        grid.zero[2] = 3.0;
+        let tensors = encode("x", &grid.affine(), V2).unwrap();
+        assert_eq!(tensors[1].1.to_u32().unwrap()[0], 0x8888_8388);
+        let error = encode("x", &grid.affine(), V1).unwrap_err().to_string();
+        assert!(error.ends_with("format.gptq.version = 2"), "{error}");
+    }
+
+    #[test]
+    fn three_bit_codes_straddle_words_down_the_inputs() {
+        let mut grid = grid([32, 32], 32, 3, ZeroKind::Integer, true, 1);
+        grid.codes.fill(0);
+        // Input 10 of output 5 takes bits 30..33.
+        grid.codes[5 * 32 + 10] = 0b110;
+        let words = encode("x", &grid.affine(), V2).unwrap()[0].1.to_u32().unwrap();
+        assert_eq!((words[5], words[32 + 5], words.len()), (0b10 << 30, 1, 96));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let cases = [
+            grid([32, 32], 32, 4, ZeroKind::Half, true, 1),
+            grid([32, 32], 32, 4, ZeroKind::Real, true, 1),
+            grid([32, 32], 32, 5, ZeroKind::Integer, true, 1),
+            grid([32, 48], 16, 4, ZeroKind::Integer, true, 1),
+            grid([24, 32], 32, 4, ZeroKind::Integer, true, 1),
+            grid([32, 32], 32, 4, ZeroKind::Integer, false, 1),
+        ];
+        for grid in cases {
+            assert!(encode("x", &grid.affine(), V2).is_err(), "{grid:?}");
+        }
+        let mut grid = grid([32, 32], 32, 4, ZeroKind::Integer, true, 1);
+        grid.zero[0] = 16.0;
+        assert!(encode("x", &grid.affine(), V2).is_err());
+    }
+
+    #[test]
+    fn configs_name_what_differs() {
+        let layer = |name: &str, bits, group_len| Layer {
+            name: format!("model.layers.0.{name}"),
+            shape: [32, 256],
+            bits,
+            group_len,
+            centred: true,
+        };
+        let linears = [layer("a", 2, 64), layer("b", 4, 96), layer("c", 2, 64)];
+        let dense = ["lm_head".to_owned(), "model.layers.0.d".to_owned()];
+        let options = GptqOptions::suited(&linears);
+        let gptq = config(&linears, &dense, options);
+        assert_eq!((&gptq["bits"], &gptq["group_size"]), (&json!(2), &json!(64)));
+        assert_eq!(gptq["checkpoint_format"], "gptq");
+        assert_eq!(
+            gptq["dynamic"],
+            json!({
+                "+:^model\\.layers\\.0\\.b$": {"bits": 4, "group_size": 32},
+                "-:^model\\.layers\\.0\\.d$": {},
+            })
+        );
+        let auto =
+            autoround_config(&linears, &dense, GptqOptions { version: Version::V2, ..options });
+        assert_eq!(auto["packing_format"], "auto_round");
+        assert_eq!(auto["extra_config"]["model.layers.0.b"]["group_size"], 32);
+        assert_eq!(auto["extra_config"]["model.layers.0.d"]["bits"], 16);
+        let rows = [layer("a", 4, 256), layer("b", 4, 256)];
+        assert_eq!(config(&rows, &[], GptqOptions::suited(&rows))["group_size"], -1);
+        let mixed = [layer("a", 4, 256), layer("b", 4, 128)];
+        assert!(!GptqOptions::suited(&mixed).whole_rows);
+    }
+
+    proptest! {
+        #[test]
+        fn comes_back_bit_for_bit(
+            bits in prop::sample::select(&[2_u8, 3, 4, 8][..]),
+            group_len in prop::sample::select(&[32, 64, 96, 128][..]),
+            groups in 1_usize..3,
+            out in 1_usize..3,
+            whole_rows: bool,
+            first: bool,
+            group_index: bool,
+            seed: u32,
+        ) {
+            let shape = [out * 32, groups * group_len];
+            let mut grid = grid(shape, group_len, bits, ZeroKind::Integer, true, seed);
+            if first {
+                grid.centre();
+            }
+            let version = if first { Version::V1 } else { Version::V2 };
+            let whole_rows = whole_rows && groups == 1;
+            let decoded = decoded(&grid, GptqOptions { version, group_index, whole_rows });
+            let decoded = decoded.regrouped(group_len).unwrap();
+            prop_assert_eq!(&decoded.codes, &grid.codes);
+            prop_assert_eq!(&decoded.scale, &grid.scale);
+            prop_assert_eq!(decoded.shift, Shift::Zero(grid.zero.clone()));
+            prop_assert_eq!(decoded.weights, grid.affine().dequantize());
+        }
+    }
+}

@@ -1,0 +1,368 @@
+//! A quantized weight as every packer takes it: plain slices, groups along the inputs.
+
+use half::{bf16, f16};
+
+use crate::error::{Error, Result};
+use crate::quant::ZeroKind;
+use crate::store::{DType, HostTensor};
+
+/// Tensors of one linear under the names of the format.
+pub type Tensors = Vec<(String, HostTensor)>;
+
+/// A weight on a uniform grid: `w = scale * (code - zero)`.
+#[derive(Clone, Copy, Debug)]
+pub struct Affine<'a> {
+    /// Output features (rows).
+    pub out: usize,
+    /// Input features (columns).
+    pub inputs: usize,
+    /// Weights of a row that share a scale; divides `inputs`.
+    pub group_len: usize,
+    /// Width of a code, 1 to 8.
+    pub bits: u8,
+    /// `[out, inputs]`, row-major.
+    pub codes: &'a [u8],
+    /// `[out, inputs / group_len]`.
+    pub scale: &'a [f32],
+    /// `[out, inputs / group_len]`, in code units.
+    pub zero: &'a [f32],
+    /// What the zero points are.
+    pub zero_kind: ZeroKind,
+}
+
+/// A weight in binary coding: `w = ±alpha_0 ± alpha_1 ... + offset`, added in this order in f32;
+/// bit `i` of a code is set where `alpha_i` is added.
+#[derive(Clone, Copy, Debug)]
+pub struct Planes<'a> {
+    /// Output features (rows).
+    pub out: usize,
+    /// Input features (columns).
+    pub inputs: usize,
+    /// Weights of a row that share their scales; divides `inputs`.
+    pub group_len: usize,
+    /// Number of planes, 1 to 8.
+    pub bits: u8,
+    /// `[out, inputs]`, row-major.
+    pub codes: &'a [u8],
+    /// `[out, inputs / group_len, bits]`.
+    pub alpha: &'a [f32],
+    /// `[out, inputs / group_len]`.
+    pub offset: &'a [f32],
+}
+
+/// What a `config.json` has to say about one linear.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Layer {
+    /// Its name, without `.weight`.
+    pub name: String,
+    /// `[out, inputs]`.
+    pub shape: [usize; 2],
+    /// Width of a code, or number of planes.
+    pub bits: u8,
+    /// Weights that share a scale.
+    pub group_len: usize,
+    /// Whether every zero point is `2^(bits-1)`.
+    pub centred: bool,
+}
+
+impl Layer {
+    /// Whether a row is a single group.
+    pub fn is_whole_row(&self) -> bool {
+        self.group_len == self.shape[1]
+    }
+}
+
+impl Affine<'_> {
+    /// Groups in a row.
+    pub fn groups(&self) -> usize {
+        self.inputs / self.group_len
+    }
+
+    /// Checks lengths and values, which the type cannot.
+    ///
+    /// # Errors
+    /// Says what is wrong with the linear `name`.
+    pub fn check(&self, name: &str) -> Result<()> {
+        let groups = check_codes([self.out, self.inputs], self.group_len, self.bits, self.codes)
+            .map_err(|e| e.at(name))?;
+        if self.scale.len() != groups || self.zero.len() != groups {
+            let what = format!(
+                "{} scales and {} zero points for {groups} groups",
+                self.scale.len(),
+                self.zero.len()
+            );
+            return Err(Error::failed(what).at(name));
+        }
+        if let Some(scale) = self.scale.iter().find(|s| !(s.is_finite() && **s > 0.0)) {
+            let what = format!("scale {scale} is not a positive number");
+            return Err(Error::failed(what).at(name));
+        }
+        let fits = |z: f32| match self.zero_kind {
+            ZeroKind::Integer => z.fract() == 0.0,
+            ZeroKind::Half => (z - 0.5).fract() == 0.0,
+            ZeroKind::Real => z.is_finite(),
+        };
+        match self.zero.iter().find(|z| !fits(**z)) {
+            None => Ok(()),
+            Some(zero) => {
+                let what = format!("zero point {zero} is not of kind {:?}", self.zero_kind);
+                Err(Error::failed(what).at(name))
+            }
+        }
+    }
+
+    /// Whether every zero point is `2^(bits-1)`, what formats call symmetric.
+    pub fn is_centred(&self) -> bool {
+        let middle = f32::from(1_u8 << (self.bits - 1));
+        self.zero.iter().all(|zero| zero.to_bits() == middle.to_bits())
+    }
+
+    /// Zero points as stored integers; meant for grids whose zero points lie in `0..2^bits`.
+    pub(super) fn zero_codes(&self) -> Vec<u8> {
+        self.zero.iter().map(|zero| *zero as u8).collect()
+    }
+
+    /// What a `config.json` has to say about it.
+    pub fn layer(&self, name: &str) -> Layer {
+        Layer {
+            name: name.to_owned(),
+            shape: [self.out, self.inputs],
+            bits: self.bits,
+            group_len: self.group_len,
+            centred: self.is_centred(),
+        }
+    }
+
+    /// The weights, `[out, inputs]`.
+    pub fn dequantize(&self) -> Vec<f32> {
+        self.codes
+            .chunks_exact(self.group_len)
+            .zip(self.scale.iter().zip(self.zero))
+            .flat_map(|(codes, (s, z))| codes.iter().map(move |code| s * (f32::from(*code) - z)))
+            .collect()
+    }
+}
+
+impl Planes<'_> {
+    /// Groups in a row.
+    pub fn groups(&self) -> usize {
+        self.inputs / self.group_len
+    }
+
+    /// Checks lengths and values, which the type cannot.
+    ///
+    /// # Errors
+    /// Says what is wrong with the linear `name`.
+    pub fn check(&self, name: &str) -> Result<()> {
+        let groups = check_codes([self.out, self.inputs], self.group_len, self.bits, self.codes)
+            .map_err(|e| e.at(name))?;
+        if self.alpha.len() != groups * usize::from(self.bits) || self.offset.len() != groups {
+            let what = format!(
+                "{} plane scales and {} offsets for {groups} groups of {} bits",
+                self.alpha.len(),
+                self.offset.len(),
+                self.bits
+            );
+            return Err(Error::failed(what).at(name));
+        }
+        match self.alpha.iter().chain(self.offset).find(|value| !value.is_finite()) {
+            None => Ok(()),
+            Some(value) => Err(Error::failed(format!("plane scale or offset {value}")).at(name)),
+        }
+    }
+
+    /// What a `config.json` has to say about it.
+    pub fn layer(&self, name: &str) -> Layer {
+        Layer {
+            name: name.to_owned(),
+            shape: [self.out, self.inputs],
+            bits: self.bits,
+            group_len: self.group_len,
+            centred: false,
+        }
+    }
+}
+
+/// The number of groups.
+fn check_codes([out, inputs]: [usize; 2], group: usize, bits: u8, codes: &[u8]) -> Result<usize> {
+    if !(1..=8).contains(&bits) {
+        return Err(Error::failed(format!("bits = {bits} is not in 1..=8")));
+    }
+    if group == 0 || inputs == 0 || !inputs.is_multiple_of(group) {
+        return Err(Error::failed(format!("group length {group} does not divide {inputs} inputs")));
+    }
+    if out.checked_mul(inputs) != Some(codes.len()) {
+        let what = format!("{} codes for a weight of {out} x {inputs}", codes.len());
+        return Err(Error::failed(what));
+    }
+    if let Some(code) = codes.iter().find(|code| **code > u8::MAX >> (8 - bits)) {
+        return Err(Error::failed(format!("code {code} does not fit in {bits} bits")));
+    }
+    Ok(codes.len() / group)
+}
+
+/// The largest of `sizes` (descending) that divides `group_len`: such groups hold the same grid
+/// when each scale is repeated.
+pub(super) fn stored_group(group_len: usize, sizes: &[usize]) -> Option<usize> {
+    sizes.iter().copied().find(|size| group_len.is_multiple_of(*size))
+}
+
+/// Each value `times` over.
+pub(super) fn repeated(values: &[f32], times: usize) -> Vec<f32> {
+    values.iter().flat_map(|value| std::iter::repeat_n(*value, times)).collect()
+}
+
+/// The transpose of row-major `values` with `columns` columns.
+pub(super) fn transposed<T: Copy>(values: &[T], columns: usize) -> Vec<T> {
+    let rows = values.len() / columns.max(1);
+    (0..values.len()).map(|i| values[i % rows * columns + i / rows]).collect()
+}
+
+/// Packed words under the signed type that most formats label them with.
+pub(super) fn words_as_i32(shape: [usize; 2], words: &[u32]) -> HostTensor {
+    let words: Vec<i32> = words.iter().map(|word| word.cast_signed()).collect();
+    HostTensor::i32(shape, &words)
+}
+
+/// A tensor of `dtype`, which has to be a float type; rounds unless [`is_exact`] holds.
+pub(super) fn floats(dtype: DType, shape: [usize; 2], values: &[f32]) -> HostTensor {
+    match dtype {
+        DType::F16 => HostTensor::f16_from_f32(shape, values),
+        DType::BF16 => HostTensor::bf16_from_f32(shape, values),
+        _ => HostTensor::f32(shape, values),
+    }
+}
+
+/// Whether `dtype` holds `value` exactly.
+pub(super) fn is_exact(dtype: DType, value: f32) -> bool {
+    let stored = match dtype {
+        DType::F16 => f16::from_f32(value).to_f32(),
+        DType::BF16 => bf16::from_f32(value).to_f32(),
+        _ => value,
+    };
+    stored.to_bits() == value.to_bits()
+}
+
+/// The most frequent of `keys`, the smallest at a tie: what a config states once, so that only the
+/// other linears need an entry of their own.
+pub(super) fn most_common<K: Copy + Ord>(keys: &[K]) -> Option<K> {
+    let count = |key: &K| keys.iter().filter(|other| *other == key).count();
+    keys.iter().copied().max_by_key(|key| (count(key), std::cmp::Reverse(*key)))
+}
+
+#[cfg(test)]
+pub(crate) mod sample {
+    //! Weights for the tests of the packers.
+
+    use super::*;
+
+    /// A uniform grid that owns its values.
+    #[derive(Clone, Debug)]
+    pub(crate) struct Grid {
+        pub(crate) shape: [usize; 2],
+        pub(crate) group_len: usize,
+        pub(crate) bits: u8,
+        pub(crate) codes: Vec<u8>,
+        pub(crate) scale: Vec<f32>,
+        pub(crate) zero: Vec<f32>,
+        pub(crate) kind: ZeroKind,
+    }
+
+    impl Grid {
+        pub(crate) fn affine(&self) -> Affine<'_> {
+            Affine {
+                out: self.shape[0],
+                inputs: self.shape[1],
+                group_len: self.group_len,
+                bits: self.bits,
+                codes: &self.codes,
+                scale: &self.scale,
+                zero: &self.zero,
+                zero_kind: self.kind,
+            }
+        }
+
+        pub(crate) fn centre(&mut self) {
+            self.zero.fill(f32::from(1_u8 << (self.bits - 1)));
+            self.kind = ZeroKind::Integer;
+        }
+    }
+
+    /// A small deterministic generator.
+    pub(crate) fn generator(seed: u32) -> impl FnMut() -> u32 {
+        let mut state = seed.wrapping_mul(2_654_435_769).wrapping_add(12_345);
+        move || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            state >> 8
+        }
+    }
+
+    /// Random codes; scales are f16 numbers when `short`, and use all bits of f32 otherwise; real
+    /// zero points are multiples of 1/16 when `short`.
+    pub(crate) fn grid(
+        shape: [usize; 2],
+        group_len: usize,
+        bits: u8,
+        kind: ZeroKind,
+        short: bool,
+        seed: u32,
+    ) -> Grid {
+        let mut next = generator(seed);
+        let groups = shape[0] * shape[1] / group_len;
+        let levels = 1_u32 << bits;
+        let codes = (0..shape[0] * shape[1]).map(|_| (next() % levels) as u8).collect();
+        let mut scale = || {
+            let scale = (next() % 4096 + 1024) as f32 / 300_000.0 + (next() % 977) as f32 * 1e-9;
+            if short { f16::from_f32(scale).to_f32() } else { scale }
+        };
+        let scale = (0..groups).map(|_| scale()).collect();
+        let mut zero = || {
+            let integer = (next() % levels) as f32;
+            match kind {
+                ZeroKind::Integer => integer,
+                ZeroKind::Half => integer + 0.5,
+                ZeroKind::Real if short => integer + (next() % 16) as f32 / 16.0,
+                ZeroKind::Real => integer + (next() % 1000) as f32 / 1000.0 - 0.3,
+            }
+        };
+        let zero = (0..groups).map(|_| zero()).collect();
+        Grid { shape, group_len, bits, codes, scale, zero, kind }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn damage_is_refused() {
+        let good = sample::grid([2, 4], 2, 3, ZeroKind::Integer, true, 1);
+        good.affine().check("x").unwrap();
+        let with = |change: &dyn Fn(&mut sample::Grid)| {
+            let mut grid = good.clone();
+            change(&mut grid);
+            grid.affine().check("x").unwrap_err().to_string()
+        };
+        assert_eq!(with(&|g| g.codes[3] = 8), "code 8 does not fit in 3 bits\n  at   x");
+        assert!(with(&|g| g.bits = 0).contains("bits = 0"));
+        assert!(with(&|g| g.group_len = 3).contains("group length 3 does not divide 4 inputs"));
+        assert!(with(&|g| g.scale[0] = -1.0).contains("scale -1 is not"));
+        assert!(with(&|g| g.zero[0] = 0.25).contains("zero point 0.25"));
+        assert!(with(&|g| g.shape[0] = usize::MAX).contains("codes for a weight"));
+        assert!(with(&|g| g.scale.truncate(3)).contains("3 scales and 4 zero points for 4 groups"));
+    }
+
+    #[test]
+    fn helpers_by_hand() {
+        assert_eq!(transposed(&[1, 2, 3, 4, 5, 6], 3), [1, 4, 2, 5, 3, 6]);
+        assert_eq!(transposed::<u8>(&[], 0), [0; 0]);
+        assert_eq!(repeated(&[1.0, 2.0], 2), [1.0, 1.0, 2.0, 2.0]);
+        assert_eq!(stored_group(192, &[128, 64, 32]), Some(64));
+        assert_eq!(stored_group(48, &[128, 64, 32]), None);
+        assert_eq!(most_common(&[3, 1, 2, 1]), Some(1));
+        assert_eq!(most_common(&[3, 1]), Some(1));
+        assert_eq!(most_common::<u8>(&[]), None);
+        assert!(is_exact(DType::F16, 0.125) && !is_exact(DType::F16, 0.1));
+        assert!(is_exact(DType::BF16, 2_f32.powi(100)) && !is_exact(DType::F16, 2_f32.powi(100)));
+    }
+}

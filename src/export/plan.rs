@@ -1,0 +1,441 @@
+//! Which format can hold a weight without changing it, and in words why another cannot.
+
+use std::fmt;
+
+use super::matrix::{Affine, Planes, is_exact, stored_group};
+use super::mlx::{self, Rounding};
+use crate::error::{Error, Result};
+use crate::quant::{GroupAxis, GroupLayout, Repr, ZeroKind};
+use crate::store::DType;
+
+/// A packed format of another runtime.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum Target {
+    /// MLX affine, as mlx-lm and mistral.rs read it.
+    Mlx,
+    /// compressed-tensors `pack-quantized`.
+    CompressedTensors,
+    /// GPTQ, version 2 zero points unless symmetric.
+    Gptq,
+    /// AutoRound: the tensors of GPTQ under another config.
+    AutoRound,
+    /// AWQ, gemm order.
+    Awq,
+    /// Bit planes with their scales.
+    Bcq,
+    /// GGUF; another module picks its block type.
+    Gguf,
+}
+
+impl Target {
+    /// All of them, in the order in which they are recommended.
+    pub const ALL: [Self; 7] = [
+        Self::Mlx,
+        Self::CompressedTensors,
+        Self::Gptq,
+        Self::AutoRound,
+        Self::Awq,
+        Self::Bcq,
+        Self::Gguf,
+    ];
+
+    /// Its name in a recipe's `format` table.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Mlx => "mlx",
+            Self::CompressedTensors => "compressed_tensors",
+            Self::Gptq => "gptq",
+            Self::AutoRound => "autoround",
+            Self::Awq => "awq",
+            Self::Bcq => "bcq",
+            Self::Gguf => "gguf",
+        }
+    }
+}
+
+/// What decides whether a format can hold a weight.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Traits {
+    /// Kind of grid.
+    pub repr: Repr,
+    /// What the zero points of a uniform grid are.
+    pub zero_kind: ZeroKind,
+    /// Width of a code.
+    pub bits: u8,
+    /// How weights fall into groups.
+    pub layout: GroupLayout,
+    /// What only the trained values tell; `None` before the training, when nothing is refused for
+    /// them.
+    pub values: Option<Values>,
+}
+
+/// What the values of a uniform grid are like.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Values {
+    /// Whether every zero point is one of the codes.
+    pub zeros_in_range: bool,
+    /// Number of scales.
+    pub scales: usize,
+    /// Scales that are no f16 numbers.
+    pub beyond_f16: usize,
+    /// What MLX's arithmetic does with f32 scales.
+    pub mlx: Rounding,
+}
+
+impl Traits {
+    /// Of a weight on a uniform grid that passed [`Affine::check`], values included.
+    pub fn of(weight: &Affine<'_>) -> Self {
+        let highest = f32::from(u8::MAX >> (8 - weight.bits));
+        let values = Values {
+            zeros_in_range: weight.zero.iter().all(|zero| (0.0..=highest).contains(zero)),
+            scales: weight.scale.len(),
+            beyond_f16: weight.scale.iter().filter(|s| !is_exact(DType::F16, **s)).count(),
+            mlx: mlx::rounding(weight, DType::F32),
+        };
+        Self { values: Some(values), ..Self::untrained(weight) }
+    }
+
+    /// As [`Traits::of`], as far as it is known before the training.
+    pub fn untrained(weight: &Affine<'_>) -> Self {
+        let shape = [weight.out, weight.inputs];
+        Self::new(Repr::Uniform, weight.zero_kind, weight.bits, shape, weight.group_len)
+    }
+
+    /// Of a weight in binary coding.
+    pub fn of_planes(weight: &Planes<'_>) -> Self {
+        let shape = [weight.out, weight.inputs];
+        Self::new(Repr::BinaryCoding, ZeroKind::Real, weight.bits, shape, weight.group_len)
+    }
+
+    fn new(repr: Repr, zero_kind: ZeroKind, bits: u8, shape: [usize; 2], group: usize) -> Self {
+        let [out, inputs] = shape;
+        let groups = out * inputs / group.max(1);
+        let layout = GroupLayout { out, inputs, groups, group_len: group, axis: GroupAxis::In };
+        Self { repr, zero_kind, bits, layout, values: None }
+    }
+
+    /// Weights of a row that share a scale; of a matrix with a single scale, the row.
+    fn group_len(&self) -> usize {
+        self.layout.group_len.min(self.layout.inputs)
+    }
+}
+
+/// Why a format cannot hold a weight.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Reason {
+    /// What does not fit.
+    pub what: String,
+    /// What would be lost if it were written all the same.
+    pub lost: String,
+}
+
+/// A [`Reason`] with what to take instead.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Refusal {
+    /// Why not.
+    pub reason: Reason,
+    /// Formats that hold the weight exactly, as keys of a recipe.
+    pub instead: String,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.reason.what, self.reason.lost)
+    }
+}
+
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Self {
+        Self::preflight(refusal.to_string()).fix(refusal.instead)
+    }
+}
+
+/// Says why GGUF has no block type for a weight; its chooser has this type.
+pub type GgufChooser = fn(&Traits) -> Option<Reason>;
+
+/// Why `target` cannot hold a weight exactly; `None` when it can. Without a chooser GGUF neither
+/// refuses nor is recommended.
+pub fn refusal(target: Target, traits: &Traits, gguf: Option<GgufChooser>) -> Option<Refusal> {
+    let reason = reason(target, traits, gguf)?;
+    let holds = |other: &Target| {
+        *other != target
+            && (*other != Target::Gguf || gguf.is_some())
+            && self::reason(*other, traits, gguf).is_none()
+    };
+    let mut names: Vec<String> = Target::ALL
+        .into_iter()
+        .filter(holds)
+        .take(2)
+        .map(|other| format!("format.{}", other.name()))
+        .collect();
+    names.push("format.fewbit".to_owned());
+    Some(Refusal { reason, instead: names.join(" or ") })
+}
+
+/// The refusal of linear `name` as an error.
+///
+/// # Errors
+/// When there is one.
+pub(super) fn check(target: Target, traits: &Traits, name: &str) -> Result<()> {
+    match refusal(target, traits, None) {
+        None => Ok(()),
+        Some(refusal) => Err(Error::from(refusal).at(name)),
+    }
+}
+
+fn reason(target: Target, traits: &Traits, gguf: Option<GgufChooser>) -> Option<Reason> {
+    if target == Target::Gguf {
+        return gguf.and_then(|choose| choose(traits));
+    }
+    wrong_grid(target, traits)
+        .or_else(|| wrong_bits(target, traits))
+        .or_else(|| wrong_zeros(target, traits))
+        .or_else(|| wrong_groups(target, traits))
+        .or_else(|| wrong_values(target, traits))
+}
+
+fn say(what: impl Into<String>, lost: impl Into<String>) -> Reason {
+    Reason { what: what.into(), lost: lost.into() }
+}
+
+fn wrong_grid(target: Target, traits: &Traits) -> Option<Reason> {
+    let name = target.name();
+    match (target, traits.repr) {
+        (_, Repr::Dense) => Some(say(
+            format!("{name} holds codes, this weight is dense"),
+            "it would be rounded to codes",
+        )),
+        (Target::Bcq, Repr::Uniform) => Some(say(
+            "bcq holds sign planes, this weight is on a uniform grid",
+            "its codes and scales would be replaced by others, and its sums rounded",
+        )),
+        (Target::Bcq, Repr::BinaryCoding) | (_, Repr::Uniform) => {
+            (traits.layout.axis == GroupAxis::Out).then(|| Reason {
+                what: format!("{name} groups inputs, this weight has groups along the outputs"),
+                lost: "weights would share scales they were not trained with".to_owned(),
+            })
+        }
+        (_, Repr::BinaryCoding) => Some(say(
+            format!("{name} has evenly spaced levels, this weight is in binary coding"),
+            "levels that are not evenly spaced would be moved",
+        )),
+    }
+}
+
+fn wrong_bits(target: Target, traits: &Traits) -> Option<Reason> {
+    let (bits, listed): (&[u8], _) = match target {
+        Target::Mlx => (&mlx::BITS, "2, 3, 4, 5, 6 or 8"),
+        Target::Gptq | Target::AutoRound => (&[2, 3, 4, 8], "2, 3, 4 or 8"),
+        Target::Awq => (&[4], "4"),
+        Target::CompressedTensors | Target::Bcq | Target::Gguf => return None,
+    };
+    if bits.contains(&traits.bits) {
+        return None;
+    }
+    Some(say(
+        format!("{} has codes of {listed} bits, this weight {}", target.name(), traits.bits),
+        "it would take more bits than it was trained to, or be quantized again",
+    ))
+}
+
+fn wrong_zeros(target: Target, traits: &Traits) -> Option<Reason> {
+    if matches!(target, Target::Mlx | Target::Bcq) {
+        return None;
+    }
+    let name = target.name();
+    match traits.zero_kind {
+        ZeroKind::Half => Some(say(
+            format!("{name} has integer zero points, those of this grid lie between two codes"),
+            "every weight would move by half a step",
+        )),
+        ZeroKind::Real => Some(say(
+            format!("{name} has integer zero points, those of this grid are any real numbers"),
+            "every weight would move by up to half a step",
+        )),
+        ZeroKind::Integer if traits.values.is_some_and(|values| !values.zeros_in_range) => {
+            Some(say(
+                format!("{name} stores zero points as codes, one of this grid is no code"),
+                "the zero point would be clipped, and its group move by whole steps",
+            ))
+        }
+        ZeroKind::Integer => None,
+    }
+}
+
+fn wrong_groups(target: Target, traits: &Traits) -> Option<Reason> {
+    let GroupLayout { out, inputs, .. } = traits.layout;
+    let (group, name) = (traits.group_len(), target.name());
+    let grouped = |sizes: &[usize]| group == inputs || stored_group(group, sizes).is_some();
+    let fits = match target {
+        Target::Mlx => stored_group(group, &mlx::GROUPS).is_some(),
+        Target::Gptq | Target::AutoRound | Target::Awq | Target::Bcq => grouped(&[32]),
+        Target::CompressedTensors | Target::Gguf => true,
+    };
+    if !fits {
+        return Some(say(
+            format!("{name} has groups of whole 32 inputs, this weight has groups of {group}"),
+            "weights of different groups would share a scale",
+        ));
+    }
+    let [by_out, by_inputs] = match target {
+        Target::Gptq | Target::AutoRound => [32, 32],
+        Target::Awq => [8, 1],
+        _ => [1, 1],
+    };
+    if out.is_multiple_of(by_out) && inputs.is_multiple_of(by_inputs) {
+        return None;
+    }
+    Some(say(
+        format!(
+            "{name} packs {by_out} outputs by {by_inputs} inputs, this weight is {out} x {inputs}"
+        ),
+        "it would have to be padded, which loaders do not expect",
+    ))
+}
+
+fn wrong_values(target: Target, traits: &Traits) -> Option<Reason> {
+    let values = traits.values?;
+    match target {
+        Target::Mlx if values.mlx.changed > 0 => Some(rounding_reason(&values.mlx, DType::F32)),
+        Target::Gptq | Target::AutoRound | Target::Awq if values.beyond_f16 > 0 => Some(say(
+            format!(
+                "{} has f16 scales, {} of {} scales are no f16 numbers",
+                target.name(),
+                values.beyond_f16,
+                values.scales
+            ),
+            "their groups would be scaled by up to 0.05 % more or less",
+        )),
+        _ => None,
+    }
+}
+
+fn rounding_reason(rounding: &Rounding, dtype: DType) -> Reason {
+    let kind = if dtype == DType::F16 { "f16" } else { "f32" };
+    Reason {
+        what: format!("mlx computes scale * code + bias in {kind}, with a rounding at each step"),
+        lost: format!(
+            "{} of {} weights would come out different ({:.2} %, by at most {:.2e})",
+            rounding.changed,
+            rounding.weights,
+            100.0 * rounding.fraction(),
+            rounding.largest
+        ),
+    }
+}
+
+/// What MLX would change, in words.
+pub(super) fn rounding_sentence(rounding: &Rounding, dtype: DType) -> String {
+    let Reason { what, lost } = rounding_reason(rounding, dtype);
+    format!("{what}: {lost}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::matrix::sample::grid;
+    use super::*;
+
+    fn traits(kind: ZeroKind, bits: u8, group: usize) -> Traits {
+        Traits::new(Repr::Uniform, kind, bits, [64, 256], group)
+    }
+
+    fn instead(target: Target, traits: &Traits) -> String {
+        refusal(target, traits, None).unwrap().instead
+    }
+
+    #[test]
+    fn four_bits_in_groups_of_128_go_everywhere() {
+        let traits = traits(ZeroKind::Integer, 4, 128);
+        for target in Target::ALL {
+            assert_eq!(refusal(target, &traits, None).is_some(), target == Target::Bcq);
+        }
+    }
+
+    #[test]
+    fn half_zero_points_go_to_mlx_only() {
+        let traits = traits(ZeroKind::Half, 2, 64);
+        for target in Target::ALL {
+            let holds = matches!(target, Target::Mlx | Target::Gguf);
+            assert_eq!(refusal(target, &traits, None).is_none(), holds, "{target:?}");
+        }
+        let error = Error::from(refusal(Target::Gptq, &traits, None).unwrap());
+        assert_eq!(
+            error.to_string(),
+            "gptq has integer zero points, those of this grid lie between two codes: every weight \
+             would move by half a step\n  try  format.mlx or format.fewbit"
+        );
+        let real = Traits { zero_kind: ZeroKind::Real, ..traits };
+        assert!(refusal(Target::Awq, &real, None).is_some());
+        assert_eq!(refusal(Target::Mlx, &real, None), None);
+    }
+
+    #[test]
+    fn what_holds_it_is_recommended() {
+        let odd = traits(ZeroKind::Integer, 7, 32);
+        assert_eq!(instead(Target::Mlx, &odd), "format.compressed_tensors or format.fewbit");
+        assert_eq!(instead(Target::Gptq, &odd), "format.compressed_tensors or format.fewbit");
+        let five = traits(ZeroKind::Integer, 5, 32);
+        assert_eq!(
+            instead(Target::Awq, &five),
+            "format.mlx or format.compressed_tensors or format.fewbit"
+        );
+        let out = GroupLayout { axis: GroupAxis::Out, ..five.layout };
+        let out = Traits { layout: out, ..five };
+        assert_eq!(instead(Target::Mlx, &out), "format.fewbit");
+        let planes = Traits { repr: Repr::BinaryCoding, ..five };
+        assert_eq!(instead(Target::Mlx, &planes), "format.bcq or format.fewbit");
+        assert_eq!(instead(Target::Mlx, &Traits { repr: Repr::Dense, ..five }), "format.fewbit");
+    }
+
+    #[test]
+    fn groups_and_shapes() {
+        let narrow = Traits::new(Repr::Uniform, ZeroKind::Integer, 4, [60, 48], 48);
+        for (target, word) in [
+            (Target::Mlx, "groups of 48"),
+            (Target::Gptq, "32 outputs by 32 inputs, this weight is 60 x 48"),
+            (Target::Awq, "8 outputs by 1 inputs"),
+        ] {
+            let refusal = refusal(target, &narrow, None).unwrap().to_string();
+            assert!(refusal.contains(word), "{refusal}");
+        }
+        assert_eq!(refusal(Target::CompressedTensors, &narrow, None), None);
+        // One scale for the whole matrix is one scale per row, repeated.
+        let tensor = GroupLayout {
+            groups: 1,
+            group_len: 64 * 256,
+            ..traits(ZeroKind::Integer, 4, 256).layout
+        };
+        let tensor = Traits { layout: tensor, ..traits(ZeroKind::Integer, 4, 256) };
+        assert_eq!(refusal(Target::Mlx, &tensor, None), None);
+    }
+
+    #[test]
+    fn values_decide_after_the_training() {
+        let mut grid = grid([32, 64], 32, 4, ZeroKind::Integer, false, 4);
+        let traits = Traits::of(&grid.affine());
+        let gptq = refusal(Target::Gptq, &traits, None).unwrap();
+        assert!(gptq.reason.what.contains("scales are no f16 numbers"), "{gptq}");
+        assert_eq!(gptq.instead, "format.compressed_tensors or format.fewbit");
+        assert!(refusal(Target::Mlx, &traits, None).is_some());
+        grid.scale.fill(0.5);
+        grid.zero[3] = -1.0;
+        let traits = Traits::of(&grid.affine());
+        assert_eq!(refusal(Target::Mlx, &traits, None), None);
+        for target in [Target::Gptq, Target::AutoRound, Target::Awq, Target::CompressedTensors] {
+            let refusal = refusal(target, &traits, None).unwrap().to_string();
+            assert!(refusal.contains("one of this grid is no code"), "{refusal}");
+        }
+    }
+
+    #[test]
+    fn gguf_asks_its_own_chooser() {
+        let traits = traits(ZeroKind::Half, 3, 48);
+        let never: GgufChooser = |_| Some(say("no block type", "anything"));
+        let always: GgufChooser = |_| None;
+        assert!(refusal(Target::Gguf, &traits, Some(never)).is_some());
+        assert_eq!(refusal(Target::Gguf, &traits, Some(always)), None);
+        assert_eq!(refusal(Target::Gguf, &traits, None), None);
+        let mlx = refusal(Target::Mlx, &traits, Some(always)).unwrap();
+        assert_eq!(mlx.instead, "format.gguf or format.fewbit");
+    }
+}

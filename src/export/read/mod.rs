@@ -1,0 +1,266 @@
+//! Readers of the packed formats, written after their specifications and apart from the writers:
+//! every export is read back through these before it counts.
+
+pub mod awq;
+pub mod bcq;
+pub mod compressed_tensors;
+pub mod gptq;
+pub mod mlx;
+
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::store::{HostTensor, TensorSource};
+
+/// A weight on a uniform grid as a file holds it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Decoded {
+    /// Output features (rows).
+    pub out: usize,
+    /// Input features (columns).
+    pub inputs: usize,
+    /// Weights of a row that share a scale, as stored.
+    pub group_len: usize,
+    /// Width of a code.
+    pub bits: u8,
+    /// `[out, inputs]`.
+    pub codes: Vec<u8>,
+    /// `[out, inputs / group_len]`.
+    pub scale: Vec<f32>,
+    /// What is added or subtracted.
+    pub shift: Shift,
+    /// `[out, inputs]`, as the runtime computes them: MLX in the type of its scales, all others
+    /// in f32 (those that compute in f16 round each of these once).
+    pub weights: Vec<f32>,
+}
+
+/// Where a group's grid lies, `[out, inputs / group_len]`.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Shift {
+    /// `scale * (code - zero)`.
+    Zero(Vec<f32>),
+    /// `scale * code + bias`.
+    Bias(Vec<f32>),
+}
+
+impl Decoded {
+    /// The same weight in groups of `group_len`, a multiple of the stored length; `None` when
+    /// stored groups within one of these differ.
+    pub fn regrouped(self, group_len: usize) -> Option<Self> {
+        let fits = group_len > 0
+            && group_len.is_multiple_of(self.group_len)
+            && self.inputs.is_multiple_of(group_len);
+        if !fits {
+            return None;
+        }
+        let times = group_len / self.group_len;
+        let merged = |values: &[f32]| -> Option<Vec<f32>> {
+            let runs = values.chunks_exact(times);
+            runs.map(|run| run.iter().all(|v| v.to_bits() == run[0].to_bits()).then(|| run[0]))
+                .collect()
+        };
+        let scale = merged(&self.scale)?;
+        let shift = match &self.shift {
+            Shift::Zero(zero) => Shift::Zero(merged(zero)?),
+            Shift::Bias(bias) => Shift::Bias(merged(bias)?),
+        };
+        Some(Self { group_len, scale, shift, ..self })
+    }
+
+    /// Fills in `weights` by `scale * (code - zero)` in f32.
+    fn with_weights(mut self) -> Self {
+        let Shift::Zero(zero) = &self.shift else { return self };
+        let groups = self.inputs / self.group_len;
+        let weight = |(i, code): (usize, &u8)| {
+            let group = i / self.inputs * groups + i % self.inputs / self.group_len;
+            self.scale[group] * (f32::from(*code) - zero[group])
+        };
+        self.weights = self.codes.iter().enumerate().map(weight).collect();
+        self
+    }
+}
+
+/// A stream of codes in 32-bit words that lie `stride` apart: code `i` occupies bits
+/// `i * bits ..`, the lowest bit of a word first.
+struct Stream<'a> {
+    words: &'a [u32],
+    start: usize,
+    stride: usize,
+    bits: u8,
+}
+
+impl Stream<'_> {
+    /// Code `index`; bits behind the last word are zero.
+    fn code(&self, index: usize) -> u8 {
+        let place = index * usize::from(self.bits);
+        let word = |number: usize| {
+            let word = self.words.get(self.start + number * self.stride);
+            u64::from(word.copied().unwrap_or(0))
+        };
+        let both = word(place / 32) | word(place / 32 + 1) << 32;
+        (both >> (place % 32)) as u8 & (u8::MAX >> (8 - self.bits))
+    }
+}
+
+/// A tensor of two dimensions.
+fn matrix(source: &dyn TensorSource, name: &str) -> Result<(HostTensor, [usize; 2])> {
+    let tensor = source.read(name)?;
+    match tensor.shape[..] {
+        [rows, columns] if rows > 0 && columns > 0 => Ok((tensor, [rows, columns])),
+        _ => Err(damaged(
+            format!("the tensor has shape {:?}, not two sizes above 0", tensor.shape),
+            name,
+        )),
+    }
+}
+
+/// The words of a matrix.
+fn words(source: &dyn TensorSource, name: &str) -> Result<(Vec<u32>, [usize; 2])> {
+    let (tensor, shape) = matrix(source, name)?;
+    Ok((tensor.to_u32().map_err(|e| e.at(name))?, shape))
+}
+
+/// The words of a matrix of a known shape.
+fn words_of(source: &dyn TensorSource, name: &str, shape: [usize; 2]) -> Result<Vec<u32>> {
+    let (words, found) = words(source, name)?;
+    expect(name, found, shape).map(|()| words)
+}
+
+/// The values of a float matrix of a known shape.
+fn floats_of(source: &dyn TensorSource, name: &str, shape: [usize; 2]) -> Result<Vec<f32>> {
+    let (tensor, found) = matrix(source, name)?;
+    expect(name, found, shape)?;
+    tensor.to_f32().map_err(|e| e.at(name))
+}
+
+fn expect(name: &str, found: [usize; 2], shape: [usize; 2]) -> Result<()> {
+    if found == shape {
+        return Ok(());
+    }
+    Err(damaged(format!("the tensor has shape {found:?}, expected {shape:?}"), name))
+}
+
+/// An error about a file that is not what its config says.
+fn damaged(what: impl Into<String>, at: &str) -> Error {
+    Error::failed(what).at(at).fix("export the run again")
+}
+
+/// An unsigned number of a config.
+fn number(config: &Value, key: &str) -> Option<usize> {
+    config.get(key)?.as_u64().and_then(|number| usize::try_from(number).ok())
+}
+
+/// A code width of a config.
+fn width(config: &Value, key: &str, at: &str) -> Result<u8> {
+    match number(config, key).map(u8::try_from) {
+        Some(Ok(bits @ 1..=8)) => Ok(bits),
+        _ => Err(damaged(format!("the config has no usable {key}"), at)),
+    }
+}
+
+/// The length of a group, which has to divide the inputs; -1 or nothing in a config means a row.
+fn group_len(config: &Value, inputs: usize, at: &str) -> Result<usize> {
+    let stated = config.get("group_size").and_then(Value::as_i64).unwrap_or(-1);
+    let group = if stated == -1 { inputs } else { usize::try_from(stated).unwrap_or(0) };
+    if group > 0 && inputs.is_multiple_of(group) {
+        return Ok(group);
+    }
+    Err(damaged(format!("group size {stated} does not divide {inputs} inputs"), at))
+}
+
+#[cfg(test)]
+pub(crate) mod memory {
+    //! Tensors in memory, for tests.
+
+    use std::collections::BTreeMap;
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::store::TensorInfo;
+
+    pub(crate) struct Memory(BTreeMap<String, (TensorInfo, HostTensor)>);
+
+    impl Memory {
+        pub(crate) fn new(tensors: Vec<(String, HostTensor)>) -> Self {
+            let entry = |(name, tensor): (String, HostTensor)| {
+                tensor.check().unwrap();
+                let info = TensorInfo {
+                    dtype: tensor.dtype,
+                    shape: tensor.shape.clone(),
+                    file: PathBuf::new(),
+                    start: 0,
+                    end: tensor.bytes.len() as u64,
+                };
+                (name, (info, tensor))
+            };
+            Self(tensors.into_iter().map(entry).collect())
+        }
+    }
+
+    impl TensorSource for Memory {
+        fn names(&self) -> Vec<&str> {
+            self.0.keys().map(String::as_str).collect()
+        }
+
+        fn info(&self, name: &str) -> Option<&TensorInfo> {
+            self.0.get(name).map(|(info, _)| info)
+        }
+
+        fn read(&self, name: &str) -> Result<HostTensor> {
+            let tensor = self.0.get(name).map(|(_, tensor)| tensor.clone());
+            tensor.ok_or_else(|| Error::failed("there is no such tensor").at(name))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::memory::Memory;
+    use super::*;
+
+    #[test]
+    fn a_stream_by_hand() {
+        // Codes 5 at 0, 6 at 10 of three bits; the latter straddles into the next word.
+        let words = [0b101 | 0b10 << 30, 77, 1, 77];
+        let stream = Stream { words: &words, start: 0, stride: 2, bits: 3 };
+        assert_eq!((stream.code(0), stream.code(1), stream.code(10)), (5, 0, 6));
+        assert_eq!(Stream { words: &[u32::MAX], start: 0, stride: 1, bits: 8 }.code(3), 255);
+    }
+
+    #[test]
+    fn damage_is_refused_without_a_panic() {
+        let tensors = || {
+            vec![
+                ("x.weight".to_owned(), HostTensor::u32([2, 4], &[0; 8])),
+                ("x.scales".to_owned(), HostTensor::f32([2, 1], &[1.0; 2])),
+                ("x.biases".to_owned(), HostTensor::f32([2, 1], &[0.0; 2])),
+            ]
+        };
+        let good = json!({"bits": 4, "group_size": 32});
+        assert!(mlx::decode(&good, "x", &Memory::new(tensors())).is_ok());
+        for config in [
+            json!({}),
+            json!({"bits": 9, "group_size": 32}),
+            json!({"bits": 3, "group_size": 32}),
+            json!({"bits": 4, "group_size": 0}),
+            json!({"bits": 4, "group_size": -7}),
+            json!({"bits": 4, "group_size": 16}),
+            json!({"bits": 4, "group_size": 32, "x": false}),
+            json!(null),
+        ] {
+            assert!(mlx::decode(&config, "x", &Memory::new(tensors())).is_err(), "{config}");
+        }
+        for missing in 0..3 {
+            let mut tensors = tensors();
+            tensors.remove(missing);
+            assert!(mlx::decode(&good, "x", &Memory::new(tensors)).is_err());
+        }
+        let empty = Memory::new(Vec::new());
+        assert!(gptq::decode(&json!({}), "x", &empty).is_err());
+        assert!(awq::decode(&json!({}), "x", &empty).is_err());
+        assert!(compressed_tensors::decode(&json!({}), "x", &empty).is_err());
+        assert!(bcq::decode(&json!({}), "x", 2, &empty).is_err());
+    }
+}
