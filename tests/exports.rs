@@ -6,8 +6,7 @@ mod common;
 
 use common::{Place, few_stories};
 
-const FORMATS: [&str; 7] =
-    ["mlx", "gptq", "autoround", "awq", "compressed_tensors", "bcq", "gguf"];
+const FORMATS: [&str; 7] = ["mlx", "gptq", "autoround", "awq", "compressed_tensors", "bcq", "gguf"];
 
 /// A grid: what makes it, and the formats that hold it exactly when scales are f16 numbers.
 struct Grid {
@@ -74,7 +73,8 @@ fn every_format_holds_a_grid_bit_for_bit_or_says_why_not() {
     for grid in GRIDS {
         let place = run(&grid, "f16");
         let eval = |model: &str| {
-            let args = ["eval", "--model", model, "--data", "few.json", "--context", "64", "--json"];
+            let args =
+                ["eval", "--model", model, "--data", "few.json", "--context", "64", "--json"];
             place.json(&args)["perplexity"].as_f64().unwrap()
         };
         let trained = eval("run");

@@ -26,6 +26,8 @@ def read_tensors(path):
 def reference(folder):
     """The trained weights, and what the writer says about them."""
     tensors, table = read_tensors(folder.parent / f"{folder.name}.reference.safetensors")
+    # A tied model may hold its one matrix under the head's name.
+    tensors.setdefault("model.embed_tokens.weight", tensors.get("lm_head.weight"))
     return tensors, json.loads(table.get("about", "{}"))
 
 
@@ -58,9 +60,10 @@ class Llama:
         )
 
     def attend(self, x, block):
-        size, heads, shared = (
-            self.config[key] for key in ("head_dim", "num_attention_heads", "num_key_value_heads")
+        heads, shared = (
+            self.config[key] for key in ("num_attention_heads", "num_key_value_heads")
         )
+        size = self.config.get("head_dim", self.config["hidden_size"] // heads)
         split = lambda part, n: self.apply(x, f"{block}.{part}_proj").reshape(len(x), n, size)
         queries, keys = self.rotate(split("q", heads)), self.rotate(split("k", shared))
         keys = np.repeat(keys, heads // shared, axis=1)
@@ -80,8 +83,10 @@ class Llama:
             gate = self.apply(h, f"{layer}.mlp.gate_proj")
             h = gate / (1 + np.exp(-gate)) * self.apply(h, f"{layer}.mlp.up_proj")
             x = x + self.apply(h, f"{layer}.mlp.down_proj")
-        head = "model.embed_tokens" if self.config["tie_word_embeddings"] else "lm_head"
-        return self.apply(self.norm(x, "model.norm"), head)
+        x = self.norm(x, "model.norm")
+        if self.config["tie_word_embeddings"]:
+            return x @ self.weights["model.embed_tokens.weight"].T
+        return self.apply(x, "lm_head")
 
 
 def differences(found, expected):

@@ -1,0 +1,42 @@
+#!/bin/sh
+# Exports the embedded model at 4 and 2 bits in the formats that can be loaded on a CPU in a minute,
+# and has other people's programs read them.
+#
+#   tests/oracles/light.sh FEWBIT PYTHON
+#
+# FEWBIT is the binary, PYTHON an interpreter with requirements.txt installed.
+set -eu
+fewbit=$(realpath "$1")
+python=$2
+here=$(realpath "$(dirname "$0")")
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work"
+
+"$fewbit" train --recipe upq_int2 --output w2 --set quant.scales=f16 \
+    --set stage.1.reconstruct.steps=50 --set stage.3.distill.steps=150 2>/dev/null
+"$fewbit" recipes copy rtn_w4g128 w4.toml >/dev/null
+"$fewbit" train --recipe w4.toml --output w4 --set quant.scales=f16 --set quant.group_size=32 \
+    --set quant.symmetric=true 2>/dev/null
+
+check() { # run, formats...
+    run=$1
+    shift
+    "$fewbit" export --run "$run" --format dequantized --output "$run.dense" >/dev/null
+    for format in "$@"; do
+        name=$run.$format
+        "$fewbit" export --run "$run" --format "$format" --output "$name" >/dev/null 2>&1
+        if [ "$format" = gguf ]; then
+            "$python" "$here/gguf_weights.py" "$name/model.gguf" "$run.dense"
+            "$python" "$here/gguf_llamacpp.py" "$name/model.gguf" "$run.dense" --tolerance 0.3
+            continue
+        fi
+        cp "$run.dense/model.safetensors" "$name.reference.safetensors"
+        "$python" "$here/check_packed.py" "$name"
+        [ "$format" != mlx ] || "$python" "$here/check_mlx.py" "$name"
+    done
+}
+
+check w4 mlx gptq autoround awq compressed_tensors gguf
+check w2 mlx gguf
+echo "all read"
