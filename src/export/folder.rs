@@ -340,7 +340,38 @@ fn write_companions(
             hashes.insert(name.to_string_lossy().into_owned(), sha256_file(&to)?);
         }
     }
+    let path = dir.join(CARD);
+    std::fs::write(&path, card(parts, format)).map_err(|e| Error::io("write", &path, &e))?;
+    hashes.insert(CARD.to_owned(), sha256_file(&path)?);
     Ok(hashes)
+}
+
+/// The card's name in a folder.
+const CARD: &str = "README.md";
+
+/// What the folder is, for who finds it.
+fn card(parts: &ModelParts<'_>, format: Format) -> String {
+    let mut widths: BTreeMap<u8, usize> = BTreeMap::new();
+    for (weight, _) in parts.quantized.values() {
+        *widths.entry(weight.bits.get()).or_default() += 1;
+    }
+    let widths: Vec<String> =
+        widths.iter().map(|(bits, count)| format!("{count} linears in {bits} bits")).collect();
+    let methods: BTreeSet<&str> =
+        parts.quantized.values().map(|(_, method)| method.as_str()).collect();
+    let methods = methods.into_iter().collect::<Vec<_>>().join(", ");
+    format!(
+        "# {model}, quantized\n\n\
+         {widths} by {methods}, written by fewbit {version} as `{name}`: {about}.\n\n\
+         Made from {model} (sha256 of its files {sha}). `manifest.json` has hashes of everything, \
+         `fewbit verify` checks them; the weights decode to what was trained, bit for bit.\n",
+        model = parts.provenance.model,
+        widths = widths.join(", "),
+        version = env!("CARGO_PKG_VERSION"),
+        name = format.name(),
+        about = format.about(),
+        sha = &parts.provenance.model_sha256,
+    )
 }
 
 /// Codes equal, weights bit-equal, activations on the same grids, nothing missing.

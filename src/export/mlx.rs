@@ -130,10 +130,10 @@ fn refuse_rounding(name: &str, weight: &Affine<'_>, dtype: DType, rounding: Roun
     let instead = instead.map_or_else(|| "format.fewbit".to_owned(), |refusal| refusal.instead);
     // Real zero points have too many digits whatever the scales are.
     let train = match weight.zero_kind {
-        ZeroKind::Real => "",
-        ZeroKind::Integer | ZeroKind::Half => ", scales trained as f16 numbers",
+        ZeroKind::Real => String::new(),
+        ZeroKind::Integer | ZeroKind::Half => format!("{} in training, or ", plan::SHORT_SCALES),
     };
-    error.fix(format!("{instead}{train}, or format.mlx.allow_rounding = true"))
+    error.fix(format!("{train}{instead}"))
 }
 
 /// What MLX computes from scales and biases of type `dtype`, against `scale * (code - zero)`,
@@ -247,7 +247,7 @@ mod tests {
         let grid = grid([8, 128], 64, 4, ZeroKind::Integer, false, 3);
         let error = encode("x", &grid.affine(), MlxOptions::default()).unwrap_err().to_string();
         assert!(error.contains("weights would come out different"), "{error}");
-        assert!(error.contains("allow_rounding = true"), "{error}");
+        assert!(error.contains("quant.scales"), "{error}");
         let (decoded, rounding) = decoded(&grid, ROUND);
         let ours = grid.affine().dequantize();
         let differences = || ours.iter().zip(&decoded.weights).map(|(a, b)| (a - b).abs());

@@ -150,6 +150,9 @@ impl From<Refusal> for Error {
     }
 }
 
+/// The key of a recipe that makes scales numbers which every format holds.
+pub(super) const SHORT_SCALES: &str = "quant.scales = \"f16\"";
+
 /// Says why GGUF has no block type for a weight; its chooser has this type.
 pub type GgufChooser = fn(&Traits) -> Option<Reason>;
 
@@ -169,7 +172,11 @@ pub fn refusal(target: Target, traits: &Traits, gguf: Option<GgufChooser>) -> Op
         .map(|other| format!("format.{}", other.name()))
         .collect();
     names.push("format.fewbit".to_owned());
-    Some(Refusal { reason, instead: names.join(" or ") })
+    let mut instead = names.join(" or ");
+    if wrong_values(target, traits).as_ref() == Some(&reason) {
+        instead = format!("{SHORT_SCALES} in training, or {instead}");
+    }
+    Some(Refusal { reason, instead })
 }
 
 /// The refusal of linear `name` as an error.
@@ -415,7 +422,8 @@ mod tests {
         let traits = Traits::of(&grid.affine());
         let gptq = refusal(Target::Gptq, &traits, None).unwrap();
         assert!(gptq.reason.what.contains("scales are no f16 numbers"), "{gptq}");
-        assert_eq!(gptq.instead, "format.compressed_tensors or format.fewbit");
+        let short = format!("{SHORT_SCALES} in training, or ");
+        assert_eq!(gptq.instead, short + "format.compressed_tensors or format.fewbit");
         assert!(refusal(Target::Mlx, &traits, None).is_some());
         grid.scale.fill(0.5);
         grid.zero[3] = -1.0;

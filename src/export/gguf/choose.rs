@@ -59,7 +59,7 @@ fn why_none(weight: &Affine<'_>) -> Refusal {
                 scale.len(),
                 largest_change(scale)
             ),
-            format!("train with scales snapped to f16, or {MLX}"),
+            format!("quant.scales = \"f16\" in training, or {MLX}"),
         );
     }
     if let Some(z) = zero.iter().find(|z| (**z * 2.0).fract() != 0.0) {
@@ -156,7 +156,7 @@ mod tests {
         let (c4, c8) = (codes(64, 4), codes(64, 8));
         let cases: [(Affine<'_>, &str, &str); 6] = [
             (weight(&c4[..44], 4, &[0.5], &[8.0]), "rows of 44", "dense"),
-            (weight(&c4, 4, &[0.1, 0.5], &[8.0; 2]), "1 of 2 scales", "snapped to f16"),
+            (weight(&c4, 4, &[0.1, 0.5], &[8.0; 2]), "1 of 2 scales", "quant.scales"),
             (weight(&c4, 4, &[1e6], &[8.0]), "65504", "format.mlx"),
             (weight(&c4, 4, &[0.5], &[7.1]), "zero point 7.1", "integer zero"),
             (
