@@ -312,32 +312,27 @@ impl CodedMatrix {
                 kernel.times(gradient.values(), n)
             }
         });
-        let mut offset = None;
-        let of_scale = wanted[1].then(|| {
-            let per_row = match (output, &of_x) {
-                (Some(output), _) => {
-                    let output = Rows::of(output.clone());
-                    let rows = self.codes.rows();
-                    Some(kernel::column_dots(gradient.values(), output.values(), rows))
-                }
-                (None, Some(of_x)) if from_input => {
-                    Some(kernel::column_dots(x.values(), of_x, inputs))
-                }
-                _ => None,
-            };
-            if let Some(mut found) = per_row {
-                kernel::divide(&mut found, scale.values());
-                return found;
+        let per_row = match (output, &of_x) {
+            _ if !wanted[1] => None,
+            (Some(output), _) => {
+                let output = Rows::of(output.clone());
+                let rows = self.codes.rows();
+                Some(kernel::column_dots(gradient.values(), output.values(), rows))
             }
-            let (left, right) = if self.transposed { (&x, &gradient) } else { (&gradient, &x) };
-            let found = kernel.grid_gradient(left.values(), right.values(), n);
-            offset = wanted[2].then_some(found.shift);
-            found.scale
+            (None, Some(of_x)) if from_input => Some(kernel::column_dots(x.values(), of_x, inputs)),
+            _ => None,
+        };
+        let per_row = per_row.map(|mut found| {
+            kernel::divide(&mut found, scale.values());
+            found
         });
-        if wanted[2] && offset.is_none() {
+        let whole = (wanted[2] || wanted[1] && per_row.is_none()).then(|| {
             let (left, right) = if self.transposed { (&x, &gradient) } else { (&gradient, &x) };
-            offset = Some(kernel.grid_gradient(left.values(), right.values(), n).shift);
-        }
+            kernel.grid_gradient(left.values(), right.values(), n)
+        });
+        let (of_scale, offset) = whole.map_or((None, None), |g| (Some(g.scale), Some(g.shift)));
+        let of_scale = per_row.or(of_scale).filter(|_| wanted[1]);
+        let offset = offset.filter(|_| wanted[2]);
         [
             of_x.filter(|_| wanted[0]).map(|values| x.like(values).plain()),
             of_scale.map(|values| scale.like(values).plain()),

@@ -40,10 +40,10 @@ pub struct DistillConfig {
     /// Optimizer steps.
     pub steps: u64,
     /// Sequences in a micro-batch.
-    #[serde(default = "eight")]
+    #[serde(default = "super::session::eight")]
     pub batch: usize,
     /// Micro-batches in a step.
-    #[serde(default = "one")]
+    #[serde(default = "super::session::one")]
     pub accumulate: usize,
     /// Base learning rates.
     pub learning_rate: LearningRate,
@@ -54,27 +54,11 @@ pub struct DistillConfig {
     #[serde(default)]
     pub optimizer: OptimizerConfig,
     /// Steps between saves of the whole training state.
-    #[serde(default = "hundred")]
+    #[serde(default = "super::session::hundred")]
     pub checkpoint_every: u64,
     /// Steps between log points.
-    #[serde(default = "ten")]
+    #[serde(default = "super::session::ten")]
     pub log_every: u64,
-}
-
-fn one() -> usize {
-    1
-}
-
-fn eight() -> usize {
-    8
-}
-
-fn ten() -> u64 {
-    10
-}
-
-fn hundred() -> u64 {
-    100
 }
 
 impl DistillConfig {

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::export::{self, Format, FormatsConfig, ModelParts, OpenModel, Parity};
 use crate::model::{Loader, WeightSource};
 use crate::report::{Event, Reporter};
-use crate::task::{self, PplConfig};
+use crate::task::{self, Perplexity, PplConfig};
 
 /// Windows of the validation text that the gate's perplexity is measured on, at most.
 pub const PARITY_WINDOWS: usize = 64;
@@ -35,6 +35,8 @@ pub(super) fn run(config: &ExportConfig, ctx: &mut StageContext<'_>) -> Result<(
     let mut dense = ctx.model.tuned.clone();
     dense.extend(ctx.model.dense.clone());
     // Without validation text the gate still compares every code and weight.
+    // By whether it is computed with codes: formats that compute alike share the number.
+    let mut measured: [Option<Perplexity>; 2] = [None, None];
     for format in config.format.formats() {
         ctx.stop.check()?;
         // Computed as the folder will be: with codes, or with the weights they stand for.
@@ -43,10 +45,11 @@ pub(super) fn run(config: &ExportConfig, ctx: &mut StageContext<'_>) -> Result<(
             Format::Fewbit => &packed,
             _ => ctx.model,
         };
-        let trained = match ctx.data.validation {
-            Some(_) => Some(evaluate::perplexity(ctx, source, ctx.model.tap(), &task)?),
-            None => None,
-        };
+        let known = &mut measured[usize::from(format == Format::Fewbit)];
+        if known.is_none() && ctx.data.validation.is_some() {
+            *known = Some(evaluate::perplexity(ctx, source, ctx.model.tap(), &task)?);
+        }
+        let trained = known.clone();
         let target = ctx.run_dir.join("export").join(format.name());
         let mut measure = |opened: &OpenModel| -> Result<f64> {
             let corpus = evaluate::validation(ctx)?;

@@ -34,10 +34,10 @@ pub struct FinetuneConfig {
     /// Optimizer steps.
     pub steps: u64,
     /// Sequences in a micro-batch.
-    #[serde(default = "eight")]
+    #[serde(default = "super::session::eight")]
     pub batch: usize,
     /// Micro-batches in a step.
-    #[serde(default = "one")]
+    #[serde(default = "super::session::one")]
     pub accumulate: usize,
     /// Base learning rate.
     pub learning_rate: f64,
@@ -48,10 +48,10 @@ pub struct FinetuneConfig {
     #[serde(default)]
     pub optimizer: OptimizerConfig,
     /// Steps between saves of the whole training state.
-    #[serde(default = "hundred")]
+    #[serde(default = "super::session::hundred")]
     pub checkpoint_every: u64,
     /// Steps between log points.
-    #[serde(default = "ten")]
+    #[serde(default = "super::session::ten")]
     pub log_every: u64,
 }
 
@@ -122,22 +122,6 @@ fn cross_entropy() -> ObjectiveConfig {
 
 fn linear() -> ScheduleConfig {
     ScheduleConfig::Linear { final_ratio: 0.0, warmup: 0 }
-}
-
-fn one() -> usize {
-    1
-}
-
-fn eight() -> usize {
-    8
-}
-
-fn ten() -> u64 {
-    10
-}
-
-fn hundred() -> u64 {
-    100
 }
 
 impl FinetuneMethod {

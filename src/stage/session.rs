@@ -23,6 +23,23 @@ use crate::train::{self, Optimizer, OptimizerConfig, ScheduleConfig, StepStats, 
 /// Logits held at once, student's and teacher's each.
 const LOGITS_PER_CHUNK: usize = 1 << 23;
 
+/// Defaults that the training stages share.
+pub(super) fn one() -> usize {
+    1
+}
+
+pub(super) fn eight() -> usize {
+    8
+}
+
+pub(super) fn ten() -> u64 {
+    10
+}
+
+pub(super) fn hundred() -> u64 {
+    100
+}
+
 /// How a whole model is trained.
 pub(super) struct Training<'a> {
     /// The stage's verb in reports.
