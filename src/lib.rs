@@ -8,8 +8,8 @@
 //! | [`run`] | one execution of a plan in one folder: preflight, resume, `run.json` |
 //! | [`recipe`] | the TOML surface, its errors, its resolution into a plan |
 //! | [`stage`] | calibrate, reconstruct, distill, evaluate, export |
-//! | [`task`] | evaluation tasks and their protocols |
 //! | [`export`] | packed formats, the folder writer, the parity gate |
+//! | [`task`] | evaluation tasks and their protocols |
 //! | [`method`] | quantization methods: one weight in, codes and a grid out |
 //! | [`objective`] | training objectives that a recipe may name |
 //! | [`train`] | the step loop, AdamW, schedules |

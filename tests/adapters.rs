@@ -171,7 +171,7 @@ mod applied {
                 let to = ["--format", format, "--output", "new", "--data", &data];
                 let text = work.ok(&[&["export"], source, &to].concat());
                 assert!(text.starts_with("exported   new\nformat     "), "{text}");
-                assert!(text.contains("every weight, and perplexity "), "{text}");
+                assert!(text.contains("logits and perplexity "), "{text}");
                 let verify = work.json(&["verify", "new", "--data", &data, "--json"]);
                 assert_eq!(verify["format"], format);
                 assert_eq!(verify["perplexity"], verify["parity"]["exported"]);

@@ -545,7 +545,7 @@ mod model_errors {
             exit 2
             error: there is no such model
               at   nowhere
-              try  a Hugging Face folder, a fewbit run or export, or a hub id owner/name
+              try  a Hugging Face folder, a GGUF file, a fewbit run or export, or a hub id owner/name
         ");
     }
 

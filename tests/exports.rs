@@ -5,6 +5,7 @@
 mod common;
 
 use common::{Place, few_stories};
+use serde_json::Value;
 
 const FORMATS: [&str; 7] = ["mlx", "gptq", "autoround", "awq", "compressed_tensors", "bcq", "gguf"];
 
@@ -25,25 +26,25 @@ const GRIDS: [Grid; 5] = [
         name: "4 bits, symmetric, groups of 32",
         quant: "bits = 4\ngroup_size = 32\nsymmetric = true",
         stages: RTN,
-        holds: &["mlx", "gptq", "autoround", "awq", "compressed_tensors", "gguf"],
+        holds: &FORMATS,
     },
     Grid {
         name: "4 bits, asymmetric, groups of 64",
         quant: "bits = 4\ngroup_size = 64",
         stages: RTN,
-        holds: &["mlx", "gptq", "autoround", "awq", "compressed_tensors", "gguf"],
+        holds: &FORMATS,
     },
     Grid {
         name: "3 bits, asymmetric, per channel",
         quant: "bits = 3",
         stages: RTN,
-        holds: &["mlx", "gptq", "autoround", "compressed_tensors", "gguf"],
+        holds: &FORMATS,
     },
     Grid {
         name: "2 bits, zero between two codes",
         quant: "bits = 2",
         stages: SEQ,
-        holds: &["mlx", "gguf"],
+        holds: &FORMATS,
     },
     Grid {
         name: "3 sign planes",
@@ -121,5 +122,121 @@ fn a_damaged_file_is_found() {
         std::fs::write(&file, bytes).unwrap();
         let ended = place.run(&["verify", "out"]);
         assert_eq!(ended.code, 5, "{}", ended.err);
+    }
+}
+
+#[test]
+fn a_loss_is_allowed_only_by_name_and_told() {
+    let place = run(&GRIDS[4], "f32");
+    let plain = ["export", "--run", "run", "--format", "gptq", "--output", "gptq"];
+    assert!(place.refused(&plain).contains("binary-coded"));
+    let lossy = [&plain[..], &["--set", "lossy=true", "--data", "few.json"]].concat();
+    let told = place.ok(&lossy);
+    assert!(told.contains("14 linears were changed"), "{told}");
+    assert!(told.contains("model.layers.0.mlp.up_proj") && told.contains(" became "), "{told}");
+    let verified = place.ok(&["verify", "gptq", "--data", "few.json"]);
+    assert!(verified.contains("measured again and equal"), "{verified}");
+    let manifest: Value = serde_json::from_str(&place.read("gptq/manifest.json")).unwrap();
+    assert_eq!(manifest["lossy"], true);
+    for (name, linear) in manifest["linears"].as_object().unwrap() {
+        let relative = linear["loss"]["relative"].as_f64().unwrap();
+        assert!(relative > 0.0 && relative < 0.3, "{name}: {relative}");
+    }
+    assert!(place.read("gptq/README.md").contains("weights were changed by up to"));
+    // The same codes with shorter scales: almost nothing.
+    let place = run(&GRIDS[1], "f32");
+    for format in ["mlx", "awq", "gguf", "bcq"] {
+        let told = place.ok(&[
+            "export",
+            "--run",
+            "run",
+            "--format",
+            format,
+            "--output",
+            format,
+            "--set",
+            "lossy=true",
+        ]);
+        assert!(told.contains("14 linears were changed"), "{format}: {told}");
+        place.ok(&["verify", format]);
+        let manifest = place.read(&format!("{format}/manifest.json"));
+        let manifest: Value = serde_json::from_str(&manifest).unwrap();
+        let linears = manifest["linears"].as_object().unwrap();
+        let relative = |l: &Value| l["loss"]["relative"].as_f64().unwrap();
+        assert!(linears.values().all(|linear| relative(linear) < 1e-3), "{format}");
+    }
+}
+
+#[test]
+fn formats_take_settings_of_their_own() {
+    let place = run(&GRIDS[0], "f16");
+    let export = |format: &str, output: &str, set: &[&str]| {
+        let base = ["export", "--run", "run", "--format", format, "--output", output];
+        let set = set.iter().flat_map(|set| ["--set".to_owned(), (*set).to_owned()]);
+        let args: Vec<String> = base.map(str::to_owned).into_iter().chain(set).collect();
+        place.run(&args.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    // The embedding is the larger part of this model.
+    assert_eq!(export("mlx", "plain", &[]).code, 0);
+    let embedded = export("mlx", "embedded", &["embeddings=4"]);
+    assert_eq!(embedded.code, 0, "{}", embedded.err);
+    assert!(embedded.out.contains("1 linears were changed"), "{}", embedded.out);
+    let size = |name: &str| place.path(name).join("model.safetensors").metadata().unwrap().len();
+    assert!(size("embedded") < size("plain") * 6 / 10);
+    place.ok(&["verify", "embedded"]);
+    let said = place.ok(&[
+        "generate",
+        "--model",
+        "embedded",
+        "--prompt",
+        "One day",
+        "--max-new-tokens",
+        "20",
+    ]);
+    assert!(said.len() > 20, "{said}");
+    // Narrower floats round, and are refused unless that is allowed.
+    let refused = export("dequantized", "half", &["dtype=bf16"]);
+    assert_eq!(refused.code, 3, "{}", refused.err);
+    let rounded = export("dequantized", "half", &["dtype=bf16", "lossy=true"]);
+    assert_eq!(rounded.code, 0, "{}", rounded.err);
+    assert!(rounded.out.contains("16.00 bits/weight"), "{}", rounded.out);
+    place.ok(&["verify", "half"]);
+    assert!(place.read("half/config.json").contains("bfloat16"));
+    for (set, word) in [("scale=f16", "scale"), ("scales=f17", "f17"), ("scales", "KEY=VALUE")] {
+        let refused = export("mlx", "never", &[set]);
+        assert_eq!(refused.code, 2, "{}", refused.err);
+        assert!(refused.err.contains(word), "{}", refused.err);
+    }
+}
+
+/// A file that may not grow further is what a full disk is to a program.
+#[cfg(unix)]
+#[test]
+fn a_full_disk_leaves_the_old_folder() {
+    let place = run(&GRIDS[0], "f16");
+    for format in ["fewbit", "dequantized"].into_iter().chain(FORMATS) {
+        let args = ["export", "--run", "run", "--format", format, "--output", "out"];
+        place.ok(&args);
+        let before = place.tree("out");
+        let fewbit = place.command(&args);
+        let mut limited = std::process::Command::new("sh");
+        limited
+            .args(["-c", "trap '' XFSZ; ulimit -f 128; exec \"$0\" \"$@\""])
+            .arg(fewbit.get_program())
+            .args(args)
+            .current_dir(place.path(""))
+            .envs(fewbit.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        let output = limited.output().unwrap();
+        let err = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(4), "{format}: {err}");
+        assert!(err.contains("  try  "), "{err}");
+        assert!(place.tree("out") == before, "{format}: the old folder changed");
+        let left: Vec<_> = std::fs::read_dir(place.path(""))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+            .filter(|name| name.starts_with(".out"))
+            .collect();
+        assert_eq!(left, Vec::<String>::new(), "{format}");
+        std::fs::remove_dir_all(place.path("out")).unwrap();
     }
 }

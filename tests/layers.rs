@@ -29,8 +29,12 @@ const LAYERS: [(&str, &[&str]); 14] = [
             "store",
         ],
     ),
-    ("task", &["model", "data", "ops"]),
-    ("export", &["model", "data::DataFormat", "quant", "store"]),
+    // The gate measures what tasks measure; a loss that is allowed is round-to-nearest's.
+    (
+        "export",
+        &["task", "method", "model", "data::DataFormat", "data::Tokenizer", "quant", "store"],
+    ),
+    ("task", &["model", "data", "ops", "store::hex"]),
     // The role of a parameter is the word both sides share: method says it, train reads rates by it.
     ("method", &["train::Role", "quant", "ops"]),
     // A linear may be held as codes: the one form of quantization that a forward computes with.

@@ -8,14 +8,16 @@ use clap::{ArgGroup, Args};
 use super::{AdaptedArgs, ModelArgs, Session, data_format, output};
 use crate::data::{DataFormat, TokenStream, sha256_of};
 use crate::error::{Error, Result};
-use crate::export::{Exported, Format, MANIFEST_FILE, Manifest, OpenModel, Parity, write_opened};
-use crate::model::{Loader, WeightSource};
+use crate::export::{
+    Exported, Format, FormatsConfig, Gate, MANIFEST_FILE, Manifest, OpenModel, write_opened,
+};
+use crate::model::WeightSource;
 use crate::recipe::Compute;
 use crate::report::size;
 use crate::stage::PARITY_WINDOWS;
 use crate::stop::StopFlag;
 use crate::store::locate;
-use crate::task::{self, Perplexity, PplConfig};
+use crate::task::{GaugeText, Gauged, Perplexity, PplConfig};
 
 /// Arguments of `export`.
 #[derive(Args, Debug)]
@@ -43,6 +45,10 @@ pub(super) struct TargetArgs {
     /// The folder to write; an export that is there is replaced once the new one is checked
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
+    /// Sets a key of the format, as under [stage.export]: scales=f16 or embeddings=4 of mlx, version=1
+    /// of gptq, dtype=bf16 of dequantized, lossy=true where weights may change; repeatable
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
     /// Text to measure the perplexity on, before and after; codes and weights are compared anyway
     #[arg(long, value_name = "FILE")]
     data: Option<String>,
@@ -98,6 +104,7 @@ pub(super) fn write(
     args: &TargetArgs,
     stop: &StopFlag,
 ) -> Result<()> {
+    let options = FormatsConfig::of(format, &args.set)?;
     let device = args.device.clone();
     // What `verify` measures in.
     let model = ModelArgs { model: model.to_owned(), device, compute: Compute::F32 };
@@ -106,54 +113,66 @@ pub(super) fn write(
     let data = args.data.as_deref().map(locate::data).transpose()?;
     let inputs = [Some(&session.opened.dir), session.adapter.as_ref(), data.as_ref()];
     check_output(&args.output, &inputs.into_iter().flatten().collect::<Vec<_>>())?;
-    let device = &session.device.name;
-    let Some(data) = data else {
-        let exported = write_opened(&session.opened, format, &args.output, None, device)?;
-        return print(&session, format, &exported, None);
-    };
-    let gauge = Gauge::new(&session, &data, args.data_format, stop)?;
+    let text = data.map(|data| Text::load(&session, &data, args.data_format)).transpose()?;
+    let gauge = session.gauge(text.as_ref().map(Text::gauge), stop)?;
     let opened = &session.opened;
-    let trained = match format {
-        Format::Fewbit => gauge.measure(opened, opened)?,
-        _ => gauge.measure(opened, &Decoded(opened))?,
-    };
-    let mut measure = |opened: &OpenModel| Ok(gauge.measure(opened, opened)?.perplexity);
-    let parity = Parity {
-        trained: trained.perplexity,
-        tokens: trained.tokens,
-        context: trained.context,
-        data_sha256: gauge.sha256.clone(),
-        format: gauge.format,
-        measure: &mut measure,
-    };
-    let exported = write_opened(opened, format, &args.output, Some(parity), device)?;
-    print(&session, format, &exported, Some(&trained))
+    let decoded = Decoded(opened);
+    let source: &dyn WeightSource = if format == Format::Fewbit { opened } else { &decoded };
+    let trained = gauge.measure(&opened.config, source, opened.tap())?;
+    let gate = Gate { gauge: &gauge, trained: &trained };
+    let device = &session.device.name;
+    let exported = write_opened(opened, format, options, &args.output, &gate, device)?;
+    print(&session, format, &exported, &trained)
 }
 
-fn print(
-    session: &Session,
-    format: Format,
-    exported: &Exported,
-    parity: Option<&Perplexity>,
-) -> Result<()> {
+fn print(session: &Session, format: Format, exported: &Exported, trained: &Gauged) -> Result<()> {
     let adapter = session.opened.adapter.as_ref().map_or_else(String::new, |adapter| {
         let head = adapter.head();
         format!("adapter    {}, trained by {} on {}\n", head.name, head.method, head.base)
     });
-    let checked = match parity {
-        Some(Perplexity { perplexity, context, .. }) => {
-            format!("every weight, and perplexity {perplexity:.4} (context {context}), equal")
+    let checked = match (&trained.perplexity, &exported.gauged.perplexity) {
+        (Some(before), Some(after)) if exported.lossy => format!(
+            "perplexity {:.4} became {:.4} (context {})",
+            before.perplexity, after.perplexity, after.context
+        ),
+        _ if exported.lossy => "--data FILE compares a perplexity".to_owned(),
+        (Some(Perplexity { perplexity, context, .. }), _) => format!(
+            "every weight, prompts' logits and perplexity {perplexity:.4} (context {context}) equal"
+        ),
+        (None, _) => {
+            "every weight and prompts' logits equal; --data FILE compares a perplexity too"
+                .to_owned()
         }
-        None => "every weight equal; --data FILE compares a perplexity too".to_owned(),
     };
     let (bytes, bits) = (size(exported.bytes), exported.bits_per_weight);
     output::line(&format!(
         "exported   {}\n\
          format     {}, {bytes}, {bits:.2} bits/weight\n\
-         {adapter}checked    {checked}",
+         {adapter}{}checked    {checked}",
         exported.path.display(),
         format.name(),
+        losses(exported, trained),
     ))
+}
+
+/// What was changed of each linear; nothing where nothing was.
+fn losses(exported: &Exported, trained: &Gauged) -> String {
+    if !exported.lossy {
+        return String::new();
+    }
+    let each = exported.losses.iter().map(|(name, loss)| {
+        let (percent, largest) = (100.0 * loss.relative, loss.largest);
+        format!("           {percent:8.4} %  at most {largest:.2e}  {name}\n")
+    });
+    let same = trained.next_tokens() == exported.gauged.next_tokens();
+    let tokens = if same { "equal" } else { "differ" };
+    format!(
+        "lossy      {} linears were changed\n{}\
+         logits     differ by at most {:.3}; likeliest next tokens of the prompts {tokens}\n",
+        exported.losses.len(),
+        each.collect::<String>(),
+        trained.logits_differ(&exported.gauged),
+    )
 }
 
 /// Refuses to replace anything but an export, or a folder that something is read from.
@@ -206,23 +225,16 @@ impl WeightSource for Decoded<'_> {
     }
 }
 
-/// Measures the gate's perplexity, of the model before it is written and of the folder after.
-struct Gauge<'a> {
-    session: &'a Session,
+/// The text that the gate measures a perplexity on.
+struct Text {
     stream: TokenStream,
     task: PplConfig,
     sha256: String,
     format: DataFormat,
-    stop: &'a StopFlag,
 }
 
-impl<'a> Gauge<'a> {
-    fn new(
-        session: &'a Session,
-        data: &Path,
-        format: Option<DataFormat>,
-        stop: &'a StopFlag,
-    ) -> Result<Self> {
+impl Text {
+    fn load(session: &Session, data: &Path, format: Option<DataFormat>) -> Result<Self> {
         let sha256 = sha256_of(&[data])?;
         let recorded = session.opened.packed_manifest()?.parity.as_ref();
         let recorded = recorded.filter(|parity| parity.data_sha256 == sha256);
@@ -240,14 +252,11 @@ impl<'a> Gauge<'a> {
         let stream = TokenStream::load(&[data], format, &tokenizer, marks, context)?;
         let (context, stride) = task.protocol(config, stream.packed)?;
         stream.strided(context, stride).map_err(|e| e.at(data.display()))?;
-        Ok(Self { session, stream, task, sha256, format, stop })
+        Ok(Self { stream, task, sha256, format })
     }
 
-    fn measure(&self, opened: &OpenModel, source: &dyn WeightSource) -> Result<Perplexity> {
-        let Self { session, stream, task, stop, .. } = self;
-        let (config, device) = (&opened.config, &session.device.device);
-        let model = Loader { config, source, device, dtype: session.dtype }.model()?;
-        let model = model.with_tap(opened.tap());
-        task::measure(&model, config, stream, task, device, stop, &mut |_, _| ())
+    fn gauge(&self) -> GaugeText<'_> {
+        let Self { stream, task, sha256, format } = self;
+        GaugeText { stream, task: task.clone(), sha256: sha256.clone(), format: *format }
     }
 }

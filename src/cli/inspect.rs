@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{adapter, output};
 use crate::error::Result;
-use crate::export::{Adapter, Format, Manifest, fewbit};
+use crate::export::{Adapter, Format, Manifest, fewbit, gguf};
 use crate::quant::{CodeHistogram, GroupAxis, QuantizedWeight, Repr};
 use crate::report::size;
 use crate::store::safetensors::Checkpoint;
@@ -22,7 +22,7 @@ const BINS: usize = 16;
 /// Arguments of `inspect`.
 #[derive(Args, Debug)]
 pub(super) struct InspectArgs {
-    /// A model folder, an export, a run, an adapter, or one safetensors file
+    /// A model folder, an export, a run, an adapter, or one safetensors or GGUF file
     path: String,
     /// Print one JSON object
     #[arg(long)]
@@ -42,6 +42,9 @@ pub(super) fn run(args: &InspectArgs) -> Result<()> {
     } else {
         locate::model(&args.path)?
     };
+    if let Some(file) = gguf_file(&path)? {
+        return inspect_gguf(&file, args.json);
+    }
     if path.is_file() && Adapter::is_described_by(Checkpoint::open_file(&path)?.file_metadata()) {
         return adapter::inspect(&path, args.json);
     }
@@ -55,6 +58,63 @@ pub(super) fn run(args: &InspectArgs) -> Result<()> {
         return output::json(&as_json(&path, &stored, &linears));
     }
     output::print(&as_text(&path, &stored, &linears))
+}
+
+/// The GGUF file that stands for a model.
+fn gguf_file(path: &Path) -> Result<Option<PathBuf>> {
+    let exported = path.join("model.gguf");
+    match path {
+        _ if exported.is_file() => Ok(Some(exported)),
+        path if path.is_dir() => gguf::alone(path),
+        path => Ok(path.extension().is_some_and(|end| end == "gguf").then(|| path.to_owned())),
+    }
+}
+
+fn inspect_gguf(path: &Path, json: bool) -> Result<()> {
+    let file = gguf::Reader::open(path)?;
+    let text = |key: &str| file.get(key).and_then(gguf::Value::as_text).unwrap_or("unknown");
+    let (architecture, name) = (text("general.architecture"), text("general.name"));
+    let tensors = file.tensors();
+    let total: u64 = tensors.values().map(|info| info.bytes).sum();
+    let weights: usize = tensors.values().map(|info| info.shape.iter().product::<usize>()).sum();
+    let mean = 8.0 * total as f64 / weights.max(1) as f64;
+    if json {
+        let each: Vec<Value> = tensors
+            .iter()
+            .map(|(name, info)| {
+                json!({
+                    "name": name,
+                    "dtype": info.kind.name(),
+                    "shape": info.shape,
+                    "bytes": info.bytes,
+                })
+            })
+            .collect();
+        return output::json(&json!({
+            "path": path,
+            "architecture": architecture,
+            "name": name,
+            "metadata_keys": file.metadata().len(),
+            "bytes": total,
+            "tensors": each,
+            "bits_per_weight": mean,
+        }));
+    }
+    let rows: Vec<Vec<String>> = tensors
+        .iter()
+        .map(|(name, info)| {
+            let shape: Vec<String> = info.shape.iter().map(ToString::to_string).collect();
+            vec![name.clone(), info.kind.name().into(), shape.join(" x "), size(info.bytes)]
+        })
+        .collect();
+    let table = table(&["tensor", "type", "shape", "size"], &rows);
+    let (keys, count) = (file.metadata().len(), tensors.len());
+    output::print(&format!(
+        "{}\nGGUF, architecture {architecture}, {name}, {keys} metadata keys\n{table}\n\
+         {} in {count} tensors, {mean:.4} bits a weight over all of them\n",
+        path.display(),
+        size(total),
+    ))
 }
 
 /// The tensors at `path`, and the quantized linears among them: by the manifest of an export, or

@@ -28,6 +28,7 @@ use crate::recipe::Compute;
 use crate::stop::StopFlag;
 use crate::store::locate;
 use crate::store::safetensors::Checkpoint;
+use crate::task::{Gauge, GaugeText};
 
 /// Train language models into 4-, 3- and 2-bit weights.
 #[derive(Debug, Parser)]
@@ -236,7 +237,14 @@ impl Session {
     }
 
     fn tokenizer(&self) -> Result<Tokenizer> {
-        Tokenizer::load(&self.opened.dir)
+        self.opened.tokenizer()
+    }
+
+    /// What an export must not change of this model.
+    fn gauge<'a>(&'a self, text: Option<GaugeText<'a>>, stop: &'a StopFlag) -> Result<Gauge<'a>> {
+        let tokenizer = self.opened.has_tokenizer().then(|| self.tokenizer()).transpose()?;
+        let prompts = Gauge::prompts(tokenizer.as_ref(), &self.opened.config)?;
+        Ok(Gauge { device: &self.device.device, dtype: self.dtype, prompts, text, stop })
     }
 
     /// The token put before a text, where the model has one.

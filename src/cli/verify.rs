@@ -5,16 +5,17 @@ use std::path::Path;
 use clap::Args;
 use serde_json::json;
 
-use super::{ModelArgs, output};
+use super::{ModelArgs, Session, output};
 use crate::data::{TokenStream, sha256_of};
 use crate::error::{Error, Kind, Result};
 use crate::export::{self, Manifest, OpenModel, open_model};
-use crate::model::{WeightSource, weight_name};
+use crate::model::{ByBlock, WeightSource, weight_name};
+use crate::recipe::Compute;
 use crate::stage::PARITY_WINDOWS;
 use crate::stop::StopFlag;
 use crate::store::folder::sha256_file;
 use crate::store::{TensorSource, locate};
-use crate::task::{self, PplConfig};
+use crate::task::{self, Gauge, PplConfig};
 
 /// Arguments of `verify`.
 #[derive(Args, Debug)]
@@ -61,8 +62,10 @@ pub(super) fn run(args: &VerifyArgs, stop: &StopFlag) -> Result<()> {
         check_linear(&opened, manifest, name).map_err(failed)?;
     }
     check_record(&opened, manifest)?;
+    let session = session(args)?;
+    let prompts = check_logits(&session, manifest, stop)?;
     let perplexity = match &args.data {
-        Some(data) => Some(check_perplexity(args, &opened, manifest, data, stop)?),
+        Some(data) => Some(check_perplexity(args, &session, manifest, data, stop)?),
         None => None,
     };
     let (linears, dense) = (manifest.linears.len(), manifest.dense.len());
@@ -73,6 +76,8 @@ pub(super) fn run(args: &VerifyArgs, stop: &StopFlag) -> Result<()> {
             "linears": linears,
             "dense_tensors": dense,
             "bits_per_weight": manifest.bits_per_weight,
+            "lossy": manifest.lossy,
+            "prompts": prompts,
             "parity": manifest.parity,
             "perplexity": perplexity,
         }));
@@ -80,6 +85,10 @@ pub(super) fn run(args: &VerifyArgs, stop: &StopFlag) -> Result<()> {
     let parity = match (&manifest.parity, perplexity) {
         (Some(p), Some(perplexity)) => {
             format!("perplexity {perplexity:.4} (context {}) measured again and equal", p.context)
+        }
+        (Some(p), None) if manifest.lossy => {
+            let (trained, exported, context) = (p.trained, p.exported, p.context);
+            format!("perplexity {trained:.4} became {exported:.4} (context {context}), recorded")
         }
         (Some(p), None) => {
             let (perplexity, context) = (p.exported, p.context);
@@ -92,9 +101,14 @@ pub(super) fn run(args: &VerifyArgs, stop: &StopFlag) -> Result<()> {
     output::line(&format!(
         "ok  {}  {linears} linears: hashes, shapes, codes, scales, weights\n\
          ok  {dense} other tensors and {} files: hashes\n\
+         ok  {}\n\
          ok  {parity}",
         manifest.format.name(),
         manifest.files.len(),
+        match prompts {
+            0 => "no prompts recorded".to_owned(),
+            prompts => format!("{prompts} prompts: logits"),
+        },
     ))
 }
 
@@ -113,7 +127,7 @@ fn check_record(opened: &OpenModel, manifest: &Manifest) -> Result<()> {
         return Err(damaged(&what, &opened.dir, "bits_per_weight"));
     }
     match &manifest.parity {
-        Some(parity) if parity.trained.to_bits() != parity.exported.to_bits() => {
+        Some(p) if !manifest.lossy && p.trained.to_bits() != p.exported.to_bits() => {
             let what = "the recorded perplexities of trained and exported model differ";
             Err(damaged(what, &opened.dir, "parity"))
         }
@@ -165,9 +179,40 @@ fn check_linear(opened: &OpenModel, manifest: &Manifest, name: &str) -> Result<(
     }
 }
 
+fn session(args: &VerifyArgs) -> Result<Session> {
+    let (model, device) = (args.dir.clone(), args.device.clone());
+    ModelArgs { model, device, compute: Compute::F32 }.open()
+}
+
+/// The folder says to the recorded prompts what it said when it was written. Gives their number.
+fn check_logits(session: &Session, manifest: &Manifest, stop: &StopFlag) -> Result<usize> {
+    let Some(recorded) = &manifest.logits else { return Ok(0) };
+    let opened = &session.opened;
+    let vocab = opened.config.vocab;
+    let fits = |id: &u32| (*id as usize) < vocab;
+    let prompts = &recorded.prompts;
+    if !prompts.iter().all(|prompt| !prompt.is_empty() && prompt.iter().all(fits)) {
+        return Err(damaged("a recorded prompt is none of this model", &opened.dir, "logits"));
+    }
+    let gauge = Gauge { prompts: prompts.clone(), ..session.gauge(None, stop)? };
+    let found = gauge.measure(&opened.config, opened, opened.tap())?;
+    let same = if session.device.name == manifest.provenance.device {
+        found.logits_sha256() == recorded.sha256
+    } else {
+        // Another device rounds differently; what is likeliest rarely hangs on that.
+        found.next_tokens() == recorded.next
+    };
+    if same {
+        return Ok(prompts.len());
+    }
+    Err(Error::gate("the logits of the recorded prompts are not those of the manifest")
+        .at(opened.dir.display())
+        .fix("the same device as the run's, or export the run again"))
+}
+
 fn check_perplexity(
     args: &VerifyArgs,
-    opened: &OpenModel,
+    session: &Session,
     manifest: &Manifest,
     data: &str,
     stop: &StopFlag,
@@ -181,9 +226,6 @@ fn check_perplexity(
             .at(data)
             .fix(format!("the text with sha256 {}", recorded.data_sha256)));
     }
-    let dir = args.dir.clone();
-    let compute = crate::recipe::Compute::F32;
-    let session = ModelArgs { model: dir, device: args.device.clone(), compute }.open()?;
     let tokenizer = session.tokenizer()?;
     let marks = session.marks(&tokenizer)?;
     let (format, length) = (recorded.format, recorded.context);
@@ -193,8 +235,9 @@ fn check_perplexity(
         windows: Some(PARITY_WINDOWS),
         ..PplConfig::default()
     };
-    let (config, device) = (&opened.config, &session.device.device);
-    let model = session.load()?;
+    let Session { opened, device, dtype, .. } = session;
+    let (config, device) = (&opened.config, &device.device);
+    let model = ByBlock::open(config, opened, opened.tap(), device, *dtype)?;
     let result = task::measure(&model, config, &stream, &task, device, stop, &mut |_, _| ())?;
     // Another device may round differently; the same one does not.
     let same_device = session.device.name == manifest.provenance.device;

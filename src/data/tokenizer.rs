@@ -37,16 +37,32 @@ impl Tokenizer {
             ));
         }
         let bytes = std::fs::read(&path).map_err(|source| Error::io("read", &path, &source))?;
+        let config = read_config(&dir.join("tokenizer_config.json"))?;
+        Self::new(&bytes, &config, dir).map_err(|error| error.at(path.display()))
+    }
+
+    /// From the texts of `tokenizer.json` and `tokenizer_config.json`, which came from `place`.
+    ///
+    /// # Errors
+    /// If either cannot be parsed.
+    pub fn from_texts(json: &str, config: Option<&str>, place: &Path) -> Result<Self> {
+        let config = config.map_or(Ok(Value::Null), serde_json::from_str).map_err(|error| {
+            Error::preflight(format!("the tokenizer's settings are not valid JSON: {error}"))
+                .at(place.display())
+        })?;
+        Self::new(json.as_bytes(), &config, place).map_err(|error| error.at(place.display()))
+    }
+
+    fn new(json: &[u8], config: &Value, folder: &Path) -> Result<Self> {
         let broken = |error: tokenizers::Error| {
-            Error::preflight(format!("the tokenizer does not load: {error}")).at(path.display())
+            Error::preflight(format!("the tokenizer does not load: {error}"))
         };
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(broken)?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(broken)?;
         // A saved truncation would silently cut every document; saved padding would lengthen it.
         inner.with_truncation(None).map_err(broken)?;
         inner.with_padding(None);
-        let config = read_config(&dir.join("tokenizer_config.json"))?;
-        let (bos, eos) = (special(&config, "bos_token"), special(&config, "eos_token"));
-        Ok(Self { inner, folder: dir.to_owned(), bos, eos })
+        let (bos, eos) = (special(config, "bos_token"), special(config, "eos_token"));
+        Ok(Self { inner, folder: folder.to_owned(), bos, eos })
     }
 
     /// The token ids of `text`, no special tokens added.

@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::folder::{self, Exported, ModelParts, OpenModel, Parity};
-use super::{Adapter, Format, FormatsConfig, Manifest};
+use super::write::write_adapted;
+use super::{
+    Adapter, Exported, Format, FormatsConfig, Gate, Manifest, ModelParts, OpenModel, Provenance,
+};
 use crate::error::{Error, Kind, Result};
 
 impl OpenModel {
@@ -46,42 +48,31 @@ impl OpenModel {
 }
 
 /// Writes a packed model, with its adapter's scales where it has one, as `format` to `target`,
-/// behind the gate of [`super::write`]. Provenance is the source's; `device` is where `parity` is
-/// measured.
+/// behind the gate of [`super::write`]. Provenance is the source's; `device` is where the gate
+/// measures.
 ///
 /// # Errors
 /// A usage error when the model holds no codes; otherwise as [`super::write`].
 pub fn write_opened(
     opened: &OpenModel,
     format: Format,
+    options: FormatsConfig,
     target: &Path,
-    parity: Option<Parity<'_>>,
+    gate: &Gate<'_>,
     device: &str,
 ) -> Result<Exported> {
     let manifest = opened.packed_manifest()?;
-    let adapter = opened.adapter.as_ref();
-    let mut quantized = BTreeMap::new();
-    for (name, record) in &manifest.linears {
-        let tuned = adapter.filter(|adapter| adapter.scales(name).is_some());
-        let method = tuned.map_or(&record.method, |adapter| &adapter.head().method);
-        if let Some(weight) = opened.quantized(name)? {
-            quantized.insert(name.clone(), (weight, method.clone()));
-        }
-    }
-    let mut provenance = manifest.provenance.clone();
-    if parity.is_some() {
-        // `verify` expects equal numbers on the device that is named here.
-        device.clone_into(&mut provenance.device);
-    }
+    // `verify` expects equal numbers on the device that is named here.
+    let provenance = Provenance { device: device.to_owned(), ..manifest.provenance.clone() };
     let parts = ModelParts {
         dir: &opened.dir,
         source: &opened.checkpoint,
-        quantized: &quantized,
+        quantized: opened,
         dense: &BTreeMap::new(),
         activations: manifest.activations.clone(),
-        options: FormatsConfig::default(),
+        options,
         provenance,
     };
-    let head = adapter.map(Adapter::head).or(manifest.adapter.as_ref());
-    folder::write_adapted(&parts, head, format, target, parity)
+    let head = opened.adapter.as_ref().map(Adapter::head).or(manifest.adapter.as_ref());
+    write_adapted(&parts, head, format, target, gate)
 }

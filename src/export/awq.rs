@@ -7,6 +7,7 @@
 
 use serde_json::{Value, json};
 
+use super::container::Container;
 use super::gptq::stated;
 use super::matrix::{
     Affine, Layer, Tensors, floats, repeated, stored_group, transposed, words_as_i32,
@@ -47,6 +48,8 @@ pub fn group_size(linears: &[Layer]) -> Result<Option<usize>> {
 pub fn encode(name: &str, weight: &Affine<'_>, group_size: Option<usize>) -> Result<Tensors> {
     weight.check(name)?;
     plan::check(Target::Awq, &Traits::of(weight), name)?;
+    let container = Container::new(Target::Awq, weight);
+    let weight = &container.as_ref().map_or(*weight, |container| container.affine(weight));
     let (out, inputs) = (weight.out, weight.inputs);
     let group = group_size.unwrap_or(inputs);
     if group == 0 || stored_group(weight.group_len, &[group]).is_none() {
@@ -122,8 +125,8 @@ mod tests {
         let refused = |grid: super::super::matrix::sample::Grid, group| {
             encode("x", &grid.affine(), Some(group)).unwrap_err().to_string()
         };
-        assert!(refused(grid([8, 32], 32, 3, ZeroKind::Integer, true, 1), 32).contains("4 bits"));
-        assert!(refused(grid([8, 32], 32, 4, ZeroKind::Half, true, 1), 32).contains("half a step"));
+        assert!(refused(grid([8, 32], 32, 5, ZeroKind::Integer, true, 1), 32).contains("4 bits"));
+        assert!(refused(grid([8, 32], 32, 4, ZeroKind::Half, true, 1), 32).contains("doubled"));
         assert!(
             refused(grid([4, 32], 32, 4, ZeroKind::Integer, true, 1), 32).contains("8 outputs")
         );

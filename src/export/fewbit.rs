@@ -19,12 +19,8 @@ pub fn tensor_names(name: &str) -> [String; 5] {
     ["codes", "scales", "zero_points", "alphas", "offsets"].map(|part| format!("{name}.{part}"))
 }
 
-/// The tensors of one linear, and its record for the manifest.
-pub fn encode(
-    name: &str,
-    weight: &QuantizedWeight,
-    method: &str,
-) -> (Vec<(String, HostTensor)>, LinearRecord) {
+/// The tensors of one linear.
+pub fn encode(name: &str, weight: &QuantizedWeight) -> Vec<(String, HostTensor)> {
     let layout = weight.layout;
     let width = weight.bits.get();
     let [rows, columns] = layout.stored();
@@ -32,32 +28,19 @@ pub fn encode(
     let codes = HostTensor::u32([rows, bits::words_per_row(columns, width)], weight.codes.words());
     let mut tensors = vec![(codes_name, codes)];
     let scale_shape = layout.scale_shape();
-    let grid = match &weight.grid {
+    match &weight.grid {
         Grid::Uniform { scale, zero_point, zero_kind } => {
             tensors.push((scales_name, HostTensor::f32(scale_shape, scale)));
             tensors.push((zeros_name, encode_zeros(zero_point, *zero_kind, scale_shape)));
-            GridRecord::Uniform { zero_kind: *zero_kind }
         }
         Grid::BinaryCoding { alpha, offset } => {
             let [rows, groups] = scale_shape;
             let shape = [rows, groups, usize::from(width)];
             tensors.push((alphas_name, HostTensor::f32(shape, alpha)));
             tensors.push((offsets_name, encode_zeros(offset, ZeroKind::Real, scale_shape)));
-            GridRecord::BinaryCoding {}
         }
-    };
-    let record = LinearRecord {
-        method: method.to_owned(),
-        bits: weight.bits,
-        shape: [layout.out, layout.inputs],
-        group_len: layout.group_len,
-        axis: layout.axis,
-        grid,
-        histogram: weight.histogram(),
-        sha256: tensors.iter().map(|(name, tensor)| (name.clone(), tensor.sha256())).collect(),
-        weights_sha256: weights_sha256(&weight.dequantize()),
-    };
-    (tensors, record)
+    }
+    tensors
 }
 
 fn encode_zeros(zeros: &[f32], kind: ZeroKind, shape: [usize; 2]) -> HostTensor {
@@ -173,7 +156,8 @@ impl Saved {
             self.dense.iter().map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
         let mut records = BTreeMap::new();
         for (name, weight, method) in &self.linears {
-            let (encoded, record) = encode(name, weight, method);
+            let encoded = encode(name, weight);
+            let record = LinearRecord::new(weight, method, &weight.dequantize(), &encoded);
             tensors.extend(encoded);
             records.insert(name.clone(), record);
         }

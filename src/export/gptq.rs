@@ -11,6 +11,7 @@
 
 use serde_json::{Map, Value, json};
 
+use super::container::Container;
 use super::matrix::{
     Affine, Layer, Tensors, floats, most_common, repeated, stored_group, transposed, words_as_i32,
 };
@@ -43,18 +44,18 @@ impl Version {
 pub struct GptqOptions {
     /// How zero points are stored.
     pub version: Version,
-    /// Whether to write `g_idx`, which GPTQ readers want and AutoRound does without.
-    pub group_index: bool,
+    /// GPTQ, or AutoRound, which does without `g_idx`.
+    pub target: Target,
     /// Whether rows that are one group are stored as such: so in a model where all of them are.
     pub whole_rows: bool,
 }
 
 impl GptqOptions {
     /// What suits a model of these linears.
-    pub fn suited(linears: &[Layer]) -> Self {
+    pub fn suited(target: Target, linears: &[Layer]) -> Self {
         Self {
             version: Version::suited(linears),
-            group_index: true,
+            target,
             whole_rows: linears.iter().all(Layer::is_whole_row),
         }
     }
@@ -74,7 +75,9 @@ impl GptqOptions {
 /// When the grid does not fit ([`plan::refusal`]), and in version 1 when it is not symmetric.
 pub fn encode(name: &str, weight: &Affine<'_>, options: GptqOptions) -> Result<Tensors> {
     weight.check(name)?;
-    plan::check(Target::Gptq, &Traits::of(weight), name)?;
+    plan::check(options.target, &Traits::of(weight), name)?;
+    let container = Container::new(options.target, weight);
+    let weight = &container.as_ref().map_or(*weight, |container| container.affine(weight));
     let less = match options.version {
         Version::V2 => 0,
         Version::V1 if weight.is_centred() => 1,
@@ -103,7 +106,7 @@ pub fn encode(name: &str, weight: &Affine<'_>, options: GptqOptions) -> Result<T
         (format!("{name}.qzeros"), words_as_i32([groups, columns], &zeros)),
         (format!("{name}.scales"), floats(DType::F16, [groups, out], &scales)),
     ];
-    if options.group_index {
+    if options.target == Target::Gptq {
         let index: Vec<i32> =
             (0..inputs).map(|input| ((input / group) as u32).cast_signed()).collect();
         tensors.push((format!("{name}.g_idx"), HostTensor::i32([inputs], &index)));
@@ -217,7 +220,7 @@ mod tests {
     use crate::quant::ZeroKind;
 
     const V2: GptqOptions =
-        GptqOptions { version: Version::V2, group_index: true, whole_rows: false };
+        GptqOptions { version: Version::V2, target: Target::Gptq, whole_rows: false };
     const V1: GptqOptions = GptqOptions { version: Version::V1, ..V2 };
 
     fn decoded(grid: &Grid, options: GptqOptions) -> read::Decoded {
@@ -267,9 +270,8 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_refused() {
         let cases = [
-            grid([32, 32], 32, 4, ZeroKind::Half, true, 1),
+            grid([32, 32], 32, 8, ZeroKind::Half, true, 1),
             grid([32, 32], 32, 4, ZeroKind::Real, true, 1),
-            grid([32, 32], 32, 5, ZeroKind::Integer, true, 1),
             grid([32, 48], 16, 4, ZeroKind::Integer, true, 1),
             grid([24, 32], 32, 4, ZeroKind::Integer, true, 1),
             grid([32, 32], 32, 4, ZeroKind::Integer, false, 1),
@@ -277,8 +279,8 @@ mod tests {
         for grid in cases {
             assert!(encode("x", &grid.affine(), V2).is_err(), "{grid:?}");
         }
-        let mut grid = grid([32, 32], 32, 4, ZeroKind::Integer, true, 1);
-        grid.zero[0] = 16.0;
+        let mut grid = grid([32, 32], 32, 8, ZeroKind::Integer, true, 1);
+        grid.zero[0] = 256.0;
         assert!(encode("x", &grid.affine(), V2).is_err());
     }
 
@@ -293,7 +295,7 @@ mod tests {
         };
         let linears = [layer("a", 2, 64), layer("b", 4, 96), layer("c", 2, 64)];
         let dense = ["lm_head".to_owned(), "model.layers.0.d".to_owned()];
-        let options = GptqOptions::suited(&linears);
+        let options = GptqOptions::suited(Target::Gptq, &linears);
         let gptq = config(&linears, &dense, options);
         assert_eq!((&gptq["bits"], &gptq["group_size"]), (&json!(2), &json!(64)));
         assert_eq!(gptq["checkpoint_format"], "gptq");
@@ -310,9 +312,9 @@ mod tests {
         assert_eq!(auto["extra_config"]["model.layers.0.b"]["group_size"], 32);
         assert_eq!(auto["extra_config"]["model.layers.0.d"]["bits"], 16);
         let rows = [layer("a", 4, 256), layer("b", 4, 256)];
-        assert_eq!(config(&rows, &[], GptqOptions::suited(&rows))["group_size"], -1);
+        assert_eq!(config(&rows, &[], GptqOptions::suited(Target::Gptq, &rows))["group_size"], -1);
         let mixed = [layer("a", 4, 256), layer("b", 4, 128)];
-        assert!(!GptqOptions::suited(&mixed).whole_rows);
+        assert!(!GptqOptions::suited(Target::Gptq, &mixed).whole_rows);
     }
 
     proptest! {
@@ -324,7 +326,7 @@ mod tests {
             out in 1_usize..3,
             whole_rows: bool,
             first: bool,
-            group_index: bool,
+            autoround: bool,
             seed: u32,
         ) {
             let shape = [out * 32, groups * group_len];
@@ -334,7 +336,8 @@ mod tests {
             }
             let version = if first { Version::V1 } else { Version::V2 };
             let whole_rows = whole_rows && groups == 1;
-            let decoded = decoded(&grid, GptqOptions { version, group_index, whole_rows });
+            let target = if autoround { Target::AutoRound } else { Target::Gptq };
+            let decoded = decoded(&grid, GptqOptions { version, target, whole_rows });
             let decoded = decoded.regrouped(group_len).unwrap();
             prop_assert_eq!(&decoded.codes, &grid.codes);
             prop_assert_eq!(&decoded.scale, &grid.scale);

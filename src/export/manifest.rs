@@ -5,10 +5,13 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::approximate::Loss;
+use super::write::weights_sha256;
 use super::{ActivationRecord, AdapterHead, Format};
 use crate::data::DataFormat;
 use crate::error::{Error, Result};
-use crate::quant::{Bits, CodeHistogram, GroupAxis, ZeroKind};
+use crate::quant::{Bits, CodeHistogram, Grid, GroupAxis, QuantizedWeight, ZeroKind};
+use crate::store::HostTensor;
 
 /// The manifest's name in a folder.
 pub const MANIFEST_FILE: &str = "manifest.json";
@@ -46,6 +49,12 @@ pub struct Manifest {
     pub files: BTreeMap<String, String>,
     /// Mean stored bits of a quantized weight, scales and zero points included.
     pub bits_per_weight: f64,
+    /// Whether the folder computes something else than what was trained, where that was allowed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub lossy: bool,
+    /// What the re-opened model says to fixed prompts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logits: Option<LogitsRecord>,
     /// Perplexity of the trained and the re-opened model.
     pub parity: Option<ParityRecord>,
 }
@@ -86,8 +95,52 @@ pub struct LinearRecord {
     pub histogram: CodeHistogram,
     /// SHA-256 of each stored tensor's bytes, by tensor name.
     pub sha256: BTreeMap<String, String>,
-    /// SHA-256 of the weights the codes stand for, as little-endian f32, `[out, in]`.
+    /// SHA-256 of the weights a reader computes, as little-endian f32, `[out, in]`.
     pub weights_sha256: String,
+    /// What was changed of the trained weights, where that was allowed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss: Option<Loss>,
+}
+
+impl LinearRecord {
+    /// Of a linear whose readers compute `decoded`, and whose tensors are these.
+    pub(super) fn new(
+        weight: &QuantizedWeight,
+        method: &str,
+        decoded: &[f32],
+        tensors: &[(String, HostTensor)],
+    ) -> Self {
+        let sha256 = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.sha256())).collect();
+        let grid = match weight.grid {
+            Grid::Uniform { zero_kind, .. } => GridRecord::Uniform { zero_kind },
+            Grid::BinaryCoding { .. } => GridRecord::BinaryCoding {},
+        };
+        Self {
+            method: method.to_owned(),
+            bits: weight.bits,
+            shape: [weight.layout.out, weight.layout.inputs],
+            group_len: weight.layout.group_len,
+            axis: weight.layout.axis,
+            grid,
+            histogram: weight.histogram(),
+            sha256,
+            weights_sha256: weights_sha256(decoded),
+            loss: None,
+        }
+    }
+}
+
+/// What a model says to fixed prompts, so that `verify` can ask again.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct LogitsRecord {
+    /// Token ids of each prompt.
+    pub prompts: Vec<Vec<u32>>,
+    /// The likeliest token behind each.
+    pub next: Vec<u32>,
+    /// SHA-256 of the logits behind each, as little-endian f32, on the device of the provenance.
+    pub sha256: String,
+    /// The largest difference from the trained model's logits.
+    pub differ: f32,
 }
 
 /// The kind of a linear's grid.

@@ -225,7 +225,7 @@ pub(super) fn words_as_i32(shape: [usize; 2], words: &[u32]) -> HostTensor {
 }
 
 /// A tensor of `dtype`, which has to be a float type; rounds unless [`is_exact`] holds.
-pub(super) fn floats(dtype: DType, shape: [usize; 2], values: &[f32]) -> HostTensor {
+pub(super) fn floats(dtype: DType, shape: impl Into<Vec<usize>>, values: &[f32]) -> HostTensor {
     match dtype {
         DType::F16 => HostTensor::f16_from_f32(shape, values),
         DType::BF16 => HostTensor::bf16_from_f32(shape, values),

@@ -13,6 +13,7 @@
 use half::f16;
 use serde_json::{Map, Value, json};
 
+use super::container::Container;
 use super::matrix::{
     Affine, Layer, Tensors, floats, is_exact, most_common, repeated, stored_group,
 };
@@ -29,15 +30,15 @@ pub const GROUPS: [usize; 3] = [128, 64, 32];
 /// How to store.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct MlxOptions {
-    /// Type of scales and biases, F32 or F16. F16 is refused where one of them is no f16 number.
+    /// Type of scales and biases, F32 or F16.
     pub scales: DType,
-    /// Whether weights may come out of MLX's arithmetic different from what was trained.
-    pub allow_rounding: bool,
+    /// Whether stored numbers and MLX's arithmetic may round.
+    pub lossy: bool,
 }
 
 impl Default for MlxOptions {
     fn default() -> Self {
-        Self { scales: DType::F32, allow_rounding: false }
+        Self { scales: DType::F32, lossy: false }
     }
 }
 
@@ -57,32 +58,29 @@ impl Rounding {
     pub fn fraction(&self) -> f64 {
         self.changed as f64 / self.weights.max(1) as f64
     }
-
-    /// Adds another matrix.
-    pub fn merge(&mut self, other: &Self) {
-        self.weights += other.weights;
-        self.changed += other.changed;
-        self.largest = self.largest.max(other.largest);
-    }
 }
 
-/// The tensors of linear `name` (or of an embedding or head that is already quantized), and what
-/// MLX's arithmetic makes of them: nothing, unless `allow_rounding`.
+/// The tensors of linear `name` (or of an embedding or head that is already quantized). Unless
+/// `lossy`, MLX computes the very weights from them; see [`arithmetic`].
 ///
 /// # Errors
-/// When the grid does not fit ([`plan::refusal`]), when F16 would round a scale or bias, and when
-/// weights would come out different without `allow_rounding`.
-pub fn encode(name: &str, weight: &Affine<'_>, options: MlxOptions) -> Result<(Tensors, Rounding)> {
+/// When the grid does not fit ([`plan::refusal`]), and unless `lossy` when F16 would round a scale or
+/// bias and when weights would come out different.
+pub fn encode(name: &str, weight: &Affine<'_>, options: MlxOptions) -> Result<Tensors> {
     weight.check(name)?;
     plan::check(Target::Mlx, &Traits::untrained(weight), name)?;
+    let container = Container::new(Target::Mlx, weight);
+    let weight = &container.as_ref().map_or(*weight, |container| container.affine(weight));
     let Some(group) = stored_group(weight.group_len, &GROUPS) else {
         return Err(Error::failed("the group length fits no MLX group").at(name));
     };
     let biases = biases(weight);
-    check_storage(name, weight, &biases, options.scales)?;
-    let rounding = rounding(weight, options.scales);
-    if rounding.changed > 0 && !options.allow_rounding {
-        return Err(refuse_rounding(name, weight, options.scales, rounding));
+    check_storage(name, weight, &biases, options)?;
+    if !options.lossy {
+        let rounding = rounding(weight, options.scales);
+        if rounding.changed > 0 {
+            return Err(refuse_rounding(name, weight, options.scales, rounding));
+        }
     }
     let times = weight.group_len / group;
     let shape = [weight.out, weight.inputs / group];
@@ -90,12 +88,11 @@ pub fn encode(name: &str, weight: &Affine<'_>, options: MlxOptions) -> Result<(T
     let columns = bits::words_per_row(weight.inputs, weight.bits);
     let scales = floats(options.scales, shape, &repeated(weight.scale, times));
     let biases = floats(options.scales, shape, &repeated(&biases, times));
-    let tensors = vec![
+    Ok(vec![
         (format!("{name}.weight"), HostTensor::u32([weight.out, columns], &words)),
         (format!("{name}.scales"), scales),
         (format!("{name}.biases"), biases),
-    ];
-    Ok((tensors, rounding))
+    ])
 }
 
 /// One bias per group, `-scale * zero`, the nearest f32.
@@ -104,14 +101,25 @@ fn biases(weight: &Affine<'_>) -> Vec<f32> {
     weight.scale.iter().zip(weight.zero).map(|(scale, zero)| -(scale * zero) + 0.0).collect()
 }
 
-fn check_storage(name: &str, weight: &Affine<'_>, biases: &[f32], dtype: DType) -> Result<()> {
+fn check_storage(
+    name: &str,
+    weight: &Affine<'_>,
+    biases: &[f32],
+    MlxOptions { scales: dtype, lossy }: MlxOptions,
+) -> Result<()> {
     if !matches!(dtype, DType::F32 | DType::F16) {
         let what = format!("mlx scales are stored as F32 or F16, not {dtype}");
         return Err(Error::usage(what).at(name).fix("format.mlx.scales = \"f32\""));
     }
+    let limit = if dtype == DType::F16 { f32::from(f16::MAX) } else { f32::MAX };
+    if let Some(value) = weight.scale.iter().chain(biases).find(|v| v.abs() > limit) {
+        let what = format!("{value:e} is beyond the largest f16 number");
+        return Err(Error::preflight(what).at(name).fix("format.mlx.scales = \"f32\""));
+    }
     let inexact = |values: &[f32]| values.iter().filter(|v| !is_exact(dtype, **v)).count();
     match (inexact(weight.scale), inexact(biases)) {
         (0, 0) => Ok(()),
+        _ if lossy => Ok(()),
         (scales, biases) => Err(Error::preflight(format!(
             "{scales} scales and {biases} biases of {} are no f16 numbers, they would be rounded",
             weight.scale.len()
@@ -126,7 +134,7 @@ fn refuse_rounding(name: &str, weight: &Affine<'_>, dtype: DType, rounding: Roun
     if dtype == DType::F16 && self::rounding(weight, DType::F32).changed == 0 {
         return error.fix("format.mlx.scales = \"f32\", which is exact here");
     }
-    let instead = plan::refusal(Target::Mlx, &Traits::of(weight), None);
+    let instead = plan::refusal(Target::Mlx, &Traits::of(weight));
     let instead = instead.map_or_else(|| "format.fewbit".to_owned(), |refusal| refusal.instead);
     // Real zero points have too many digits whatever the scales are.
     let train = match weight.zero_kind {
@@ -134,6 +142,18 @@ fn refuse_rounding(name: &str, weight: &Affine<'_>, dtype: DType, rounding: Roun
         ZeroKind::Integer | ZeroKind::Half => format!("{} in training, or ", plan::SHORT_SCALES),
     };
     error.fix(format!("{train}{instead}"))
+}
+
+/// The weights that MLX computes from scales and biases of type `dtype`, `[out, inputs]`.
+pub fn arithmetic(weight: &Affine<'_>, dtype: DType) -> Vec<f32> {
+    let groups = weight.codes.chunks_exact(weight.group_len);
+    let values = weight.scale.iter().zip(biases(weight));
+    groups
+        .zip(values)
+        .flat_map(|(codes, (scale, bias))| {
+            codes.iter().map(move |code| restored(f32::from(*code), *scale, bias, dtype))
+        })
+        .collect()
 }
 
 /// What MLX computes from scales and biases of type `dtype`, against `scale * (code - zero)`,
@@ -205,13 +225,16 @@ mod tests {
     use super::super::read::{self, Shift, memory::Memory};
     use super::*;
 
-    const F16: MlxOptions = MlxOptions { scales: DType::F16, allow_rounding: false };
-    const ROUND: MlxOptions = MlxOptions { scales: DType::F32, allow_rounding: true };
+    const F16: MlxOptions = MlxOptions { scales: DType::F16, lossy: false };
+    const ROUND: MlxOptions = MlxOptions { scales: DType::F32, lossy: true };
 
     fn decoded(grid: &Grid, options: MlxOptions) -> (read::Decoded, Rounding) {
-        let (tensors, rounding) = encode("x", &grid.affine(), options).unwrap();
-        let config = config(&[grid.affine().layer("x")], &[]);
-        (read::mlx::decode(&config, "x", &Memory::new(tensors)).unwrap(), rounding)
+        let affine = grid.affine();
+        let tensors = encode("x", &affine, options).unwrap();
+        let config = config(&[affine.layer("x")], &[]);
+        let decoded = read::mlx::decode(&config, "x", &Memory::new(tensors)).unwrap();
+        assert_eq!(decoded.weights, arithmetic(&affine, options.scales));
+        (decoded, rounding(&affine, options.scales))
     }
 
     #[test]
@@ -219,12 +242,13 @@ mod tests {
         let mut grid = grid([1, 32], 32, 2, ZeroKind::Half, true, 1);
         grid.codes = [0, 1, 2, 3].repeat(8);
         (grid.scale, grid.zero) = (vec![0.5], vec![1.5]);
-        let (tensors, rounding) = encode("x", &grid.affine(), MlxOptions::default()).unwrap();
+        let tensors = encode("x", &grid.affine(), MlxOptions::default()).unwrap();
         assert_eq!(tensors[0].1, HostTensor::u32([1, 2], &[0xe4e4_e4e4, 0xe4e4_e4e4]));
         assert_eq!(tensors[1], ("x.scales".to_owned(), HostTensor::f32([1, 1], &[0.5])));
         assert_eq!(tensors[2], ("x.biases".to_owned(), HostTensor::f32([1, 1], &[-0.75])));
+        let rounding = rounding(&grid.affine(), DType::F32);
         assert_eq!(rounding, Rounding { weights: 32, changed: 0, largest: 0.0 });
-        let (half, _) = encode("x", &grid.affine(), F16).unwrap();
+        let half = encode("x", &grid.affine(), F16).unwrap();
         assert_eq!(half[2].1, HostTensor::f16_from_f32([1, 1], &[-0.75]));
     }
 
@@ -266,7 +290,7 @@ mod tests {
         let error = encode("x", &grid.affine(), F16).unwrap_err().to_string();
         assert!(error.contains("8 of 32 weights would come out different (25.00 %"), "{error}");
         assert!(error.contains("scales = \"f32\", which is exact here"), "{error}");
-        let (decoded, rounding) = decoded(&grid, MlxOptions { allow_rounding: true, ..F16 });
+        let (decoded, rounding) = decoded(&grid, MlxOptions { lossy: true, ..F16 });
         // The product and the sum are ties, and both go up.
         assert_eq!((rounding.changed, rounding.largest), (8, 2.0 / 1024.0));
         assert_eq!(decoded.weights[3..4], [2.0 + 4.0 / 1024.0]);
@@ -274,18 +298,22 @@ mod tests {
     }
 
     #[test]
-    fn f16_never_rounds_what_is_stored() {
-        let grid = grid([1, 32], 32, 4, ZeroKind::Integer, false, 9);
-        let options = MlxOptions { allow_rounding: true, ..F16 };
-        let error = encode("x", &grid.affine(), options).unwrap_err().to_string();
+    fn f16_rounds_what_is_stored_only_where_allowed() {
+        let mut grid = grid([1, 32], 32, 4, ZeroKind::Integer, false, 9);
+        let lossy = MlxOptions { lossy: true, ..F16 };
+        let error = encode("x", &grid.affine(), F16).unwrap_err().to_string();
         assert!(error.contains("are no f16 numbers"), "{error}");
+        assert!(decoded(&grid, lossy).1.changed > 0);
         let bf16 = MlxOptions { scales: DType::BF16, ..F16 };
         assert!(encode("x", &grid.affine(), bf16).is_err());
+        grid.scale.fill(1e5);
+        let error = encode("x", &grid.affine(), lossy).unwrap_err().to_string();
+        assert!(error.contains("largest f16"), "{error}");
     }
 
     #[test]
-    fn widths_and_groups_that_mlx_lacks_are_refused() {
-        for (bits, inputs, group_len) in [(1, 32, 32), (7, 32, 32), (4, 48, 48), (4, 48, 16)] {
+    fn groups_that_mlx_lacks_are_refused() {
+        for (bits, inputs, group_len) in [(4, 48, 48), (4, 48, 16)] {
             let grid = grid([2, inputs], group_len, bits, ZeroKind::Integer, true, 3);
             assert!(encode("x", &grid.affine(), ROUND).is_err(), "{bits} {group_len}");
         }

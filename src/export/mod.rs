@@ -6,9 +6,11 @@
 pub mod activations;
 mod adapted;
 mod adapter;
+mod approximate;
 pub mod awq;
 pub mod bcq;
 pub mod compressed_tensors;
+pub mod container;
 mod dequantized;
 mod difference;
 pub mod fewbit;
@@ -19,22 +21,31 @@ mod manifest;
 pub mod matrix;
 pub mod mlx;
 mod packed;
+mod parts;
 pub mod plan;
 pub mod read;
 mod switch;
+mod write;
 
 use serde::{Deserialize, Serialize};
 
 pub use activations::ActivationRecord;
 pub use adapted::write_opened;
 pub use adapter::{Adapter, AdapterHead, AdapterPart, AdapterRecord, Tuned};
+pub use approximate::Loss;
+pub use dequantized::{DenseDType, DequantizedConfig};
 pub use difference::{Change, Difference, differences};
-pub use folder::{
-    Exported, ModelParts, OpenModel, Parity, WeightStats, open_model, weights_sha256, write,
+pub use folder::{OpenModel, open_model};
+pub use manifest::{
+    GridRecord, LinearRecord, LogitsRecord, MANIFEST_FILE, Manifest, ParityRecord, Provenance,
 };
-pub use manifest::{GridRecord, LinearRecord, MANIFEST_FILE, Manifest, ParityRecord, Provenance};
 pub use packed::{CompressedTensorsConfig, GptqFormatConfig, MlxConfig, PlainConfig};
+pub use parts::{ModelParts, Quantized};
 pub use switch::Adapters;
+pub use write::{Exported, Gate, WeightStats, weights_sha256, write};
+
+use crate::error::{Error, Result};
+use crate::quant::Bits;
 
 /// `[stage.export]`'s `format` table: every format named in it is written.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
@@ -73,11 +84,6 @@ pub struct FormatsConfig {
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct FewbitConfig {}
-
-/// `format.dequantized`: no keys.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
-#[serde(deny_unknown_fields)]
-pub struct DequantizedConfig {}
 
 /// A format that can be written.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -121,12 +127,16 @@ impl Format {
     pub fn about(self) -> &'static str {
         match self {
             Self::Fewbit => "Packed codes and scales: what every other format is made from",
-            Self::Dequantized => "A dense Hugging Face folder of the quantized weights, in f32",
+            Self::Dequantized => {
+                "A dense Hugging Face folder of the quantized weights: f32, or dtype = bf16, f16"
+            }
             Self::Mlx => "MLX's affine layout: mlx-lm; 2, 3, 4, 5, 6 and 8 bits",
             Self::Gptq => "GPTQ: transformers, gptqmodel, vLLM; 2, 3, 4 and 8 bits, f16 scales",
             Self::Autoround => "AutoRound: GPTQ's tensors under its own config",
-            Self::Awq => "AWQ: 4 bits, f16 scales",
-            Self::CompressedTensors => "compressed-tensors: vLLM, transformers; 1 to 8 bits",
+            Self::Awq => "AWQ: codes of 4 bits, f16 scales",
+            Self::CompressedTensors => {
+                "compressed-tensors: vLLM, transformers; codes of 1, 2, 4 or 8 bits"
+            }
             Self::Gguf => "One GGUF file: llama.cpp; the block type that holds each weight exactly",
             Self::Bcq => "Sign planes of binary coding in LUT-GEMM's word order",
         }
@@ -149,6 +159,52 @@ impl Format {
 }
 
 impl FormatsConfig {
+    /// One format with the keys of `settings`, each `KEY=VALUE` as in a recipe.
+    ///
+    /// # Errors
+    /// A usage error that names a key or value which the format does not have.
+    pub fn of(format: Format, settings: &[String]) -> Result<Self> {
+        let mut text = format!("[{}]\n", format.name());
+        for setting in settings {
+            let Some((key, value)) = setting.split_once('=') else {
+                return Err(Error::usage(format!("`{setting}` is not KEY=VALUE")).at("--set"));
+            };
+            let (key, value) = (key.trim(), value.trim());
+            // A bare word is a text.
+            let line = format!("{key} = {value}\n");
+            let plain = toml::from_str::<toml::Table>(&line).is_ok();
+            let quoted = format!("{key} = {value:?}\n");
+            text += if plain { &line } else { &quoted };
+        }
+        toml::from_str(&text).map_err(|error| {
+            Error::usage(format!("the settings of {}: {}", format.name(), error.message()))
+                .at("--set")
+                .fix("fewbit export --help lists what each format takes")
+        })
+    }
+
+    /// Whether a format may change weights.
+    pub fn lossy(&self, format: Format) -> bool {
+        let plain = |config: &Option<PlainConfig>| config.as_ref().is_some_and(|c| c.lossy);
+        let gptq = |config: &Option<GptqFormatConfig>| config.as_ref().is_some_and(|c| c.lossy);
+        match format {
+            Format::Fewbit => false,
+            Format::Dequantized => self.dequantized.as_ref().is_some_and(|c| c.lossy),
+            Format::Mlx => self.mlx.as_ref().is_some_and(|c| c.lossy),
+            Format::Gptq => gptq(&self.gptq),
+            Format::Autoround => gptq(&self.autoround),
+            Format::Awq => plain(&self.awq),
+            Format::CompressedTensors => self.compressed_tensors.as_ref().is_some_and(|c| c.lossy),
+            Format::Bcq => plain(&self.bcq),
+            Format::Gguf => plain(&self.gguf),
+        }
+    }
+
+    /// The width that a format rounds embedding and head to, if asked to.
+    pub fn embeddings(&self, format: Format) -> Option<Bits> {
+        self.mlx.as_ref().filter(|_| format == Format::Mlx)?.embeddings
+    }
+
     /// The formats asked for.
     pub fn formats(&self) -> Vec<Format> {
         let asked = |format: &Format| match format {

@@ -4,14 +4,15 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::folder::ModelParts;
+use super::container::{self, UniformPlanes};
 use super::gptq::{GptqOptions, Version};
-use super::matrix::{Affine, Layer, Planes, Tensors};
+use super::matrix::{Affine, Layer, Planes, Tensors, most_common, stored_group};
 use super::mlx::MlxOptions;
+use super::parts::Writing;
+use super::plan::{self, Target, Traits};
 use super::{Format, FormatsConfig, awq, bcq, compressed_tensors, gptq, mlx, read};
 use crate::error::{Error, Result};
-use crate::model::{EMBEDDING, HEAD, ModelConfig, linear_shapes};
-use crate::quant::{Grid, GroupAxis, QuantizedWeight, ScaleDType, ZeroKind};
+use crate::quant::{Bits, Grid, GroupAxis, QuantizedWeight, Repr, ScaleDType};
 use crate::store::safetensors::Checkpoint;
 use crate::store::{DType, TensorSource};
 
@@ -28,6 +29,12 @@ fn dtype(scales: ScaleDType) -> DType {
 pub struct MlxConfig {
     /// Type of scales and biases.
     pub scales: ScaleDType,
+    /// Rounds embedding and head to this many bits too, as mistral.rs wants them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub embeddings: Option<Bits>,
+    /// Whether weights may change; by how much is reported.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub lossy: bool,
 }
 
 /// Keys of `format.gptq` and `format.autoround`.
@@ -37,6 +44,9 @@ pub struct GptqFormatConfig {
     /// 1 or 2; what the grids suit unless said otherwise.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub version: Option<u8>,
+    /// Whether weights may change; by how much is reported.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub lossy: bool,
 }
 
 /// Keys of `format.compressed_tensors`.
@@ -45,12 +55,19 @@ pub struct GptqFormatConfig {
 pub struct CompressedTensorsConfig {
     /// Type of scales.
     pub scales: ScaleDType,
+    /// Whether weights may change; by how much is reported.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub lossy: bool,
 }
 
-/// `format.awq`, `format.bcq` and `format.gguf`: no keys.
+/// Keys of `format.awq`, `format.bcq` and `format.gguf`.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
-#[serde(deny_unknown_fields)]
-pub struct PlainConfig {}
+#[serde(deny_unknown_fields, default)]
+pub struct PlainConfig {
+    /// Whether weights may change; by how much is reported.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub lossy: bool,
+}
 
 /// A quantized weight as slices, groups within rows.
 pub(super) struct Unpacked {
@@ -108,17 +125,8 @@ impl Unpacked {
         })
     }
 
-    fn planes(&self, name: &str, weight: &QuantizedWeight) -> Result<Planes<'_>> {
-        if !matches!(weight.grid, Grid::BinaryCoding { .. }) {
-            return Err(Error::preflight(
-                "the weight lies on a uniform grid, and this format holds sign planes",
-            )
-            .at(name)
-            .fix(
-                "format.mlx, format.gptq or format.compressed_tensors, or a binary-coding method",
-            ));
-        }
-        Ok(Planes {
+    fn planes(&self, weight: &QuantizedWeight) -> Planes<'_> {
+        Planes {
             out: weight.layout.out,
             inputs: weight.layout.inputs,
             group_len: self.group_len,
@@ -126,7 +134,7 @@ impl Unpacked {
             codes: &self.codes,
             alpha: &self.scale,
             offset: &self.shift,
-        })
+        }
     }
 }
 
@@ -135,6 +143,7 @@ pub(super) struct Packer {
     format: Format,
     options: FormatsConfig,
     layers: Vec<Layer>,
+    group: Option<usize>,
     dense: Vec<String>,
     gptq: GptqOptions,
     awq_group: Option<usize>,
@@ -145,35 +154,67 @@ impl Packer {
     ///
     /// # Errors
     /// When the format cannot state what they are.
-    pub(super) fn new(parts: &ModelParts<'_>, format: Format) -> Result<Self> {
-        if parts.activations.is_some() {
-            return Err(Error::preflight(format!(
-                "format.{} holds weights alone, and this model quantizes activations too",
-                format.name()
-            ))
-            .fix("format.fewbit, which records them"));
+    pub(super) fn new(writing: &Writing<'_>) -> Result<Self> {
+        let format = writing.format;
+        let target = match format {
+            Format::Mlx => Target::Mlx,
+            Format::Awq => Target::Awq,
+            Format::CompressedTensors => Target::CompressedTensors,
+            Format::Bcq => Target::Bcq,
+            Format::Autoround => Target::AutoRound,
+            _ => Target::Gptq,
+        };
+        let mut packer = Self {
+            format,
+            options: writing.parts.options.clone(),
+            layers: Vec::new(),
+            group: None,
+            dense: writing.unquantized(),
+            gptq: GptqOptions::suited(target, &[]),
+            awq_group: None,
+        };
+        // What is stored of a linear that may change, or of an embedding, depends on what suits
+        // all, and that on what is stored: the linears as trained decide first.
+        let trained = writing.linears().filter(|name| !writing.is_embedding(name));
+        let layers = trained.map(|name| Ok(layer(target, name, &writing.trained(name)?.0)));
+        packer.suit(layers.collect::<Result<_>>()?)?;
+        let groups = packer.layers.iter().map(|l| stored_group(l.group_len, &mlx::GROUPS));
+        packer.group = most_common(&groups.flatten().collect::<Vec<_>>());
+        if packer.options.lossy(format) || packer.options.embeddings(format).is_some() {
+            let stored = |name| Ok(layer(target, name, &writing.stored_by(&packer, name)?.weight));
+            let layers = writing.linears().map(stored).collect::<Result<_>>()?;
+            packer.suit(layers)?;
         }
-        let layers: Vec<Layer> =
-            parts.quantized.iter().map(|(name, (weight, _))| layer(name, weight)).collect();
-        let mut gptq = GptqOptions::suited(&layers);
-        let options = parts.options.clone();
-        let asked = match format {
-            Format::Autoround => options.autoround.as_ref(),
-            _ => options.gptq.as_ref(),
+        Ok(packer)
+    }
+
+    /// Settings for a whole model of these linears.
+    fn suit(&mut self, layers: Vec<Layer>) -> Result<()> {
+        self.gptq = GptqOptions::suited(self.gptq.target, &layers);
+        let asked = match self.format {
+            Format::Autoround => self.options.autoround.as_ref(),
+            _ => self.options.gptq.as_ref(),
         };
         match asked.and_then(|asked| asked.version) {
             None => {}
-            Some(1) => gptq.version = Version::V1,
-            Some(2) => gptq.version = Version::V2,
+            Some(1) => self.gptq.version = Version::V1,
+            Some(2) => self.gptq.version = Version::V2,
             Some(other) => {
                 return Err(Error::usage(format!("version = {other} of GPTQ's layout"))
-                    .at(format!("format.{}", format.name()))
+                    .at(format!("format.{}", self.format.name()))
                     .fix("1 or 2"));
             }
         }
-        gptq.group_index = format == Format::Gptq;
-        let awq_group = if format == Format::Awq { awq::group_size(&layers)? } else { None };
-        Ok(Self { format, options, dense: unquantized(parts)?, layers, gptq, awq_group })
+        self.awq_group = match self.format {
+            // Groups that do not fit will be made to.
+            Format::Awq if self.options.lossy(Format::Awq) => {
+                awq::group_size(&layers).unwrap_or(Some(32))
+            }
+            Format::Awq => awq::group_size(&layers)?,
+            _ => None,
+        };
+        self.layers = layers;
+        Ok(())
     }
 
     /// The tensors of one linear.
@@ -183,15 +224,16 @@ impl Packer {
     pub(super) fn encode(&self, name: &str, weight: &QuantizedWeight) -> Result<Tensors> {
         let unpacked = Unpacked::new(name, weight)?;
         if self.format == Format::Bcq {
-            return bcq::encode(name, &unpacked.planes(name, weight)?);
+            if weight.grid.repr() == Repr::BinaryCoding {
+                return bcq::encode(name, &unpacked.planes(weight));
+            }
+            let affine = unpacked.affine(name, weight)?;
+            plan::check(Target::Bcq, &Traits::of(&affine), name)?;
+            return bcq::encode(name, &UniformPlanes::new(&affine).0.planes(&affine));
         }
         let affine = unpacked.affine(name, weight)?;
         match self.format {
-            Format::Mlx => {
-                let scales = self.options.mlx.as_ref().map_or(ScaleDType::F32, |mlx| mlx.scales);
-                let options = MlxOptions { scales: dtype(scales), allow_rounding: false };
-                mlx::encode(name, &affine, options).map(|(tensors, _)| tensors)
-            }
+            Format::Mlx => mlx::encode(name, &affine, self.mlx()),
             Format::Awq => awq::encode(name, &affine, self.awq_group),
             Format::CompressedTensors => {
                 let options = self.options.compressed_tensors.as_ref();
@@ -200,6 +242,28 @@ impl Packer {
             }
             _ => gptq::encode(name, &affine, self.gptq),
         }
+    }
+
+    fn mlx(&self) -> MlxOptions {
+        let MlxConfig { scales, lossy, .. } = self.options.mlx.clone().unwrap_or_default();
+        MlxOptions { scales: dtype(scales), lossy }
+    }
+
+    /// The weights that a reader computes from the tensors of [`Packer::encode`].
+    ///
+    /// # Errors
+    /// When the weight is none that the format can hold.
+    pub(super) fn decoded(&self, name: &str, weight: &QuantizedWeight) -> Result<Vec<f32>> {
+        if self.format != Format::Mlx || !self.options.lossy(Format::Mlx) {
+            return Ok(weight.dequantize());
+        }
+        let unpacked = Unpacked::new(name, weight)?;
+        Ok(mlx::arithmetic(&unpacked.affine(name, weight)?, self.mlx().scales))
+    }
+
+    /// The group length of most linears as trained, among those that MLX has.
+    pub(super) fn common_group(&self) -> Option<usize> {
+        self.group
     }
 
     /// Puts the format's section into `config.json`.
@@ -228,27 +292,20 @@ impl Packer {
     }
 }
 
-fn layer(name: &str, weight: &QuantizedWeight) -> Layer {
-    let middle = f32::from(1u8 << (weight.bits.get() - 1));
-    let centred = match &weight.grid {
-        Grid::Uniform { zero_point, zero_kind, .. } => {
-            *zero_kind == ZeroKind::Integer
-                && zero_point.iter().all(|zero| zero.to_bits() == middle.to_bits())
-        }
-        Grid::BinaryCoding { .. } => false,
-    };
+/// What a config has to say about a linear as `target` stores it.
+fn layer(target: Target, name: &str, weight: &QuantizedWeight) -> Layer {
     let (layout, bits) = (weight.layout, weight.bits.get());
+    let (stored, centred) = match &weight.grid {
+        Grid::Uniform { zero_point, zero_kind, .. } => {
+            let zeros = container::bounds(zero_point);
+            let stored = plan::stored_bits(target, *zero_kind, bits, zeros).unwrap_or(bits);
+            (stored, container::is_centred(zero_point, *zero_kind, bits))
+        }
+        Grid::BinaryCoding { .. } => (bits, false),
+    };
     let group_len = layout.group_len.min(layout.inputs);
-    Layer { name: name.to_owned(), shape: [layout.out, layout.inputs], bits, group_len, centred }
-}
-
-/// Linears and embeddings that stay as they are.
-fn unquantized(parts: &ModelParts<'_>) -> Result<Vec<String>> {
-    let config = ModelConfig::read(parts.dir)?;
-    let embedding = EMBEDDING.trim_end_matches(".weight").to_owned();
-    let linears = linear_shapes(&config).into_iter().map(|(name, _)| name);
-    let all = linears.chain([HEAD.to_owned(), embedding]);
-    Ok(all.filter(|name| !parts.quantized.contains_key(name)).collect())
+    let shape = [layout.out, layout.inputs];
+    Layer { name: name.to_owned(), shape, bits: stored, group_len, centred }
 }
 
 /// A folder in one of these formats, whoever wrote it.

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::container::{self, UniformPlanes};
 use super::matrix::{Affine, Planes, is_exact, stored_group};
 use super::mlx::{self, Rounding};
 use crate::error::{Error, Result};
@@ -23,21 +24,12 @@ pub enum Target {
     Awq,
     /// Bit planes with their scales.
     Bcq,
-    /// GGUF; another module picks its block type.
-    Gguf,
 }
 
 impl Target {
     /// All of them, in the order in which they are recommended.
-    pub const ALL: [Self; 7] = [
-        Self::Mlx,
-        Self::CompressedTensors,
-        Self::Gptq,
-        Self::AutoRound,
-        Self::Awq,
-        Self::Bcq,
-        Self::Gguf,
-    ];
+    pub const ALL: [Self; 6] =
+        [Self::Mlx, Self::CompressedTensors, Self::Gptq, Self::AutoRound, Self::Awq, Self::Bcq];
 
     /// Its name in a recipe's `format` table.
     pub fn name(self) -> &'static str {
@@ -48,9 +40,56 @@ impl Target {
             Self::AutoRound => "autoround",
             Self::Awq => "awq",
             Self::Bcq => "bcq",
-            Self::Gguf => "gguf",
         }
     }
+
+    /// Widths of codes that it has, ascending, and in words.
+    fn widths(self) -> (&'static [u8], &'static str) {
+        match self {
+            Self::Mlx => (&mlx::BITS, "2, 3, 4, 5, 6 or 8"),
+            Self::Gptq | Self::AutoRound => (&[2, 3, 4, 8], "2, 3, 4 or 8"),
+            Self::Awq => (&[4], "4"),
+            // Its other widths changed their layout, and no release loads all of them.
+            Self::CompressedTensors => (&[1, 2, 4, 8], "1, 2, 4 or 8"),
+            Self::Bcq => (&[1, 2, 3, 4, 5, 6, 7, 8], "1 to 8"),
+        }
+    }
+
+    /// Whether a zero point is stored as a code.
+    fn codes_zeros(self) -> bool {
+        !matches!(self, Self::Mlx | Self::Bcq)
+    }
+}
+
+/// Whether `target` holds zero points between two codes by doubling the codes.
+pub fn doubles(target: Target, kind: ZeroKind) -> bool {
+    target.codes_zeros() && kind == ZeroKind::Half
+}
+
+/// The width of code under which `target` stores a uniform grid with zero points between `low` and
+/// `high`: the grid's own, or a wider one. `None` where it has none that is wide enough.
+pub fn stored_bits(
+    target: Target,
+    kind: ZeroKind,
+    bits: u8,
+    (low, high): (f32, f32),
+) -> Option<u8> {
+    let (widths, _) = target.widths();
+    let top = f32::from(u8::MAX >> (8 - bits));
+    if !target.codes_zeros() {
+        return widths.iter().copied().find(|width| *width >= bits);
+    }
+    if kind == ZeroKind::Real {
+        return None;
+    }
+    let doubled = doubles(target, kind);
+    // A zero point below the codes lifts them all.
+    let span = top.max(high) + (-low).max(0.0);
+    let needed = if doubled { 2.0 * span } else { span };
+    // Runtimes have kernels for doubled codes in these widths.
+    let has = |width: u8| !doubled || width == 4 || width == 8;
+    let holds = |width: &u8| has(*width) && f32::from(u8::MAX >> (8 - width)) >= needed;
+    widths.iter().copied().find(holds)
 }
 
 /// What decides whether a format can hold a weight.
@@ -72,25 +111,27 @@ pub struct Traits {
 /// What the values of a uniform grid are like.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Values {
-    /// Whether every zero point is one of the codes.
-    pub zeros_in_range: bool,
+    /// The least and the greatest zero point.
+    pub zeros: (f32, f32),
     /// Number of scales.
     pub scales: usize,
     /// Scales that are no f16 numbers.
     pub beyond_f16: usize,
     /// What MLX's arithmetic does with f32 scales.
     pub mlx: Rounding,
+    /// Groups of which sums of sign planes are not the levels.
+    pub beyond_planes: usize,
 }
 
 impl Traits {
     /// Of a weight on a uniform grid that passed [`Affine::check`], values included.
     pub fn of(weight: &Affine<'_>) -> Self {
-        let highest = f32::from(u8::MAX >> (8 - weight.bits));
         let values = Values {
-            zeros_in_range: weight.zero.iter().all(|zero| (0.0..=highest).contains(zero)),
+            zeros: container::bounds(weight.zero),
             scales: weight.scale.len(),
             beyond_f16: weight.scale.iter().filter(|s| !is_exact(DType::F16, **s)).count(),
             mlx: mlx::rounding(weight, DType::F32),
+            beyond_planes: UniformPlanes::new(weight).1,
         };
         Self { values: Some(values), ..Self::untrained(weight) }
     }
@@ -153,18 +194,10 @@ impl From<Refusal> for Error {
 /// The key of a recipe that makes scales numbers which every format holds.
 pub(super) const SHORT_SCALES: &str = "quant.scales = \"f16\"";
 
-/// Says why GGUF has no block type for a weight; its chooser has this type.
-pub type GgufChooser = fn(&Traits) -> Option<Reason>;
-
-/// Why `target` cannot hold a weight exactly; `None` when it can. Without a chooser GGUF neither
-/// refuses nor is recommended.
-pub fn refusal(target: Target, traits: &Traits, gguf: Option<GgufChooser>) -> Option<Refusal> {
-    let reason = reason(target, traits, gguf)?;
-    let holds = |other: &Target| {
-        *other != target
-            && (*other != Target::Gguf || gguf.is_some())
-            && self::reason(*other, traits, gguf).is_none()
-    };
+/// Why `target` cannot hold a weight exactly; `None` when it can.
+pub fn refusal(target: Target, traits: &Traits) -> Option<Refusal> {
+    let reason = reason(target, traits)?;
+    let holds = |other: &Target| *other != target && self::reason(*other, traits).is_none();
     let mut names: Vec<String> = Target::ALL
         .into_iter()
         .filter(holds)
@@ -184,19 +217,16 @@ pub fn refusal(target: Target, traits: &Traits, gguf: Option<GgufChooser>) -> Op
 /// # Errors
 /// When there is one.
 pub(super) fn check(target: Target, traits: &Traits, name: &str) -> Result<()> {
-    match refusal(target, traits, None) {
+    match refusal(target, traits) {
         None => Ok(()),
         Some(refusal) => Err(Error::from(refusal).at(name)),
     }
 }
 
-fn reason(target: Target, traits: &Traits, gguf: Option<GgufChooser>) -> Option<Reason> {
-    if target == Target::Gguf {
-        return gguf.and_then(|choose| choose(traits));
-    }
+fn reason(target: Target, traits: &Traits) -> Option<Reason> {
     wrong_grid(target, traits)
-        .or_else(|| wrong_bits(target, traits))
         .or_else(|| wrong_zeros(target, traits))
+        .or_else(|| wrong_bits(target, traits))
         .or_else(|| wrong_groups(target, traits))
         .or_else(|| wrong_values(target, traits))
 }
@@ -212,10 +242,6 @@ fn wrong_grid(target: Target, traits: &Traits) -> Option<Reason> {
             format!("{name} holds codes, this weight is dense"),
             "it would be rounded to codes",
         )),
-        (Target::Bcq, Repr::Uniform) => Some(say(
-            "bcq holds sign planes, this weight is on a uniform grid",
-            "its codes and scales would be replaced by others, and its sums rounded",
-        )),
         (Target::Bcq, Repr::BinaryCoding) | (_, Repr::Uniform) => {
             (traits.layout.axis == GroupAxis::Out).then(|| Reason {
                 what: format!("{name} groups inputs, this weight has groups along the outputs"),
@@ -229,44 +255,36 @@ fn wrong_grid(target: Target, traits: &Traits) -> Option<Reason> {
     }
 }
 
-fn wrong_bits(target: Target, traits: &Traits) -> Option<Reason> {
-    let (bits, listed): (&[u8], _) = match target {
-        Target::Mlx => (&mlx::BITS, "2, 3, 4, 5, 6 or 8"),
-        Target::Gptq | Target::AutoRound => (&[2, 3, 4, 8], "2, 3, 4 or 8"),
-        Target::Awq => (&[4], "4"),
-        Target::CompressedTensors | Target::Bcq | Target::Gguf => return None,
-    };
-    if bits.contains(&traits.bits) {
+fn wrong_zeros(target: Target, traits: &Traits) -> Option<Reason> {
+    if !target.codes_zeros() || traits.zero_kind != ZeroKind::Real {
         return None;
     }
     Some(say(
-        format!("{} has codes of {listed} bits, this weight {}", target.name(), traits.bits),
-        "it would take more bits than it was trained to, or be quantized again",
+        format!(
+            "{} has integer zero points, those of this grid are any real numbers",
+            target.name()
+        ),
+        "every weight would move by up to half a step",
     ))
 }
 
-fn wrong_zeros(target: Target, traits: &Traits) -> Option<Reason> {
-    if matches!(target, Target::Mlx | Target::Bcq) {
+fn wrong_bits(target: Target, traits: &Traits) -> Option<Reason> {
+    let Traits { repr, zero_kind, bits, .. } = *traits;
+    let zeros = traits.values.map_or((0.0, 0.0), |values| values.zeros);
+    if repr == Repr::BinaryCoding || stored_bits(target, zero_kind, bits, zeros).is_some() {
         return None;
     }
-    let name = target.name();
-    match traits.zero_kind {
-        ZeroKind::Half => Some(say(
-            format!("{name} has integer zero points, those of this grid lie between two codes"),
-            "every weight would move by half a step",
-        )),
-        ZeroKind::Real => Some(say(
-            format!("{name} has integer zero points, those of this grid are any real numbers"),
-            "every weight would move by up to half a step",
-        )),
-        ZeroKind::Integer if traits.values.is_some_and(|values| !values.zeros_in_range) => {
-            Some(say(
-                format!("{name} stores zero points as codes, one of this grid is no code"),
-                "the zero point would be clipped, and its group move by whole steps",
-            ))
-        }
-        ZeroKind::Integer => None,
-    }
+    let ((_, widths), name) = (target.widths(), target.name());
+    let doubled =
+        if doubles(target, zero_kind) { ", doubled for zero points between two codes" } else { "" };
+    let (low, high) = zeros;
+    Some(say(
+        format!(
+            "{name} has codes of {widths} bits, which do not hold those of this weight ({bits} \
+             bits, zero points {low} to {high}{doubled})"
+        ),
+        "it would be quantized again",
+    ))
 }
 
 fn wrong_groups(target: Target, traits: &Traits) -> Option<Reason> {
@@ -276,7 +294,7 @@ fn wrong_groups(target: Target, traits: &Traits) -> Option<Reason> {
     let fits = match target {
         Target::Mlx => stored_group(group, &mlx::GROUPS).is_some(),
         Target::Gptq | Target::AutoRound | Target::Awq | Target::Bcq => grouped(&[32]),
-        Target::CompressedTensors | Target::Gguf => true,
+        Target::CompressedTensors => true,
     };
     if !fits {
         return Some(say(
@@ -313,6 +331,14 @@ fn wrong_values(target: Target, traits: &Traits) -> Option<Reason> {
             ),
             "their groups would be scaled by up to 0.05 % more or less",
         )),
+        Target::Bcq if values.beyond_planes > 0 => Some(say(
+            format!(
+                "bcq adds scales of planes in f32, with a rounding each, and {} of {} groups have \
+                 scales of too many digits for that",
+                values.beyond_planes, values.scales
+            ),
+            "their weights would differ in the last digits",
+        )),
         _ => None,
     }
 }
@@ -347,40 +373,62 @@ mod tests {
     }
 
     fn instead(target: Target, traits: &Traits) -> String {
-        refusal(target, traits, None).unwrap().instead
+        refusal(target, traits).unwrap().instead
     }
 
     #[test]
-    fn four_bits_in_groups_of_128_go_everywhere() {
-        let traits = traits(ZeroKind::Integer, 4, 128);
-        for target in Target::ALL {
-            assert_eq!(refusal(target, &traits, None).is_some(), target == Target::Bcq);
+    fn integer_and_half_zero_points_go_everywhere() {
+        for traits in [
+            traits(ZeroKind::Integer, 4, 128),
+            traits(ZeroKind::Integer, 2, 64),
+            traits(ZeroKind::Half, 2, 64),
+            traits(ZeroKind::Half, 3, 256),
+        ] {
+            for target in Target::ALL {
+                assert_eq!(refusal(target, &traits), None, "{target:?}, {traits:?}");
+            }
         }
     }
 
     #[test]
-    fn half_zero_points_go_to_mlx_only() {
-        let traits = traits(ZeroKind::Half, 2, 64);
-        for target in Target::ALL {
-            let holds = matches!(target, Target::Mlx | Target::Gguf);
-            assert_eq!(refusal(target, &traits, None).is_none(), holds, "{target:?}");
+    fn widths() {
+        use Target::{Awq, Bcq, CompressedTensors, Gptq, Mlx};
+        use ZeroKind::{Half, Integer, Real};
+        for (target, kind, bits, zeros, stored) in [
+            (Gptq, Integer, 4, (0.0, 15.0), Some(4)),
+            (Gptq, Integer, 4, (0.0, 16.0), Some(8)),
+            (Gptq, Integer, 4, (-1.0, 3.0), Some(8)),
+            (Gptq, Integer, 5, (0.0, 0.0), Some(8)),
+            (Gptq, Half, 1, (0.5, 0.5), Some(4)),
+            (Gptq, Half, 2, (1.5, 1.5), Some(4)),
+            (Gptq, Half, 3, (3.5, 3.5), Some(4)),
+            (Gptq, Half, 4, (7.5, 7.5), Some(8)),
+            (Gptq, Half, 8, (7.5, 7.5), None),
+            (Gptq, Real, 4, (0.0, 0.0), None),
+            (Awq, Integer, 2, (0.0, 3.0), Some(4)),
+            (Awq, Integer, 5, (0.0, 3.0), None),
+            (Awq, Half, 3, (-1.5, 3.5), None),
+            (CompressedTensors, Integer, 3, (0.0, 7.0), Some(4)),
+            (CompressedTensors, Half, 2, (1.5, 1.5), Some(4)),
+            (Mlx, Real, 1, (-9.0, 0.0), Some(2)),
+            (Mlx, Half, 7, (63.5, 63.5), Some(8)),
+            (Bcq, Real, 7, (63.5, 63.5), Some(7)),
+        ] {
+            let found = stored_bits(target, kind, bits, zeros);
+            assert_eq!(found, stored, "{target:?} {kind:?} {bits} {zeros:?}");
         }
-        let error = Error::from(refusal(Target::Gptq, &traits, None).unwrap());
+    }
+
+    #[test]
+    fn what_does_not_hold_says_why_and_what_does() {
+        let real = traits(ZeroKind::Real, 4, 64);
+        let error = Error::from(refusal(Target::Gptq, &real).unwrap());
         assert_eq!(
             error.to_string(),
-            "gptq has integer zero points, those of this grid lie between two codes: every weight \
-             would move by half a step\n  try  format.mlx or format.fewbit"
+            "gptq has integer zero points, those of this grid are any real numbers: every weight \
+             would move by up to half a step\n  try  format.mlx or format.bcq or format.fewbit"
         );
-        let real = Traits { zero_kind: ZeroKind::Real, ..traits };
-        assert!(refusal(Target::Awq, &real, None).is_some());
-        assert_eq!(refusal(Target::Mlx, &real, None), None);
-    }
-
-    #[test]
-    fn what_holds_it_is_recommended() {
-        let odd = traits(ZeroKind::Integer, 7, 32);
-        assert_eq!(instead(Target::Mlx, &odd), "format.compressed_tensors or format.fewbit");
-        assert_eq!(instead(Target::Gptq, &odd), "format.compressed_tensors or format.fewbit");
+        assert_eq!(refusal(Target::Mlx, &real), None);
         let five = traits(ZeroKind::Integer, 5, 32);
         assert_eq!(
             instead(Target::Awq, &five),
@@ -402,10 +450,10 @@ mod tests {
             (Target::Gptq, "32 outputs by 32 inputs, this weight is 60 x 48"),
             (Target::Awq, "8 outputs by 1 inputs"),
         ] {
-            let refusal = refusal(target, &narrow, None).unwrap().to_string();
+            let refusal = refusal(target, &narrow).unwrap().to_string();
             assert!(refusal.contains(word), "{refusal}");
         }
-        assert_eq!(refusal(Target::CompressedTensors, &narrow, None), None);
+        assert_eq!(refusal(Target::CompressedTensors, &narrow), None);
         // One scale for the whole matrix is one scale per row, repeated.
         let tensor = GroupLayout {
             groups: 1,
@@ -413,37 +461,29 @@ mod tests {
             ..traits(ZeroKind::Integer, 4, 256).layout
         };
         let tensor = Traits { layout: tensor, ..traits(ZeroKind::Integer, 4, 256) };
-        assert_eq!(refusal(Target::Mlx, &tensor, None), None);
+        assert_eq!(refusal(Target::Mlx, &tensor), None);
     }
 
     #[test]
     fn values_decide_after_the_training() {
         let mut grid = grid([32, 64], 32, 4, ZeroKind::Integer, false, 4);
         let traits = Traits::of(&grid.affine());
-        let gptq = refusal(Target::Gptq, &traits, None).unwrap();
+        let gptq = refusal(Target::Gptq, &traits).unwrap();
         assert!(gptq.reason.what.contains("scales are no f16 numbers"), "{gptq}");
         let short = format!("{SHORT_SCALES} in training, or ");
         assert_eq!(gptq.instead, short + "format.compressed_tensors or format.fewbit");
-        assert!(refusal(Target::Mlx, &traits, None).is_some());
+        for (target, word) in [(Target::Mlx, "rounding at each step"), (Target::Bcq, "groups")] {
+            let refusal = refusal(target, &traits).unwrap().to_string();
+            assert!(refusal.contains(word), "{refusal}");
+        }
         grid.scale.fill(0.5);
+        for target in Target::ALL {
+            assert_eq!(refusal(target, &Traits::of(&grid.affine())), None, "{target:?}");
+        }
         grid.zero[3] = -1.0;
         let traits = Traits::of(&grid.affine());
-        assert_eq!(refusal(Target::Mlx, &traits, None), None);
-        for target in [Target::Gptq, Target::AutoRound, Target::Awq, Target::CompressedTensors] {
-            let refusal = refusal(target, &traits, None).unwrap().to_string();
-            assert!(refusal.contains("one of this grid is no code"), "{refusal}");
-        }
-    }
-
-    #[test]
-    fn gguf_asks_its_own_chooser() {
-        let traits = traits(ZeroKind::Half, 3, 48);
-        let never: GgufChooser = |_| Some(say("no block type", "anything"));
-        let always: GgufChooser = |_| None;
-        assert!(refusal(Target::Gguf, &traits, Some(never)).is_some());
-        assert_eq!(refusal(Target::Gguf, &traits, Some(always)), None);
-        assert_eq!(refusal(Target::Gguf, &traits, None), None);
-        let mlx = refusal(Target::Mlx, &traits, Some(always)).unwrap();
-        assert_eq!(mlx.instead, "format.gguf or format.fewbit");
+        let awq = refusal(Target::Awq, &traits).unwrap().to_string();
+        assert!(awq.contains("4 bits, zero points -1 to 15"), "{awq}");
+        assert_eq!(refusal(Target::Gptq, &traits), None, "8 bits hold it");
     }
 }

@@ -3,6 +3,7 @@
 //! The one place where burn's `[in, out]` weights meet our `[out, in]`.
 
 use burn::module::{Module, Param, ParamId, Reparameterization};
+use burn::nn::Linear;
 use burn::tensor::{DType, Tensor};
 
 use super::{Folded, Method, MethodConfig, Moment, Problem, ROLES, Start};
@@ -10,6 +11,7 @@ use crate::error::Result;
 use crate::ops;
 use crate::quant::{
     Bits, CodedWeight, Grid, GroupLayout, ObserverConfig, Once, QuantSpec, QuantizedWeight,
+    ScaleDigits,
 };
 use crate::train::Role;
 
@@ -23,12 +25,14 @@ pub struct FakeQuant {
     bits: Bits,
     #[module(skip)]
     compute: DType,
+    #[module(skip)]
+    digits: ScaleDigits,
 }
 
 impl FakeQuant {
     /// A method on a weight of `layout`; forwards see the result in `compute`.
     pub fn new(method: Method, layout: GroupLayout, bits: Bits, compute: DType) -> Self {
-        Self { method, layout, bits, compute }
+        Self { method, layout, bits, compute, digits: ScaleDigits::F32 }
     }
 
     /// The method.
@@ -40,7 +44,7 @@ impl FakeQuant {
     fn fold(&self, weight: Tensor<2>) -> Result<QuantizedWeight> {
         let grouped = ops::reshape_grouped(weight.transpose(), self.layout.grouped());
         let host = |tensor: Tensor<2>| tensor.into_data().iter::<f32>().collect::<Vec<f32>>();
-        let (codes, grid) = match self.method.fold(grouped) {
+        let (codes, grid) = match self.method.quantizer(grouped).shortened(self.digits).fold() {
             Folded::Uniform { codes, scale, zero_point, zero_kind } => {
                 let (scale, zero_point) = (host(scale), host(zero_point));
                 (codes, Grid::Uniform { scale, zero_point, zero_kind })
@@ -61,7 +65,8 @@ impl Reparameterization for FakeQuant {
         // A rank cast, not a reshape: a reshape would copy a transposed view.
         let weight = Tensor::<2>::from_dispatch(base.into_dispatch()).transpose();
         let [out, inputs] = weight.dims();
-        let w_hat = self.method.fake_quant(ops::reshape_grouped(weight, self.layout.grouped()));
+        let grouped = ops::reshape_grouped(weight, self.layout.grouped());
+        let w_hat = self.method.quantizer(grouped).shortened(self.digits).values();
         let w_hat = ops::reshape_grouped(w_hat, [out, inputs]).transpose();
         let w_hat = if w_hat.dtype() == self.compute { w_hat } else { w_hat.cast(self.compute) };
         Tensor::from_dispatch(w_hat.into_dispatch())
@@ -138,6 +143,24 @@ pub fn between_steps(weight: &Param<Tensor<2>>, moment: Moment) -> Option<Param<
     let grouped = ops::reshape_grouped(base.inner().transpose(), attached.layout.grouped());
     let method = attached.method.between_steps(grouped, moment);
     Some(attach(weight, FakeQuant { method, ..attached }, trains_base))
+}
+
+/// The weight with scales of few digits from now on; `None` for a dense weight.
+fn shorten(weight: &Param<Tensor<2>>, digits: ScaleDigits) -> Option<Param<Tensor<2>>> {
+    if let Some(coded) = weight.reparameterization::<CodedWeight>() {
+        return Some(coded.clone().shortened(digits).into_parameter(weight.id));
+    }
+    let fake_quant = FakeQuant { digits, ..attached(weight)?.clone() };
+    Some(attach(weight, fake_quant, weight.base().is_require_grad()))
+}
+
+/// As [`shorten`], all linears that are not dense.
+pub fn shorten_all<'a>(linears: impl IntoIterator<Item = &'a mut Linear>, digits: ScaleDigits) {
+    for linear in linears {
+        if let Some(weight) = shorten(&linear.weight, digits) {
+            linear.weight = weight;
+        }
+    }
 }
 
 /// What a method makes of its weight now: a leaf to compute with in its place, and the value on the

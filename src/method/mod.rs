@@ -38,7 +38,7 @@ use serde::{Deserialize, Serialize};
 pub use adadim::{AdaDim, AdaDimConfig};
 pub use alphatuning::{AlphaTuning, AlphaTuningConfig, LearnedAlphas};
 pub use attach::{
-    FakeQuant, attach, attached, between_steps, fold, materialize, quantize, role_of,
+    FakeQuant, attach, attached, between_steps, fold, materialize, quantize, role_of, shorten_all,
 };
 pub use awq::{Awq, AwqConfig};
 pub use bcq::{Bcq, BcqConfig, BcqSolve};
@@ -61,7 +61,7 @@ use crate::error::{Error, Result};
 use crate::ops;
 use crate::quant::{
     GroupAxis, GroupLayout, Hessian, Learned, ObserverConfig, QuantParams, QuantSpec,
-    QuantizedWeight, Repr, ZeroKind,
+    QuantizedWeight, Repr, ScaleDigits, ZeroKind,
 };
 use crate::train::Role;
 
@@ -121,6 +121,33 @@ pub enum Quantizer {
 }
 
 impl Quantizer {
+    /// With scales of few digits, so that training sees what will be stored; their gradient is
+    /// that of the scales as they are. Scales that are products or exponentials come out short to
+    /// within their last bit.
+    #[must_use]
+    pub fn shortened(mut self, digits: ScaleDigits) -> Self {
+        if digits == ScaleDigits::F32 {
+            return self;
+        }
+        let short = |scale: Tensor<2>| ops::shorten_ste(scale, digits.significant());
+        match &mut self {
+            Self::Divided(divided) => {
+                divided.log_scale = short(ops::exp(divided.log_scale.clone())).log();
+            }
+            Self::Stepped(stepped, _) => {
+                let step = stepped.step.clone();
+                let scale = stepped.rule.scales(step.clone());
+                // Scales are steps times a constant.
+                stepped.step = step * (short(scale.clone()) / scale);
+            }
+            Self::Unified { unified, .. } => {
+                let scale = ops::exp(unified.log_scale.clone());
+                unified.alpha = short(scale.clone() * unified.alpha.clone()) / scale;
+            }
+        }
+        self
+    }
+
     /// Differentiable stand-in for the weight, `[groups, group_len]`.
     pub fn values(self) -> Tensor<2> {
         match self {

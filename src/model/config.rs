@@ -111,7 +111,11 @@ impl ModelConfig {
         Self::parse(&text).map_err(|e| e.at(path.display()))
     }
 
-    fn parse(text: &str) -> Result<Self> {
+    /// From the text of a `config.json`.
+    ///
+    /// # Errors
+    /// As [`ModelConfig::read`].
+    pub fn parse(text: &str) -> Result<Self> {
         let raw: Raw = serde_json::from_str(text)
             .map_err(|e| Error::preflight(format!("config.json is not valid: {e}")))?;
         let model_type = need(raw.model_type.clone(), "model_type")?;

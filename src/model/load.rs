@@ -122,9 +122,17 @@ impl Loader<'_> {
     /// As [`WeightSource::weight`].
     pub fn model(&self) -> Result<CausalLm> {
         let blocks = (0..self.config.n_blocks).map(|index| self.block(index));
+        Ok(CausalLm { blocks: blocks.collect::<Result<_>>()?, ..self.ends()? })
+    }
+
+    /// Embedding, final norm and head, without blocks.
+    ///
+    /// # Errors
+    /// As [`WeightSource::weight`].
+    pub fn ends(&self) -> Result<CausalLm> {
         Ok(CausalLm {
             embed: self.embed()?,
-            blocks: blocks.collect::<Result<_>>()?,
+            blocks: Vec::new(),
             norm: self.norm("model.norm.weight")?,
             head: self.head()?,
             tap: ModelTap::default(),

@@ -5,6 +5,7 @@
 //! dense checkpoint, a packed one, and "this checkpoint with those linears replaced" all load
 //! through the same code.
 
+mod by_block;
 mod config;
 mod decoder;
 mod families;
@@ -17,6 +18,7 @@ use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
+pub use by_block::{ByBlock, Forward};
 pub use config::{ModelConfig, Rope, RopeScaling};
 pub use decoder::{Attention, Block, KvCache, LINEARS, Mlp, Positions, RmsNorm, Site, Tap};
 pub use families::{LinearShape, ModelShape};

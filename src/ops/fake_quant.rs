@@ -39,6 +39,16 @@ pub fn clamp_ste<const D: usize>(x: Tensor<D>, low: f32, high: f32) -> Tensor<D>
     x.clone().clamp(low, high).detach() + (x.clone() - x.detach())
 }
 
+/// The nearest numbers of `significant` bits, fewer than f32's 24 (Veltkamp's splitting); the
+/// gradient is 1.
+pub fn shorten_ste<const D: usize>(x: Tensor<D>, significant: u32) -> Tensor<D> {
+    let factor = f64::from(1_u32 << (f32::MANTISSA_DIGITS - significant)) + 1.0;
+    let split = x.clone() * factor;
+    let short = split.clone() - (split - x.clone());
+    // The difference is exact, and so is the sum.
+    x.clone() + (short - x).detach()
+}
+
 /// A weight in any float rank-2 layout as `[groups, group_len]`; free when it is contiguous.
 pub fn reshape_grouped(weight: Tensor<2>, grouped: [usize; 2]) -> Tensor<2> {
     if weight.dims() == grouped { weight } else { weight.reshape(grouped) }

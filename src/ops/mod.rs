@@ -27,6 +27,7 @@ pub use bridge::composed;
 pub use coded::{CodedKind, CodedMatrix, PackedCodes};
 pub use fake_quant::{
     Divided, Rule, Stepped, TieRule, clamp_ste, exp, reshape_grouped, round_ste, scale_gradient,
+    shorten_ste,
 };
 pub use linear::{linear, matmul};
 pub use loss::{

@@ -4,7 +4,9 @@
 use burn::module::{Module, Param, ParamId, Reparameterization, Reparameterizer};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
-use super::{Bits, Grid, GroupAxis, GroupLayout, QuantizedWeight, SCALE_FLOOR, ZeroKind};
+use super::{
+    Bits, Grid, GroupAxis, GroupLayout, QuantizedWeight, SCALE_FLOOR, ScaleDigits, ZeroKind,
+};
 use crate::error::{Error, Result};
 use crate::ops::{self, CodedKind, CodedMatrix};
 
@@ -59,6 +61,8 @@ pub struct CodedWeight {
     zero_kind: Option<ZeroKind>,
     #[module(skip)]
     compute: DType,
+    #[module(skip)]
+    digits: ScaleDigits,
 }
 
 impl CodedWeight {
@@ -129,7 +133,14 @@ impl CodedWeight {
             layout,
             zero_kind,
             compute,
+            digits: ScaleDigits::F32,
         }
+    }
+
+    /// With scales of few digits from now on; their gradient is that of the scales as they are.
+    #[must_use]
+    pub fn shortened(self, digits: ScaleDigits) -> Self {
+        Self { digits, ..self }
     }
 
     /// The same codes on another grid, frozen. Nothing is decoded.
@@ -177,6 +188,10 @@ impl CodedWeight {
                 let rest = start.clone() * (largest.clone().neg() + 1.0);
                 rest + largest.clone() * learned
             }
+        };
+        let scales = match self.digits {
+            ScaleDigits::F32 => scales,
+            digits => ops::shorten_ste(scales, digits.significant()),
         };
         match self.zero_kind {
             // A step that a large update drove below zero has to find its way back: gradient 1.

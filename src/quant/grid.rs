@@ -107,14 +107,14 @@ impl Grid {
     }
 }
 
-/// The numbers that scales are.
+/// How scales are stored in a file.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ScaleDType {
     /// 32-bit floats.
     #[default]
     F32,
-    /// Half precision, which most runtimes store.
+    /// Half precision.
     F16,
 }
 
@@ -130,13 +130,49 @@ impl ScaleDType {
     /// The nearest values of this type.
     ///
     /// # Errors
-    /// When one lies outside its range.
+    /// As [`ScaleDigits::rounded`].
+    pub fn rounded(self, values: Vec<f32>) -> Result<Vec<f32>> {
+        match self {
+            Self::F32 => Ok(values),
+            Self::F16 => ScaleDigits::F16.rounded(values),
+        }
+    }
+}
+
+/// The numbers that trained scales are, so that formats hold them.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ScaleDigits {
+    /// Any 32-bit floats.
+    #[default]
+    F32,
+    /// Half precision, which most runtimes store.
+    F16,
+    /// Half precision with seven significant bits: such a scale times any 4-bit zero point is a
+    /// half precision number too, as GGUF's Q4_1 stores it.
+    Bits7,
+}
+
+impl ScaleDigits {
+    /// Significant bits that are kept.
+    pub fn significant(self) -> u32 {
+        match self {
+            Self::F32 => f32::MANTISSA_DIGITS,
+            Self::F16 => f16::MANTISSA_DIGITS,
+            Self::Bits7 => 7,
+        }
+    }
+
+    /// The nearest such numbers.
+    ///
+    /// # Errors
+    /// When one lies outside the range of half precision.
     pub fn rounded(self, values: Vec<f32>) -> Result<Vec<f32>> {
         if self == Self::F32 {
             return Ok(values);
         }
         let half = |value: f32| {
-            let rounded = f16::from_f32(value).to_f32();
+            let rounded = f16::from_f32(shortened(value, self.significant())).to_f32();
             if rounded.is_finite() && (rounded == 0.0) == (value == 0.0) {
                 Ok(rounded)
             } else {
@@ -146,6 +182,14 @@ impl ScaleDType {
         };
         values.into_iter().map(half).collect()
     }
+}
+
+/// The nearest number of this many significant bits, fewer than f32's 24; ties to even.
+fn shortened(value: f32, significant: u32) -> f32 {
+    let dropped = f32::MANTISSA_DIGITS - significant;
+    let bits = value.to_bits();
+    let half = (1 << (dropped - 1)) - 1 + (bits >> dropped & 1);
+    f32::from_bits((bits + half) & !((1 << dropped) - 1))
 }
 
 /// A quantized linear: codes and grid. What was trained, and what is exported, bit for bit.
@@ -220,16 +264,28 @@ impl QuantizedWeight {
         Ok(self)
     }
 
-    /// The same codes, with scales (and the offsets of binary coding) of this type.
+    /// The same codes, with scales (and the offsets of binary coding) of this type. Beside short
+    /// scales, real zero points lose digits behind the point that formats could not add exactly:
+    /// they become multiples of `2^(bits-12)`.
     ///
     /// # Errors
-    /// As [`ScaleDType::rounded`].
-    pub fn with_scales(mut self, dtype: ScaleDType) -> Result<Self> {
+    /// As [`ScaleDigits::rounded`].
+    pub fn with_scales(mut self, digits: ScaleDigits) -> Result<Self> {
         match &mut self.grid {
-            Grid::Uniform { scale, .. } => *scale = dtype.rounded(std::mem::take(scale))?,
+            Grid::Uniform { scale, zero_point, zero_kind } => {
+                *scale = digits.rounded(std::mem::take(scale))?;
+                if digits != ScaleDigits::F32 && *zero_kind == ZeroKind::Real {
+                    let unit = f32::from(1_u16 << (12 - self.bits.get()));
+                    for zero in zero_point {
+                        *zero = (*zero * unit).round_ties_even() / unit;
+                    }
+                }
+            }
             Grid::BinaryCoding { alpha, offset } => {
-                *alpha = dtype.rounded(std::mem::take(alpha))?;
-                *offset = dtype.rounded(std::mem::take(offset))?;
+                // Nothing is multiplied with these.
+                let digits = if digits == ScaleDigits::Bits7 { ScaleDigits::F16 } else { digits };
+                *alpha = digits.rounded(std::mem::take(alpha))?;
+                *offset = digits.rounded(std::mem::take(offset))?;
             }
         }
         Ok(self)
@@ -373,5 +429,32 @@ mod tests {
         }
         let wider = Bits::new(3).unwrap();
         assert!(QuantizedWeight { bits: wider, ..weight() }.checked().is_err());
+    }
+
+    #[test]
+    fn scales_of_few_digits() {
+        let digits = |digits: ScaleDigits, value| digits.rounded(vec![value]).unwrap();
+        assert_eq!(digits(ScaleDigits::F32, 0.1), [0.1]);
+        assert_eq!(digits(ScaleDigits::F16, 0.1), [1638.0 / 16384.0]);
+        assert_eq!(digits(ScaleDigits::Bits7, 0.1), [102.0 / 1024.0]);
+        assert_eq!(digits(ScaleDigits::Bits7, 127.5), [128.0], "a tie, to even");
+        assert!(ScaleDigits::F16.rounded(vec![7e4]).is_err());
+        assert!(ScaleDigits::Bits7.rounded(vec![1e-9]).is_err());
+        // Every 4-bit zero point times such a scale is a half precision number.
+        for i in 1..2000_u16 {
+            let scale = digits(ScaleDigits::Bits7, f32::from(i) * 1.37e-3)[0];
+            for zero in 0..16_u8 {
+                let offset = scale * f32::from(zero);
+                assert_eq!(f16::from_f32(offset).to_f32().to_bits(), offset.to_bits());
+            }
+        }
+        let real = Grid::Uniform {
+            scale: vec![0.1],
+            zero_point: vec![1.234_567],
+            zero_kind: ZeroKind::Real,
+        };
+        let short = QuantizedWeight { grid: real, ..weight() }.with_scales(ScaleDigits::F16);
+        let Grid::Uniform { zero_point, .. } = short.unwrap().grid else { unreachable!() };
+        assert_eq!(zero_point, [1264.0 / 1024.0]);
     }
 }

@@ -25,7 +25,7 @@ pub use activation::{
 };
 pub(crate) use coded::Once;
 pub use coded::{CodedWeight, Learned, LearnedScales};
-pub use grid::{CodeHistogram, Grid, QuantizedWeight, Repr, ScaleDType, ZeroKind};
+pub use grid::{CodeHistogram, Grid, QuantizedWeight, Repr, ScaleDType, ScaleDigits, ZeroKind};
 pub use hessian::Hessian;
 pub use observer::{MinMaxConfig, MseConfig, ObserverConfig, QuantParams, SCALE_FLOOR};
 pub use spec::{Bits, GroupAxis, GroupLayout, GroupSize, QuantSpec, Symmetry};

@@ -18,7 +18,7 @@ pub use plan::{Base, Plan, PlannedStage};
 
 pub use crate::data::DataFormat;
 use crate::quant::{
-    ActivationConfig, ActivationQuant, Bits, GroupSize, KvCacheConfig, ObserverConfig, ScaleDType,
+    ActivationConfig, ActivationQuant, Bits, GroupSize, KvCacheConfig, ObserverConfig, ScaleDigits,
     Symmetry,
 };
 use crate::stage::StageConfig;
@@ -177,9 +177,10 @@ pub struct QuantSection {
     #[serde(default)]
     pub observer: ObserverConfig,
     /// `"f16"`: what a stage leaves has scales that half precision holds, so that formats which
-    /// store such scales hold the model exactly.
+    /// store such scales hold the model exactly; `"bits7"`: and no more digits than GGUF's Q4_1
+    /// takes. The last tenth of a training computes with them.
     #[serde(default)]
-    pub scales: ScaleDType,
+    pub scales: ScaleDigits,
     /// Activations too, from the first stage that quantizes on; absent: they stay float.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub activations: Option<ActivationConfig>,

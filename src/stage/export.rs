@@ -1,14 +1,15 @@
 //! `export`: every format asked for, each behind the parity gate.
 
+use burn::tensor::DType;
 use serde::{Deserialize, Serialize};
 
-use super::evaluate;
 use super::{ExportRecord, Packed, StageContext};
+use crate::data::Tokenizer;
 use crate::error::{Error, Result};
-use crate::export::{self, Format, FormatsConfig, ModelParts, OpenModel, Parity};
-use crate::model::{Loader, WeightSource};
+use crate::export::{self, Exported, Format, FormatsConfig, Gate, ModelParts};
+use crate::model::WeightSource;
 use crate::report::{Event, Reporter};
-use crate::task::{self, Perplexity, PplConfig};
+use crate::task::{Gauge, GaugeText, Gauged, PplConfig};
 
 /// Windows of the validation text that the gate's perplexity is measured on, at most.
 pub const PARITY_WINDOWS: usize = 64;
@@ -31,12 +32,27 @@ impl ExportConfig {
 }
 
 pub(super) fn run(config: &ExportConfig, ctx: &mut StageContext<'_>) -> Result<()> {
-    let task = PplConfig { windows: Some(PARITY_WINDOWS), ..PplConfig::default() };
+    let tokenizer = ctx.model.dir.join("tokenizer.json").is_file();
+    let tokenizer = tokenizer.then(|| Tokenizer::load(&ctx.model.dir)).transpose()?;
+    // Without validation text the gate still compares every code, weight and the prompts.
+    let text = ctx.data.validation.as_ref().map(|corpus| GaugeText {
+        stream: &corpus.stream,
+        task: PplConfig { windows: Some(PARITY_WINDOWS), ..PplConfig::default() },
+        sha256: corpus.sha256.clone(),
+        format: corpus.format,
+    });
+    let gauge = Gauge {
+        device: &ctx.device.device,
+        // What `verify` measures in.
+        dtype: DType::F32,
+        prompts: Gauge::prompts(tokenizer.as_ref(), &ctx.model.config)?,
+        text,
+        stop: ctx.stop,
+    };
     let mut dense = ctx.model.tuned.clone();
     dense.extend(ctx.model.dense.clone());
-    // Without validation text the gate still compares every code and weight.
-    // By whether it is computed with codes: formats that compute alike share the number.
-    let mut measured: [Option<Perplexity>; 2] = [None, None];
+    // By whether it is computed with codes: formats that compute alike share the numbers.
+    let mut measured: [Option<Gauged>; 2] = [None, None];
     for format in config.format.formats() {
         ctx.stop.check()?;
         // Computed as the folder will be: with codes, or with the weights they stand for.
@@ -46,44 +62,12 @@ pub(super) fn run(config: &ExportConfig, ctx: &mut StageContext<'_>) -> Result<(
             _ => ctx.model,
         };
         let known = &mut measured[usize::from(format == Format::Fewbit)];
-        if known.is_none() && ctx.data.validation.is_some() {
-            *known = Some(evaluate::perplexity(ctx, source, ctx.model.tap(), &task)?);
-        }
-        let trained = known.clone();
+        let trained = match known.take() {
+            Some(trained) => trained,
+            None => gauge.measure(&ctx.model.config, source, ctx.model.tap())?,
+        };
+        let trained = known.insert(trained);
         let target = ctx.run_dir.join("export").join(format.name());
-        let mut measure = |opened: &OpenModel| -> Result<f64> {
-            let corpus = evaluate::validation(ctx)?;
-            let device = &ctx.device.device;
-            let loader =
-                Loader { config: &opened.config, source: opened, device, dtype: ctx.compute };
-            let model = loader.model()?.with_tap(opened.tap());
-            let stream = &corpus.stream;
-            let measured = task::measure(
-                &model,
-                &opened.config,
-                stream,
-                &task,
-                device,
-                ctx.stop,
-                &mut |_, _| (),
-            );
-            measured.map(|result| result.perplexity)
-        };
-        let parity =
-            trained.as_ref().zip(ctx.data.validation.as_ref()).map(|(trained, corpus)| Parity {
-                trained: trained.perplexity,
-                tokens: trained.tokens,
-                context: trained.context,
-                data_sha256: corpus.sha256.clone(),
-                format: corpus.format,
-                measure: &mut measure,
-            });
-        let weights = if ctx.model.quantized.is_empty() { "weights" } else { "codes" };
-        let checked = if parity.is_some() {
-            format!("{weights} and perplexity exact")
-        } else {
-            format!("{weights} exact")
-        };
         let parts = ModelParts {
             dir: &ctx.model.dir,
             source: &ctx.model.checkpoint,
@@ -93,18 +77,19 @@ pub(super) fn run(config: &ExportConfig, ctx: &mut StageContext<'_>) -> Result<(
             options: config.format.clone(),
             provenance: ctx.provenance.clone(),
         };
-        let exported = export::write(&parts, format, &target, parity)?;
+        let exported = export::write(&parts, format, &target, &Gate { gauge: &gauge, trained })?;
         if format == Format::Dequantized && ctx.model.activations.quant.is_on() {
             let text = "other runtimes read this folder as a dense model with float activations; \
                         fewbit quantizes them as manifest.json says";
             ctx.report.emit(&Event::Note { text: text.to_owned() });
         }
+        let parity = checked(&exported, trained, ctx.model.quantized.is_empty());
         ctx.report.emit(&Event::Exported {
             format: format.name().to_owned(),
             path: exported.path.display().to_string(),
             bytes: exported.bytes,
             bits_per_weight: exported.bits_per_weight,
-            parity: checked,
+            parity,
             seconds: exported.seconds,
         });
         ctx.results.exports.retain(|record| record.format != format.name());
@@ -116,4 +101,26 @@ pub(super) fn run(config: &ExportConfig, ctx: &mut StageContext<'_>) -> Result<(
         });
     }
     Ok(())
+}
+
+/// What the gate found, in a few words.
+fn checked(exported: &Exported, trained: &Gauged, dense: bool) -> String {
+    let weights = if dense { "weights" } else { "codes" };
+    let worst = exported.losses.values().map(|loss| loss.relative).fold(0.0, f64::max);
+    match (&trained.perplexity, &exported.gauged.perplexity) {
+        (Some(before), Some(after)) if exported.lossy => format!(
+            "lossy: {} linears changed by up to {:.2} %, perplexity {:.4} to {:.4}",
+            exported.losses.len(),
+            100.0 * worst,
+            before.perplexity,
+            after.perplexity
+        ),
+        _ if exported.lossy => format!(
+            "lossy: {} linears changed by up to {:.2} %",
+            exported.losses.len(),
+            100.0 * worst
+        ),
+        (Some(_), _) => format!("{weights}, logits and perplexity exact"),
+        (None, _) => format!("{weights} and logits exact"),
+    }
 }

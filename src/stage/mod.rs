@@ -48,7 +48,7 @@ use crate::objective::ObjectiveConfig;
 use crate::ops;
 use crate::quant::{
     Bits, CodedWeight, GroupSize, Learned, ObserverConfig, QuantSpec, QuantizedWeight, Repr,
-    ScaleDType, Symmetry,
+    ScaleDigits, Symmetry,
 };
 use crate::report::{Event, Reporter, Reporters};
 use crate::stop::StopFlag;
@@ -512,7 +512,7 @@ pub struct StageContext<'a> {
     /// `[quant]`, the stage's overrides aside: baselines use its grouping.
     pub default_spec: QuantSpec,
     /// The numbers that scales are, of what this stage leaves.
-    pub scales: ScaleDType,
+    pub scales: ScaleDigits,
     /// This stage's folder under `checkpoints/`.
     pub dir: &'a Path,
     /// The run's folder.
@@ -528,6 +528,15 @@ pub struct StageContext<'a> {
 }
 
 impl StageContext<'_> {
+    /// The step of a training of `steps` from which scales have as few digits as what the stage
+    /// leaves: its last tenth, so that everything else settles on them.
+    fn shortens_at(&self, steps: u64) -> u64 {
+        match self.scales {
+            ScaleDigits::F32 => u64::MAX,
+            ScaleDigits::F16 | ScaleDigits::Bits7 => steps - steps / 10,
+        }
+    }
+
     /// Attaches `method` to `linear`'s weight, started on the weight it holds (f32, `[in, out]`);
     /// forwards see the result in `compute`.
     fn attach(

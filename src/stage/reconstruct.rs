@@ -260,8 +260,12 @@ impl<'a> Fit<'a> {
             None => method::role_of(path).map_or(0.0, |role| rates.of(role)),
         };
         let mut best: Option<(f64, Student)> = None;
+        let shortens_at = ctx.shortens_at(config.steps);
         for step in 0..config.steps {
             ctx.stop.check()?;
+            if step == shortens_at {
+                method::shorten_all(student.block.linears_mut().map(|(_, l)| l), ctx.scales);
+            }
             let factor = config.schedule.factor(step, config.steps);
             let rate_of = |path: &str| base(path) * factor;
             let batch = order.batch(step);

@@ -112,6 +112,8 @@ struct Session {
     order: Order,
     positions: Positions,
     step: u64,
+    /// Whether scales have few digits already.
+    shortened: bool,
     timer: Timer,
 }
 
@@ -155,6 +157,7 @@ impl Session {
             order,
             positions,
             step: 0,
+            shortened: false,
             timer: Timer::new(),
         };
         session.load(training, ctx)?;
@@ -168,6 +171,13 @@ impl Session {
     /// One optimizer step.
     fn advance(&mut self, training: &Training<'_>, ctx: &mut StageContext<'_>) -> Result<()> {
         let step = self.step;
+        if step >= ctx.shortens_at(training.steps) && !self.shortened {
+            let mut student = self.taken()?;
+            let linears = student.blocks.iter_mut().flat_map(Block::linears_mut).map(|(_, l)| l);
+            method::shorten_all(linears, ctx.scales);
+            self.student = Some(student);
+            self.shortened = true;
+        }
         let corpus = Data::need(ctx.data.train.as_ref(), "train")?;
         let factor = training.schedule.factor(step, training.steps);
         let rate_of = |path: &str| (training.rate_of)(path) * factor;

@@ -28,9 +28,9 @@ pub fn model(name: &str) -> Result<PathBuf> {
     }
     match hub_id(name) {
         Some((owner, repository, revision)) => download(owner, repository, revision),
-        None => Err(Error::usage("there is no such model")
-            .at(name)
-            .fix("a Hugging Face folder, a fewbit run or export, or a hub id owner/name")),
+        None => Err(Error::usage("there is no such model").at(name).fix(
+            "a Hugging Face folder, a GGUF file, a fewbit run or export, or a hub id owner/name",
+        )),
     }
 }
 

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::{ScoredWindow, TokenStream};
 use crate::error::{Error, Result};
-use crate::model::{CausalLm, ModelConfig, Positions};
+use crate::model::{CausalLm, Forward, ModelConfig, Positions};
 use crate::ops;
 use crate::stop::StopFlag;
 
@@ -103,7 +103,7 @@ impl PplConfig {
 /// When the text is shorter than one window, the protocol does not fit the model, the model gives
 /// a value that is not finite, or a signal came.
 pub fn measure(
-    model: &CausalLm,
+    model: &impl Forward,
     config: &ModelConfig,
     stream: &TokenStream,
     task: &PplConfig,
@@ -117,20 +117,32 @@ pub fn measure(
     if let Some(limit) = task.windows.filter(|limit| *limit < windows.len()) {
         windows = (0..limit).map(|i| windows[i * windows.len() / limit]).collect();
     }
-    let positions = Positions::new(config, 0, context, model.dtype(), device);
+    let positions = Positions::new(config, 0, context, model.ends().dtype(), device);
     let mut nll = 0.0;
     let mut tokens = 0;
-    for (index, batch) in windows.chunks((TOKENS_PER_BATCH / context).max(1)).enumerate() {
+    let batches: Vec<&[ScoredWindow]> =
+        windows.chunks((TOKENS_PER_BATCH / context).max(1)).collect();
+    let at_once = model.batches_at_once(TOKENS_PER_BATCH.max(context));
+    let mut done = 0;
+    for batches in batches.chunks(at_once) {
         stop.check()?;
-        progress((index * batch.len()) as u64, windows.len() as u64);
-        let losses = batch_nll(model, stream, batch, context, &positions, device);
-        for (window, mut losses) in batch.iter().zip(losses) {
-            if let Some(flags) = flags(stream, *window, context) {
-                let mut counts = flags.iter();
-                losses.retain(|_| counts.next().is_some_and(|counts| *counts));
+        progress(done, windows.len() as u64);
+        let rows = |window: &ScoredWindow| &stream.tokens[window.start..][..context];
+        let inputs = batches
+            .iter()
+            .map(|batch| CausalLm::tokens(&batch.iter().map(rows).collect::<Vec<_>>(), device));
+        let hidden = model.hidden(inputs.collect(), &positions)?;
+        for (batch, hidden) in batches.iter().zip(hidden) {
+            done += batch.len() as u64;
+            let losses = batch_nll(model.ends(), stream, batch, context, &hidden, device);
+            for (window, mut losses) in batch.iter().zip(losses) {
+                if let Some(flags) = flags(stream, *window, context) {
+                    let mut counts = flags.iter();
+                    losses.retain(|_| counts.next().is_some_and(|counts| *counts));
+                }
+                nll += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
+                tokens += losses.len() as u64;
             }
-            nll += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
-            tokens += losses.len() as u64;
         }
     }
     if tokens == 0 {
@@ -159,23 +171,22 @@ fn flags(stream: &TokenStream, window: ScoredWindow, context: usize) -> Option<&
     stream.supervised.as_deref().map(|flags| &flags[end - window.scored..end])
 }
 
-/// Negative log-likelihoods of the scored tokens of each window.
+/// Negative log-likelihoods of the scored tokens of each window, from the batch's hidden states,
+/// `[batch, context, d_model]`.
 fn batch_nll(
     model: &CausalLm,
     stream: &TokenStream,
     batch: &[ScoredWindow],
     context: usize,
-    positions: &Positions,
+    hidden: &Tensor<3>,
     device: &Device,
 ) -> Vec<Vec<f32>> {
-    let rows: Vec<&[u32]> =
-        batch.iter().map(|window| &stream.tokens[window.start..window.start + context]).collect();
-    let hidden = model.hidden(CausalLm::tokens(&rows, device), positions);
     let [_, _, d_model] = hidden.dims();
-    rows.iter()
-        .zip(batch)
+    batch
+        .iter()
         .enumerate()
-        .map(|(row, (tokens, window))| {
+        .map(|(row, window)| {
+            let tokens = &stream.tokens[window.start..][..context];
             // Position t predicts token t + 1.
             let first = context - 1 - window.scored;
             let hidden = hidden.clone().narrow(0, row, 1).narrow(1, first, window.scored);

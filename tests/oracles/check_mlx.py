@@ -1,12 +1,13 @@
-"""Loads folders with mlx-lm: the weights MLX unpacks, and the logits of a prompt."""
+"""Loads folders with mlx-lm: the weights MLX unpacks, logits, and a greedy continuation."""
 
 import sys
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
-from llama import TOKENS, Llama, Verdict, differences, folders, read_config, reference, relative
+from llama import TOKENS, Truth, differences, judge, reference
 
 
 def unpacked(model):
@@ -19,29 +20,20 @@ def unpacked(model):
             yield name, np.array(weight.astype(mx.float32)), module.scales.dtype
 
 
-def main():
-    verdict = Verdict()
-    for folder in folders(__doc__):
-        expected, about = reference(folder)
-        model, _ = load_model(folder)
-        count = changed = 0
-        largest, half = 0.0, False
-        for name, weight, kind in unpacked(model):
-            wrong, by = differences(weight, expected[name + ".weight"])
-            count, changed, largest = count + 1, changed + wrong, max(largest, by)
-            half |= kind == mx.float16
-        said = about.get("rounding", {"changed": 0, "largest": 0.0})
-        exact = changed == said["changed"] and np.float32(largest) == np.float32(said["largest"])
-        logits = np.array(model(mx.array([TOKENS])).astype(mx.float32))[0]
-        error = relative(logits, Llama(read_config(folder), expected).logits(TOKENS))
-        passed = count > 0 and exact and error < (2e-2 if half else 2e-5)
-        verdict.say(
-            folder,
-            passed,
-            f"{count} layers, {changed} weights changed, by {largest:.1e}; logits {error:.1e}",
-        )
-    return verdict.exit_code()
+def check(folder, _):
+    expected, truth = reference(folder), Truth(folder)
+    model, _ = load_model(folder)
+    count = changed = 0
+    half = False
+    for name, weight, kind in unpacked(model):
+        count, changed = count + 1, changed + differences(weight, expected[name + ".weight"])
+        half |= kind == mx.float16
+    logits = np.array(model(mx.array([truth.tokens])).astype(mx.float32))[0]
+    steps = generate_step(mx.array(TOKENS), model, max_tokens=len(truth.continuation))
+    passed, said = truth.judge(logits, [int(token) for token, _ in steps], 2e-2 if half else 2e-5)
+    passed &= count > 0 and changed == 0
+    return "exact" if passed else "fails", f"{count} layers, {changed} weights changed; {said}"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(judge(__doc__, check))

@@ -7,7 +7,7 @@
 # FEWBIT is the binary, PYTHON an interpreter with requirements.txt installed.
 set -eu
 fewbit=$(realpath "$1")
-python=$2
+python=$(cd "$(dirname "$2")" && pwd)/$(basename "$2")
 here=$(realpath "$(dirname "$0")")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -22,18 +22,20 @@ cd "$work"
 check() { # run, formats...
     run=$1
     shift
-    "$fewbit" export --run "$run" --format dequantized --output "$run.dense" >/dev/null
-    for format in "$@"; do
-        name=$run.$format
-        "$fewbit" export --run "$run" --format "$format" --output "$name" >/dev/null 2>&1
-        if [ "$format" = gguf ]; then
-            "$python" "$here/gguf_weights.py" "$name/model.gguf" "$run.dense"
-            "$python" "$here/gguf_llamacpp.py" "$name/model.gguf" "$run.dense" --tolerance 0.3
-            continue
-        fi
-        cp "$run.dense/model.safetensors" "$name.reference.safetensors"
-        "$python" "$here/check_packed.py" "$name"
-        [ "$format" != mlx ] || "$python" "$here/check_mlx.py" "$name"
+    for format in dequantized "$@"; do
+        "$fewbit" export --run "$run" --format "$format" --output "$run.out/$format" >/dev/null 2>&1
+        case $format in
+        dequantized) ;;
+        gguf)
+            "$python" "$here/check_gguf.py" "$run.out/$format"
+            "$python" "$here/check_llamacpp.py" "$run.out/$format"
+            ;;
+        mlx)
+            "$python" "$here/check_packed.py" "$run.out/$format"
+            "$python" "$here/check_mlx.py" "$run.out/$format"
+            ;;
+        *) "$python" "$here/check_packed.py" "$run.out/$format" ;;
+        esac
     done
 }
 

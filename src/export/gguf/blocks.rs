@@ -126,7 +126,8 @@ impl From<Refusal> for Error {
 /// The bytes of `weight` as `kind`, row after row.
 ///
 /// # Errors
-/// When one weight would not come back as it is, and as [`Affine::check`].
+/// When one weight would not come back as it is, for a type that is only read, and as
+/// [`Affine::check`].
 pub fn encode(weight: &Affine<'_>, kind: BlockType) -> Result<Vec<u8>, Refusal> {
     let mut bytes =
         Vec::with_capacity(kind.tensor_bytes(&[weight.rows, weight.columns]).unwrap_or(0));
@@ -147,6 +148,7 @@ pub fn fits(weight: &Affine<'_>, kind: BlockType) -> Result<(), Refusal> {
 /// # Errors
 /// When a value is not exactly one of the type's, and for a block type that takes codes.
 pub fn encode_dense(values: &[f32], kind: BlockType) -> Result<Vec<u8>, Refusal> {
+    refuse_unwritten(kind)?;
     let mut bytes = Vec::with_capacity(values.len() * kind.block_bytes());
     for value in values {
         if !push_float(*value, kind, &mut bytes) {
@@ -159,12 +161,25 @@ pub fn encode_dense(values: &[f32], kind: BlockType) -> Result<Vec<u8>, Refusal>
     Ok(bytes)
 }
 
+/// Types of other programs are read only.
+fn refuse_unwritten(kind: BlockType) -> Result<(), Refusal> {
+    if kind.is_written() {
+        return Ok(());
+    }
+    let written = BlockType::WRITTEN.map(BlockType::name).join(", ");
+    Err(Refusal::new(
+        format!("{kind} is a block type that fewbit reads but does not write"),
+        format!("ask for one of {written}"),
+    ))
+}
+
 fn each_row(
     weight: &Affine<'_>,
     kind: BlockType,
     mut each: impl FnMut(&[u8]),
 ) -> Result<(), Refusal> {
     weight.check().map_err(|error| Refusal::new(error.what(), "this is a fault of the caller"))?;
+    refuse_unwritten(kind)?;
     let Some(row_bytes) = kind.row_bytes(weight.columns) else {
         return Err(Refusal::new(
             format!(
@@ -229,6 +244,16 @@ impl Block<'_> {
             BlockType::Q2K => self.q2_k(out),
             BlockType::Q3K => self.q3_k(out),
             BlockType::Q4K => self.q4_k(out),
+            // Read only: refused before any block is made.
+            BlockType::Q1_0
+            | BlockType::Tq1_0
+            | BlockType::Mxfp4
+            | BlockType::Iq4Xs
+            | BlockType::Iq4Nl
+            | BlockType::Q5_0
+            | BlockType::Q5K
+            | BlockType::Q5_1
+            | BlockType::Q6K => false,
         }
     }
 

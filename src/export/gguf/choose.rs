@@ -18,7 +18,7 @@ const MLX: &str = "export format.mlx, which keeps scales and offsets in f32";
 /// would cost, and what to do instead.
 pub fn choose(weight: &Affine<'_>) -> Result<BlockType, Refusal> {
     weight.check().map_err(|error| Refusal::new(error.what(), "this is a fault of the caller"))?;
-    let mut packed = BlockType::ALL.into_iter().filter(|kind| kind.block_len() > 1);
+    let mut packed = BlockType::WRITTEN.into_iter().filter(|kind| kind.block_len() > 1);
     packed.find(|kind| fits(weight, *kind).is_ok()).ok_or_else(|| why_none(weight))
 }
 

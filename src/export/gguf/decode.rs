@@ -34,6 +34,21 @@ pub fn decode(kind: BlockType, bytes: &[u8]) -> Result<Vec<f32>> {
         BlockType::Q2K => q2_k,
         BlockType::Q3K => q3_k,
         BlockType::Q4K => q4_k,
+        BlockType::Q1_0 => {
+            |b: &[u8], i| if bit(&b[2..], i) == 1 { half_at(b, 0) } else { -half_at(b, 0) }
+        }
+        BlockType::Tq1_0 => |b: &[u8], i| half_at(b, 52) * (f32::from(third(b, i)) - 1.0),
+        BlockType::Mxfp4 => {
+            |b: &[u8], i| half_power(b[0]) * FOUR_BIT_FLOATS[nibble(&b[1..], i, 32) as usize]
+        }
+        BlockType::Iq4Nl => {
+            |b: &[u8], i| half_at(b, 0) * UNEVEN_LEVELS[nibble(&b[2..], i, 32) as usize]
+        }
+        BlockType::Iq4Xs => iq4_xs,
+        BlockType::Q5_0 => |b: &[u8], i| half_at(b, 0) * (five_bits(&b[2..], i) - 16.0),
+        BlockType::Q5_1 => |b: &[u8], i| half_at(b, 0) * five_bits(&b[4..], i) + half_at(b, 2),
+        BlockType::Q5K => q5_k,
+        BlockType::Q6K => q6_k,
     };
     let blocks = bytes.chunks_exact(kind.block_bytes());
     Ok(blocks.flat_map(|block| (0..kind.block_len()).map(move |i| weight(block, i))).collect())
@@ -76,16 +91,82 @@ fn q3_k(block: &[u8], i: usize) -> f32 {
 
 /// d, dmin, 12 bytes of six-bit scales and minima, 128 of codes.
 fn q4_k(block: &[u8], i: usize) -> f32 {
-    let (packed, j) = (&block[4..16], i / 32);
+    let (scale, min) = scale_and_min(&block[4..16], i / 32);
+    let code = nibble(&block[16 + 32 * (i / 64)..], i % 64, 64);
+    half_at(block, 0) * scale * code - half_at(block, 2) * min
+}
+
+/// As [`q4_k`], with 32 bytes of fifth bits in front of the codes.
+fn q5_k(block: &[u8], i: usize) -> f32 {
+    let (scale, min) = scale_and_min(&block[4..16], i / 32);
+    let fifth = f32::from(block[16 + i % 32] >> (i / 32) & 1);
+    let code = nibble(&block[48 + 32 * (i / 64)..], i % 64, 64) + 16.0 * fifth;
+    half_at(block, 0) * scale * code - half_at(block, 2) * min
+}
+
+/// Six-bit scale and minimum of part `j`.
+fn scale_and_min(packed: &[u8], j: usize) -> (f32, f32) {
     let (scale, min) = if j < 4 {
         (packed[j] & 63, packed[j + 4] & 63)
     } else {
         let nibbles = packed[j + 4];
         ((nibbles & 0x0f) + 16 * (packed[j - 4] >> 6), (nibbles >> 4) + 16 * (packed[j] >> 6))
     };
-    let code = nibble(&block[16 + 32 * (i / 64)..], i % 64, 64);
-    half_at(block, 0) * f32::from(scale) * code - half_at(block, 2) * f32::from(min)
+    (f32::from(scale), f32::from(min))
 }
+
+/// 128 bytes of low bits, 64 of upper ones, 16 of signed scales, d.
+fn q6_k(block: &[u8], i: usize) -> f32 {
+    let low = nibble(&block[64 * (i / 128)..], i % 128, 128);
+    let code = low + 16.0 * f32::from(quarter(&block[128..192], i)) - 32.0;
+    half_at(block, 208) * f32::from(block[192 + i / 16].cast_signed()) * code
+}
+
+/// d, two bytes of upper and four of lower scale bits, 128 of codes.
+fn iq4_xs(block: &[u8], i: usize) -> f32 {
+    let j = i / 32;
+    let low = block[4 + j / 2] >> (4 * (j % 2)) & 0x0f;
+    let high = block[2 + j / 4] >> (2 * (j % 4)) & 3;
+    let scale = f32::from(low + 16 * high) - 32.0;
+    half_at(block, 0) * scale * UNEVEN_LEVELS[nibble(&block[8 + 16 * j..], i % 32, 32) as usize]
+}
+
+/// Bit `i`, from the low end of the first byte.
+fn bit(bytes: &[u8], i: usize) -> u8 {
+    bytes[i / 8] >> (i % 8) & 1
+}
+
+/// Four bytes of fifth bits, 16 of nibbles.
+fn five_bits(codes: &[u8], i: usize) -> f32 {
+    nibble(&codes[4..], i, 32) + 16.0 * f32::from(bit(codes, i))
+}
+
+/// A ternary digit of weight `i`. A byte is a fraction of 256 with five digits behind the point, and
+/// weights a fixed distance apart share it: 32, then 16, then (four digits only) 4 bytes.
+fn third(bytes: &[u8], i: usize) -> u8 {
+    let (byte, place) = match i {
+        0..160 => (bytes[i % 32], i / 32),
+        160..240 => (bytes[32 + i % 16], (i - 160) / 16),
+        _ => (bytes[48 + i % 4], (i - 240) / 4),
+    };
+    let fraction = (0..place).fold(byte, |fraction, _| fraction.wrapping_mul(3));
+    (u16::from(fraction) * 3).to_le_bytes()[1]
+}
+
+/// Half of two to the power of `exponent - 127`, as [`FOUR_BIT_FLOATS`] are doubled.
+fn half_power(exponent: u8) -> f32 {
+    (f64::from(exponent) - 128.0).exp2() as f32
+}
+
+/// Twice the values of a float of one sign, two exponent and one mantissa bits.
+const FOUR_BIT_FLOATS: [f32; 16] =
+    [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0];
+
+/// ggml's levels for codes that lie closer together around zero.
+const UNEVEN_LEVELS: [f32; 16] = [
+    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0,
+    89.0, 113.0,
+];
 
 #[cfg(test)]
 mod tests {
@@ -123,6 +204,60 @@ mod tests {
         q4k[16 + 64] = 0x70; // weight 128 + 32: code 7
         let q4k = decode(BlockType::Q4K, &q4k).unwrap();
         assert_eq!((q4k[128], q4k[160], q4k[161]), (0.0, 85.0, -34.0));
+    }
+
+    /// As above, for the types that are only read.
+    #[test]
+    fn hand_made_blocks_of_others() {
+        let one = [0x00, 0x3c];
+        let block = |kind: BlockType, parts: &[&[u8]]| decode(kind, &parts.concat()).unwrap();
+        let q1 = block(BlockType::Q1_0, &[&one, &[0b0000_0101; 16]]);
+        assert_eq!((q1[..4].to_vec(), q1[122]), (vec![1.0, -1.0, 1.0, -1.0], 1.0));
+        let mut q5 = [[0_u8; 4].as_slice(), &[0; 16]].concat();
+        q5[2] = 0b0000_0010; // weight 17: fifth bit
+        q5[4 + 1] = 0x3f; // weight 1: 15, weight 17: 3
+        let q5_0 = block(BlockType::Q5_0, &[&one, &q5]);
+        assert_eq!((q5_0[0], q5_0[1], q5_0[17]), (-16.0, -1.0, 3.0));
+        let q5_1 = block(BlockType::Q5_1, &[&one, &[0x00, 0xc0], &q5]);
+        assert_eq!((q5_1[0], q5_1[1], q5_1[17]), (-2.0, 13.0, 17.0));
+        // 3^-1 + 3^-5 is 82/243: digits 1 0 0 0 1, and 256 times it, rounded up, is 87.
+        let mut tq1 = [0_u8; 54];
+        (tq1[3], tq1[32 + 3], tq1[48 + 3]) = (87, 87, 87);
+        (tq1[52], tq1[53]) = (0x00, 0x3c);
+        let tq1 = block(BlockType::Tq1_0, &[&tq1]);
+        let ones: Vec<usize> = (0..256).filter(|i| tq1[*i] == 0.0).collect();
+        assert_eq!(ones, [3, 128 + 3, 160 + 3, 224 + 3, 240 + 3]);
+        assert!(tq1.iter().all(|w| *w <= 0.0));
+        let four = block(BlockType::Mxfp4, &[&[129], &[0xf3; 16]]);
+        assert_eq!((four[0], four[16]), (6.0, -24.0));
+        assert_eq!(block(BlockType::Mxfp4, &[&[0], &[0x02; 16]])[..1], [2.0_f32.powi(-127)]);
+        let uneven = block(BlockType::Iq4Nl, &[&one, &[0x08; 16]]);
+        assert_eq!((uneven[0], uneven[16]), (1.0, -127.0));
+    }
+
+    #[test]
+    fn hand_made_long_blocks_of_others() {
+        let mut q5 = vec![0; 176];
+        (q5[1], q5[3]) = (0x3c, 0x3c);
+        q5[4 + 9] = 0x21; // part 5: low nibbles of scale 1, minimum 2
+        q5[16] = 0b0010_0000; // weight 160: fifth bit
+        q5[48 + 64] = 0x70; // weight 160: low bits 7
+        let q5 = decode(BlockType::Q5K, &q5).unwrap();
+        assert_eq!((q5[128], q5[160], q5[161]), (0.0, 21.0, -2.0));
+        let mut q6 = vec![0; 210];
+        (q6[208], q6[209]) = (0x00, 0x3c);
+        q6[192 + 12] = 0xfe; // part 12: scale -2
+        q6[64 + 3] = 0x50; // weight 128 + 64 + 3: low bits 5
+        q6[128 + 32 + 3] = 0b0011_0000; // the same: upper bits 3
+        let q6 = decode(BlockType::Q6K, &q6).unwrap();
+        assert_eq!((q6[0], q6[194], q6[195]), (-0.0, 64.0, -42.0));
+        let mut uneven = vec![0; 136];
+        uneven[1] = 0x3c;
+        uneven[2 + 1] = 0b0000_1000; // part 5: upper bits 2
+        uneven[4 + 2] = 0x30; // part 5: low bits 3, so 35 - 32 = 3
+        uneven[8 + 80] = 0x9f; // weights 160 and 176: levels 15 and 9
+        let uneven = decode(BlockType::Iq4Xs, &uneven).unwrap();
+        assert_eq!((uneven[0], uneven[160], uneven[176]), (4064.0, 339.0, 39.0));
     }
 
     #[test]

@@ -17,7 +17,7 @@ pub const ROPE_FACTORS: &str = "rope_freqs.weight";
 const QUANTIZATION_VERSION: u32 = 2;
 
 /// Names below `model.layers.N.`, without `weight` or `bias`.
-const BLOCK_NAMES: [(&str, &str); 9] = [
+pub(super) const BLOCK_NAMES: [(&str, &str); 9] = [
     ("self_attn.q_proj", "attn_q"),
     ("self_attn.k_proj", "attn_k"),
     ("self_attn.v_proj", "attn_v"),

@@ -2,22 +2,31 @@
 //!
 //! What was trained is what is stored: [`choose`] picks a block type that gives back every weight
 //! exactly, or refuses in a sentence; nothing is rounded on the way.
+//!
+//! Files of other programs are read as well: [`folder_files`] makes the small files of a Hugging Face
+//! folder out of their metadata, and [`decode`] knows block types that are never written.
 
 pub mod blocks;
 pub mod choose;
 pub mod decode;
 pub mod file;
+pub mod folder;
+mod keys;
 pub mod llama;
-pub(super) mod model;
+pub mod model;
 mod pretokenizer;
 pub mod reader;
+mod rotation;
 mod special;
 pub mod tokenizer;
 pub mod types;
 pub mod value;
+mod vocabulary;
 
 pub use blocks::{Affine, Refusal};
 pub use file::{Header, Writer};
+pub use folder::folder_files;
+pub use model::alone;
 pub use reader::Reader;
 pub use types::BlockType;
 pub use value::{Value, ValueKind};

@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use super::llama::{self, Interleaved};
-use super::{Affine, BlockType, Header, Reader, blocks, choose, tokenizer};
+use super::{Affine, BlockType, Header, Reader, blocks, choose, folder_files, tokenizer};
 use crate::error::{Error, Result};
-use crate::export::folder::ModelParts;
 use crate::export::packed::Unpacked;
+use crate::export::parts::{Stored, Writing};
 use crate::model::{EMBEDDING, HEAD, ModelConfig, weight_name};
 use crate::quant::QuantizedWeight;
 use crate::store::folder::write_atomic_with;
@@ -21,39 +21,39 @@ pub(in crate::export) const FILE: &str = "model.gguf";
 struct Planned {
     /// The source's name.
     name: String,
+    /// The quantized linear whose weight it is.
+    linear: Option<String>,
     /// The file's.
     stored: String,
     shape: Vec<usize>,
     kind: BlockType,
 }
 
-/// Writes `dir/model.gguf`: every tensor chosen first, then written one by one. Gives the bits that
-/// the quantized weights take.
+/// Writes `dir/model.gguf`: every tensor chosen first, then written one by one; `done` hears of each
+/// linear. Gives the bits that the quantized weights take.
 ///
 /// # Errors
 /// When a weight does not fit any block type exactly, with the reason; I/O errors.
-pub(in crate::export) fn write(parts: &ModelParts<'_>, name: &str, dir: &Path) -> Result<f64> {
-    if parts.activations.is_some() {
-        return Err(Error::preflight(
-            "format.gguf holds weights alone, and this model quantizes activations too",
-        )
-        .fix("format.fewbit, which records them"));
-    }
-    let config = ModelConfig::read(parts.dir)?;
-    let tensors = plan(parts, &config)?;
+pub(in crate::export) fn write(
+    writing: &Writing<'_>,
+    dir: &Path,
+    done: &mut dyn FnMut(&str, &Stored),
+) -> Result<f64> {
+    let config = &writing.config;
+    let tensors = plan(writing)?;
     let mut header = Header::new();
-    let mostly = mostly(&tensors, parts);
-    for (key, value) in llama::metadata(&config, name, mostly)? {
+    let name = &writing.parts.provenance.model;
+    for (key, value) in llama::metadata(config, name, mostly(&tensors))? {
         header.set(&key, value)?;
     }
-    let tokenizer = tokenizer::read(parts.dir, &config)?;
+    let tokenizer = tokenizer::read(writing.parts.dir, config)?;
     for (key, value) in tokenizer.entries {
         header.set(&key, value)?;
     }
     for note in tokenizer.notes {
         tracing::warn!("{note}");
     }
-    let factors = llama::rope_factors(&config);
+    let factors = llama::rope_factors(config);
     if let Some(factors) = &factors {
         header.announce(llama::ROPE_FACTORS, &[factors.len()], BlockType::F32)?;
     }
@@ -69,8 +69,8 @@ pub(in crate::export) fn write(parts: &ModelParts<'_>, name: &str, dir: &Path) -
             writer.write(llama::ROPE_FACTORS, &bytes)?;
         }
         for tensor in &tensors {
-            let bytes = encode(parts, &config, tensor)?;
-            if quantized(parts, &tensor.name).is_some() {
+            let bytes = encode(writing, tensor, done)?;
+            if tensor.linear.is_some() {
                 bits += 8.0 * bytes.len() as f64;
             }
             writer.write(&tensor.stored, &bytes)?;
@@ -80,30 +80,25 @@ pub(in crate::export) fn write(parts: &ModelParts<'_>, name: &str, dir: &Path) -
     Ok(bits)
 }
 
-fn quantized<'a>(parts: &ModelParts<'a>, name: &str) -> Option<&'a QuantizedWeight> {
-    parts.quantized.get(name.strip_suffix(".weight")?).map(|(weight, _)| weight)
-}
-
-fn plan(parts: &ModelParts<'_>, config: &ModelConfig) -> Result<Vec<Planned>> {
-    let names = parts.names();
+fn plan(writing: &Writing<'_>) -> Result<Vec<Planned>> {
+    let linears = writing.linears().map(|name| (weight_name(name), Some(name.to_owned())));
+    let dense = writing.dense_names().map(|name| (name.to_owned(), None));
+    let all: BTreeMap<String, Option<String>> = linears.chain(dense).collect();
     let mut tensors = Vec::new();
-    for name in &names {
-        let stored = stored_name(name, config, &|other| names.contains(other));
-        let Some(stored) = stored else {
+    for (name, linear) in all {
+        let Some(stored) = stored_name(&name, writing) else {
             return Err(Error::preflight("format.gguf has no name for this tensor").at(name));
         };
         if stored.is_empty() {
             continue;
         }
-        let (shape, kind) = if let Some(weight) = quantized(parts, name) {
-            let linear = name.trim_end_matches(".weight");
-            let kind = with_affine(weight, linear, config, |affine| {
-                choose::choose(affine).map_err(|refusal| Error::from(refusal).at(linear))
-            })?;
-            (vec![weight.layout.out, weight.layout.inputs], kind)
+        let (shape, kind) = if let Some(linear) = &linear {
+            let weight = writing.stored(linear)?.weight;
+            let shape = vec![weight.layout.out, weight.layout.inputs];
+            (shape, choose(linear, &weight, &writing.config)?)
         } else {
-            let tensor = parts.dense(name)?;
-            let values = tensor.to_f32().map_err(|e| e.at(name))?;
+            let tensor = writing.dense(&name)?;
+            let values = tensor.to_f32().map_err(|e| e.at(&name))?;
             // Readers want vectors in 32 bits.
             let kind = match tensor.shape.len() {
                 1 => BlockType::F32,
@@ -111,21 +106,30 @@ fn plan(parts: &ModelParts<'_>, config: &ModelConfig) -> Result<Vec<Planned>> {
             };
             (tensor.shape, kind)
         };
-        tensors.push(Planned { name: name.clone(), stored, shape, kind });
+        tensors.push(Planned { name, linear, stored, shape, kind });
     }
     Ok(tensors)
 }
 
-/// The name in the file; empty for a tensor that the file does not repeat.
-fn stored_name(
-    name: &str,
+/// The block type that holds a linear's weight exactly.
+///
+/// # Errors
+/// When there is none, with the reason.
+pub(in crate::export) fn choose(
+    linear: &str,
+    weight: &QuantizedWeight,
     config: &ModelConfig,
-    contains: &dyn Fn(&str) -> bool,
-) -> Option<String> {
-    let head = weight_name(HEAD);
-    if name == head && config.tied {
+) -> Result<BlockType> {
+    with_affine(weight, linear, config, |affine| {
+        choose::choose(affine).map_err(|refusal| Error::from(refusal).at(linear))
+    })
+}
+
+/// The name in the file; empty for a tensor that the file does not repeat.
+fn stored_name(name: &str, writing: &Writing<'_>) -> Option<String> {
+    if name == weight_name(HEAD) && writing.config.tied && !writing.unties() {
         // A tied checkpoint may hold its one matrix under the head's name.
-        return if contains(EMBEDDING) {
+        return if writing.contains(EMBEDDING) {
             Some(String::new())
         } else {
             llama::tensor_name(EMBEDDING)
@@ -135,9 +139,9 @@ fn stored_name(
 }
 
 /// The type that most quantized weights are stored in.
-fn mostly(tensors: &[Planned], parts: &ModelParts<'_>) -> BlockType {
+fn mostly(tensors: &[Planned]) -> BlockType {
     let mut counts: BTreeMap<u32, (usize, BlockType)> = BTreeMap::new();
-    for tensor in tensors.iter().filter(|tensor| quantized(parts, &tensor.name).is_some()) {
+    for tensor in tensors.iter().filter(|tensor| tensor.linear.is_some()) {
         let entry = counts.entry(tensor.kind.id()).or_insert((0, tensor.kind));
         entry.0 += tensor.shape.iter().product::<usize>();
     }
@@ -168,16 +172,21 @@ fn with_affine<R>(
     }
 }
 
-fn encode(parts: &ModelParts<'_>, config: &ModelConfig, tensor: &Planned) -> Result<Vec<u8>> {
+fn encode(
+    writing: &Writing<'_>,
+    tensor: &Planned,
+    done: &mut dyn FnMut(&str, &Stored),
+) -> Result<Vec<u8>> {
     let Planned { name, kind, .. } = tensor;
-    if let Some(weight) = quantized(parts, name) {
-        let linear = name.trim_end_matches(".weight");
-        return with_affine(weight, linear, config, |affine| {
+    if let Some(linear) = &tensor.linear {
+        let stored = writing.stored(linear)?;
+        done(linear, &stored);
+        return with_affine(&stored.weight, linear, &writing.config, |affine| {
             blocks::encode(affine, *kind).map_err(|refusal| Error::from(refusal).at(linear))
         });
     }
-    let mut values = parts.dense(name)?.to_f32().map_err(|e| e.at(name))?;
-    if let Some(heads) = llama::rotated_heads(name, config) {
+    let mut values = writing.dense(name)?.to_f32().map_err(|e| e.at(name))?;
+    if let Some(heads) = llama::rotated_heads(name, &writing.config) {
         values = llama::interleave(&values, tensor.shape[0], heads)?;
     }
     blocks::encode_dense(&values, *kind).map_err(|refusal| Error::from(refusal).at(name))
@@ -191,14 +200,23 @@ pub(in crate::export) struct Weights {
 }
 
 impl Weights {
-    /// Opens `dir/model.gguf`; `None` where there is none.
-    pub(in crate::export) fn open(dir: &Path, config: &ModelConfig) -> Result<Option<Self>> {
-        let path = dir.join(FILE);
-        if !path.is_file() {
-            return Ok(None);
-        }
-        let reader = Mutex::new(Reader::open(&path)?);
-        Ok(Some(Self { reader, config: config.clone() }))
+    /// Opens a file for a model that a `config.json` beside it describes.
+    pub(in crate::export) fn open(path: &Path, config: &ModelConfig) -> Result<Self> {
+        Ok(Self { reader: Mutex::new(Reader::open(path)?), config: config.clone() })
+    }
+
+    /// Opens a file that stands alone: gives the small files of a model folder too, by name.
+    pub(in crate::export) fn open_alone(path: &Path) -> Result<(Self, BTreeMap<String, String>)> {
+        let mut reader = Reader::open(path)?;
+        let files = folder_files(&mut reader)?;
+        let config = files.get("config.json").map_or("", String::as_str);
+        let config = ModelConfig::parse(config).map_err(|e| e.at(path.display()))?;
+        Ok((Self { reader: Mutex::new(reader), config }, files))
+    }
+
+    /// What the model is.
+    pub(in crate::export) fn config(&self) -> &ModelConfig {
+        &self.config
     }
 
     fn stored(&self, name: &str) -> Option<String> {
@@ -235,5 +253,43 @@ impl Weights {
         };
         // A block with a negative step gives its zero a sign.
         Ok(values.into_iter().map(|value| value + 0.0).collect())
+    }
+}
+
+/// The GGUF file that a path stands for, where no `config.json` says more: the file itself, or the
+/// only one of a folder.
+///
+/// # Errors
+/// When a file is no GGUF file, or a folder holds several.
+pub fn alone(path: &Path) -> Result<Option<PathBuf>> {
+    let is_gguf = |path: &Path| {
+        path.is_file() && path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf"))
+    };
+    if path.is_file() {
+        if is_gguf(path) {
+            return Ok(Some(path.to_owned()));
+        }
+        return Err(Error::usage("this file is no model")
+            .at(path.display())
+            .fix("a folder, or a file whose name ends in .gguf"));
+    }
+    if !path.is_dir() || path.join("config.json").exists() {
+        return Ok(None);
+    }
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(path).map_err(|e| Error::io("list", path, &e))? {
+        let entry = entry.map_err(|e| Error::io("list", path, &e))?.path();
+        files.extend(is_gguf(&entry).then_some(entry));
+    }
+    files.sort();
+    match &files[..] {
+        [] => Ok(None),
+        [one] => Ok(Some(one.clone())),
+        [first, ..] => {
+            let count = files.len();
+            Err(Error::usage(format!("the folder holds {count} GGUF files"))
+                .at(path.display())
+                .fix(format!("one of them: {}", first.display())))
+        }
     }
 }

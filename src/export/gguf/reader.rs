@@ -68,6 +68,11 @@ impl<R: Read + Seek> Reader<R> {
         Ok(Self { source: head.source, path: path.to_owned(), metadata, tensors })
     }
 
+    /// The file's path, as it was given.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Every metadata key with its value, in the file's order.
     pub fn metadata(&self) -> &[(String, Value)] {
         &self.metadata

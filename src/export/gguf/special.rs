@@ -1,9 +1,12 @@
-//! The tokenizer's special pieces and chat templates.
+//! The tokenizer's special pieces and chat templates, into a file and out of one.
 
-use serde_json::Value as Json;
+use serde_json::{Value as Json, json};
 
+use super::keys::{Keys, missing};
 use super::tokenizer::{Pieces, TokenizerMetadata};
 use super::value::Value;
+use super::vocabulary::{MODEL, TOKENS};
+use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 
 /// Ids of the special pieces, and which of them are put around a text.
@@ -104,10 +107,84 @@ pub(super) fn put_templates(made: &mut TokenizerMetadata, settings: &Json) {
     }
 }
 
+/// Ids of special pieces.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub(super) struct Special {
+    /// Begins a text.
+    pub(super) bos: Option<u32>,
+    /// Ends a text.
+    pub(super) eos: Option<u32>,
+    /// Ends a turn or a message, where that is another piece.
+    pub(super) other_ends: Vec<u32>,
+    pub(super) unknown: Option<u32>,
+    pub(super) padding: Option<u32>,
+}
+
+impl Special {
+    /// The ids in a file, with llama.cpp's defaults for the kind `llama`. `vocab` is the model's.
+    pub(super) fn read(keys: Keys<'_>, vocab: usize) -> Result<Self> {
+        let vocab = keys.get(TOKENS).and_then(Value::as_list).map_or(vocab, <[_]>::len);
+        let id = |name: &str, default: Option<u32>| {
+            let key = format!("tokenizer.ggml.{name}_token_id");
+            let default = default.filter(|id| (*id as usize) < vocab);
+            let found = keys.id(&key)?;
+            match found.filter(|id| *id as usize >= vocab) {
+                // What converters write for "none"; and nothing is ever padded.
+                Some(found) if found == u32::MAX || name == "padding" => Ok(None),
+                Some(found) => Err(Error::preflight(format!(
+                    "`{key}` is {found}, beyond the vocabulary of {vocab} pieces"
+                ))),
+                None => Ok(found.or(default)),
+            }
+        };
+        let spaced = keys.text(MODEL)? == Some("llama");
+        let default = |id: u32| spaced.then_some(id);
+        let eos = id("eos", default(2))?;
+        let mut other_ends = Vec::new();
+        for end in [id("eot", None)?, id("eom", None)?].into_iter().flatten() {
+            if Some(end) != eos && !other_ends.contains(&end) {
+                other_ends.push(end);
+            }
+        }
+        Ok(Self {
+            bos: id("bos", default(1))?,
+            eos,
+            other_ends,
+            unknown: id("unknown", default(0))?,
+            padding: id("padding", None)?,
+        })
+    }
+
+    /// What ends a text, `eos` first: a number, a list, or null.
+    pub(super) fn ends(&self) -> Json {
+        let ends: Vec<u32> = self.eos.iter().chain(&self.other_ends).copied().collect();
+        match ends.as_slice() {
+            [] => Json::Null,
+            [one] => json!(one),
+            several => json!(several),
+        }
+    }
+}
+
+/// The `chat_template` of a tokenizer_config.json; `None` when the file has no template.
+pub(super) fn templates(keys: Keys<'_>) -> Result<Option<Json>> {
+    const MAIN: &str = "tokenizer.chat_template";
+    let main = keys.text(MAIN)?;
+    let Some(names) = keys.texts("tokenizer.chat_templates")? else {
+        return Ok(main.map(|text| json!(text)));
+    };
+    let mut all: Vec<Json> =
+        main.iter().map(|text| json!({ "name": "default", "template": text })).collect();
+    for name in names {
+        let key = format!("{MAIN}.{name}");
+        let text = keys.text(&key)?.ok_or_else(|| missing(&key))?;
+        all.push(json!({ "name": name, "template": text }));
+    }
+    Ok(Some(Json::Array(all)))
+}
+
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]
@@ -127,6 +204,28 @@ mod tests {
         assert_eq!(several[0], main);
         assert_eq!(several[1], ("tokenizer.chat_template.rag".to_owned(), "y".into()));
         assert_eq!(several[2].1, Value::texts(["rag".to_owned()]));
+    }
+
+    #[test]
+    fn ids_of_a_file() {
+        let ids = |model: &str, more: &[(&str, u32)]| {
+            let more = more.iter().map(|(name, id)| (format!("{name}_token_id"), Value::U32(*id)));
+            let first = [("model".to_owned(), Value::from(model))];
+            let entries: Vec<_> = first
+                .into_iter()
+                .chain(more)
+                .map(|(name, value)| (format!("tokenizer.ggml.{name}"), value))
+                .collect();
+            Special::read(Keys(&entries), 10)
+        };
+        let found = ids("llama", &[("eos", 5), ("eot", 5), ("eom", 6), ("padding", 10)]).unwrap();
+        assert_eq!((found.bos, found.unknown, found.padding), (Some(1), Some(0), None));
+        assert_eq!(found.ends(), json!([5, 6]));
+        let found = ids("gpt2", &[("bos", u32::MAX)]).unwrap();
+        assert_eq!(found, Special::default());
+        assert_eq!(found.ends(), Json::Null);
+        let error = ids("gpt2", &[("eot", 10)]).unwrap_err().to_string();
+        assert!(error.contains("`tokenizer.ggml.eot_token_id` is 10"), "{error}");
     }
 
     #[test]

@@ -20,13 +20,28 @@ use crate::model::ModelConfig;
 
 /// Why a piece exists; the numbers in a file.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum PieceKind {
+pub(super) enum PieceKind {
     Normal = 1,
     Unknown = 2,
     Control = 3,
     UserDefined = 4,
     Unused = 5,
     Byte = 6,
+}
+
+impl PieceKind {
+    /// The kind of a number in a file; 0 stands for pieces that nobody gave a kind.
+    pub(super) fn from_id(id: u64) -> Option<Self> {
+        Some(match id {
+            0 | 1 => Self::Normal,
+            2 => Self::Unknown,
+            3 => Self::Control,
+            4 => Self::UserDefined,
+            5 => Self::Unused,
+            6 => Self::Byte,
+            _ => return None,
+        })
+    }
 }
 
 /// What goes into a file, and what a user should know about it.

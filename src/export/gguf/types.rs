@@ -29,11 +29,30 @@ pub enum BlockType {
     Q4K,
     /// `d·t`, t in -1..=1; a scale per 256 weights.
     Tq2_0,
+    /// `±d`; a scale per 128 weights. Read, not written.
+    Q1_0,
+    /// `d·t`, t in -1..=1, five to a byte; a scale per 256 weights. Read, not written.
+    Tq1_0,
+    /// `d·v`, v one of the 16 values of a four-bit float, d a power of two; a scale per 32 weights.
+    /// Read, not written.
+    Mxfp4,
+    /// `d·sc·v`, v one of 16 values; 6-bit signed sc per 32 weights. Read, not written.
+    Iq4Xs,
+    /// `d·v`, v one of 16 values; a scale per 32 weights. Read, not written.
+    Iq4Nl,
+    /// `d·t`, t in -16..=15; a scale per 32 weights. Read, not written.
+    Q5_0,
+    /// `d·sc·q - dmin·m`, q in 0..=31; 6-bit sc and m per 32 weights. Read, not written.
+    Q5K,
+    /// `d·q + m`, q in 0..=31; scale and minimum per 32 weights. Read, not written.
+    Q5_1,
+    /// `d·sc·t`, t in -32..=31; 8-bit signed sc per 16 weights. Read, not written.
+    Q6K,
 }
 
 impl BlockType {
-    /// Every type, smallest first; of two equal ones the more widely read first.
-    pub const ALL: [Self; 11] = [
+    /// The types that fewbit writes, smallest first; of two equal ones the more widely read first.
+    pub const WRITTEN: [Self; 11] = [
         Self::Tq2_0,
         Self::Q2_0,
         Self::Q2K,
@@ -47,6 +66,36 @@ impl BlockType {
         Self::F32,
     ];
 
+    /// Every type that fewbit reads: those of [`BlockType::WRITTEN`], then those of other programs,
+    /// which round to find their scales.
+    pub const ALL: [Self; 20] = [
+        Self::Tq2_0,
+        Self::Q2_0,
+        Self::Q2K,
+        Self::Q3K,
+        Self::Q4_0,
+        Self::Q4K,
+        Self::Q4_1,
+        Self::Q8_0,
+        Self::F16,
+        Self::Bf16,
+        Self::F32,
+        Self::Q1_0,
+        Self::Tq1_0,
+        Self::Mxfp4,
+        Self::Iq4Xs,
+        Self::Iq4Nl,
+        Self::Q5_0,
+        Self::Q5K,
+        Self::Q5_1,
+        Self::Q6K,
+    ];
+
+    /// Whether fewbit writes it.
+    pub fn is_written(self) -> bool {
+        Self::WRITTEN.contains(&self)
+    }
+
     /// The number that stands for it in a file.
     pub fn id(self) -> u32 {
         match self {
@@ -54,12 +103,21 @@ impl BlockType {
             Self::F16 => 1,
             Self::Q4_0 => 2,
             Self::Q4_1 => 3,
+            Self::Q5_0 => 6,
+            Self::Q5_1 => 7,
             Self::Q8_0 => 8,
             Self::Q2K => 10,
             Self::Q3K => 11,
             Self::Q4K => 12,
+            Self::Q5K => 13,
+            Self::Q6K => 14,
+            Self::Iq4Nl => 20,
+            Self::Iq4Xs => 23,
             Self::Bf16 => 30,
+            Self::Tq1_0 => 34,
             Self::Tq2_0 => 35,
+            Self::Mxfp4 => 39,
+            Self::Q1_0 => 41,
             Self::Q2_0 => 42,
         }
     }
@@ -83,6 +141,15 @@ impl BlockType {
             Self::Q3K => "Q3_K",
             Self::Q4K => "Q4_K",
             Self::Tq2_0 => "TQ2_0",
+            Self::Q1_0 => "Q1_0",
+            Self::Tq1_0 => "TQ1_0",
+            Self::Mxfp4 => "MXFP4",
+            Self::Iq4Xs => "IQ4_XS",
+            Self::Iq4Nl => "IQ4_NL",
+            Self::Q5_0 => "Q5_0",
+            Self::Q5K => "Q5_K",
+            Self::Q5_1 => "Q5_1",
+            Self::Q6K => "Q6_K",
         }
     }
 
@@ -95,9 +162,23 @@ impl BlockType {
     pub fn block_len(self) -> usize {
         match self {
             Self::F32 | Self::F16 | Self::Bf16 => 1,
-            Self::Q4_0 | Self::Q4_1 | Self::Q8_0 => 32,
+            Self::Q4_0
+            | Self::Q4_1
+            | Self::Q5_0
+            | Self::Q5_1
+            | Self::Q8_0
+            | Self::Iq4Nl
+            | Self::Mxfp4 => 32,
             Self::Q2_0 => 64,
-            Self::Q2K | Self::Q3K | Self::Q4K | Self::Tq2_0 => 256,
+            Self::Q1_0 => 128,
+            Self::Q2K
+            | Self::Q3K
+            | Self::Q4K
+            | Self::Q5K
+            | Self::Q6K
+            | Self::Iq4Xs
+            | Self::Tq1_0
+            | Self::Tq2_0 => 256,
         }
     }
 
@@ -106,12 +187,19 @@ impl BlockType {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
-            Self::Q4_0 | Self::Q2_0 => 18,
+            Self::Mxfp4 => 17,
+            Self::Q4_0 | Self::Q2_0 | Self::Q1_0 | Self::Iq4Nl => 18,
             Self::Q4_1 => 20,
+            Self::Q5_0 => 22,
+            Self::Q5_1 => 24,
             Self::Q8_0 => 34,
             Self::Q2K => 84,
             Self::Q3K => 110,
+            Self::Iq4Xs => 136,
             Self::Q4K => 144,
+            Self::Q5K => 176,
+            Self::Q6K => 210,
+            Self::Tq1_0 => 54,
             Self::Tq2_0 => 66,
         }
     }
@@ -143,11 +231,20 @@ impl BlockType {
             Self::Q4_0 => 2,
             Self::Q4_1 => 3,
             Self::Q8_0 => 7,
+            Self::Q5_0 => 8,
+            Self::Q5_1 => 9,
             Self::Q2K => 10,
             Self::Q3K => 11,
             Self::Q4K => 14,
+            Self::Q5K => 16,
+            Self::Q6K => 18,
+            Self::Iq4Nl => 25,
+            Self::Iq4Xs => 30,
             Self::Bf16 => 32,
+            Self::Tq1_0 => 36,
             Self::Tq2_0 => 37,
+            Self::Mxfp4 => 38,
+            Self::Q1_0 => 40,
             Self::Q2_0 => 41,
         }
     }
@@ -170,12 +267,20 @@ mod tests {
             assert_eq!(BlockType::from_name(&kind.name().to_lowercase()), Some(kind));
         }
         assert_eq!(BlockType::from_id(4), None);
-        assert_eq!(BlockType::from_name("Q5_K"), None);
+        assert_eq!(BlockType::from_name("IQ2_XS"), None);
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        assert_eq!(BlockType::ALL[..BlockType::WRITTEN.len()], BlockType::WRITTEN);
+        let read = BlockType::ALL.into_iter().filter(|kind| !kind.is_written());
+        let ids: Vec<_> = read.map(BlockType::id).collect();
+        assert_eq!(ids, [41, 34, 39, 23, 20, 6, 13, 7, 14]);
     }
 
     #[test]
     fn sizes_are_ordered_and_checked() {
-        let bits = BlockType::ALL.map(BlockType::bits_per_weight);
+        let bits = BlockType::WRITTEN.map(BlockType::bits_per_weight);
         assert!(bits.is_sorted(), "{bits:?}");
         assert_eq!(BlockType::Q4_0.tensor_bytes(&[3, 64]), Some(108));
         assert_eq!(BlockType::Q4_0.tensor_bytes(&[3, 48]), None);

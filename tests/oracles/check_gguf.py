@@ -1,12 +1,8 @@
-"""Are the weights of a GGUF file, as gguf-py dequantizes them, those of a dense folder?
+"""Are all weights of a folder's GGUF file, as gguf-py dequantizes them, those of the dense folder?
 
-    python gguf_weights.py MODEL.gguf DENSE_FOLDER
-
-DENSE_FOLDER is fewbit's `dequantized` export of the same run. Every tensor must be there and every
-value the same number: nothing is allowed for rounding. Exits with 1 otherwise.
+Every tensor must be there and every value the same number: nothing is allowed for rounding.
 """
 
-import argparse
 import collections
 import sys
 
@@ -14,7 +10,7 @@ import gguf
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES
 
-from dense_llama import DenseLlama
+from llama import HEAD, Llama, differences, judge, read_config, reference
 
 TYPES = gguf.GGMLQuantizationType
 Q2_0 = 42
@@ -68,37 +64,28 @@ def interleaved(model, name, value):
     return halves.swapaxes(1, 2).reshape(value.shape)
 
 
-def main():
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("gguf")
-    arguments.add_argument("dense")
-    given = arguments.parse_args()
+def check(folder, _):
     teach_q2_0()
-    model = DenseLlama(given.dense)
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(given.gguf).tensors}
+    config, expected = read_config(folder), reference(folder)
+    if config.get("tie_word_embeddings", False):
+        del expected[HEAD]
+    model = Llama(config, {})
+    tensors = gguf.GGUFReader(folder / "model.gguf").tensors
+    stored = {tensor.name: tensor for tensor in tensors if tensor.name != "rope_freqs.weight"}
     wrong, kinds = [], collections.Counter()
-    tied = model.config.get("tie_word_embeddings", False)
-    for name, value in model.tensors.items():
-        if name == "lm_head.weight" and tied:
-            continue
+    for name, value in expected.items():
         tensor = stored.pop(gguf_name(name), None)
         if tensor is None:
-            wrong.append(f"{name}: missing")
+            wrong.append(f"{name} is missing")
             continue
         kinds[tensor.tensor_type.name] += 1
-        expected = interleaved(model, name, value.astype(np.float32))
-        got = values(tensor).reshape(-1)
-        if got.size != expected.size:
-            wrong.append(f"{name}: {got.size} values instead of {expected.size}")
-        elif not np.array_equal(got, expected.reshape(-1)):
-            off = np.abs(got - expected.reshape(-1))
-            wrong.append(f"{name}: {np.count_nonzero(off)} values differ, by up to {off.max():.3e}")
-    stored.pop("rope_freqs.weight", None)
-    wrong += [f"{name}: not in the folder" for name in stored]
-    print(f"{given.gguf}: {sum(kinds.values())} tensors {dict(kinds)}, {len(wrong)} wrong")
-    print("\n".join(wrong), end="\n" if wrong else "")
-    sys.exit(bool(wrong))
+        wanted = interleaved(model, name, value.astype(np.float32)).reshape(-1)
+        changed = differences(values(tensor).reshape(-1), wanted)
+        wrong += [f"{name}: {changed} values differ"] if changed else []
+    wrong += [f"{name} is not in the dense folder" for name in stored]
+    shown = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    return "fails" if wrong else "exact", "; ".join([f"{shown}, {len(wrong)} wrong", *wrong[:3]])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(judge(__doc__, check))
