@@ -111,6 +111,16 @@ fn scales_of_32_bits_are_refused_where_they_would_be_rounded() {
 }
 
 #[test]
+fn scales_of_seven_bits_fit_gguf_in_five_bits_a_weight() {
+    // Groups of 64 with any zero point: Q8_0 otherwise.
+    let place = run(&GRIDS[1], "bits7");
+    let told = place.ok(&["export", "--run", "run", "--format", "gguf", "--output", "out"]);
+    assert!(told.contains("5.00 bits/weight"), "{told}");
+    assert!(place.ok(&["inspect", "out"]).contains("Q4_1"));
+    place.ok(&["verify", "out"]);
+}
+
+#[test]
 fn a_damaged_file_is_found() {
     let place = run(&GRIDS[0], "f16");
     place.ok(&["export", "--run", "run", "--format", "gguf", "--output", "out"]);

@@ -129,6 +129,10 @@ impl Quantizer {
         if digits == ScaleDigits::F32 {
             return self;
         }
+        let digits = match self {
+            Self::Unified { .. } => digits.of_planes(),
+            Self::Divided(_) | Self::Stepped(..) => digits,
+        };
         let short = |scale: Tensor<2>| ops::shorten_ste(scale, digits.significant());
         match &mut self {
             Self::Divided(divided) => {

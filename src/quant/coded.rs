@@ -189,7 +189,8 @@ impl CodedWeight {
                 rest + largest.clone() * learned
             }
         };
-        let scales = match self.digits {
+        let digits = if self.zero_kind.is_some() { self.digits } else { self.digits.of_planes() };
+        let scales = match digits {
             ScaleDigits::F32 => scales,
             digits => ops::shorten_ste(scales, digits.significant()),
         };

@@ -154,6 +154,12 @@ pub enum ScaleDigits {
 }
 
 impl ScaleDigits {
+    /// What the planes' scales of binary coding get: nothing is multiplied with them.
+    #[must_use]
+    pub fn of_planes(self) -> Self {
+        if self == Self::Bits7 { Self::F16 } else { self }
+    }
+
     /// Significant bits that are kept.
     pub fn significant(self) -> u32 {
         match self {
@@ -163,17 +169,20 @@ impl ScaleDigits {
         }
     }
 
-    /// The nearest such numbers.
+    /// The nearest such numbers, of which none but zero becomes zero.
     ///
     /// # Errors
-    /// When one lies outside the range of half precision.
+    /// When one lies beyond the largest number of half precision.
     pub fn rounded(self, values: Vec<f32>) -> Result<Vec<f32>> {
         if self == Self::F32 {
             return Ok(values);
         }
         let half = |value: f32| {
             let rounded = f16::from_f32(shortened(value, self.significant())).to_f32();
-            if rounded.is_finite() && (rounded == 0.0) == (value == 0.0) {
+            if rounded == 0.0 && value != 0.0 {
+                // A scale is not zero: what training drove to its floor stays as good as nothing.
+                Ok(f16::from_bits(1).to_f32().copysign(value))
+            } else if rounded.is_finite() {
                 Ok(rounded)
             } else {
                 Err(Error::failed(format!("scale {value:e} does not fit in half precision"))
@@ -282,8 +291,7 @@ impl QuantizedWeight {
                 }
             }
             Grid::BinaryCoding { alpha, offset } => {
-                // Nothing is multiplied with these.
-                let digits = if digits == ScaleDigits::Bits7 { ScaleDigits::F16 } else { digits };
+                let digits = digits.of_planes();
                 *alpha = digits.rounded(std::mem::take(alpha))?;
                 *offset = digits.rounded(std::mem::take(offset))?;
             }
@@ -439,7 +447,7 @@ mod tests {
         assert_eq!(digits(ScaleDigits::Bits7, 0.1), [102.0 / 1024.0]);
         assert_eq!(digits(ScaleDigits::Bits7, 127.5), [128.0], "a tie, to even");
         assert!(ScaleDigits::F16.rounded(vec![7e4]).is_err());
-        assert!(ScaleDigits::Bits7.rounded(vec![1e-9]).is_err());
+        assert_eq!(digits(ScaleDigits::Bits7, -1e-9), [-(2.0_f32.powi(-24))]);
         // Every 4-bit zero point times such a scale is a half precision number.
         for i in 1..2000_u16 {
             let scale = digits(ScaleDigits::Bits7, f32::from(i) * 1.37e-3)[0];

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
-use fewbit::method::{NAMES, fold, role_of};
-use fewbit::quant::{QuantSpec, Symmetry};
+use fewbit::method::{NAMES, fold, role_of, shorten_all};
+use fewbit::quant::{GroupSize, QuantSpec, QuantizedWeight, ScaleDigits, Symmetry};
 use fewbit::train::Rule;
 use proptest::prelude::*;
 
@@ -115,6 +115,40 @@ proptest! {
             let rule = if i % 2 == 0 { Rule::Adamw } else { Rule::Sign };
             let linear = trained(started(&method, &spec, &w), 3, rule, 0.02, seed + i as u64);
             fold_law_holds(&linear, &format!("{method}, {spec:?}"));
+        }
+    }
+}
+
+/// Largest relative distance of a weight's scales from numbers of few digits; half precision has
+/// fewer below 1e-4.
+pub(super) fn beyond(weight: &QuantizedWeight, digits: ScaleDigits) -> f32 {
+    let short = weight.clone().with_scales(digits).unwrap();
+    let pairs = weight.grid.scales().iter().zip(short.grid.scales());
+    let pairs = pairs.filter(|(scale, _)| scale.abs() > 1e-4);
+    pairs.map(|(a, b)| (a / b - 1.0).abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn training_goes_on_with_scales_of_few_digits() {
+    let device = Device::flex().autodiff();
+    let w = noisy(11, &device);
+    for digits in [ScaleDigits::F16, ScaleDigits::Bits7] {
+        for (method, spec) in learners() {
+            let what = format!("{method}, {spec:?}, {digits:?}");
+            let mut linear = trained(started(&method, &spec, &w), 2, Rule::Adamw, 0.002, 5);
+            let before = beyond(&folded(&linear), digits);
+            shorten_all([&mut linear], digits);
+            fold_law_holds(&linear, &what);
+            let start = folded(&linear);
+            assert!(beyond(&start, digits) < 4e-7, "{what}");
+            let linear = trained(linear, 30, Rule::Adamw, 0.002, 5);
+            fold_law_holds(&linear, &what);
+            let end = folded(&linear);
+            assert!(beyond(&end, digits) < 4e-7, "{what}");
+            // They had to be rounded, and went on learning.
+            let learns = recipe(&method).trains_base();
+            let rounds = before > 1e-5 || spec.group_size == GroupSize::PerTensor;
+            assert!(rounds && (end != start || !learns), "{what}: {before}");
         }
     }
 }

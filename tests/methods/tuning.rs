@@ -3,13 +3,14 @@
 use burn::module::ParamId;
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Tensor};
-use fewbit::method::{MethodConfig, fold};
+use fewbit::method::{MethodConfig, fold, shorten_all};
 use fewbit::quant::{
     Bits, CodedWeight, Grid, GroupAxis, GroupLayout, Learned, LearnedScales, QuantSpec,
-    QuantizedWeight, Symmetry, ZeroKind,
+    QuantizedWeight, ScaleDigits, Symmetry, ZeroKind,
 };
 use fewbit::train::{self, Optimizer, OptimizerConfig};
 
+use super::laws::beyond;
 use super::{
     GROUP_SIZES, asymmetric, bits_of, host, matrix, min_max, near, noise, noisy, recipe, rounded,
     spec,
@@ -84,6 +85,24 @@ fn a_coded_weight_starts_as_what_it_was_made_of() {
             assert_eq!(fold(&linear.weight).unwrap().unwrap(), base, "{method} {options}");
             let weight = host(linear.weight.val().transpose());
             assert_eq!(bits_of(&weight), bits_of(&base.dequantize()), "{method} {options}");
+        }
+    }
+}
+
+#[test]
+fn training_goes_on_with_scales_of_few_digits() {
+    let device = Device::flex().autodiff();
+    for (method, base) in bases(&device) {
+        for options in ["{}", "{ relative = true }"] {
+            let text = format!("{method} = {options}");
+            let mut linear = trained(linear(&base, learned(&text), &device), 2, 0.01);
+            shorten_all([&mut linear], ScaleDigits::Bits7);
+            let start = fold(&linear.weight).unwrap().unwrap();
+            let linear = trained(linear, 20, 0.002);
+            let end = fold(&linear.weight).unwrap().unwrap();
+            assert!(end != start && beyond(&end, ScaleDigits::Bits7) < 4e-7, "{text}");
+            let weight = host(linear.weight.val().transpose());
+            assert_eq!(bits_of(&weight), bits_of(&end.dequantize()), "{text}");
         }
     }
 }
