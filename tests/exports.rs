@@ -204,6 +204,13 @@ fn formats_take_settings_of_their_own() {
         "20",
     ]);
     assert!(said.len() > 20, "{said}");
+    // Fewer planes out of the same file; the full precision is what is compared.
+    let nested = export("bcq", "nested", &["precisions=[2, 3]"]);
+    assert_eq!(nested.code, 0, "{}", nested.err);
+    place.ok(&["verify", "nested"]);
+    assert!(place.read("nested/config.json").contains("plane_major"));
+    let refused = export("bcq", "never", &["precisions=[4]"]);
+    assert_eq!(refused.code, 2, "{}", refused.err);
     // Narrower floats round, and are refused unless that is allowed.
     let refused = export("dequantized", "half", &["dtype=bf16"]);
     assert_eq!(refused.code, 3, "{}", refused.err);

@@ -46,7 +46,8 @@ pub(super) struct TargetArgs {
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
     /// Sets a key of the format, as under [stage.export]: scales=f16 or embeddings=4 of mlx, version=1
-    /// of gptq, dtype=bf16 of dequantized, lossy=true where weights may change; repeatable
+    /// of gptq, precisions=[1,2] of bcq, dtype=bf16 of dequantized, lossy=true where weights may
+    /// change; repeatable
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// Text to measure the perplexity on, before and after; codes and weights are compared anyway

@@ -7,7 +7,7 @@
 
 use super::matrix::{Affine, Planes};
 use super::plan::{self, Target};
-use crate::quant::{ZeroKind, bcq};
+use crate::quant::{Bits, ZeroKind, bcq};
 
 /// A weight on a uniform grid under other codes.
 #[derive(Clone, Debug)]
@@ -77,6 +77,11 @@ pub(super) fn is_centred(zeros: &[f32], kind: ZeroKind, bits: u8) -> bool {
     zeros.iter().all(|zero| zero.to_bits() == centre.to_bits())
 }
 
+/// Whether two weights are the same number; formats do not tell the two zeros apart.
+pub(super) fn same(a: f32, b: f32) -> bool {
+    (a + 0.0).to_bits() == (b + 0.0).to_bits()
+}
+
 /// A uniform grid as sign planes: plane `i` of a group has the scale `scale * 2^(i-1)`, and the
 /// offset is `scale * ((2^bits - 1) / 2 - zero)`.
 #[derive(Clone, Debug)]
@@ -89,19 +94,17 @@ impl UniformPlanes {
     /// The planes of `weight`, with the number of groups in which a sum of f32 numbers is not the
     /// grid's level.
     pub fn new(weight: &Affine<'_>) -> (Self, usize) {
-        let top = f32::from(u8::MAX >> (8 - weight.bits));
+        let bits = Bits::new(weight.bits).unwrap_or(Bits::EIGHT);
         let (mut alpha, mut offset, mut changed) = (Vec::new(), Vec::new(), 0);
         for (scale, zero) in weight.scale.iter().zip(weight.zero) {
-            let start = alpha.len();
-            alpha.extend((0..weight.bits).map(|plane| scale * 0.5 * f32::from(1_u8 << plane)));
-            offset.push(scale * (top / 2.0 - zero));
-            let (planes, offset) = (&alpha[start..], offset[offset.len() - 1]);
+            let planes = bcq::from_uniform(&[], *scale, *zero, bits);
             let exact = |code: u8| {
                 let level = scale * (f32::from(code) - zero);
-                // Formats do not tell the two zeros apart.
-                (bcq::level(code, planes, offset) + 0.0).to_bits() == (level + 0.0).to_bits()
+                same(bcq::level(code, &planes.alpha, planes.offset), level)
             };
-            changed += usize::from(!(0..=u8::MAX >> (8 - weight.bits)).all(exact));
+            changed += usize::from(!(0..=bits.max_code()).all(exact));
+            alpha.extend(planes.alpha);
+            offset.push(planes.offset);
         }
         (Self { alpha, offset }, changed)
     }

@@ -234,6 +234,25 @@ mod tests {
         gptq
     }
 
+    /// Files with `desc_act` scatter the members of a group; we write none, but read them.
+    #[test]
+    fn scattered_groups_are_read() {
+        let grid = grid([32, 96], 32, 4, ZeroKind::Integer, true, 8);
+        let mut tensors = encode("x", &grid.affine(), V2).unwrap();
+        let config = config(&[grid.affine().layer("x")], &[], V2);
+        let index: Vec<i32> = (0..96).map(|input| input * 5 % 3).collect();
+        tensors[3].1 = HostTensor::i32([96], &index);
+        let found = read::gptq::decode(&config, "x", &Memory::new(tensors.clone())).unwrap();
+        for (at, weight) in found.weights.iter().enumerate() {
+            let group = at / 96 * 3 + index[at % 96] as usize;
+            let expected = grid.scale[group] * (f32::from(grid.codes[at]) - grid.zero[group]);
+            assert_eq!(weight.to_bits(), expected.to_bits());
+        }
+        tensors[3].1 = HostTensor::i32([96], &[3; 96]);
+        let error = read::gptq::decode(&config, "x", &Memory::new(tensors)).unwrap_err();
+        assert!(error.to_string().contains("3 groups"), "{error}");
+    }
+
     #[test]
     fn a_hand_example() {
         let mut grid = grid([32, 32], 32, 4, ZeroKind::Integer, true, 1);

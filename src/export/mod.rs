@@ -20,6 +20,7 @@ pub mod gptq;
 mod manifest;
 pub mod matrix;
 pub mod mlx;
+mod nested;
 mod packed;
 mod parts;
 pub mod plan;
@@ -39,7 +40,9 @@ pub use folder::{OpenModel, open_model};
 pub use manifest::{
     GridRecord, LinearRecord, LogitsRecord, MANIFEST_FILE, Manifest, ParityRecord, Provenance,
 };
-pub use packed::{CompressedTensorsConfig, GptqFormatConfig, MlxConfig, PlainConfig};
+pub use packed::{
+    BcqFormatConfig, CompressedTensorsConfig, GptqFormatConfig, MlxConfig, PlainConfig,
+};
 pub use parts::{ModelParts, Quantized};
 pub use switch::Adapters;
 pub use write::{Exported, Gate, WeightStats, weights_sha256, write};
@@ -74,7 +77,7 @@ pub struct FormatsConfig {
     pub compressed_tensors: Option<CompressedTensorsConfig>,
     /// Bit planes in LUT-GEMM's word order.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub bcq: Option<PlainConfig>,
+    pub bcq: Option<BcqFormatConfig>,
     /// One GGUF file, as llama.cpp reads it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gguf: Option<PlainConfig>,
@@ -195,7 +198,7 @@ impl FormatsConfig {
             Format::Autoround => gptq(&self.autoround),
             Format::Awq => plain(&self.awq),
             Format::CompressedTensors => self.compressed_tensors.as_ref().is_some_and(|c| c.lossy),
-            Format::Bcq => plain(&self.bcq),
+            Format::Bcq => self.bcq.as_ref().is_some_and(|c| c.lossy),
             Format::Gguf => plain(&self.gguf),
         }
     }

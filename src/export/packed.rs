@@ -10,7 +10,7 @@ use super::matrix::{Affine, Layer, Planes, Tensors, most_common, stored_group};
 use super::mlx::MlxOptions;
 use super::parts::Writing;
 use super::plan::{self, Target, Traits};
-use super::{Format, FormatsConfig, awq, bcq, compressed_tensors, gptq, mlx, read};
+use super::{Format, FormatsConfig, awq, bcq, compressed_tensors, gptq, mlx, nested, read};
 use crate::error::{Error, Result};
 use crate::quant::{Bits, Grid, GroupAxis, QuantizedWeight, Repr, ScaleDType};
 use crate::store::safetensors::Checkpoint;
@@ -60,7 +60,19 @@ pub struct CompressedTensorsConfig {
     pub lossy: bool,
 }
 
-/// Keys of `format.awq`, `format.bcq` and `format.gguf`.
+/// Keys of `format.bcq`.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BcqFormatConfig {
+    /// Numbers of planes, fewer than were trained, that can be read out of the same file too.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub precisions: Vec<u8>,
+    /// Whether weights may change; by how much is reported.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub lossy: bool,
+}
+
+/// Keys of `format.awq` and `format.gguf`.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PlainConfig {
@@ -225,11 +237,11 @@ impl Packer {
         let unpacked = Unpacked::new(name, weight)?;
         if self.format == Format::Bcq {
             if weight.grid.repr() == Repr::BinaryCoding {
-                return bcq::encode(name, &unpacked.planes(weight));
+                return self.encode_planes(name, &unpacked.planes(weight));
             }
             let affine = unpacked.affine(name, weight)?;
             plan::check(Target::Bcq, &Traits::of(&affine), name)?;
-            return bcq::encode(name, &UniformPlanes::new(&affine).0.planes(&affine));
+            return self.encode_planes(name, &UniformPlanes::new(&affine).0.planes(&affine));
         }
         let affine = unpacked.affine(name, weight)?;
         match self.format {
@@ -242,6 +254,20 @@ impl Packer {
             }
             _ => gptq::encode(name, &affine, self.gptq),
         }
+    }
+
+    fn encode_planes(&self, name: &str, planes: &Planes<'_>) -> Result<Tensors> {
+        let lower = self.lower_precisions();
+        if lower.is_empty() {
+            return bcq::encode(name, planes);
+        }
+        let all = nested::precisions(name, planes, lower)?;
+        let all: Vec<Planes<'_>> = all.iter().map(|precision| precision.planes(planes)).collect();
+        bcq::encode_nested(name, &all)
+    }
+
+    fn lower_precisions(&self) -> &[u8] {
+        self.options.bcq.as_ref().map_or(&[], |bcq| &bcq.precisions)
     }
 
     fn mlx(&self) -> MlxOptions {
@@ -282,8 +308,9 @@ impl Packer {
             Format::Awq => awq::config(layers, dense)?,
             Format::CompressedTensors => compressed_tensors::config(layers, dense),
             Format::Bcq => {
-                let planes = layers.iter().map(|layer| layer.bits).max();
-                bcq::config(layers, &planes.into_iter().collect::<Vec<u8>>())
+                let full = layers.iter().map(|layer| layer.bits).max();
+                let lower = self.lower_precisions().iter().copied();
+                bcq::config(layers, &lower.chain(full).collect::<Vec<u8>>())
             }
             _ => gptq::config(layers, dense, self.gptq),
         };

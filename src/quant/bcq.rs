@@ -130,6 +130,14 @@ pub fn from_uniform(codes: &[u8], scale: f32, zero_point: f32, bits: Bits) -> Bi
     BinaryCode { codes: codes.to_vec(), alpha, offset }
 }
 
+/// Scales and offset of least squared error for a group whose codes stay as they are; scales may
+/// come out negative. Below the width that codes were made for, they are its first planes.
+pub fn fit_scales(weight: &[f32], codes: &[u8], bits: Bits) -> (Vec<f32>, f32) {
+    let problem = Problem::new(weight, bits, true);
+    let (alpha, offset) = problem.least_squares(codes, usize::from(bits.get()));
+    (alpha.iter().map(|a| *a as f32).collect(), (offset + problem.centre) as f32)
+}
+
 fn signed_sum<T: Copy + Add<Output = T> + Neg<Output = T>>(code: u8, alpha: &[T], offset: T) -> T {
     let signed =
         |(plane, alpha): (usize, &T)| if code >> plane & 1 == 1 { *alpha } else { -*alpha };
@@ -218,10 +226,19 @@ impl Problem {
 
     /// Least squares for the scales, and the offset if there is one, with the signs as they are.
     fn refit(&self, mut fit: Fit) -> Fit {
-        let planes = fit.alpha.len();
+        let (alpha, offset) = self.least_squares(&fit.codes, fit.alpha.len());
+        fit.alpha = alpha;
+        if self.with_offset {
+            fit.offset = offset;
+        }
+        fit.normalized()
+    }
+
+    /// Scales of these many planes and the offset, 0 without one.
+    fn least_squares(&self, codes: &[u8], planes: usize) -> (Vec<f64>, f64) {
         let size = planes + usize::from(self.with_offset);
         let (mut count, mut sum) = (vec![0.0; self.bits.levels()], vec![0.0; self.bits.levels()]);
-        for (code, w) in fit.codes.iter().zip(&self.weight) {
+        for (code, w) in codes.iter().zip(&self.weight) {
             count[usize::from(*code)] += 1.0;
             sum[usize::from(*code)] += w;
         }
@@ -242,11 +259,8 @@ impl Problem {
             row[i] += RIDGE * self.weight.len() as f64;
         }
         let solution = solve_positive(gram, moment, size);
-        fit.alpha.copy_from_slice(&solution[..planes]);
-        if self.with_offset {
-            fit.offset = solution[planes];
-        }
-        fit.normalized()
+        let offset = if self.with_offset { solution[planes] } else { 0.0 };
+        (solution[..planes].to_vec(), offset)
     }
 
     /// The same levels with every weight on the nearest.

@@ -12,7 +12,7 @@ use crate::store::TensorSource;
 /// When config and tensors contradict each other.
 pub fn decode(config: &Value, name: &str, source: &dyn TensorSource) -> Result<Decoded> {
     let text = |key: &str| config.get(key).and_then(Value::as_str).unwrap_or_default();
-    let gemm = text("quant_method") == "awq" && text("version") == "gemm";
+    let gemm = text("quant_method") == "awq" && text("version").eq_ignore_ascii_case("gemm");
     if !gemm || config.get("bits").and_then(Value::as_u64) != Some(4) {
         return Err(damaged("the config is not of awq's 4-bit gemm layout", name));
     }

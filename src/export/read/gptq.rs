@@ -6,11 +6,11 @@ use super::{Decoded, Shift, Stream, damaged, floats_of, group_len, width, words,
 use crate::error::Result;
 use crate::store::TensorSource;
 
-/// Linear `name` under `config`, the `quantization_config`. Where there is a `g_idx`, it has to
-/// name groups of neighbours, in order.
+/// Linear `name` under `config`, the `quantization_config`. Where there is a `g_idx`, it says which
+/// input belongs to which group (act-order).
 ///
 /// # Errors
-/// When config and tensors contradict each other, or inputs are reordered.
+/// When config and tensors contradict each other.
 pub fn decode(config: &Value, name: &str, source: &dyn TensorSource) -> Result<Decoded> {
     let own = own_entry(config, name);
     let bits = own.map_or_else(|| width(config, "bits", name), |own| width(own, "bits", name))?;
@@ -22,7 +22,7 @@ pub fn decode(config: &Value, name: &str, source: &dyn TensorSource) -> Result<D
     }
     let group_len = group_len(own.unwrap_or(config), inputs, name)?;
     let groups = inputs / group_len;
-    check_index(source, name, inputs, group_len)?;
+    let index = index(source, name, inputs, groups)?;
     let zero_words = (out * usize::from(bits)).div_ceil(32);
     let zeros = words_of(source, &format!("{name}.qzeros"), [groups, zero_words])?;
     let scales = floats_of(source, &format!("{name}.scales"), [groups, out])?;
@@ -47,16 +47,19 @@ pub fn decode(config: &Value, name: &str, source: &dyn TensorSource) -> Result<D
         }
     }
     decoded.shift = Shift::Zero(zero);
-    Ok(decoded.with_weights())
+    Ok(match index {
+        Some(index) => decoded.with_scattered(&|input| index[input]),
+        None => decoded.with_weights(),
+    })
 }
 
 /// What a reader adds to a stored zero point.
 fn added_to_zeros(config: &Value, name: &str) -> Result<f32> {
     let text = |key: &str| config.get(key).and_then(Value::as_str);
     match (text("quant_method"), text("checkpoint_format"), text("packing_format")) {
-        (Some("gptq"), Some("gptq"), _) | (Some("auto-round"), _, Some("auto_round:auto_gptq")) => {
-            Ok(1.0)
-        }
+        // Files from before the key had a second value do without it.
+        (Some("gptq"), Some("gptq") | None, _)
+        | (Some("auto-round"), _, Some("auto_round:auto_gptq")) => Ok(1.0),
         (Some("gptq"), Some("gptq_v2"), _) | (Some("auto-round"), _, Some("auto_round")) => Ok(0.0),
         _ => Err(damaged("the config names no version of gptq", name)),
     }
@@ -72,15 +75,21 @@ fn own_entry<'a>(config: &'a Value, name: &str) -> Option<&'a Value> {
     })
 }
 
-fn check_index(source: &dyn TensorSource, name: &str, inputs: usize, group: usize) -> Result<()> {
+/// The group of each input, where the file says so.
+fn index(
+    source: &dyn TensorSource,
+    name: &str,
+    inputs: usize,
+    groups: usize,
+) -> Result<Option<Vec<usize>>> {
     let name = format!("{name}.g_idx");
     if source.info(&name).is_none() {
-        return Ok(());
+        return Ok(None);
     }
     let index = source.read(&name)?.to_u32().map_err(|e| e.at(&name))?;
-    let in_order = index.iter().enumerate().all(|(i, own)| usize::try_from(*own) == Ok(i / group));
-    if index.len() == inputs && in_order {
-        return Ok(());
+    let index: Vec<usize> = index.iter().filter_map(|own| usize::try_from(*own).ok()).collect();
+    if index.len() == inputs && index.iter().all(|group| *group < groups) {
+        return Ok(Some(index));
     }
-    Err(damaged("the inputs are not in the order of their groups", &name))
+    Err(damaged(format!("it does not name one of {groups} groups for {inputs} inputs"), &name))
 }

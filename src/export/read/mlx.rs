@@ -1,6 +1,6 @@
 //! Reads MLX's affine tensors.
 
-use half::f16;
+use half::{bf16, f16};
 use serde_json::Value;
 
 use super::{Decoded, Shift, Stream, damaged, floats_of, group_len, matrix, width, words};
@@ -32,6 +32,7 @@ pub fn decode(config: &Value, name: &str, source: &dyn TensorSource) -> Result<D
     let added = floats_of(source, &format!("{name}.biases"), shape)?;
     let in_type = |value: f32| match stored.dtype {
         DType::F16 => f16::from_f32(value).to_f32(),
+        DType::BF16 => bf16::from_f32(value).to_f32(),
         _ => value,
     };
     let mut codes = Vec::with_capacity(out * inputs);

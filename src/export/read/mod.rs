@@ -19,7 +19,8 @@ pub struct Decoded {
     pub out: usize,
     /// Input features (columns).
     pub inputs: usize,
-    /// Weights of a row that share a scale, as stored.
+    /// Weights of a row that share a scale, as stored; neighbours, unless the file says which input
+    /// belongs to which group.
     pub group_len: usize,
     /// Width of a code.
     pub bits: u8,
@@ -68,11 +69,17 @@ impl Decoded {
     }
 
     /// Fills in `weights` by `scale * (code - zero)` in f32.
-    fn with_weights(mut self) -> Self {
+    fn with_weights(self) -> Self {
+        let group_len = self.group_len;
+        self.with_scattered(&|input| input / group_len)
+    }
+
+    /// As [`Decoded::with_weights`], each input in the group that `group_of` says.
+    fn with_scattered(mut self, group_of: &dyn Fn(usize) -> usize) -> Self {
         let Shift::Zero(zero) = &self.shift else { return self };
         let groups = self.inputs / self.group_len;
         let weight = |(i, code): (usize, &u8)| {
-            let group = i / self.inputs * groups + i % self.inputs / self.group_len;
+            let group = i / self.inputs * groups + group_of(i % self.inputs);
             self.scale[group] * (f32::from(*code) - zero[group])
         };
         self.weights = self.codes.iter().enumerate().map(weight).collect();
