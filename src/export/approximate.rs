@@ -92,8 +92,8 @@ fn rounded(layout: GroupLayout, values: &[f32], bits: Bits) -> Result<Vec<Quanti
     all.map(|(group, symmetry)| round_to_nearest(values, shape, group, bits, symmetry)).collect()
 }
 
-/// `values`, `[out, inputs]`, rounded to the nearest on grids of least squared error with scales in
-/// half precision, in groups of `group` inputs.
+/// `values`, `[out, inputs]`, rounded to the nearest in groups of `group` inputs, with scales in half
+/// precision.
 ///
 /// # Errors
 /// When a value is not finite, or `group` does not divide the inputs.
@@ -111,7 +111,12 @@ pub(super) fn round_to_nearest(
     let layout = spec.layout(shape)?;
     let device = device::open("auto")?.device;
     let weight = Tensor::from_data(TensorData::new(values.to_vec(), shape), &device);
-    let observer = ObserverConfig::Mse(MseConfig { power: 2.0, ..MseConfig::default() });
+    // The search tries every zero point: too many of them at greater widths, where it gains little.
+    let observer = if bits.get() <= 3 || symmetry.is_symmetric() {
+        ObserverConfig::Mse(MseConfig { power: 2.0, ..MseConfig::default() })
+    } else {
+        ObserverConfig::default()
+    };
     let rtn = MethodConfig::Rtn(RtnConfig {});
     method::quantize(&rtn, &spec, &observer, layout, &weight)?.with_scales(ScaleDigits::F16)
 }

@@ -40,5 +40,6 @@ check() { # run, formats...
 }
 
 check w4 mlx gptq autoround awq compressed_tensors gguf
-check w2 mlx gguf
+check w2 mlx gptq autoround awq compressed_tensors gguf
+"$python" "$here/check_reading.py" "$fewbit" w4.out/dequantized 2>/dev/null
 echo "all read"
