@@ -168,9 +168,10 @@ fn losses(exported: &Exported, trained: &Gauged) -> String {
     let same = trained.next_tokens() == exported.gauged.next_tokens();
     let tokens = if same { "equal" } else { "differ" };
     format!(
-        "lossy      {} linears were changed\n{}\
+        "lossy      {} of {} matrices changed\n{}\
          logits     differ by at most {:.3}; likeliest next tokens of the prompts {tokens}\n",
         exported.losses.len(),
+        exported.linears,
         each.collect::<String>(),
         trained.logits_differ(&exported.gauged),
     )

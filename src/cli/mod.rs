@@ -13,6 +13,7 @@ mod sizes;
 mod train;
 mod verify;
 
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -110,8 +111,10 @@ fn init_logging() {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("fewbit=warn,off"));
     let subscriber = tracing_subscriber::fmt().with_env_filter(filter);
+    let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let subscriber = subscriber.with_ansi(colour).with_target(false).without_time();
     // A second call only happens in tests.
-    let _ = subscriber.with_writer(std::io::stderr).without_time().try_init();
+    let _ = subscriber.with_writer(std::io::stderr).try_init();
 }
 
 /// A panic becomes an error like any other; where it happened is a debug message.

@@ -107,7 +107,7 @@ pub(super) fn run(args: &VerifyArgs, stop: &StopFlag) -> Result<()> {
         manifest.files.len(),
         match prompts {
             0 => "no prompts recorded".to_owned(),
-            prompts => format!("{prompts} prompts: logits"),
+            prompts => format!("{prompts} prompts: logits and loss"),
         },
     ))
 }
@@ -198,6 +198,7 @@ fn check_logits(session: &Session, manifest: &Manifest, stop: &StopFlag) -> Resu
     let found = gauge.measure(&opened.config, opened, opened.tap())?;
     let same = if session.device.name == manifest.provenance.device {
         found.logits_sha256() == recorded.sha256
+            && found.prompts_nll.to_bits() == recorded.nll.to_bits()
     } else {
         // Another device rounds differently; what is likeliest rarely hangs on that.
         found.next_tokens() == recorded.next

@@ -1,6 +1,7 @@
 //! `manifest.json`: what an exported folder holds, where it came from, and hashes of all of it.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -141,6 +142,8 @@ pub struct LogitsRecord {
     pub sha256: String,
     /// The largest difference from the trained model's logits.
     pub differ: f32,
+    /// Mean negative log-likelihood of the prompts' tokens, nats.
+    pub nll: f64,
 }
 
 /// The kind of a linear's grid.
@@ -183,7 +186,10 @@ impl Manifest {
         let path = dir.join(MANIFEST_FILE);
         let text = match std::fs::read_to_string(&path) {
             Ok(text) => text,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            // A file, for instance a GGUF file, has nothing beside it in this sense.
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                return Ok(None);
+            }
             Err(e) => return Err(Error::io("read", &path, &e)),
         };
         let value: serde_json::Value =

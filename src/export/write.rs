@@ -43,7 +43,9 @@ pub struct Exported {
     pub bits_per_weight: f64,
     /// Whether the folder computes something else than what was trained.
     pub lossy: bool,
-    /// What was changed of linears, where a loss was allowed, by name.
+    /// Quantized matrices.
+    pub linears: usize,
+    /// What was changed of them, where a loss was allowed, by name.
     pub losses: BTreeMap<String, Loss>,
     /// What the re-opened folder measured.
     pub gauged: Gauged,
@@ -137,8 +139,9 @@ pub(super) fn write_adapted(
     let bytes = folder_bytes(staged.path())?;
     staged.commit()?;
     let Manifest { bits_per_weight, lossy, .. } = manifest;
+    let linears = manifest.linears.len();
     let (path, seconds) = (target.to_owned(), start.elapsed().as_secs_f64());
-    Ok(Exported { path, bytes, bits_per_weight, lossy, losses, gauged, seconds })
+    Ok(Exported { path, bytes, bits_per_weight, lossy, linears, losses, gauged, seconds })
 }
 
 /// The same weights compute the same numbers.
@@ -148,6 +151,12 @@ fn check_equal(trained: &Gauged, exported: &Gauged) -> Result<()> {
         return failed(format!(
             "the exported model's logits differ from the trained model's by {:e}",
             trained.logits_differ(exported)
+        ));
+    }
+    if trained.prompts_nll.to_bits() != exported.prompts_nll.to_bits() {
+        return failed(format!(
+            "the exported model's loss on the prompts {} is not the trained model's {}",
+            exported.prompts_nll, trained.prompts_nll
         ));
     }
     match (&trained.perplexity, &exported.perplexity) {
@@ -165,6 +174,7 @@ fn record(manifest: &mut Manifest, gate: &Gate<'_>, gauged: &Gauged) {
         next: gauged.next_tokens(),
         sha256: gauged.logits_sha256(),
         differ: gate.trained.logits_differ(gauged),
+        nll: gauged.prompts_nll,
     });
     let text = gate.gauge.text.as_ref();
     let measured = text.zip(gate.trained.perplexity.as_ref()).zip(gauged.perplexity.as_ref());
@@ -316,8 +326,11 @@ fn card(manifest: &Manifest) -> String {
     for record in manifest.linears.values() {
         *widths.entry(record.bits.get()).or_default() += 1;
     }
-    let widths: Vec<String> =
-        widths.iter().map(|(bits, count)| format!("{count} linears in {bits} bits")).collect();
+    let width = |(bits, count): (&u8, &usize)| {
+        let linears = if *count == 1 { "matrix" } else { "matrices" };
+        format!("{count} {linears} in {bits} bits")
+    };
+    let widths: Vec<String> = widths.iter().map(width).collect();
     let methods: BTreeSet<&str> =
         manifest.linears.values().map(|record| record.method.as_str()).collect();
     let methods = methods.into_iter().collect::<Vec<_>>().join(", ");

@@ -1,12 +1,13 @@
 //! What an export must not change: logits of fixed prompts, and a perplexity where there is text.
 
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use sha2::{Digest, Sha256};
 
 use super::{Perplexity, PplConfig, measure};
 use crate::data::{DataFormat, TokenStream, Tokenizer};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::{ByBlock, CausalLm, Forward, ModelConfig, ModelTap, Positions, WeightSource};
+use crate::ops;
 use crate::stop::StopFlag;
 use crate::store::hex;
 
@@ -51,6 +52,8 @@ pub struct GaugeText<'a> {
 pub struct Gauged {
     /// Logits behind the last token of each prompt, `[prompts, vocab]`.
     pub logits: Vec<Vec<f32>>,
+    /// Mean negative log-likelihood of the prompts' tokens, nats, each prompt's first aside.
+    pub prompts_nll: f64,
     /// On the gauge's text.
     pub perplexity: Option<Perplexity>,
 }
@@ -120,17 +123,17 @@ impl Gauge<'_> {
     ) -> Result<Gauged> {
         let model = ByBlock::open(config, source, tap, self.device, self.dtype)?;
         self.stop.check()?;
-        let logits = self.last_logits(config, &model)?;
+        let (logits, prompts_nll) = self.prompted(config, &model)?;
         let perplexity = self.text.as_ref().map(|text| {
             let GaugeText { stream, task, .. } = text;
             measure(&model, config, stream, task, self.device, self.stop, &mut |_, _| ())
         });
-        Ok(Gauged { logits, perplexity: perplexity.transpose()? })
+        Ok(Gauged { logits, prompts_nll, perplexity: perplexity.transpose()? })
     }
 
-    /// The logits behind the last token of each prompt, `[prompts, vocab]`. Shorter prompts are
-    /// filled up at their end, which no earlier token sees.
-    fn last_logits(&self, config: &ModelConfig, model: &ByBlock<'_>) -> Result<Vec<Vec<f32>>> {
+    /// The logits behind the last token of each prompt, `[prompts, vocab]`, and the mean loss
+    /// of the others. Shorter prompts are filled up at their end, which no earlier token sees.
+    fn prompted(&self, config: &ModelConfig, model: &ByBlock<'_>) -> Result<(Vec<Vec<f32>>, f64)> {
         let length = self.prompts.iter().map(Vec::len).max().unwrap_or(0);
         let filled = |prompt: &Vec<u32>| {
             let mut row = prompt.clone();
@@ -141,15 +144,30 @@ impl Gauge<'_> {
         let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
         let tokens = CausalLm::tokens(&rows, self.device);
         let positions = Positions::new(config, 0, length, self.dtype, self.device);
-        let mut logits = Vec::new();
+        let (mut last, mut losses) = (Vec::new(), Vec::new());
         for hidden in model.hidden(vec![tokens], &positions)? {
             let width = hidden.dims()[2];
             for (row, prompt) in self.prompts.iter().enumerate() {
-                let last = hidden.clone().narrow(0, row, 1).narrow(1, prompt.len() - 1, 1);
-                let last: Tensor<2> = last.reshape([1, width]);
-                logits.push(model.ends().logits(last).into_data().iter::<f32>().collect());
+                let count = prompt.len();
+                let hidden = hidden.clone().narrow(0, row, 1).narrow(1, 0, count);
+                let logits = model.ends().logits(hidden.reshape([count, width]));
+                let end = logits.clone().narrow(0, count - 1, 1);
+                last.push(end.into_data().iter::<f32>().collect());
+                if count > 1 {
+                    let next: Vec<i32> = prompt[1..].iter().map(|id| id.cast_signed()).collect();
+                    let next = TensorData::new(next, [count - 1, 1]);
+                    let next = Tensor::<2, Int>::from_data(next, self.device);
+                    let logits = logits.narrow(0, 0, count - 1);
+                    losses.extend(ops::negative_log_likelihood(logits, next));
+                }
             }
         }
-        Ok(logits)
+        let sum: f64 = losses.iter().map(|loss| f64::from(*loss)).sum();
+        let mean = sum / losses.len().max(1) as f64;
+        if !mean.is_finite() {
+            return Err(Error::failed(format!("the model's loss on the fixed prompts is {mean}"))
+                .fix("fewbit inspect on the model, or a smaller learning_rate"));
+        }
+        Ok((last, mean))
     }
 }
