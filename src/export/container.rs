@@ -22,18 +22,17 @@ impl Container {
     /// `weight` in the codes that `target` stores it in; `None` where those are its own, or where
     /// the format does not hold it ([`plan::refusal`] says why).
     pub fn new(target: Target, weight: &Affine<'_>) -> Option<Self> {
-        let (low, high) = bounds(weight.zero);
-        let bits = plan::stored_bits(target, weight.zero_kind, weight.bits, (low, high))?;
+        let zeros = bounds(weight.zero);
+        let bits = plan::stored_bits(target, weight.zero_kind, weight.bits, zeros)?;
         let doubled = plan::doubles(target, weight.zero_kind);
-        if bits == weight.bits && !doubled && (target == Target::Mlx || low >= 0.0) {
+        if bits == weight.bits && !doubled {
             return None;
         }
         let factor: u8 = if doubled { 2 } else { 1 };
-        let middle = middle(bits);
-        let centred = is_centred(weight.zero, weight.zero_kind, weight.bits);
+        let centred = is_centred(target, weight.zero_kind, weight.bits, zeros);
         let shift = |zero: f32| match target {
             Target::Mlx => 0.0,
-            _ if centred => middle - zero,
+            _ if centred => middle(bits) - zero,
             _ => (-zero).max(0.0),
         };
         let scale = weight.scale.iter().map(|scale| scale / f32::from(factor)).collect();
@@ -67,14 +66,24 @@ pub(super) fn middle(bits: u8) -> f32 {
     f32::from(1_u8 << (bits - 1))
 }
 
-/// Whether a grid can be stored as a symmetric one: its zero points are all in the middle, which
-/// between two codes is half a step lower.
-pub(super) fn is_centred(zeros: &[f32], kind: ZeroKind, bits: u8) -> bool {
-    let centre = match kind {
-        ZeroKind::Half => middle(bits) - 0.5,
-        ZeroKind::Integer | ZeroKind::Real => middle(bits),
-    };
-    zeros.iter().all(|zero| zero.to_bits() == centre.to_bits())
+/// Whether `target` stores a grid of `bits` with zero points between `low` and `high` as a symmetric
+/// one: its zero points are all in the middle, or its codes can be shifted until they are, which
+/// wider codes leave room for. Runtimes are at their best with symmetric grids.
+pub(super) fn is_centred(
+    target: Target,
+    kind: ZeroKind,
+    bits: u8,
+    (low, high): (f32, f32),
+) -> bool {
+    let Some(stored) = plan::stored_bits(target, kind, bits, (low, high)) else { return false };
+    let doubled = plan::doubles(target, kind);
+    let middle = middle(stored);
+    if stored == bits && !doubled {
+        return low.to_bits() == middle.to_bits() && high.to_bits() == middle.to_bits();
+    }
+    let factor = if doubled { 2.0 } else { 1.0 };
+    let [top, end] = [bits, stored].map(|bits| f32::from(u8::MAX >> (8 - bits)));
+    factor * high <= middle && factor * (top - low) + middle <= end
 }
 
 /// Whether two weights are the same number; formats do not tell the two zeros apart.
@@ -149,7 +158,10 @@ mod tests {
         assert!(Container::new(Target::Mlx, &seq.affine()).is_none());
         let off = Grid { zero: vec![0.5, -0.5], ..seq.clone() };
         let stored = check(Target::Gptq, &off, 4);
-        assert_eq!(stored.zero, [1.0, 0.0]);
+        assert_eq!((stored.codes[0], &stored.zero[..]), (7, &[8.0, 8.0][..]));
+        let far = Grid { zero: vec![1.5, -3.5], ..seq.clone() };
+        let stored = check(Target::Gptq, &far, 4);
+        assert_eq!(stored.zero, [3.0, 0.0], "no room for a middle");
         let three = grid([2, 32], 32, 3, ZeroKind::Half, false, 5);
         check(Target::Gptq, &three, 4);
         let four = grid([2, 32], 32, 4, ZeroKind::Half, false, 6);
@@ -163,15 +175,18 @@ mod tests {
             [(2, Target::Awq, 4), (5, Target::Gptq, 8), (7, Target::Mlx, 8), (1, Target::Mlx, 2)]
         {
             let mut grid = grid([4, 32], 32, bits, ZeroKind::Integer, false, 9);
-            check(target, &grid, width);
+            let stored = check(target, &grid, width);
+            // Three codes on either side of eight, for instance.
+            let moved = target != Target::Mlx;
+            assert_eq!(stored.affine(&grid.affine()).is_centred(), moved, "{bits} bits");
             grid.centre();
             let stored = check(target, &grid, width);
-            assert_eq!(stored.affine(&grid.affine()).is_centred(), target != Target::Mlx);
+            assert_eq!(stored.affine(&grid.affine()).is_centred(), moved);
         }
         let mut beyond = grid([2, 32], 32, 4, ZeroKind::Integer, false, 9);
         beyond.zero = vec![-3.0, 20.0];
         let stored = check(Target::Gptq, &beyond, 8);
-        assert_eq!(stored.zero, [0.0, 20.0]);
+        assert_eq!(stored.zero, [128.0, 128.0]);
         assert!(Container::new(Target::Awq, &beyond.affine()).is_none());
         let plain = grid([2, 32], 32, 4, ZeroKind::Integer, false, 9);
         assert!(Container::new(Target::Awq, &plain.affine()).is_none(), "as it is");

@@ -121,26 +121,6 @@ impl Affine<'_> {
     pub(super) fn zero_codes(&self) -> Vec<u8> {
         self.zero.iter().map(|zero| *zero as u8).collect()
     }
-
-    /// What a `config.json` has to say about it.
-    pub fn layer(&self, name: &str) -> Layer {
-        Layer {
-            name: name.to_owned(),
-            shape: [self.out, self.inputs],
-            bits: self.bits,
-            group_len: self.group_len,
-            centred: self.is_centred(),
-        }
-    }
-
-    /// The weights, `[out, inputs]`.
-    pub fn dequantize(&self) -> Vec<f32> {
-        self.codes
-            .chunks_exact(self.group_len)
-            .zip(self.scale.iter().zip(self.zero))
-            .flat_map(|(codes, (s, z))| codes.iter().map(move |code| s * (f32::from(*code) - z)))
-            .collect()
-    }
 }
 
 impl Planes<'_> {
@@ -168,17 +148,6 @@ impl Planes<'_> {
         match self.alpha.iter().chain(self.offset).find(|value| !value.is_finite()) {
             None => Ok(()),
             Some(value) => Err(Error::failed(format!("plane scale or offset {value}")).at(name)),
-        }
-    }
-
-    /// What a `config.json` has to say about it.
-    pub fn layer(&self, name: &str) -> Layer {
-        Layer {
-            name: name.to_owned(),
-            shape: [self.out, self.inputs],
-            bits: self.bits,
-            group_len: self.group_len,
-            centred: false,
         }
     }
 }
@@ -288,6 +257,43 @@ pub(crate) mod sample {
         }
     }
 
+    impl Affine<'_> {
+        /// What a `config.json` has to say about it.
+        pub(crate) fn layer(&self, name: &str) -> Layer {
+            Layer {
+                name: name.to_owned(),
+                shape: [self.out, self.inputs],
+                bits: self.bits,
+                group_len: self.group_len,
+                centred: self.is_centred(),
+            }
+        }
+
+        /// The weights, `[out, inputs]`.
+        pub(crate) fn dequantize(&self) -> Vec<f32> {
+            self.codes
+                .chunks_exact(self.group_len)
+                .zip(self.scale.iter().zip(self.zero))
+                .flat_map(|(codes, (s, z))| {
+                    codes.iter().map(move |code| s * (f32::from(*code) - z))
+                })
+                .collect()
+        }
+    }
+
+    impl Planes<'_> {
+        /// What a `config.json` has to say about it.
+        pub(crate) fn layer(&self, name: &str) -> Layer {
+            Layer {
+                name: name.to_owned(),
+                shape: [self.out, self.inputs],
+                bits: self.bits,
+                group_len: self.group_len,
+                centred: false,
+            }
+        }
+    }
+
     /// A small deterministic generator.
     pub(crate) fn generator(seed: u32) -> impl FnMut() -> u32 {
         let mut state = seed.wrapping_mul(2_654_435_769).wrapping_add(12_345);
@@ -347,7 +353,16 @@ mod tests {
         assert!(with(&|g| g.bits = 0).contains("bits = 0"));
         assert!(with(&|g| g.group_len = 3).contains("group length 3 does not divide 4 inputs"));
         assert!(with(&|g| g.scale[0] = -1.0).contains("scale -1 is not"));
+        assert!(with(&|g| g.scale[0] = f32::NAN).contains("scale NaN is not"));
         assert!(with(&|g| g.zero[0] = 0.25).contains("zero point 0.25"));
+        for kind in [ZeroKind::Integer, ZeroKind::Half, ZeroKind::Real] {
+            for zero in [f32::NAN, f32::INFINITY] {
+                let mut grid = sample::grid([2, 4], 2, 3, kind, true, 1);
+                grid.zero[0] = zero;
+                let fault = grid.affine().check("x").unwrap_err().to_string();
+                assert!(fault.contains(&format!("zero point {zero} is not of kind {kind:?}")));
+            }
+        }
         assert!(with(&|g| g.shape[0] = usize::MAX).contains("codes for a weight"));
         assert!(with(&|g| g.scale.truncate(3)).contains("3 scales and 4 zero points for 4 groups"));
     }

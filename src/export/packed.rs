@@ -326,7 +326,7 @@ fn layer(target: Target, name: &str, weight: &QuantizedWeight) -> Layer {
         Grid::Uniform { zero_point, zero_kind, .. } => {
             let zeros = container::bounds(zero_point);
             let stored = plan::stored_bits(target, *zero_kind, bits, zeros).unwrap_or(bits);
-            (stored, container::is_centred(zero_point, *zero_kind, bits))
+            (stored, container::is_centred(target, *zero_kind, bits, zeros))
         }
         Grid::BinaryCoding { .. } => (bits, false),
     };

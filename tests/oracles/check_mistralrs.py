@@ -42,7 +42,11 @@ def continued(folder, template):
 def check(folder, _):
     if read_config(folder)["quantization_config"].get("model.embed_tokens") is False:
         raise Cannot("it wants embedding and head packed too, and this export keeps them dense")
-    model = Llama(read_config(folder), reference(folder))
+    config = read_config(folder)
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    if config.get("head_dim", width // heads) * heads != width:
+        raise Cannot("its Llama has heads of hidden_size / heads, whatever head_dim says")
+    model = Llama(config, reference(folder))
     prompt = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(PROMPT).ids
     tokens, logits = greedy(model, prompt, STEPS)
     with tempfile.TemporaryDirectory() as place:

@@ -13,68 +13,14 @@ use half::{bf16, f16};
 
 use super::types::BlockType;
 use crate::error::{Error, Result};
+use crate::export::matrix::Affine;
 
-/// A quantized weight on a uniform grid, `w = scale * (code - zero)`, on the host.
-#[derive(Clone, Copy, Debug)]
-pub struct Affine<'a> {
-    /// Output features.
-    pub rows: usize,
-    /// Input features.
-    pub columns: usize,
-    /// Weights per group, along a row; divides `columns`.
-    pub group_len: usize,
-    /// Width of a code: 1 to 8.
-    pub bits: u8,
-    /// `[rows, columns]`, each below `2^bits`.
-    pub codes: &'a [u8],
-    /// `[rows, columns / group_len]`, finite.
-    pub scale: &'a [f32],
-    /// `[rows, columns / group_len]`, in code units, finite; any real number.
-    pub zero: &'a [f32],
-}
-
+/// The parts of a weight that blocks are made of.
 impl Affine<'_> {
-    /// Checks that the lengths belong together and the values are in their ranges.
-    ///
-    /// # Errors
-    /// Says what is wrong; the caller adds the tensor's name.
-    pub fn check(&self) -> Result<()> {
-        let Self { rows, columns, group_len, bits, codes, scale, zero } = *self;
-        if group_len == 0 || !columns.is_multiple_of(group_len) {
-            return Err(Error::failed(format!(
-                "groups of {group_len} do not divide rows of {columns} weights"
-            )));
-        }
-        let groups = rows.checked_mul(columns / group_len);
-        if rows.checked_mul(columns) != Some(codes.len())
-            || groups != Some(scale.len())
-            || groups != Some(zero.len())
-        {
-            return Err(Error::failed(format!(
-                "{} codes, {} scales and {} zero points for a weight of {rows} x {columns} in \
-                 groups of {group_len}",
-                codes.len(),
-                scale.len(),
-                zero.len()
-            )));
-        }
-        if !(1..=8).contains(&bits) {
-            return Err(Error::failed(format!("codes of {bits} bits; 1 to 8 are possible")));
-        }
-        let top = u8::MAX >> (8 - bits);
-        if let Some(code) = codes.iter().find(|code| **code > top) {
-            return Err(Error::failed(format!("code {code} does not fit in {bits} bits")));
-        }
-        match scale.iter().chain(zero).find(|value| !value.is_finite()) {
-            Some(value) => Err(Error::failed(format!("a scale or zero point is {value}"))),
-            None => Ok(()),
-        }
-    }
-
     /// The weights of one row as training computed them.
     fn row_values(&self, row: usize, out: &mut [f32]) {
-        let groups = self.columns / self.group_len;
-        let codes = &self.codes[row * self.columns..][..self.columns];
+        let groups = self.groups();
+        let codes = &self.codes[row * self.inputs..][..self.inputs];
         for (group, (out, codes)) in
             out.chunks_mut(self.group_len).zip(codes.chunks(self.group_len)).enumerate()
         {
@@ -87,7 +33,7 @@ impl Affine<'_> {
 
     /// The scales and zero points that `len` weights from `start` of `row` use.
     fn grids(&self, row: usize, start: usize, len: usize) -> (&[f32], &[f32]) {
-        let base = row * (self.columns / self.group_len);
+        let base = row * self.groups();
         let first = base + start / self.group_len;
         let last = base + (start + len - 1) / self.group_len;
         (&self.scale[first..=last], &self.zero[first..=last])
@@ -130,7 +76,7 @@ impl From<Refusal> for Error {
 /// [`Affine::check`].
 pub fn encode(weight: &Affine<'_>, kind: BlockType) -> Result<Vec<u8>, Refusal> {
     let mut bytes =
-        Vec::with_capacity(kind.tensor_bytes(&[weight.rows, weight.columns]).unwrap_or(0));
+        Vec::with_capacity(kind.tensor_bytes(&[weight.out, weight.inputs]).unwrap_or(0));
     each_row(weight, kind, |row| bytes.extend_from_slice(row))?;
     Ok(bytes)
 }
@@ -173,25 +119,31 @@ fn refuse_unwritten(kind: BlockType) -> Result<(), Refusal> {
     ))
 }
 
+/// [`Affine::check`] for callers that name the weight themselves.
+pub(super) fn checked(weight: &Affine<'_>) -> Result<(), Refusal> {
+    let fault = |error: Error| Refusal::new(error.what(), "this is a fault of the caller");
+    weight.check("").map_err(fault)
+}
+
 fn each_row(
     weight: &Affine<'_>,
     kind: BlockType,
     mut each: impl FnMut(&[u8]),
 ) -> Result<(), Refusal> {
-    weight.check().map_err(|error| Refusal::new(error.what(), "this is a fault of the caller"))?;
+    checked(weight)?;
     refuse_unwritten(kind)?;
-    let Some(row_bytes) = kind.row_bytes(weight.columns) else {
+    let Some(row_bytes) = kind.row_bytes(weight.inputs) else {
         return Err(Refusal::new(
             format!(
                 "rows of {} weights are no whole blocks of {} ({kind})",
-                weight.columns,
+                weight.inputs,
                 kind.block_len()
             ),
             "take a type with smaller blocks, or leave this weight dense",
         ));
     };
-    let (mut values, mut bytes) = (vec![0.0; weight.columns], Vec::with_capacity(row_bytes));
-    for row in 0..weight.rows {
+    let (mut values, mut bytes) = (vec![0.0; weight.inputs], Vec::with_capacity(row_bytes));
+    for row in 0..weight.out {
         weight.row_values(row, &mut values);
         bytes.clear();
         for (index, values) in values.chunks_exact(kind.block_len()).enumerate() {
@@ -392,7 +344,7 @@ impl Block<'_> {
 
     /// Codes of the block's weights `from..from + len`.
     fn codes(&self, from: usize, len: usize) -> &[u8] {
-        &self.weight.codes[self.row * self.weight.columns + self.start + from..][..len]
+        &self.weight.codes[self.row * self.weight.inputs + self.start + from..][..len]
     }
 
     fn refusal(&self, kind: BlockType) -> Refusal {
@@ -493,6 +445,7 @@ fn push_two_bits(codes: impl Iterator<Item = u8>, out: &mut Vec<u8>) {
 mod tests {
     use super::super::decode::decode;
     use super::*;
+    use crate::quant::ZeroKind;
 
     /// A small deterministic generator.
     struct Dice(u64);
@@ -534,18 +487,19 @@ mod tests {
         }
 
         fn affine(&self) -> Affine<'_> {
-            let [rows, columns, group_len] = self.shape;
+            let [out, inputs, group_len] = self.shape;
             let Self { bits, codes, scale, zero, .. } = self;
-            Affine { rows, columns, group_len, bits: *bits, codes, scale, zero }
+            let zero_kind = ZeroKind::Real;
+            Affine { out, inputs, group_len, bits: *bits, codes, scale, zero, zero_kind }
         }
 
         /// Encoded and decoded is what was trained.
         fn is_exact(&self, kind: BlockType) -> bool {
             let weight = self.affine();
             let Ok(bytes) = encode(&weight, kind) else { return false };
-            assert_eq!(Some(bytes.len()), kind.tensor_bytes(&[weight.rows, weight.columns]));
-            let mut wanted = vec![0.0; weight.columns];
-            for (row, got) in decode(kind, &bytes).unwrap().chunks(weight.columns).enumerate() {
+            assert_eq!(Some(bytes.len()), kind.tensor_bytes(&[weight.out, weight.inputs]));
+            let mut wanted = vec![0.0; weight.inputs];
+            for (row, got) in decode(kind, &bytes).unwrap().chunks(weight.inputs).enumerate() {
                 weight.row_values(row, &mut wanted);
                 assert_eq!(got, wanted, "{kind}, row {row}");
             }
@@ -659,12 +613,14 @@ mod tests {
         let weight = Owned::new([64, 32], 2, 3, |_| 1.0);
         let good = weight.affine();
         for (bad, part) in [
-            (Affine { group_len: 48, ..good }, "groups of 48"),
+            (Affine { group_len: 48, ..good }, "group length 48"),
             (Affine { bits: 1, ..good }, "code"),
-            (Affine { bits: 9, ..good }, "9 bits"),
-            (Affine { rows: 5, ..good }, "5 x 64"),
-            (Affine { rows: usize::MAX, ..good }, "64 in"),
+            (Affine { bits: 9, ..good }, "bits = 9"),
+            (Affine { out: 5, ..good }, "5 x 64"),
+            (Affine { out: usize::MAX, ..good }, "x 64"),
             (Affine { scale: &[f32::NAN; 8], ..good }, "NaN"),
+            (Affine { zero: &[f32::INFINITY; 8], ..good }, "inf"),
+            (Affine { zero: &[1.0; 7], ..good }, "7 zero points"),
         ] {
             let refusal = fits(&bad, F32).unwrap_err();
             assert!(refusal.reason.contains(part), "{refusal}");

@@ -1,7 +1,8 @@
 //! Which block type a weight is stored in: the smallest that gives every weight back exactly.
 
-use super::blocks::{Affine, Refusal, encode_dense, exact_f16, fits};
+use super::blocks::{Refusal, checked, encode_dense, exact_f16, fits};
 use super::types::BlockType;
+use crate::export::matrix::Affine;
 
 const MLX: &str = "export format.mlx, which keeps scales and offsets in f32";
 
@@ -17,22 +18,9 @@ const MLX: &str = "export format.mlx, which keeps scales and offsets in f32";
 /// When there is none: says which property of the weight stands against it, what rounding it away
 /// would cost, and what to do instead.
 pub fn choose(weight: &Affine<'_>) -> Result<BlockType, Refusal> {
-    weight.check().map_err(|error| Refusal::new(error.what(), "this is a fault of the caller"))?;
+    checked(weight)?;
     let mut packed = BlockType::WRITTEN.into_iter().filter(|kind| kind.block_len() > 1);
     packed.find(|kind| fits(weight, *kind).is_ok()).ok_or_else(|| why_none(weight))
-}
-
-/// `wanted`, when it holds `weight` exactly.
-///
-/// # Errors
-/// When it does not: says why, and which type would.
-pub fn force(weight: &Affine<'_>, wanted: BlockType) -> Result<BlockType, Refusal> {
-    let Err(refusal) = fits(weight, wanted) else { return Ok(wanted) };
-    Err(match choose(weight) {
-        Ok(kind) => Refusal::new(refusal.reason, format!("{kind} would be exact: ask for that")),
-        // The reason against every type is more to the point than the one against this type.
-        Err(none) => none,
-    })
 }
 
 /// The smallest of F16, BF16 and F32 that holds `values` exactly.
@@ -43,10 +31,10 @@ pub fn choose_dense(values: &[f32]) -> BlockType {
 
 /// The one obstacle that a user can do something about: the width, then scales, then zero points.
 fn why_none(weight: &Affine<'_>) -> Refusal {
-    let Affine { columns, group_len, bits, scale, zero, .. } = *weight;
-    if !columns.is_multiple_of(32) {
+    let Affine { inputs, group_len, bits, scale, zero, .. } = *weight;
+    if !inputs.is_multiple_of(32) {
         return Refusal::new(
-            format!("rows of {columns} weights are no whole blocks of 32, the smallest in GGUF"),
+            format!("rows of {inputs} weights are no whole blocks of 32, the smallest in GGUF"),
             "leave this weight dense, store it as F32, or export another format",
         );
     }
@@ -94,7 +82,7 @@ fn why_none(weight: &Affine<'_>) -> Refusal {
 fn largest_change(scales: &[f32]) -> String {
     let change = |s: &f32| {
         let narrow = half::f16::from_f32(*s).to_f64();
-        if *s == 0.0 { 0.0 } else { (narrow / f64::from(*s) - 1.0).abs() }
+        (narrow / f64::from(*s) - 1.0).abs()
     };
     let worst = scales.iter().map(change).fold(0.0, f64::max);
     if worst.is_finite() {
@@ -114,10 +102,12 @@ fn farthest(zeros: &[f32], bits: u8) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quant::ZeroKind;
 
     fn weight<'a>(codes: &'a [u8], bits: u8, scale: &'a [f32], zero: &'a [f32]) -> Affine<'a> {
-        let (columns, groups) = (codes.len(), scale.len());
-        Affine { rows: 1, columns, group_len: columns / groups, bits, codes, scale, zero }
+        let (inputs, zero_kind) = (codes.len(), ZeroKind::Real);
+        let group_len = inputs / scale.len();
+        Affine { out: 1, inputs, group_len, bits, codes, scale, zero, zero_kind }
     }
 
     fn codes(columns: usize, bits: u8) -> Vec<u8> {
@@ -173,18 +163,6 @@ mod tests {
         }
         let rounding = choose(&weight(&c4, 4, &[0.1], &[8.0])).unwrap_err();
         assert!(rounding.reason.contains("up to 0.02 %"), "{rounding}");
-    }
-
-    #[test]
-    fn a_forced_type_is_taken_or_refused_with_a_better_one() {
-        let codes = codes(64, 4);
-        let weight = weight(&codes, 4, &[0.5], &[8.0]);
-        assert_eq!(force(&weight, BlockType::Q8_0), Ok(BlockType::Q8_0));
-        assert_eq!(force(&weight, BlockType::F32), Ok(BlockType::F32));
-        let refusal = force(&weight, BlockType::Q2_0).unwrap_err();
-        assert!(refusal.alternative.starts_with("Q4_0 would be exact"), "{refusal}");
-        let refusal = force(&Affine { scale: &[0.1], ..weight }, BlockType::Q4_0).unwrap_err();
-        assert!(refusal.reason.contains("scales"), "{refusal}");
     }
 
     #[test]

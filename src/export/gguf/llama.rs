@@ -4,10 +4,10 @@
 //! Rows of q and k (and their biases) are therefore reordered within each head. That permutes whole
 //! rows, codes with their scales and zero points, so nothing is lost.
 
-use super::blocks::Affine;
 use super::types::BlockType;
 use super::value::Value;
 use crate::error::{Error, Result};
+use crate::export::matrix::Affine;
 use crate::model::{ModelConfig, RopeScaling};
 
 /// The tensor of rotation factors, `[head_dim / 2]`, F32; written for Llama 3.1's scaling only.
@@ -149,39 +149,29 @@ pub fn split_halves<T: Copy>(values: &[T], rows: usize, heads: usize) -> Result<
 /// A quantized weight with its rows interleaved.
 #[derive(Clone, Debug)]
 pub struct Interleaved {
-    rows: usize,
-    columns: usize,
-    group_len: usize,
-    bits: u8,
     codes: Vec<u8>,
     scale: Vec<f32>,
     zero: Vec<f32>,
 }
 
 impl Interleaved {
-    /// [`interleave`] on codes, scales and zero points.
+    /// [`interleave`] on codes, scales and zero points of the linear `name`.
     ///
     /// # Errors
     /// As [`interleave`] and [`Affine::check`].
-    pub fn new(weight: &Affine<'_>, heads: usize) -> Result<Self> {
-        weight.check()?;
-        let Affine { rows, columns, group_len, bits, codes, scale, zero } = *weight;
+    pub fn new(name: &str, weight: &Affine<'_>, heads: usize) -> Result<Self> {
+        weight.check(name)?;
         Ok(Self {
-            rows,
-            columns,
-            group_len,
-            bits,
-            codes: interleave(codes, rows, heads)?,
-            scale: interleave(scale, rows, heads)?,
-            zero: interleave(zero, rows, heads)?,
+            codes: interleave(weight.codes, weight.out, heads)?,
+            scale: interleave(weight.scale, weight.out, heads)?,
+            zero: interleave(weight.zero, weight.out, heads)?,
         })
     }
 
-    /// The weight.
-    pub fn affine(&self) -> Affine<'_> {
-        let Self { rows, columns, group_len, bits, codes, scale, zero } = self;
-        let (rows, columns, group_len) = (*rows, *columns, *group_len);
-        Affine { rows, columns, group_len, bits: *bits, codes, scale, zero }
+    /// The weight that it was made of, in the new order.
+    pub fn affine<'a>(&'a self, weight: &Affine<'a>) -> Affine<'a> {
+        let Self { codes, scale, zero } = self;
+        Affine { codes, scale, zero, ..*weight }
     }
 }
 
@@ -205,6 +195,7 @@ fn reordered<T: Copy>(values: &[T], rows: usize, from: impl Fn(usize) -> usize) 
 mod tests {
     use super::*;
     use crate::model::Rope;
+    use crate::quant::ZeroKind;
 
     fn config(scaling: RopeScaling) -> ModelConfig {
         ModelConfig {
@@ -265,22 +256,23 @@ mod tests {
         let (codes, scale) = ([0, 1, 2, 3, 4, 5, 6, 7], [1.0, 2.0, 3.0, 4.0]);
         let zero = [5.0, 6.0, 7.0, 8.0];
         let weight = Affine {
-            rows: 4,
-            columns: 2,
+            out: 4,
+            inputs: 2,
             group_len: 2,
             bits: 3,
             codes: &codes,
             scale: &scale,
             zero: &zero,
+            zero_kind: ZeroKind::Integer,
         };
-        let interleaved = Interleaved::new(&weight, 1).unwrap();
-        let affine = interleaved.affine();
+        let interleaved = Interleaved::new("q", &weight, 1).unwrap();
+        let affine = interleaved.affine(&weight);
         assert_eq!(affine.codes, [0, 1, 4, 5, 2, 3, 6, 7]);
         assert_eq!(
             (affine.scale, affine.zero),
             (&[1.0, 3.0, 2.0, 4.0][..], &[5.0, 7.0, 6.0, 8.0][..])
         );
-        assert!(Interleaved::new(&weight, 4).is_err());
+        assert!(Interleaved::new("q", &weight, 4).is_err());
     }
 
     #[test]

@@ -23,10 +23,9 @@ pub mod types;
 pub mod value;
 mod vocabulary;
 
-pub use blocks::{Affine, Refusal};
-pub use file::{Header, Writer};
+pub use file::Header;
 pub use folder::folder_files;
 pub use model::alone;
 pub use reader::Reader;
 pub use types::BlockType;
-pub use value::{Value, ValueKind};
+pub use value::Value;

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use super::llama::{self, Interleaved};
-use super::{Affine, BlockType, Header, Reader, blocks, choose, folder_files, tokenizer};
+use super::{BlockType, Header, Reader, blocks, choose, folder_files, tokenizer};
 use crate::error::{Error, Result};
+use crate::export::matrix::Affine;
 use crate::export::packed::Unpacked;
 use crate::export::parts::{Stored, Writing};
 use crate::model::{EMBEDDING, HEAD, ModelConfig, weight_name};
@@ -156,18 +157,9 @@ fn with_affine<R>(
     f: impl FnOnce(&Affine<'_>) -> Result<R>,
 ) -> Result<R> {
     let unpacked = Unpacked::new(linear, weight)?;
-    let plain = unpacked.affine(linear, weight)?;
-    let affine = Affine {
-        rows: plain.out,
-        columns: plain.inputs,
-        group_len: plain.group_len,
-        bits: plain.bits,
-        codes: plain.codes,
-        scale: plain.scale,
-        zero: plain.zero,
-    };
+    let affine = unpacked.affine(linear, weight)?;
     match llama::rotated_heads(&weight_name(linear), config) {
-        Some(heads) => f(&Interleaved::new(&affine, heads)?.affine()),
+        Some(heads) => f(&Interleaved::new(linear, &affine, heads)?.affine(&affine)),
         None => f(&affine),
     }
 }

@@ -153,11 +153,6 @@ impl BlockType {
         }
     }
 
-    /// The type of a name, in either case.
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|kind| kind.name().eq_ignore_ascii_case(name))
-    }
-
     /// Weights per block.
     pub fn block_len(self) -> usize {
         match self {
@@ -218,11 +213,6 @@ impl BlockType {
         outer.iter().try_fold(self.row_bytes(columns)?, |bytes, &size| bytes.checked_mul(size))
     }
 
-    /// Stored bits per weight, scales included.
-    pub fn bits_per_weight(self) -> f64 {
-        (8 * self.block_bytes()) as f64 / self.block_len() as f64
-    }
-
     /// llama.cpp's number for a file that mostly holds this type (`general.file_type`).
     pub fn file_type(self) -> u32 {
         match self {
@@ -261,13 +251,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ids_and_names_lead_back() {
+    fn ids_lead_back() {
         for kind in BlockType::ALL {
             assert_eq!(BlockType::from_id(kind.id()), Some(kind));
-            assert_eq!(BlockType::from_name(&kind.name().to_lowercase()), Some(kind));
         }
         assert_eq!(BlockType::from_id(4), None);
-        assert_eq!(BlockType::from_name("IQ2_XS"), None);
     }
 
     #[test]
@@ -280,7 +268,7 @@ mod tests {
 
     #[test]
     fn sizes_are_ordered_and_checked() {
-        let bits = BlockType::WRITTEN.map(BlockType::bits_per_weight);
+        let bits = BlockType::WRITTEN.map(|kind| 8 * kind.block_bytes() * 256 / kind.block_len());
         assert!(bits.is_sorted(), "{bits:?}");
         assert_eq!(BlockType::Q4_0.tensor_bytes(&[3, 64]), Some(108));
         assert_eq!(BlockType::Q4_0.tensor_bytes(&[3, 48]), None);
