@@ -45,8 +45,8 @@ pub(super) struct TargetArgs {
     /// The folder to write; an export that is there is replaced once the new one is checked
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
-    /// Sets a key of the format, as under [stage.export]: scales=f16 or embeddings=4 of mlx, version=1
-    /// of gptq, precisions=[1,2] of bcq, dtype=bf16 of dequantized, lossy=true where weights may
+    /// Sets a key of the format, as under [stage.export]: scales=f16 of mlx and compressed_tensors,
+    /// embeddings=4 of mlx, version=1 of gptq, precisions=[1,2] of bcq, dtype=bf16 of dequantized, lossy=true where weights may
     /// change; repeatable
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
@@ -168,10 +168,9 @@ fn losses(exported: &Exported, trained: &Gauged) -> String {
     let same = trained.next_tokens() == exported.gauged.next_tokens();
     let tokens = if same { "equal" } else { "differ" };
     format!(
-        "lossy      {} of {} matrices changed\n{}\
+        "lossy      tensors changed: {}\n{}\
          logits     differ by at most {:.3}; likeliest next tokens of the prompts {tokens}\n",
         exported.losses.len(),
-        exported.linears,
         each.collect::<String>(),
         trained.logits_differ(&exported.gauged),
     )

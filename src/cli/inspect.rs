@@ -66,7 +66,7 @@ fn gguf_file(path: &Path) -> Result<Option<PathBuf>> {
     match path {
         _ if exported.is_file() => Ok(Some(exported)),
         path if path.is_dir() => gguf::alone(path),
-        path => Ok(path.extension().is_some_and(|end| end == "gguf").then(|| path.to_owned())),
+        path => Ok(gguf::is_gguf(path).then(|| path.to_owned())),
     }
 }
 

@@ -125,7 +125,8 @@ fn silence_panics() {
 /// `--model` and what is needed to load it.
 #[derive(Args, Debug)]
 struct ModelArgs {
-    /// A Hugging Face folder, a fewbit run or export, embedded:NAME, or a hub id owner/name[@rev]
+    /// A Hugging Face folder, a GGUF file, a fewbit run or export, embedded:NAME, or a hub id
+    /// owner/name[@rev]
     #[arg(long, value_name = "DIR")]
     model: String,
     /// Where to run: auto, cpu, cuda[:i], metal, rocm[:i], vulkan, wgpu
@@ -246,7 +247,7 @@ impl Session {
     /// What an export must not change of this model.
     fn gauge<'a>(&'a self, text: Option<GaugeText<'a>>, stop: &'a StopFlag) -> Result<Gauge<'a>> {
         let tokenizer = self.opened.has_tokenizer().then(|| self.tokenizer()).transpose()?;
-        let prompts = Gauge::prompts(tokenizer.as_ref(), &self.opened.config)?;
+        let prompts = Gauge::prompts(tokenizer.as_ref(), &self.opened.config);
         Ok(Gauge { device: &self.device.device, dtype: self.dtype, prompts, text, stop })
     }
 

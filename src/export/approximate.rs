@@ -2,11 +2,10 @@
 
 use std::num::NonZeroUsize;
 
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use crate::device;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::method::{self, MethodConfig, RtnConfig};
 use crate::quant::{
     Bits, GroupAxis, GroupLayout, GroupSize, MseConfig, ObserverConfig, QuantSpec, QuantizedWeight,
@@ -45,15 +44,20 @@ impl Loss {
 }
 
 /// `weight`, or what is nearest to it of what the format `accepts`: first with the same codes and
-/// shorter scales, then rounded to the nearest again at the same width, then at 8 bits.
+/// shorter scales, then rounded to the nearest again at the same width, at 8 bits, and at 4.
 ///
 /// # Errors
 /// Why the format refuses the weight itself, when it accepts nothing.
 pub(super) fn nearest(
     weight: &QuantizedWeight,
+    device: &Device,
     accepts: &dyn Fn(&QuantizedWeight) -> Result<()>,
 ) -> Result<QuantizedWeight> {
     let Err(refused) = accepts(weight) else { return Ok(weight.clone()) };
+    if refused.kind() != Kind::Preflight {
+        // Not what the weight is, but what was asked for.
+        return Err(refused);
+    }
     for scales in [ScaleDigits::F16, ScaleDigits::Bits7] {
         if let Ok(short) = weight.clone().with_scales(scales)
             && accepts(&short).is_ok()
@@ -62,9 +66,9 @@ pub(super) fn nearest(
         }
     }
     let trained = weight.dequantize();
-    for bits in [weight.bits, Bits::EIGHT] {
+    for bits in [weight.bits, Bits::EIGHT, Bits::new(4)?] {
         let mut best: Option<(f64, QuantizedWeight)> = None;
-        for rounded in rounded(weight.layout, &trained, bits)? {
+        for rounded in rounded(weight.layout, &trained, bits, device)? {
             if accepts(&rounded).is_err() {
                 continue;
             }
@@ -81,7 +85,12 @@ pub(super) fn nearest(
 }
 
 /// `values` rounded to the nearest in every grouping that may fit, symmetric and not.
-fn rounded(layout: GroupLayout, values: &[f32], bits: Bits) -> Result<Vec<QuantizedWeight>> {
+fn rounded(
+    layout: GroupLayout,
+    values: &[f32],
+    bits: Bits,
+    device: &Device,
+) -> Result<Vec<QuantizedWeight>> {
     let own = (layout.axis == GroupAxis::In).then_some(layout.group_len.min(layout.inputs));
     let mut groups: Vec<usize> = own.into_iter().chain(GROUPS).collect();
     groups.retain(|group| layout.inputs.is_multiple_of(*group));
@@ -89,7 +98,8 @@ fn rounded(layout: GroupLayout, values: &[f32], bits: Bits) -> Result<Vec<Quanti
     let symmetries = [Symmetry::FullRange, Symmetry::Asymmetric];
     let all = groups.iter().flat_map(|group| symmetries.map(|symmetry| (*group, symmetry)));
     let shape = [layout.out, layout.inputs];
-    all.map(|(group, symmetry)| round_to_nearest(values, shape, group, bits, symmetry)).collect()
+    all.map(|(group, symmetry)| round_to_nearest(values, shape, group, (bits, symmetry), device))
+        .collect()
 }
 
 /// `values`, `[out, inputs]`, rounded to the nearest in groups of `group` inputs, with scales in half
@@ -101,16 +111,15 @@ pub(super) fn round_to_nearest(
     values: &[f32],
     shape: [usize; 2],
     group: usize,
-    bits: Bits,
-    symmetry: Symmetry,
+    (bits, symmetry): (Bits, Symmetry),
+    device: &Device,
 ) -> Result<QuantizedWeight> {
     let Some(group) = NonZeroUsize::new(group) else {
         return Err(Error::failed("groups of no weights"));
     };
     let spec = QuantSpec { bits, group_size: GroupSize::Of(group), symmetry };
     let layout = spec.layout(shape)?;
-    let device = device::open("auto")?.device;
-    let weight = Tensor::from_data(TensorData::new(values.to_vec(), shape), &device);
+    let weight = Tensor::from_data(TensorData::new(values.to_vec(), shape), device);
     // The search tries every zero point: too many of them at greater widths, where it gains little.
     let observer = if bits.get() <= 3 || symmetry.is_symmetric() {
         ObserverConfig::Mse(MseConfig { power: 2.0, ..MseConfig::default() })
@@ -145,9 +154,9 @@ mod tests {
     #[test]
     fn the_least_change_that_is_accepted() {
         let long = weight(0.1, 8.0, ZeroKind::Integer);
-        let same = nearest(&long, &|_| Ok(())).unwrap();
+        let same = nearest(&long, &Device::flex(), &|_| Ok(())).unwrap();
         assert_eq!(same, long);
-        let half = nearest(&long, &|w| {
+        let half = nearest(&long, &Device::flex(), &|w| {
             let short = half::f16::from_f32(scale(w)).to_f32().to_bits() == scale(w).to_bits();
             if short { Ok(()) } else { refuse("long") }
         });
@@ -160,17 +169,19 @@ mod tests {
             Grid::Uniform { zero_kind: ZeroKind::Integer, .. } => Ok(()),
             _ => refuse("real"),
         };
-        let integer = nearest(&real, &integer).unwrap();
+        let integer = nearest(&real, &Device::flex(), &integer).unwrap();
         assert_eq!(integer.bits.get(), 4);
         let wide = |w: &QuantizedWeight| if w.bits == Bits::EIGHT { Ok(()) } else { refuse("4") };
-        let wide = nearest(&real, &wide).unwrap();
+        let wide = nearest(&real, &Device::flex(), &wide).unwrap();
         let change = |w: &QuantizedWeight| {
             Loss::between(&real.dequantize(), &w.dequantize()).unwrap().relative
         };
         let (wide, integer) = (change(&wide), change(&integer));
         assert!(wide < 5e-3 && wide < integer, "{wide} {integer}");
-        let refused = nearest(&real, &|_| refuse("never")).unwrap_err();
+        let refused = nearest(&real, &Device::flex(), &|_| refuse("never")).unwrap_err();
         assert_eq!(refused.what(), "never");
+        let asked = nearest(&real, &Device::flex(), &|_| Err(Error::usage("asked")));
+        assert_eq!(asked.unwrap_err().what(), "asked");
     }
 
     #[test]
@@ -178,7 +189,7 @@ mod tests {
         let fits = |w: &QuantizedWeight| {
             if w.layout.group_len == 32 { Ok(()) } else { refuse("groups") }
         };
-        let stored = nearest(&weight(0.5, 8.0, ZeroKind::Integer), &fits).unwrap();
+        let stored = nearest(&weight(0.5, 8.0, ZeroKind::Integer), &Device::flex(), &fits).unwrap();
         assert_eq!((stored.layout.group_len, stored.bits.get()), (32, 4));
     }
 }

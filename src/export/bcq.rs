@@ -10,6 +10,8 @@
 //! behind the last are zero bits. The value of a weight is `±alpha_0 ± alpha_1 ... + offset`,
 //! added in this order in f32.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Map, Value, json};
 
 use super::matrix::{Layer, Planes, Tensors};
@@ -113,9 +115,11 @@ fn by_group(values: &[f32], weight: &Planes<'_>, each: usize) -> Vec<f32> {
     super::matrix::transposed(values, weight.groups() * each)
 }
 
-/// The `quantization_config`. `precisions` lists the numbers of planes that can be read, one for
-/// [`encode`]. Each linear is listed with its shape, because padding hides the number of inputs.
-pub fn config(linears: &[Layer], precisions: &[u8]) -> Value {
+/// The `quantization_config`. `lower` lists the numbers of planes that can be read besides each
+/// linear's own, none for [`encode`]. Each linear is listed with its shape, because padding hides the number of inputs.
+pub fn config(linears: &[Layer], lower: &[u8]) -> Value {
+    let own: BTreeSet<u8> = linears.iter().map(|layer| layer.bits).collect();
+    let precisions: BTreeSet<u8> = own.iter().chain(lower).copied().collect();
     let entry = |layer: &Layer| {
         let entry = json!({
             "shape": layer.shape,
@@ -127,7 +131,7 @@ pub fn config(linears: &[Layer], precisions: &[u8]) -> Value {
     json!({
         "quant_method": "bcq",
         "format_version": FORMAT_VERSION,
-        "layout": if precisions.len() > 1 { "plane_major" } else { "lut_gemm" },
+        "layout": if lower.is_empty() { "lut_gemm" } else { "plane_major" },
         "precisions": precisions,
         "linears": linears.iter().map(entry).collect::<Map<_, _>>(),
     })
@@ -256,7 +260,7 @@ mod tests {
         let sample = Sample::new([2, 64], 32, &[2], 1);
         let planes = sample.planes()[0];
         let memory = Memory::new(encode("x", &planes).unwrap());
-        let mut config = config(&[planes.layer("x")], &[2]);
+        let mut config = config(&[planes.layer("x")], &[]);
         assert!(read::bcq::decode(&config, "x", 2, &memory).is_ok());
         assert!(read::bcq::decode(&config, "x", 3, &memory).is_err());
         assert!(read::bcq::decode(&config, "y", 2, &memory).is_err());
@@ -283,7 +287,7 @@ mod tests {
             let nested = (precisions.len() > 1)
                 .then(|| Memory::new(encode_nested("x", &planes).unwrap()));
             for planes in &planes {
-                let single = config(&[planes.layer("x")], &[planes.bits]);
+                let single = config(&[planes.layer("x")], &[]);
                 let memory = Memory::new(encode("x", planes).unwrap());
                 let one = read::bcq::decode(&single, "x", planes.bits, &memory).unwrap();
                 prop_assert_eq!(&one.codes, planes.codes);
@@ -291,7 +295,7 @@ mod tests {
                 prop_assert_eq!(bits(&one.offset), bits(planes.offset));
                 prop_assert_eq!(bits(&one.weights), weights(planes));
                 if let Some(nested) = &nested {
-                    let config = config(&layers, &precisions);
+                    let config = config(&layers, &precisions[..precisions.len() - 1]);
                     let of_many = read::bcq::decode(&config, "x", planes.bits, nested).unwrap();
                     prop_assert_eq!(of_many, one);
                 }

@@ -179,7 +179,8 @@ pub fn autoround_config(linears: &[Layer], dense: &[String], options: GptqOption
     let (keys, common) = keys(linears, options);
     let mut extra = Map::new();
     for (layer, key) in linears.iter().zip(&keys) {
-        if *key != common {
+        // Its reader looks for linears outside blocks here only.
+        if *key != common || !layer.name.contains(".layers.") {
             let own = json!({ "bits": key.0, "group_size": stated(key.1), "data_type": "int" });
             extra.insert(layer.name.clone(), own);
         }

@@ -50,6 +50,9 @@ pub struct Manifest {
     pub files: BTreeMap<String, String>,
     /// Mean stored bits of a quantized weight, scales and zero points included.
     pub bits_per_weight: f64,
+    /// What was changed of tensors that are not quantized, where that was allowed.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub rounded: BTreeMap<String, Loss>,
     /// Whether the folder computes something else than what was trained, where that was allowed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub lossy: bool,

@@ -19,7 +19,7 @@ use super::matrix::{
 };
 use super::plan::{self, Target, Traits};
 use crate::error::{Error, Result};
-use crate::quant::{ZeroKind, bits};
+use crate::quant::bits;
 use crate::store::{DType, HostTensor};
 
 /// Code widths that MLX has.
@@ -136,12 +136,7 @@ fn refuse_rounding(name: &str, weight: &Affine<'_>, dtype: DType, rounding: Roun
     }
     let instead = plan::refusal(Target::Mlx, &Traits::of(weight));
     let instead = instead.map_or_else(|| "format.fewbit".to_owned(), |refusal| refusal.instead);
-    // Real zero points have too many digits whatever the scales are.
-    let train = match weight.zero_kind {
-        ZeroKind::Real => String::new(),
-        ZeroKind::Integer | ZeroKind::Half => format!("{} in training, or ", plan::SHORT_SCALES),
-    };
-    error.fix(format!("{train}{instead}"))
+    error.fix(instead)
 }
 
 /// The weights that MLX computes from scales and biases of type `dtype`, `[out, inputs]`.
@@ -224,6 +219,7 @@ mod tests {
     use super::super::matrix::sample::{Grid, grid};
     use super::super::read::{self, Shift, memory::Memory};
     use super::*;
+    use crate::quant::ZeroKind;
 
     const F16: MlxOptions = MlxOptions { scales: DType::F16, lossy: false };
     const ROUND: MlxOptions = MlxOptions { scales: DType::F32, lossy: true };

@@ -28,6 +28,8 @@ pub mod read;
 mod switch;
 mod write;
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 pub use activations::ActivationRecord;
@@ -167,7 +169,7 @@ impl FormatsConfig {
     /// # Errors
     /// A usage error that names a key or value which the format does not have.
     pub fn of(format: Format, settings: &[String]) -> Result<Self> {
-        let mut text = format!("[{}]\n", format.name());
+        let mut lines = BTreeMap::new();
         for setting in settings {
             let Some((key, value)) = setting.split_once('=') else {
                 return Err(Error::usage(format!("`{setting}` is not KEY=VALUE")).at("--set"));
@@ -177,8 +179,11 @@ impl FormatsConfig {
             let line = format!("{key} = {value}\n");
             let plain = toml::from_str::<toml::Table>(&line).is_ok();
             let quoted = format!("{key} = {value:?}\n");
-            text += if plain { &line } else { &quoted };
+            // The last one of a key wins.
+            lines.insert(key, if plain { line } else { quoted });
         }
+        let lines: String = lines.into_values().collect();
+        let text = format!("[{}]\n{lines}", format.name());
         toml::from_str(&text).map_err(|error| {
             Error::usage(format!("the settings of {}: {}", format.name(), error.message()))
                 .at("--set")

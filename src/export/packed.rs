@@ -307,11 +307,7 @@ impl Packer {
             Format::Autoround => gptq::autoround_config(layers, dense, self.gptq),
             Format::Awq => awq::config(layers, dense)?,
             Format::CompressedTensors => compressed_tensors::config(layers, dense),
-            Format::Bcq => {
-                let full = layers.iter().map(|layer| layer.bits).max();
-                let lower = self.lower_precisions().iter().copied();
-                bcq::config(layers, &lower.chain(full).collect::<Vec<u8>>())
-            }
+            Format::Bcq => bcq::config(layers, self.lower_precisions()),
             _ => gptq::config(layers, dense, self.gptq),
         };
         config["quantization_config"] = section;

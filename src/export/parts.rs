@@ -7,6 +7,8 @@ use std::path::Path;
 use super::approximate::{self, Loss};
 use super::packed::Packer;
 use super::{ActivationRecord, Format, FormatsConfig, LinearRecord, OpenModel, Provenance, fewbit};
+use burn::tensor::Device;
+
 use crate::error::{Error, Result};
 use crate::export::gguf::model as gguf;
 use crate::model::{EMBEDDING, HEAD, ModelConfig, WeightSource, weight_name};
@@ -119,6 +121,8 @@ impl Stored {
 pub(super) struct Writing<'a> {
     pub parts: &'a ModelParts<'a>,
     pub format: Format,
+    /// Where what may change is rounded.
+    device: &'a Device,
     pub config: ModelConfig,
     /// The packer of a format in safetensors that is another runtime's.
     pub packer: Option<Packer>,
@@ -133,7 +137,11 @@ impl<'a> Writing<'a> {
     ///
     /// # Errors
     /// When the format cannot hold the model.
-    pub(super) fn new(parts: &'a ModelParts<'a>, format: Format) -> Result<Self> {
+    pub(super) fn new(
+        parts: &'a ModelParts<'a>,
+        format: Format,
+        device: &'a Device,
+    ) -> Result<Self> {
         let dense = matches!(format, Format::Fewbit | Format::Dequantized);
         if parts.activations.is_some() && !dense {
             return Err(Error::preflight(format!(
@@ -145,14 +153,27 @@ impl<'a> Writing<'a> {
         let mut writing = Self {
             parts,
             format,
+            device,
             config: ModelConfig::read(parts.dir)?,
             packer: None,
             names: parts.names(),
             linears: parts.quantized.names().into_iter().map(str::to_owned).collect(),
             embeddings: BTreeMap::new(),
         };
+        let head = weight_name(HEAD);
+        if !dense && writing.config.tied && !writing.unties() && writing.contains(EMBEDDING) {
+            // Other runtimes take the embedding for the head, and a second copy for a fault.
+            writing.names.remove(&head);
+        }
         if parts.options.embeddings(format).is_some() {
             writing.embeddings = writing.embedding_names();
+        }
+        if !dense && format != Format::Gguf && writing.linears().next().is_none() {
+            return Err(Error::preflight(format!(
+                "nothing of this model is quantized, and format.{} holds quantized weights",
+                format.name()
+            ))
+            .fix("format.dequantized or format.gguf"));
         }
         if !(dense || format == Format::Gguf) {
             writing.packer = Some(Packer::new(&writing)?);
@@ -262,12 +283,12 @@ impl<'a> Writing<'a> {
         let weight = match (packer, self.format) {
             (Some(packer), _) if lossy => {
                 let accepts = |weight: &QuantizedWeight| packer.encode(linear, weight).map(drop);
-                approximate::nearest(&trained, &accepts)?
+                approximate::nearest(&trained, self.device, &accepts)?
             }
             (None, Format::Gguf) if lossy => {
                 let accepts =
                     |weight: &QuantizedWeight| gguf::choose(linear, weight, &self.config).map(drop);
-                approximate::nearest(&trained, &accepts)?
+                approximate::nearest(&trained, self.device, &accepts)?
             }
             _ => trained.clone(),
         };
@@ -295,8 +316,8 @@ impl<'a> Writing<'a> {
             .fix("leave embeddings out of format.mlx"));
         };
         let shape = [out, inputs];
-        let symmetry = Symmetry::Asymmetric;
-        let weight = approximate::round_to_nearest(&values, shape, group, bits, symmetry)
+        let width = (bits, Symmetry::Asymmetric);
+        let weight = approximate::round_to_nearest(&values, shape, group, width, self.device)
             .map_err(|e| e.at(name))?;
         let decoded = self.decoded(packer, linear, &weight)?;
         let loss = Loss::between(&values, &decoded);
@@ -337,10 +358,17 @@ impl<'a> Writing<'a> {
         }
     }
 
-    /// Whether tensors that are not quantized may be rounded.
-    pub(super) fn rounds_dense(&self) -> bool {
+    /// What of a tensor that is not quantized is rounded.
+    ///
+    /// # Errors
+    /// As [`Writing::dense`].
+    pub(super) fn dense_loss(&self, name: &str) -> Result<Option<Loss>> {
         let options = self.parts.options.dequantized.as_ref();
-        self.format == Format::Dequantized && options.is_some_and(|options| options.lossy)
+        if self.format != Format::Dequantized || options.is_none_or(|options| !options.lossy) {
+            return Ok(None);
+        }
+        let (source, stored) = (self.parts.dense(name)?, self.dense(name)?);
+        Ok(Loss::between(&source.to_f32()?, &stored.to_f32()?))
     }
 }
 

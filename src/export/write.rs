@@ -43,9 +43,7 @@ pub struct Exported {
     pub bits_per_weight: f64,
     /// Whether the folder computes something else than what was trained.
     pub lossy: bool,
-    /// Quantized matrices.
-    pub linears: usize,
-    /// What was changed of them, where a loss was allowed, by name.
+    /// What was changed of linears and other tensors, where a loss was allowed, by name.
     pub losses: BTreeMap<String, Loss>,
     /// What the re-opened folder measured.
     pub gauged: Gauged,
@@ -110,12 +108,14 @@ pub(super) fn write_adapted(
 ) -> Result<Exported> {
     let start = Instant::now();
     let staged = StagedFolder::create(target)?;
-    let writing = Writing::new(parts, format)?;
+    let writing = Writing::new(parts, format, gate.gauge.device)?;
     let mut manifest = match format {
         Format::Gguf => write_gguf(&writing, staged.path())?,
         _ => write_tensors(&writing, staged.path())?,
     };
     manifest.adapter = adapter.cloned();
+    let changed = manifest.linears.values().any(|record| record.loss.is_some());
+    manifest.lossy = changed || !manifest.rounded.is_empty();
     manifest.files = write_companions(&writing, &manifest, staged.path())?;
     if format == Format::Gguf {
         let sha256 = sha256_file(&staged.path().join(gguf::FILE))?;
@@ -125,12 +125,9 @@ pub(super) fn write_adapted(
     let opened = open_model(staged.path())?;
     parts::compare(&writing, &opened)?;
     let gauged = gate.gauge.measure(&opened.config, &opened, opened.tap())?;
-    let losses: BTreeMap<String, Loss> = manifest
-        .linears
-        .iter()
-        .filter_map(|(name, record)| Some((name.clone(), record.loss?)))
-        .collect();
-    manifest.lossy = !losses.is_empty() || writing.rounds_dense();
+    let mut losses = manifest.rounded.clone();
+    let changed = manifest.linears.iter();
+    losses.extend(changed.filter_map(|(name, record)| Some((name.clone(), record.loss?))));
     if !manifest.lossy {
         check_equal(gate.trained, &gauged).map_err(|e| e.at(target.display()))?;
     }
@@ -139,9 +136,8 @@ pub(super) fn write_adapted(
     let bytes = folder_bytes(staged.path())?;
     staged.commit()?;
     let Manifest { bits_per_weight, lossy, .. } = manifest;
-    let linears = manifest.linears.len();
     let (path, seconds) = (target.to_owned(), start.elapsed().as_secs_f64());
-    Ok(Exported { path, bytes, bits_per_weight, lossy, linears, losses, gauged, seconds })
+    Ok(Exported { path, bytes, bits_per_weight, lossy, losses, gauged, seconds })
 }
 
 /// The same weights compute the same numbers.
@@ -198,6 +194,9 @@ fn write_tensors(writing: &Writing<'_>, dir: &Path) -> Result<Manifest> {
     let all: BTreeMap<String, Option<&str>> = names.chain(dense).collect();
     for (name, linear) in all {
         let Some(linear) = linear else {
+            if let Some(loss) = writing.dense_loss(&name)? {
+                manifest.rounded.insert(name.clone(), loss);
+            }
             let (tensor, name) = (writing.dense(&name)?, writing.stored_as(&name));
             manifest.dense.insert(name.to_owned(), tensor.sha256());
             writer.add(name, &tensor)?;
@@ -254,6 +253,7 @@ fn manifest(writing: &Writing<'_>) -> Manifest {
         dense: BTreeMap::new(),
         files: BTreeMap::new(),
         bits_per_weight: 0.0,
+        rounded: BTreeMap::new(),
         lossy: false,
         logits: None,
         parity: None,
@@ -301,8 +301,15 @@ fn configured(writing: &Writing<'_>, mut config: Value) -> Result<Value> {
             }
             packer.configure(&mut config)?;
         }
-        (Format::Gguf, _) if writing.unties() => config["tie_word_embeddings"] = json!(false),
-        (Format::Gguf, _) => {}
+        (Format::Gguf, _) => {
+            if writing.unties() {
+                config["tie_word_embeddings"] = json!(false);
+            }
+            // The file says it itself; what the source said is not true of it.
+            if let Some(map) = config.as_object_mut() {
+                map.shift_remove("quantization_config");
+            }
+        }
         (_, None) => {
             if let Some(map) = config.as_object_mut() {
                 let about = json!({
@@ -334,24 +341,29 @@ fn card(manifest: &Manifest) -> String {
     let methods: BTreeSet<&str> =
         manifest.linears.values().map(|record| record.method.as_str()).collect();
     let methods = methods.into_iter().collect::<Vec<_>>().join(", ");
+    let what = if widths.is_empty() {
+        "Nothing quantized".to_owned()
+    } else {
+        format!("{} by {methods}", widths.join(", "))
+    };
     let losses = manifest.linears.values().filter_map(|record| record.loss);
+    let losses = losses.chain(manifest.rounded.values().copied());
     let worst = losses.map(|loss| loss.relative).fold(0.0, f64::max);
-    let kept = if worst > 0.0 {
+    let kept = if manifest.lossy {
         format!(
             "the format does not hold all of what was trained: weights were changed by up to \
-             {:.2} % (relative norm per linear)",
+             {:.2} % (relative norm per matrix)",
             100.0 * worst
         )
     } else {
         "the weights decode to what was trained, bit for bit".to_owned()
     };
     format!(
-        "# {model}, quantized\n\n\
-         {widths} by {methods}, written by fewbit {version} as `{name}`: {about}.\n\n\
+        "# {model}\n\n\
+         {what}, written by fewbit {version} as `{name}`: {about}.\n\n\
          Made from {model} (sha256 of its files {sha}). `{MANIFEST_FILE}` has hashes of \
          everything, `fewbit verify` checks them; {kept}.\n",
         model = manifest.provenance.model,
-        widths = widths.join(", "),
         version = env!("CARGO_PKG_VERSION"),
         name = manifest.format.name(),
         about = manifest.format.about(),

@@ -106,6 +106,11 @@ impl ModelConfig {
     /// When the file is missing or damaged, a needed key is absent, or the model uses something
     /// that is not supported; the key is named.
     pub fn read(dir: &Path) -> Result<Self> {
+        if dir.is_file() {
+            return Err(Error::usage("this is a file, and a model's folder is needed here")
+                .at(dir.display())
+                .fix("the Hugging Face folder that the file was made from"));
+        }
         let path = dir.join("config.json");
         let text = std::fs::read_to_string(&path).map_err(|e| Error::io("read", &path, &e))?;
         Self::parse(&text).map_err(|e| e.at(path.display()))

@@ -268,7 +268,11 @@ fn ending(event: &Event, width: usize) -> Option<String> {
             fields.extend(bytes.map(|bytes| Field::new(&size(bytes))));
             fields.extend(bits_per_weight.map(bits));
             if bytes.is_some() {
-                fields.push(Field::new(if *codes_exact { "codes exact" } else { "codes differ" }));
+                fields.push(Field::new(if *codes_exact {
+                    "codes exact"
+                } else {
+                    "an export is lossy"
+                }));
             }
             fields.push(Field::new(&duration(*seconds)));
             let mut head = labelled("done", run);

@@ -234,7 +234,7 @@ fn done(record: &RunRecord, dir: &Path) -> Event {
         perplexity_final: last.map(|measured| measured.result.perplexity),
         bytes: export.map(|export| export.bytes),
         bits_per_weight: export.map(|export| export.bits_per_weight),
-        codes_exact: true,
+        codes_exact: !results.exports.iter().any(|export| export.lossy),
         seconds: record.seconds,
     }
 }

@@ -45,7 +45,7 @@ pub(super) fn run(config: &ExportConfig, ctx: &mut StageContext<'_>) -> Result<(
         device: &ctx.device.device,
         // What `verify` measures in.
         dtype: DType::F32,
-        prompts: Gauge::prompts(tokenizer.as_ref(), &ctx.model.config)?,
+        prompts: Gauge::prompts(tokenizer.as_ref(), &ctx.model.config),
         text,
         stop: ctx.stop,
     };
@@ -98,6 +98,7 @@ pub(super) fn run(config: &ExportConfig, ctx: &mut StageContext<'_>) -> Result<(
             path: exported.path,
             bytes: exported.bytes,
             bits_per_weight: exported.bits_per_weight,
+            lossy: exported.lossy,
         });
     }
     Ok(())

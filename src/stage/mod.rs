@@ -467,6 +467,9 @@ pub struct ExportRecord {
     pub bytes: u64,
     /// Bits per quantized weight.
     pub bits_per_weight: f64,
+    /// Whether it computes something else than what was trained.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub lossy: bool,
 }
 
 /// Results that outlive a stage; saved in `run.json`.

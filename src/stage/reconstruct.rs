@@ -265,6 +265,8 @@ impl<'a> Fit<'a> {
             ctx.stop.check()?;
             if step == shortens_at {
                 method::shorten_all(student.block.linears_mut().map(|(_, l)| l), ctx.scales);
+                // A loss with other scales is none of what will be left.
+                best = None;
             }
             let factor = config.schedule.factor(step, config.steps);
             let rate_of = |path: &str| base(path) * factor;

@@ -87,10 +87,7 @@ impl Gauged {
 impl Gauge<'_> {
     /// The fixed prompts as a model reads them: by its tokenizer, or where it has none as ids
     /// spread over its vocabulary.
-    ///
-    /// # Errors
-    /// When the tokenizer cannot represent them.
-    pub fn prompts(tokenizer: Option<&Tokenizer>, config: &ModelConfig) -> Result<Vec<Vec<u32>>> {
+    pub fn prompts(tokenizer: Option<&Tokenizer>, config: &ModelConfig) -> Vec<Vec<u32>> {
         let limit = MOST_TOKENS.min(config.max_positions);
         let vocab = config.vocab.max(1) as u64;
         let spread = |prompt: u64| -> Vec<u32> {
@@ -98,15 +95,18 @@ impl Gauge<'_> {
             ids.map(|id| id as u32).collect()
         };
         let Some(tokenizer) = tokenizer else {
-            return Ok((0..PROMPTS.len() as u64).map(spread).collect());
+            return (0..PROMPTS.len() as u64).map(spread).collect();
         };
         let prompt = |(index, text): (usize, &&str)| {
             let mut ids: Vec<u32> = config.bos.into_iter().collect();
-            ids.extend(tokenizer.encode(text)?);
+            // A small vocabulary may lack what a text is made of.
+            let encoded = tokenizer.encode(text).unwrap_or_default();
+            let empty = encoded.is_empty();
+            ids.extend(encoded);
             ids.truncate(limit);
             // A tokenizer's ids may reach beyond a model that was cut down.
-            let fits = !ids.is_empty() && ids.iter().all(|id| u64::from(*id) < vocab);
-            Ok(if fits { ids } else { spread(index as u64) })
+            let fits = !empty && ids.iter().all(|id| u64::from(*id) < vocab);
+            if fits { ids } else { spread(index as u64) }
         };
         PROMPTS.iter().enumerate().map(prompt).collect()
     }

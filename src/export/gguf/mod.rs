@@ -25,7 +25,7 @@ mod vocabulary;
 
 pub use file::Header;
 pub use folder::folder_files;
-pub use model::alone;
+pub use model::{alone, is_gguf};
 pub use reader::Reader;
 pub use types::BlockType;
 pub use value::Value;

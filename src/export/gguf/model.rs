@@ -248,15 +248,17 @@ impl Weights {
     }
 }
 
+/// Whether a path is a file of this kind by its name.
+pub fn is_gguf(path: &Path) -> bool {
+    path.is_file() && path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf"))
+}
+
 /// The GGUF file that a path stands for, where no `config.json` says more: the file itself, or the
 /// only one of a folder.
 ///
 /// # Errors
 /// When a file is no GGUF file, or a folder holds several.
 pub fn alone(path: &Path) -> Result<Option<PathBuf>> {
-    let is_gguf = |path: &Path| {
-        path.is_file() && path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf"))
-    };
     if path.is_file() {
         if is_gguf(path) {
             return Ok(Some(path.to_owned()));
