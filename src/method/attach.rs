@@ -154,7 +154,7 @@ fn shorten(weight: &Param<Tensor<2>>, digits: ScaleDigits) -> Option<Param<Tenso
     Some(attach(weight, fake_quant, weight.base().is_require_grad()))
 }
 
-/// As [`shorten`], all linears that are not dense.
+/// Every linear that is not dense goes on with scales of few digits; see [`CodedWeight::shortened`].
 pub fn shorten_all<'a>(linears: impl IntoIterator<Item = &'a mut Linear>, digits: ScaleDigits) {
     for linear in linears {
         if let Some(weight) = shorten(&linear.weight, digits) {
