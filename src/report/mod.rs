@@ -219,7 +219,7 @@ pub enum Event {
         bytes: Option<u64>,
         /// Bits per quantized weight of the export, if there is one.
         bits_per_weight: Option<f64>,
-        /// Whether the export holds exactly the codes of training; shown only with `bytes`.
+        /// Whether every export holds exactly what was trained; shown only with `bytes`.
         codes_exact: bool,
         /// Wall-clock time in seconds.
         seconds: f64,
