@@ -10,9 +10,9 @@ use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::{Quantizer, Start, WeightMethod};
+use super::{GridKind, LeftGrid, Quantizer, Start, Units, WeightMethod};
 use crate::error::{Error, Result};
-use crate::ops::{Rule, Stepped, TieRule};
+use crate::ops::{self, Rule, Stepped, TieRule};
 use crate::quant::{QuantSpec, Repr, ZeroKind};
 use crate::train::Role;
 
@@ -66,8 +66,10 @@ impl WeightMethod for Seq {
     type Config = SeqConfig;
 
     const LEAVES: Repr = Repr::Uniform;
+    const GRID: GridKind = GridKind::Stretched;
+    const RESUMES: bool = true;
     const TRAINS_BASE: bool = true;
-    const ROLES: &'static [(&'static str, Role)] = &[("step", Role::Scale)];
+    const ROLES: &'static [(&'static str, Role)] = &[("step", Role::Step)];
 
     fn accepts(_: &SeqConfig, spec: &QuantSpec) -> Result<()> {
         if spec.bits.get() == 2 {
@@ -82,11 +84,21 @@ impl WeightMethod for Seq {
         let step = start_step(config.start, weight, |step| {
             grid(weight.clone(), step.clone(), config.ties, 1.0).values()
         });
-        Ok(Self {
-            step: Param::from_tensor(step),
-            gradient_factor: gradient_factor(config.gradient_scale, weight),
-            half_up: config.ties == TieRule::HalfUp,
-        })
+        Ok(Self::on(config, start, step))
+    }
+
+    fn resume(config: &SeqConfig, start: &Start<'_>, grid: &LeftGrid) -> Result<Option<Self>> {
+        if grid.zero_kind != ZeroKind::Half || !grid.all_zeros_at(1.5) {
+            return Ok(None);
+        }
+        let step = grid.steps(rule(config.ties));
+        Ok(Some(Self::on(config, start, step)))
+    }
+
+    fn units(&self) -> Option<Units<'_>> {
+        let step = ops::off_tape(self.step.val()).clamp_min(STEP_FLOOR);
+        let spacing = rule(TieRule::HalfEven).scales(step);
+        Some(Units { step: &self.step, shift: None, spacing })
     }
 
     fn quantizer(&self, weight: Tensor<2>) -> Quantizer {
@@ -96,9 +108,23 @@ impl WeightMethod for Seq {
     }
 }
 
+impl Seq {
+    fn on(config: &SeqConfig, start: &Start<'_>, step: Tensor<2>) -> Self {
+        Self {
+            step: Param::from_tensor(step),
+            gradient_factor: gradient_factor(config.gradient_scale, start.weight),
+            half_up: config.ties == TieRule::HalfUp,
+        }
+    }
+}
+
+fn rule(ties: TieRule) -> Rule {
+    Rule::Seq { margin: EPSILON, ties }
+}
+
 fn grid(weight: Tensor<2>, step: Tensor<2>, ties: TieRule, step_gradient: f64) -> Stepped {
     let zero_point = step.full_like(1.5);
-    let rule = Rule::Seq { margin: EPSILON, ties };
+    let rule = rule(ties);
     Stepped { step_gradient, ..Stepped::new(weight, step, zero_point, rule) }
 }
 

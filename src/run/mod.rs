@@ -120,6 +120,7 @@ fn execute(
             latest: stage.latest,
             first_step: stage.first_step,
             specs: &stage.specs,
+            keeps_latents: stage.keeps_latents,
             head: stage.head,
             observer: &stage.observer,
             default_spec: stage.default_spec,

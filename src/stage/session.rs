@@ -18,7 +18,7 @@ use crate::model::{Block, CausalLm, Loader, Positions};
 use crate::objective::{ObjectiveConfig, Targets};
 use crate::ops::{self, Closeness};
 use crate::report::{Event, Reporter, memory};
-use crate::train::{self, Optimizer, OptimizerConfig, ScheduleConfig, StepStats, Still};
+use crate::train::{self, Optimizer, OptimizerConfig, RateUnit, ScheduleConfig, StepStats, Still};
 
 /// Logits held at once, student's and teacher's each.
 const LOGITS_PER_CHUNK: usize = 1 << 23;
@@ -64,6 +64,8 @@ pub(super) struct Training<'a> {
     pub rate: f64,
     /// The base rate of a parameter, by its path.
     pub rate_of: &'a dyn Fn(&str) -> f64,
+    /// What the rates of latent weights and steps are measured in.
+    pub rate_unit: RateUnit,
     /// Whether weights are fake-quantized, once for all micro-batches of a step.
     pub fake_quant: bool,
 }
@@ -179,7 +181,8 @@ impl Session {
             self.shortened = true;
         }
         let corpus = Data::need(ctx.data.train.as_ref(), "train")?;
-        let factor = training.schedule.factor(step, training.steps);
+        let schedule = training.schedule.resolved(training.rate_unit, training.steps);
+        let factor = schedule.factor(step, training.steps);
         let rate_of = |path: &str| (training.rate_of)(path) * factor;
         let drawn = self.order.batch(step);
         let student = self.taken()?;
@@ -200,6 +203,10 @@ impl Session {
             Ok(loss)
         };
         let (optimizer, accumulate) = (&mut self.optimizer, training.accumulate);
+        if training.rate_unit == RateUnit::Grid {
+            let linears = student.blocks.iter().flat_map(Block::linears);
+            optimizer.measure_by(linears.flat_map(|(_, l)| method::measures(&l.weight)).collect());
+        }
         let stepped = if training.fake_quant {
             train::accumulated_step(student, optimizer, accumulate, &rate_of, still, loss)
         } else {
