@@ -64,9 +64,7 @@ impl WeightMethod for Ternary {
 
     fn init(config: &TernaryConfig, start: &Start<'_>) -> Result<Self> {
         let weight = start.weight;
-        let step = seq::start_step(config.start, weight, |step| {
-            grid(weight.clone(), step.clone(), 1.0).values()
-        });
+        let step = seq::start_step(config.start, weight, Rule::Ternary { margin: EPSILON }, 1.0);
         Ok(Self {
             step: Param::from_tensor(step),
             gradient_factor: seq::gradient_factor(config.gradient_scale, weight),

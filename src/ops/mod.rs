@@ -17,6 +17,7 @@ mod fake_quant;
 mod kernel;
 mod linear;
 mod loss;
+mod search;
 #[cfg(feature = "flex")]
 mod vector;
 
@@ -34,3 +35,4 @@ pub use loss::{
     Closeness, Comparison, Divergence, LossValue, compare, confidence, cross_entropy, divergence,
     divergence_value, negative_log_likelihood, with_gradient,
 };
+pub use search::{Candidate, Extent, nearest_grids};

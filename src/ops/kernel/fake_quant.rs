@@ -352,7 +352,7 @@ impl Stepped<'_> {
 
 /// The code of a weight at `u`.
 #[inline(always)]
-fn code_of(rule: Rule, u: f32, z: f32) -> f32 {
+pub(super) fn code_of(rule: Rule, u: f32, z: f32) -> f32 {
     match rule {
         Rule::Affine { max_code } => affine_code(u, z, max_code),
         Rule::Lsq { middle } => u.clamp(-middle, middle - 1.0).round_ties_even() + middle,
