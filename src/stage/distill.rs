@@ -9,6 +9,7 @@ use burn::tensor::{DType, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use super::session::{Training, discard_state};
+use super::validate::ValidateConfig;
 use super::{Packed, StageContext, check_counts, check_objective};
 use crate::error::{Error, Result};
 use crate::method::{self, MethodConfig};
@@ -59,6 +60,13 @@ pub struct DistillConfig {
     /// Steps between log points.
     #[serde(default = "super::session::ten")]
     pub log_every: u64,
+    /// Validation while it trains, the best state, and what is done when the training fails.
+    #[serde(default, skip_serializing_if = "ValidateConfig::is_default")]
+    pub validate: ValidateConfig,
+    /// Go on, with a warning, when the quality gate finds the model worse than at the start of the
+    /// stage or than plain rounding.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub allow_worse: bool,
 }
 
 impl DistillConfig {
@@ -70,6 +78,7 @@ impl DistillConfig {
             ("checkpoint_every", self.checkpoint_every),
             ("log_every", self.log_every),
         ])?;
+        self.validate.check()?;
         if !self.method.learns() {
             return Err(Error::usage(format!("method.{} learns nothing", self.method.name()))
                 .fix("method.seq = {} here, or [stage.calibrate]"));
@@ -101,6 +110,7 @@ pub(super) fn run(config: &DistillConfig, ctx: &mut StageContext<'_>) -> Result<
         optimizer: &config.optimizer,
         checkpoint_every: config.checkpoint_every,
         log_every: config.log_every,
+        validate: &config.validate,
         rate: base.weight.max(base.scale),
         rate_of: &|path| method::role_of(path).map_or(0.0, |role| base.of(role)),
         fake_quant: config.method.tunes().is_none(),
