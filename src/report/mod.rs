@@ -382,7 +382,8 @@ struct Thinning {
 impl Thinning {
     fn passes(&mut self, event: &Event) -> bool {
         match event {
-            Event::StageStart { .. } => {
+            // A training that goes back passes the same steps again.
+            Event::StageStart { .. } | Event::Retry { .. } => {
                 *self = Self::default();
                 true
             }

@@ -247,7 +247,7 @@ fn health(event: &Event, width: usize) -> Option<String> {
         Event::Validation {
             verb, step, of, perplexity, kl_forward, top1_agreement, best, ..
         } => {
-            let head = positioned("valid", *step, *of, verb);
+            let head = positioned("val ", *step, *of, verb);
             let head = format!("{head}  perplexity {:<7}", significant(*perplexity, 4));
             let mut fields = Vec::new();
             fields
@@ -270,12 +270,12 @@ fn health(event: &Event, width: usize) -> Option<String> {
             let number = |value: f64| significant(value, 4);
             let head = format!("{what:<17}  perplexity {:<7}", number(*perplexity));
             let mut fields = Vec::new();
-            fields.extend(start.map(|v| Field::new(&format!("start {:<7}", number(v)))));
+            fields.push(Field::new(if *passed { "passed" } else { "worse " }));
+            fields.extend(start.map(|v| Field::new(&format!("start {}", number(v)))));
             fields.extend(rtn.map(|v| {
-                Field::new(&format!("plain rounding {:<7}", number(v)))
-                    .or(&format!("rtn {:<7}", number(v)))
+                Field::new(&format!("plain rounding {}", number(v)))
+                    .or(&format!("rtn {}", number(v)))
             }));
-            fields.push(Field::new(if *passed { "passed" } else { "worse" }));
             fields.push(Field::new(&format!("{tokens} tokens")).or(&format!("{tokens} tok")));
             Some(fit(&labelled("gate", &head), &fields, width))
         }
@@ -709,7 +709,7 @@ mod tests {
         );
         assert_eq!(
             at(&evaluation(), 80),
-            "eval      after reconstruct  perplexity 16.23   1.168× float  128k tok  ctx 2048"
+            "eval      after reconstruct  perplexity 16.23    1.168× float  128k tok  ctx 2048"
         );
         let Event::Evaluation { stage, perplexity, nll_per_token, tokens, context, .. } =
             evaluation()
@@ -733,7 +733,7 @@ mod tests {
         };
         assert_eq!(
             at(&float, 120),
-            "eval      float              perplexity 16.23                 128000 tokens  \
+            "eval      float              perplexity 16.23                  128000 tokens  \
              context 2048  stride 1024  no BOS  a.txt"
         );
         let mut packed = evaluation();
@@ -743,21 +743,133 @@ mod tests {
         }
         assert_eq!(
             at(&packed, 120),
-            "eval      after reconstruct  perplexity 16.23   1.168× float  128000 tokens  \
+            "eval      after reconstruct  perplexity 16.23    1.168× float  128000 tokens  \
              context 2048  completions only  a.jsonl"
         );
+    }
+
+    #[test]
+    fn health_lines() {
+        let validation = |perplexity, kl_forward| Event::Validation {
+            stage: 1,
+            verb: "distill".into(),
+            step: 100,
+            of: 2000,
+            global_step: 100,
+            perplexity,
+            nll_per_token: 2.787,
+            kl_forward,
+            top1_agreement: kl_forward.map(|_| 0.51234),
+            tokens: 1020,
+            best: true,
+        };
+        assert_eq!(
+            at(&validation(16.234, Some(0.5)), 80),
+            "val   100/2000  distill      perplexity 16.23    kl 0.5000   top1 0.5123   best"
+        );
+        assert_eq!(
+            at(&validation(3.7e32, None), 80),
+            "val   100/2000  distill      perplexity 3.70e32   best"
+        );
+        let gate = Event::Gate {
+            stage: 1,
+            what: "after distill".into(),
+            perplexity: 51.2,
+            start: Some(4.53e7),
+            rtn: Some(1012.3),
+            tokens: 1020,
+            passed: true,
+        };
+        assert_eq!(
+            at(&gate, 80),
+            "gate      after distill      perplexity 51.20    passed  start 4.53e7  rtn 1012"
+        );
+        let retry = Event::Retry {
+            stage: 1,
+            verb: "distill".into(),
+            step: 43,
+            back_to: 20,
+            global_step: 20,
+            reason: "the loss became NaN".into(),
+            rate_factor: 0.25,
+            attempt: 2,
+            of: 3,
+        };
+        assert_eq!(
+            at(&retry, 80),
+            "warning   distill failed at step 43: the loss became NaN; it goes back to step\n          \
+             20 with 0.250 times the rate (retry 2 of 3)"
+        );
+    }
+
+    #[test]
+    fn the_last_line_cannot_be_misread() {
+        let said = |float: Option<f64>, last: Option<f64>, slice| {
+            verdict(float, last, slice).map(|field| field.long)
+        };
+        let cases = [
+            (Some(17.07), Some(51.2), None, "perplexity 17.07 → 51.20, 3.00 × float"),
+            (
+                Some(17.07),
+                Some(3.7e32),
+                None,
+                "perplexity 17.07 → over a million: this model is broken",
+            ),
+            (
+                Some(17.07),
+                Some(f64::NAN),
+                None,
+                "perplexity 17.07 → not a number: this model is broken",
+            ),
+            (
+                Some(17.07),
+                Some(2274.0),
+                None,
+                "perplexity 17.07 → 2274, 133 × float: this model is broken",
+            ),
+            (
+                Some(17.07),
+                Some(20.25),
+                Some(1020),
+                "perplexity 17.07 → 20.25, 1.19 × float on 1020 tokens",
+            ),
+            (None, Some(51.2), None, "perplexity 51.20, float not measured"),
+            (Some(17.07), None, None, "perplexity float 17.07, result not measured"),
+        ];
+        for (float, last, slice, text) in cases {
+            assert_eq!(said(float, last, slice).as_deref(), Some(text));
+        }
+        assert_eq!(said(None, None, None), None);
+        let mut broken = done();
+        if let Event::Done { perplexity_final, .. } = &mut broken {
+            *perplexity_final = Some(3.7e32);
+        }
+        assert_eq!(
+            at(&broken, 80).lines().last(),
+            Some("          perplexity 13.90 → over a million: this model is broken")
+        );
+        assert!(paint(&at(&broken, 80)).starts_with("\x1b[1;31mdone"));
+    }
+
+    #[test]
+    fn the_bar_cuts_no_number() {
+        let values = ["loss 2.314", "lr 2.00e-5", "grad 0.5000"].map(str::to_owned);
+        assert_eq!(whole_fields(&values, 80), "loss 2.314  lr 2.00e-5  grad 0.5000");
+        assert_eq!(whole_fields(&values, 34), "loss 2.314  lr 2.00e-5");
+        assert_eq!(whole_fields(&values, 9), "");
     }
 
     #[test]
     fn last_lines() {
         assert_eq!(
             at(&done(), 120),
-            "done      runs/upq_int2   perplexity 13.9 → 16.2   0.61 GB   2.63 bits/weight   \
-             codes exact   18 min"
+            "done      runs/upq_int2   perplexity 13.90 → 16.21, 1.17 × float   0.61 GB   \
+             2.63 bits/weight   codes exact   18 min"
         );
         assert_eq!(
             at(&done(), 80),
-            "done      …/upq_int2  ppl 13.9→16.2  0.61 GB  2.63 bits  codes exact  18 min"
+            "done      runs/upq_int2   0.61 GB   2.63 bits/weight   codes exact   18 min\n          \
+             perplexity 13.90 → 16.21, 1.17 × float"
         );
         let exported = Event::Exported {
             format: "gguf".into(),

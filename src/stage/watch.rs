@@ -9,6 +9,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::objective::ObjectiveConfig;
+use crate::report::perplexity;
 
 /// Steps whose medians are the reference: what the loss and the gradient are like at the start.
 const FIRST: usize = 10;
@@ -39,11 +40,13 @@ const SLOW: f64 = 0.1;
 const FAR_LOSS: f64 = 0.5;
 /// A validation is far above its start at four times the perplexity: this much more, nats.
 const FAR_NLL: f64 = 1.386_294_361_119_890_6;
-/// Validations in a row that make a failure.
+/// Validations in a row that make a failure, ...
 const FAR_VALIDATIONS: u64 = 3;
+/// ... unless the last one is this much better than the one before it, nats: it recovers.
+const RECOVERY: f64 = 0.2;
 
 /// What ended the hope that a training recovers by itself.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Failure {
     /// A number is no longer finite: what, and what it became.
     NotFinite(&'static str, f64),
@@ -76,8 +79,9 @@ impl fmt::Display for Failure {
             }
             Self::ValidationDiverged([now, start]) => write!(
                 f,
-                "the model got far worse on the validation text: perplexity {now:.4e}, {start:.4e} \
-                 at the start"
+                "the model got far worse on the validation text: perplexity {}, {} at the start",
+                perplexity(*now),
+                perplexity(*start)
             ),
         }
     }
@@ -128,7 +132,9 @@ pub(super) struct Watch {
     means: Vec<f64>,
     /// The validation at the start, nats.
     start: Option<f64>,
-    /// Validations in a row far above it.
+    /// The latest validation, nats.
+    last: Option<f64>,
+    /// Validations in a row far above the start's.
     far_validations: u64,
 }
 
@@ -170,7 +176,8 @@ impl Watch {
         }
         let start = *self.start.get_or_insert(nll);
         count(&mut self.far_validations, nll > start + FAR_NLL);
-        let far = step > GRACE && self.far_validations >= FAR_VALIDATIONS;
+        let recovers = self.last.replace(nll).is_some_and(|last| nll < last - RECOVERY);
+        let far = step > GRACE && self.far_validations >= FAR_VALIDATIONS && !recovers;
         far.then(|| Failure::ValidationDiverged([nll.exp(), start.exp()]))
     }
 
@@ -331,8 +338,14 @@ mod tests {
 
         let mut watch = Watch::default();
         let mut at = |step, nll| watch.validation(step, nll);
-        assert_eq!([at(0, 7.7), at(20, 9.5), at(40, 9.9)], [None, None, None]);
+        assert_eq!([at(0, 7.7), at(20, 9.5), at(40, 9.9)], [None; 3]);
         assert!(matches!(at(60, 10.1), Some(Failure::ValidationDiverged(_))));
+        let mut watch = Watch::default();
+        let mut at = |step, nll| watch.validation(step, nll);
+        // Thrown far, and on its way back.
+        assert_eq!([at(0, 5.0), at(20, 11.0), at(40, 9.4), at(60, 7.8), at(80, 7.4)], [None; 5]);
+        let failure = at(100, 7.3).unwrap().to_string();
+        assert!(failure.ends_with("perplexity 1480, 148.4 at the start"), "{failure}");
         let mut watch = Watch::default();
         let mut at = |step, nll| watch.validation(step, nll);
         assert_eq!([at(0, 15.8), at(50, 8.0), at(99, 4.0), at(150, 15.0)], [None; 4]);
