@@ -289,7 +289,7 @@ fn verdict(float: Option<f64>, last: Option<f64>, slice: Option<u64>) -> Option<
     const BROKEN: f64 = 100.0;
     let on = slice.map_or(String::new(), |tokens| format!(" on {tokens} tokens"));
     Some(match (float, last) {
-        (float, Some(last)) if !(last <= super::HOPELESS) => {
+        (float, Some(last)) if last.is_nan() || last > super::HOPELESS => {
             let before = float.map_or(String::new(), |v| format!("{} → ", significant(v, 4)));
             let last = super::perplexity(last);
             let text = format!("{before}{last}{on}: this model is broken");

@@ -259,7 +259,7 @@ impl Session {
     fn begin(&mut self, ctx: &mut StageContext<'_>) -> Result<()> {
         if self.monitor.is_due(0) {
             // A start that gives no numbers is no failure of a training that has not begun.
-            drop(self.validate(ctx)?);
+            let _start = self.validate(ctx)?;
         }
         if self.monitor.keeps_start() {
             self.keep(ctx)?;

@@ -96,7 +96,7 @@ impl Point {
             Some(kl) => (NOISE_KL * kl).max(NOISE_KL_NATS),
             None => NOISE_NLL,
         };
-        !(self.value() <= other.value() + noise)
+        self.value().is_nan() || self.value() > other.value() + noise
     }
 }
 

@@ -39,7 +39,7 @@ const SLOW: f64 = 0.1;
 /// A loss is far above its start beyond twice that and this much more, nats.
 const FAR_LOSS: f64 = 0.5;
 /// A validation is far above its start at four times the perplexity: this much more, nats.
-const FAR_NLL: f64 = 1.386_294_361_119_890_6;
+const FAR_NLL: f64 = 2.0 * std::f64::consts::LN_2;
 /// Validations in a row that make a failure, ...
 const FAR_VALIDATIONS: u64 = 3;
 /// ... unless the last one is this much better than the one before it, nats: it recovers.
