@@ -1,8 +1,11 @@
-//! The stop flag: SIGINT and SIGTERM ask every loop to save and leave.
+//! The stop flag: SIGINT and SIGTERM, a terminal that is closed (SIGHUP) and a scheduler's warning
+//! (SIGUSR1) ask every loop to save and leave.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+#[cfg(unix)]
+use signal_hook::consts::{SIGHUP, SIGUSR1, SIGXFSZ};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::error::{Error, Kind, Result};
@@ -12,14 +15,15 @@ use crate::error::{Error, Kind, Result};
 pub struct StopFlag(Arc<AtomicUsize>);
 
 impl StopFlag {
-    /// A flag that SIGINT and SIGTERM set. A second signal ends the process at once.
+    /// A flag that those signals set. A second one ends the process at once. A SIGHUP that is ignored
+    /// (`nohup`) stays so.
     ///
     /// # Errors
     /// When the handlers cannot be installed.
     pub fn from_signals() -> Result<Self> {
         let flag = Self::default();
         let armed = Arc::new(AtomicBool::new(false));
-        for signal in [SIGINT, SIGTERM] {
+        for signal in signals() {
             let install = || -> std::io::Result<()> {
                 // In this order: the first signal finds `armed` unset, sets it, and only the
                 // second one takes the default action.
@@ -31,6 +35,10 @@ impl StopFlag {
             install()
                 .map_err(|e| Error::failed(format!("cannot install a signal handler: {e}")))?;
         }
+        // A file beyond the shell's limit is then an error of the write, with a path and a remedy.
+        #[cfg(unix)]
+        signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)))
+            .map_err(|e| Error::failed(format!("cannot install a signal handler: {e}")))?;
         Ok(flag)
     }
 
@@ -50,6 +58,31 @@ impl StopFlag {
     pub fn set(&self, signal: i32) {
         self.0.store(signal as usize, Ordering::Relaxed);
     }
+}
+
+/// The signals that ask to stop.
+#[cfg(unix)]
+fn signals() -> Vec<i32> {
+    let mut signals = vec![SIGINT, SIGTERM, SIGUSR1];
+    if !is_ignored(SIGHUP) {
+        signals.push(SIGHUP);
+    }
+    signals
+}
+
+/// The signals that ask to stop.
+#[cfg(not(unix))]
+fn signals() -> Vec<i32> {
+    vec![SIGINT, SIGTERM]
+}
+
+/// Whether this process was started with a signal ignored, where the system tells (Linux).
+#[cfg(unix)]
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    mask >> (signal - 1) & 1 == 1
 }
 
 #[cfg(test)]

@@ -143,6 +143,48 @@ fn steps_of(place: &Place, stage: usize) -> u64 {
         .unwrap_or(0)
 }
 
+/// The steps of a stage in the order in which a run reported them.
+fn all_steps(place: &Place, stage: usize) -> Vec<u64> {
+    let events = so_far(place);
+    let steps = events.iter().filter(|event| event["event"] == "step" && event["stage"] == stage);
+    steps.filter_map(|event| event["step"].as_u64()).collect()
+}
+
+#[test]
+fn a_training_that_fails_fails_alike_after_a_resume() {
+    // A rate that no training survives: it goes back three times, then the run ends.
+    let absurd = RECIPE.replacen("learning_rate = 1e-3", "learning_rate = 1e30", 1);
+    let place = || {
+        let place = prepared();
+        place.write("recipe.toml", &absurd);
+        place
+    };
+    let setbacks = |place: &Place| {
+        let record: Value = serde_json::from_str(&place.read("run/run.json")).unwrap();
+        record["results"]["setbacks"].clone()
+    };
+    let undisturbed = place();
+    let refused = undisturbed.failed(&TRAIN);
+    assert!(refused.starts_with("exit 1\n"), "{refused}");
+    assert!(refused.contains("after 3 retries\n  at   stage 1, distill, step "), "{refused}");
+    let expected = setbacks(&undisturbed);
+    assert_eq!(expected.as_array().unwrap().len(), 4, "{expected}");
+    let factors = expected.as_array().unwrap().iter().map(|s| s["rate_factor"].as_f64().unwrap());
+    assert_eq!(factors.collect::<Vec<_>>(), [0.5, 0.25, 0.125, 0.125]);
+
+    let stopped = place();
+    let mut run = Background::start(&stopped);
+    let retries = || so_far(&stopped).iter().filter(|event| event["event"] == "retry").count();
+    run.wait_for("a retry", || retries() >= 1);
+    run.signal(Signal::KILL);
+    run.end();
+    let refused = stopped.failed(&TRAIN);
+    assert!(refused.contains("after 3 retries\n"), "{refused}");
+    assert_eq!(setbacks(&stopped), expected);
+    let state = |place: &Place| std::fs::read(place.path(STATE)).unwrap();
+    assert!(state(&stopped) == state(&undisturbed), "the training states differ");
+}
+
 fn block_file(place: &Place, index: usize) -> PathBuf {
     place.path(&format!("run/checkpoints/00-reconstruct/block-{index:04}.safetensors"))
 }
@@ -200,6 +242,8 @@ fn however_a_run_is_stopped_it_ends_in_the_same_bytes() {
     kill_in_distill(&killed);
     killed.ok(&TRAIN);
     assert!(exported(&killed) == expected, "SIGKILL and resuming changed the export");
+    assert_eq!(all_steps(&killed, 1), (1..=48).collect::<Vec<_>>(), "a step stands there twice");
+    assert_eq!(all_steps(&asked, 2), (1..=40).collect::<Vec<_>>(), "a step stands there twice");
     let position = resumed(&killed).pop().unwrap();
     let step: u64 = position["step ".len()..].split('/').next().unwrap().parse().unwrap();
     assert!(

@@ -240,10 +240,11 @@ impl Text {
         let recorded = session.opened.packed_manifest()?.parity.as_ref();
         let recorded = recorded.filter(|parity| parity.data_sha256 == sha256);
         let format = format.or(recorded.map(|parity| parity.format)).unwrap_or_default();
+        let recorded = recorded.filter(|parity| parity.format == format);
         let task = PplConfig {
-            context: recorded.filter(|parity| parity.format == format).map(|p| p.context),
-            windows: Some(PARITY_WINDOWS),
-            ..PplConfig::default()
+            context: recorded.map(|parity| parity.context),
+            stride: recorded.and_then(|parity| parity.stride),
+            windows: recorded.and_then(|parity| parity.windows).or(Some(PARITY_WINDOWS)),
         };
         let config = &session.opened.config;
         let (context, _) =

@@ -234,8 +234,8 @@ fn check_perplexity(
     let stream = TokenStream::load(&[&path], format, &tokenizer, marks, length)?;
     let task = PplConfig {
         context: Some(recorded.context),
-        windows: Some(PARITY_WINDOWS),
-        ..PplConfig::default()
+        stride: recorded.stride,
+        windows: recorded.windows.or(Some(PARITY_WINDOWS)),
     };
     let Session { opened, device, dtype, .. } = session;
     let (config, device) = (&opened.config, &device.device);

@@ -173,6 +173,12 @@ pub struct ParityRecord {
     pub tokens: u64,
     /// Window length.
     pub context: usize,
+    /// Tokens between window starts; the window length where it is not said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stride: Option<usize>,
+    /// Windows, evenly spread; at most 64 where it is not said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub windows: Option<usize>,
     /// SHA-256 of the text.
     pub data_sha256: String,
     /// What its documents are; packed examples have windows of `context` tokens.

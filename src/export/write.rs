@@ -183,6 +183,8 @@ fn record(manifest: &mut Manifest, gate: &Gate<'_>, gauged: &Gauged) {
         exported: exported.perplexity,
         tokens: exported.tokens,
         context: exported.context,
+        stride: (exported.stride != exported.context).then_some(exported.stride),
+        windows: Some(exported.windows),
         data_sha256: text.sha256.clone(),
         format: text.format,
     });

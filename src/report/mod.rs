@@ -114,6 +114,72 @@ pub enum Event {
         #[serde(serialize_with = "as_map")]
         values: Vec<(String, f64)>,
     },
+    /// The model in training, measured on a few windows of the validation text: tags `eval/loss`,
+    /// `eval/perplexity`, `eval/kl_forward`, `eval/top1_agreement`.
+    Validation {
+        /// Index of the stage, from zero.
+        stage: usize,
+        /// What is being done, e.g. `distill`.
+        verb: String,
+        /// Steps done in this stage.
+        step: u64,
+        /// Steps of this stage.
+        of: u64,
+        /// Step on TensorBoard's axis.
+        global_step: u64,
+        /// Perplexity per token.
+        perplexity: f64,
+        /// Mean negative log likelihood per token, in nats.
+        nll_per_token: f64,
+        /// `KL(teacher‖student)` per token in nats, where there is a teacher.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        kl_forward: Option<f64>,
+        /// Share of tokens on which both find the same token likeliest.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        top1_agreement: Option<f64>,
+        /// Tokens predicted.
+        tokens: u64,
+        /// Whether no state so far was better.
+        best: bool,
+    },
+    /// A training failed and goes on from an earlier state at a smaller rate.
+    Retry {
+        /// Index of the stage, from zero.
+        stage: usize,
+        /// What is being done, e.g. `distill`.
+        verb: String,
+        /// Steps that were done in this stage.
+        step: u64,
+        /// The step it goes on from.
+        back_to: u64,
+        /// That step on TensorBoard's axis, where later points are dropped.
+        global_step: u64,
+        /// What failed: one sentence without a full stop.
+        reason: String,
+        /// The factor of the recipe's learning rate from there on.
+        rate_factor: f64,
+        /// How many times this stage has gone back, this time included.
+        attempt: u64,
+        /// How many times it may.
+        of: u64,
+    },
+    /// The quality gate's measurement behind a training stage or before an export.
+    Gate {
+        /// Index of the stage, from zero.
+        stage: usize,
+        /// Which model: `after distill`.
+        what: String,
+        /// Its perplexity on a few windows of the validation text.
+        perplexity: f64,
+        /// The perplexity at the stage's start, if measured.
+        start: Option<f64>,
+        /// The perplexity of plain rounding at the same bits, if measured.
+        rtn: Option<f64>,
+        /// Tokens predicted.
+        tokens: u64,
+        /// Whether it is not worse than those.
+        passed: bool,
+    },
     /// One point of the loss curve inside a block: tag `block/BB/loss`.
     BlockLoss {
         /// Index of the block, from zero.
@@ -215,6 +281,10 @@ pub enum Event {
         perplexity_float: Option<f64>,
         /// Perplexity of the result, if measured.
         perplexity_final: Option<f64>,
+        /// Tokens of the validation text that both were measured on, where no evaluation measured the
+        /// result.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        slice_tokens: Option<u64>,
         /// Size of the export in bytes, if there is one.
         bytes: Option<u64>,
         /// Bits per quantized weight of the export, if there is one.
@@ -224,6 +294,26 @@ pub enum Event {
         /// Wall-clock time in seconds.
         seconds: f64,
     },
+}
+
+/// How far an unfinished stage is saved.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum At {
+    /// So many steps of the whole model.
+    Step(u64),
+    /// So many blocks.
+    Block(usize),
+}
+
+/// Where a run goes on: what an earlier attempt reported of later steps will come again.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Position {
+    /// Index of the stage, from zero.
+    pub stage: usize,
+    /// How far it is saved.
+    pub at: At,
+    /// Step on TensorBoard's axis.
+    pub global_step: u64,
 }
 
 /// Pairs as one JSON object, so that a script can ask for `values["train/loss"]`.
@@ -292,7 +382,8 @@ struct Thinning {
 impl Thinning {
     fn passes(&mut self, event: &Event) -> bool {
         match event {
-            Event::StageStart { .. } => {
+            // A training that goes back passes the same steps again.
+            Event::StageStart { .. } | Event::Retry { .. } => {
                 *self = Self::default();
                 true
             }
@@ -323,6 +414,20 @@ pub fn size(bytes: u64) -> String {
     let decimals = if amount < 0.995 { 2 } else { usize::from(amount < 9.95) };
     format!("{amount:.decimals$} {unit}")
 }
+
+/// A perplexity in words that nobody can misread: `51.2`, `1.2e5`, `over a million`, `not a number`.
+pub fn perplexity(value: f64) -> String {
+    if value.is_nan() {
+        "not a number".to_owned()
+    } else if value > HOPELESS {
+        "over a million".to_owned()
+    } else {
+        terminal::significant(value, 4)
+    }
+}
+
+/// A perplexity above this is no language model's whatever its vocabulary.
+const HOPELESS: f64 = 1e6;
 
 /// Seconds for people: `4.2 s`, `61 s`, `3 min 20 s`, `18 min`, `2 h 10 min`, `3 d 4 h`.
 pub fn duration(seconds: f64) -> String {

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process;
 
 use protobuf::Message as _;
-use tensorboard_proto::event::Event as Record;
+use tensorboard_proto::event::{Event as Record, SessionLog, SessionLog_SessionStatus};
 use tensorboard_proto::summary::{
     HistogramProto, Summary, Summary_Value, SummaryMetadata, SummaryMetadata_PluginData,
 };
@@ -43,6 +43,12 @@ impl TensorBoard {
         record.set_file_version("brain.Event:2".into());
         board.write(&[record]);
         board
+    }
+
+    /// Says that a run goes on behind `step`: TensorBoard drops what an earlier attempt wrote of later
+    /// steps.
+    pub fn resume(&mut self, step: u64) {
+        self.write(&[restart(step + 1)]);
     }
 
     fn write(&mut self, records: &[Record]) {
@@ -84,6 +90,21 @@ fn records(event: &Event) -> Vec<Record> {
                 [scalar("eval/perplexity", *perplexity), scalar("eval/loss", *nll_per_token)],
             )]
         }
+        Event::Validation {
+            global_step,
+            perplexity,
+            nll_per_token,
+            kl_forward,
+            top1_agreement,
+            ..
+        } => {
+            let mut values =
+                vec![scalar("eval/perplexity", *perplexity), scalar("eval/loss", *nll_per_token)];
+            values.extend(kl_forward.map(|kl| scalar("eval/kl_forward", kl)));
+            values.extend(top1_agreement.map(|top1| scalar("eval/top1_agreement", top1)));
+            vec![record(*global_step, values)]
+        }
+        Event::Retry { global_step, .. } => vec![restart(global_step + 1)],
         Event::Histogram { tag, global_step, edges, counts } => histogram(tag, edges, counts)
             .map(|value| record(*global_step, [value]))
             .into_iter()
@@ -91,6 +112,17 @@ fn records(event: &Event) -> Vec<Record> {
         Event::Text { tag, text: content } => vec![record(0, [text(tag, content)])],
         _ => Vec::new(),
     }
+}
+
+/// The mark from which on TensorBoard drops what it has: events of that step and later ones.
+fn restart(step: u64) -> Record {
+    let mut log = SessionLog::new();
+    log.set_status(SessionLog_SessionStatus::START);
+    let mut record = Record::new();
+    record.set_wall_time(unix_seconds());
+    record.set_step(i64::try_from(step).unwrap_or(i64::MAX));
+    record.set_session_log(log);
+    record
 }
 
 fn record(step: u64, values: impl IntoIterator<Item = Summary_Value>) -> Record {

@@ -47,7 +47,7 @@ impl Terminal {
         }
     }
 
-    fn advance(&mut self, verb: &str, done: u64, of: u64, message: String) {
+    fn advance(&mut self, verb: &str, done: u64, of: u64, message: &[String]) {
         if self.bar.as_ref().is_some_and(|(old, _)| old != verb) {
             self.clear();
         }
@@ -55,7 +55,7 @@ impl Terminal {
             let bar = ProgressBar::with_draw_target(Some(of), ProgressDrawTarget::stderr());
             // The template is a constant; were it wrong, indicatif's own would do.
             if let Ok(style) = ProgressStyle::with_template(
-                "{prefix:<11}  {bar:12}  {pos}/{len}  {eta:>3} left  {wide_msg}",
+                "{prefix:<11}  {bar:12}  {pos}/{len}  {eta:>3} left  {msg}",
             ) {
                 bar.set_style(style.progress_chars("━╸─"));
             }
@@ -66,7 +66,9 @@ impl Terminal {
             bar.reset();
         }
         bar.set_length(of);
-        bar.set_message(message);
+        // What stands before it: the template's columns, the position twice, and a time.
+        let taken = 11 + 2 + 12 + 2 + 2 * of.to_string().len() + 1 + 2 + 4 + 5 + 2;
+        bar.set_message(whole_fields(message, self.width.saturating_sub(taken)));
         bar.set_position(done);
     }
 
@@ -87,11 +89,11 @@ impl Reporter for Terminal {
     fn emit(&mut self, event: &Event) {
         match event {
             Event::Progress { verb, done, of, detail } if self.live => {
-                self.advance(verb, *done, *of, clean(detail));
+                self.advance(verb, *done, *of, &[clean(detail)]);
             }
             Event::Step { verb, step, of, values, .. } if self.live => {
                 let values: Vec<String> = values.iter().map(|(tag, v)| value(tag, *v)).collect();
-                self.advance(verb, *step, *of, values.join("  "));
+                self.advance(verb, *step, *of, &values);
             }
             _ => {
                 if matches!(
@@ -108,6 +110,13 @@ impl Reporter for Terminal {
             }
         }
     }
+}
+
+/// As many fields as have room, side by side: a number that is cut reads as another one.
+fn whole_fields(fields: &[String], width: usize) -> String {
+    let joined = |count: usize| fields[..count].join("  ").trim_end().to_owned();
+    let mut texts = (0..=fields.len()).rev().map(joined);
+    texts.find(|text| text.chars().count() <= width).unwrap_or_default()
 }
 
 /// The text of an event in at most `width` columns: one line, except that a plan, a note or a
@@ -136,6 +145,9 @@ pub fn line(event: &Event, width: usize) -> Option<String> {
         }
         Event::Model { .. } | Event::Needs { .. } => opening(event, width)?,
         Event::Block { .. } | Event::Evaluation { .. } => result(event, width)?,
+        Event::Validation { .. } | Event::Retry { .. } | Event::Gate { .. } => {
+            health(event, width)?
+        }
         Event::Exported { .. } | Event::Done { .. } => ending(event, width)?,
         Event::BlockLoss { .. }
         | Event::Progress { .. }
@@ -205,7 +217,7 @@ fn result(event: &Event, width: usize) -> Option<String> {
             ..
         } => {
             let perplexity = significant(*perplexity, 4);
-            let head = labelled("eval", &format!("{what:<17}  perplexity {perplexity:<6}"));
+            let head = labelled("eval", &format!("{what:<17}  perplexity {perplexity:<7}"));
             let ratio =
                 ratio_to_float.map_or(String::new(), |r| format!("{}× float", significant(r, 4)));
             let mut fields = vec![
@@ -229,6 +241,83 @@ fn result(event: &Event, width: usize) -> Option<String> {
     }
 }
 
+/// Lines about how a training is doing.
+fn health(event: &Event, width: usize) -> Option<String> {
+    match event {
+        Event::Validation {
+            verb, step, of, perplexity, kl_forward, top1_agreement, best, ..
+        } => {
+            let head = positioned("val ", *step, *of, verb);
+            let head = format!("{head}  perplexity {:<7}", significant(*perplexity, 4));
+            let mut fields = Vec::new();
+            fields
+                .extend(kl_forward.map(|kl| Field::new(&format!("kl {:<7}", significant(kl, 4)))));
+            fields.extend(
+                top1_agreement.map(|top1| Field::new(&format!("top1 {:<7}", significant(top1, 4)))),
+            );
+            fields.extend(best.then(|| Field::new("best")));
+            Some(fit(&Field::new(&head), &fields, width))
+        }
+        Event::Retry { verb, step, back_to, reason, rate_factor, attempt, of, .. } => {
+            let text = format!(
+                "{verb} failed at step {step}: {reason}; it goes back to step {back_to} with {} \
+                 times the rate (retry {attempt} of {of})",
+                significant(*rate_factor, 3)
+            );
+            Some(wrap("warning", &text, width))
+        }
+        Event::Gate { what, perplexity, start, rtn, tokens, passed, .. } => {
+            let number = |value: f64| significant(value, 4);
+            let head = format!("{what:<17}  perplexity {:<7}", number(*perplexity));
+            let mut fields = Vec::new();
+            fields.push(Field::new(if *passed { "passed" } else { "worse " }));
+            fields.extend(start.map(|v| Field::new(&format!("start {}", number(v)))));
+            fields.extend(rtn.map(|v| {
+                Field::new(&format!("plain rounding {}", number(v)))
+                    .or(&format!("rtn {}", number(v)))
+            }));
+            fields.push(Field::new(&format!("{tokens} tokens")).or(&format!("{tokens} tok")));
+            Some(fit(&labelled("gate", &head), &fields, width))
+        }
+        _ => None,
+    }
+}
+
+/// Perplexities and their ratio as the last line says them, and the same in short.
+fn verdict(float: Option<f64>, last: Option<f64>, slice: Option<u64>) -> Option<Field> {
+    /// Times the float model's perplexity beyond which nothing is left to use.
+    const BROKEN: f64 = 100.0;
+    let on = slice.map_or(String::new(), |tokens| format!(" on {tokens} tokens"));
+    Some(match (float, last) {
+        (float, Some(last)) if last.is_nan() || last > super::HOPELESS => {
+            let before = float.map_or(String::new(), |v| format!("{} → ", significant(v, 4)));
+            let last = super::perplexity(last);
+            let text = format!("{before}{last}{on}: this model is broken");
+            Field::new(&format!("perplexity {text}")).or(&format!("ppl {text}"))
+        }
+        (Some(float), Some(last)) => {
+            let ratio = last / float;
+            let text = format!(
+                "{} → {}, {} × float{on}{}",
+                significant(float, 4),
+                significant(last, 4),
+                significant(ratio, 3),
+                if ratio > BROKEN { ": this model is broken" } else { "" }
+            );
+            Field::new(&format!("perplexity {text}")).or(&format!("ppl {text}"))
+        }
+        (None, Some(last)) => {
+            let text = format!("{}{on}, float not measured", significant(last, 4));
+            Field::new(&format!("perplexity {text}")).or(&format!("ppl {text}"))
+        }
+        (Some(float), None) => {
+            let text = format!("float {}, result not measured", significant(float, 4));
+            Field::new(&format!("perplexity {text}")).or(&format!("ppl {text}"))
+        }
+        (None, None) => return None,
+    })
+}
+
 /// Lines about what is left behind.
 fn ending(event: &Event, width: usize) -> Option<String> {
     match event {
@@ -248,23 +337,15 @@ fn ending(event: &Event, width: usize) -> Option<String> {
             run,
             perplexity_float,
             perplexity_final,
+            slice_tokens,
             bytes,
             bits_per_weight,
             codes_exact,
             seconds,
         } => {
             let mut fields = Vec::new();
-            let of = |perplexity: &Option<f64>| perplexity.map(|v| significant(v, 3));
-            match (of(perplexity_float), of(perplexity_final)) {
-                (Some(float), Some(last)) => fields.push(
-                    Field::new(&format!("perplexity {float} → {last}"))
-                        .or(&format!("ppl {float}→{last}")),
-                ),
-                (Some(one), None) | (None, Some(one)) => {
-                    fields.push(Field::new(&format!("perplexity {one}")).or(&format!("ppl {one}")));
-                }
-                (None, None) => {}
-            }
+            let verdict = verdict(*perplexity_float, *perplexity_final, *slice_tokens);
+            fields.extend(verdict.clone());
             fields.extend(bytes.map(|bytes| Field::new(&size(bytes))));
             fields.extend(bits_per_weight.map(bits));
             if bytes.is_some() {
@@ -277,7 +358,22 @@ fn ending(event: &Event, width: usize) -> Option<String> {
             fields.push(Field::new(&duration(*seconds)));
             let mut head = labelled("done", run);
             head.short = format!("{:<LABEL$}{}", "done", Field::path(run).short);
-            Some(fit(&head, &fields, width))
+            let all = fields.iter().map(|field| field.long.chars().count() + 2).sum::<usize>();
+            match verdict {
+                // What the run is about stands whole, if need be in a line of its own: the last.
+                Some(verdict) if head.long.chars().count() + all > width => {
+                    let first = fit(&head, &fields[1..], width);
+                    let indent = Field::new(&" ".repeat(LABEL));
+                    let text = Field { long: verdict.long, short: verdict.short };
+                    let joined = |text: &str| format!("{}{text}", indent.long);
+                    let last = [joined(&text.long), joined(&text.short)];
+                    let fits = |line: &&String| line.chars().count() <= width;
+                    let whole = last.iter().find(fits).cloned();
+                    let last = whole.unwrap_or_else(|| wrap("", &text.long, width));
+                    Some(format!("{first}\n{last}"))
+                }
+                _ => Some(fit(&head, &fields, width)),
+            }
         }
         _ => None,
     }
@@ -388,7 +484,9 @@ fn clean(text: &str) -> String {
 
 /// Colours the label of the two lines that should catch the eye.
 fn paint(line: &str) -> String {
-    for (label, colour) in [("warning", "33"), ("done", "32")] {
+    // A run that is over is not always a good one.
+    let done = if line.contains("this model is broken") { "31" } else { "32" };
+    for (label, colour) in [("warning", "33"), ("done", done)] {
         if let Some(rest) = line.strip_prefix(label) {
             return format!("\x1b[1;{colour}m{label}\x1b[0m{rest}");
         }
@@ -423,7 +521,7 @@ fn tiny(value: f64) -> String {
 }
 
 /// A number with so many significant digits; powers of ten if it is small or large.
-fn significant(value: f64, digits: usize) -> String {
+pub(super) fn significant(value: f64, digits: usize) -> String {
     let magnitude = value.abs();
     if magnitude == 0.0 || !value.is_finite() {
         format!("{value}")
@@ -526,6 +624,7 @@ mod tests {
             run: "runs/upq_int2".into(),
             perplexity_float: Some(13.9),
             perplexity_final: Some(16.21),
+            slice_tokens: None,
             bytes: Some(612_000_000),
             bits_per_weight: Some(2.63),
             codes_exact: true,
@@ -610,7 +709,7 @@ mod tests {
         );
         assert_eq!(
             at(&evaluation(), 80),
-            "eval      after reconstruct  perplexity 16.23   1.168× float  128k tok  ctx 2048"
+            "eval      after reconstruct  perplexity 16.23    1.168× float  128k tok  ctx 2048"
         );
         let Event::Evaluation { stage, perplexity, nll_per_token, tokens, context, .. } =
             evaluation()
@@ -634,7 +733,7 @@ mod tests {
         };
         assert_eq!(
             at(&float, 120),
-            "eval      float              perplexity 16.23                 128000 tokens  \
+            "eval      float              perplexity 16.23                  128000 tokens  \
              context 2048  stride 1024  no BOS  a.txt"
         );
         let mut packed = evaluation();
@@ -644,21 +743,133 @@ mod tests {
         }
         assert_eq!(
             at(&packed, 120),
-            "eval      after reconstruct  perplexity 16.23   1.168× float  128000 tokens  \
+            "eval      after reconstruct  perplexity 16.23    1.168× float  128000 tokens  \
              context 2048  completions only  a.jsonl"
         );
+    }
+
+    #[test]
+    fn health_lines() {
+        let validation = |perplexity, kl_forward| Event::Validation {
+            stage: 1,
+            verb: "distill".into(),
+            step: 100,
+            of: 2000,
+            global_step: 100,
+            perplexity,
+            nll_per_token: 2.787,
+            kl_forward,
+            top1_agreement: kl_forward.map(|_| 0.51234),
+            tokens: 1020,
+            best: true,
+        };
+        assert_eq!(
+            at(&validation(16.234, Some(0.5)), 80),
+            "val   100/2000  distill      perplexity 16.23    kl 0.5000   top1 0.5123   best"
+        );
+        assert_eq!(
+            at(&validation(3.7e32, None), 80),
+            "val   100/2000  distill      perplexity 3.70e32   best"
+        );
+        let gate = Event::Gate {
+            stage: 1,
+            what: "after distill".into(),
+            perplexity: 51.2,
+            start: Some(4.53e7),
+            rtn: Some(1012.3),
+            tokens: 1020,
+            passed: true,
+        };
+        assert_eq!(
+            at(&gate, 80),
+            "gate      after distill      perplexity 51.20    passed  start 4.53e7  rtn 1012"
+        );
+        let retry = Event::Retry {
+            stage: 1,
+            verb: "distill".into(),
+            step: 43,
+            back_to: 20,
+            global_step: 20,
+            reason: "the loss became NaN".into(),
+            rate_factor: 0.25,
+            attempt: 2,
+            of: 3,
+        };
+        assert_eq!(
+            at(&retry, 80),
+            "warning   distill failed at step 43: the loss became NaN; it goes back to step\n          \
+             20 with 0.250 times the rate (retry 2 of 3)"
+        );
+    }
+
+    #[test]
+    fn the_last_line_cannot_be_misread() {
+        let said = |float: Option<f64>, last: Option<f64>, slice| {
+            verdict(float, last, slice).map(|field| field.long)
+        };
+        let cases = [
+            (Some(17.07), Some(51.2), None, "perplexity 17.07 → 51.20, 3.00 × float"),
+            (
+                Some(17.07),
+                Some(3.7e32),
+                None,
+                "perplexity 17.07 → over a million: this model is broken",
+            ),
+            (
+                Some(17.07),
+                Some(f64::NAN),
+                None,
+                "perplexity 17.07 → not a number: this model is broken",
+            ),
+            (
+                Some(17.07),
+                Some(2274.0),
+                None,
+                "perplexity 17.07 → 2274, 133 × float: this model is broken",
+            ),
+            (
+                Some(17.07),
+                Some(20.25),
+                Some(1020),
+                "perplexity 17.07 → 20.25, 1.19 × float on 1020 tokens",
+            ),
+            (None, Some(51.2), None, "perplexity 51.20, float not measured"),
+            (Some(17.07), None, None, "perplexity float 17.07, result not measured"),
+        ];
+        for (float, last, slice, text) in cases {
+            assert_eq!(said(float, last, slice).as_deref(), Some(text));
+        }
+        assert_eq!(said(None, None, None), None);
+        let mut broken = done();
+        if let Event::Done { perplexity_final, .. } = &mut broken {
+            *perplexity_final = Some(3.7e32);
+        }
+        assert_eq!(
+            at(&broken, 80).lines().last(),
+            Some("          perplexity 13.90 → over a million: this model is broken")
+        );
+        assert!(paint(&at(&broken, 80)).starts_with("\x1b[1;31mdone"));
+    }
+
+    #[test]
+    fn the_bar_cuts_no_number() {
+        let values = ["loss 2.314", "lr 2.00e-5", "grad 0.5000"].map(str::to_owned);
+        assert_eq!(whole_fields(&values, 80), "loss 2.314  lr 2.00e-5  grad 0.5000");
+        assert_eq!(whole_fields(&values, 34), "loss 2.314  lr 2.00e-5");
+        assert_eq!(whole_fields(&values, 9), "");
     }
 
     #[test]
     fn last_lines() {
         assert_eq!(
             at(&done(), 120),
-            "done      runs/upq_int2   perplexity 13.9 → 16.2   0.61 GB   2.63 bits/weight   \
-             codes exact   18 min"
+            "done      runs/upq_int2   perplexity 13.90 → 16.21, 1.17 × float   0.61 GB   \
+             2.63 bits/weight   codes exact   18 min"
         );
         assert_eq!(
             at(&done(), 80),
-            "done      …/upq_int2  ppl 13.9→16.2  0.61 GB  2.63 bits  codes exact  18 min"
+            "done      runs/upq_int2   0.61 GB   2.63 bits/weight   codes exact   18 min\n          \
+             perplexity 13.90 → 16.21, 1.17 × float"
         );
         let exported = Event::Exported {
             format: "gguf".into(),
@@ -676,6 +887,7 @@ mod tests {
             run: "runs/x".into(),
             perplexity_float: None,
             perplexity_final: None,
+            slice_tokens: None,
             bytes: None,
             bits_per_weight: None,
             codes_exact: false,

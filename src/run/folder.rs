@@ -54,6 +54,10 @@ impl RunFolder {
         refuse_foreign(&path)?;
         std::fs::create_dir_all(&path).map_err(|e| Error::io("create", &path, &e))?;
         let folder = Self { _lock: lock(&path)?, path };
+        // Under the lock nobody is writing: what a killed process left half written is of no use.
+        for dir in ["", "checkpoints", "adapters"] {
+            sweep(&folder.path.join(dir), dir == "checkpoints");
+        }
         if fresh {
             folder.clear()?;
         }
@@ -100,6 +104,21 @@ impl RunFolder {
             }
         }
         Ok(())
+    }
+}
+
+/// Removes the temporary files of processes that are gone, in `dir` and where asked for in the folders
+/// in it. What cannot be removed stays: it only takes space.
+fn sweep(dir: &Path, folders: bool) {
+    let Ok(entries) = std::fs::read_dir(dir) else { return };
+    for entry in entries.flatten() {
+        let (path, name) = (entry.path(), entry.file_name());
+        let name = name.to_string_lossy();
+        if name.starts_with('.') && name.contains(".tmp-") && path.is_file() {
+            let _ = std::fs::remove_file(&path);
+        } else if folders && path.is_dir() {
+            sweep(&path, false);
+        }
     }
 }
 

@@ -18,12 +18,12 @@ pub use record::{Fingerprint, RunRecord, StageRecord, Status};
 use crate::data::TokenStream;
 use crate::error::{Error, Kind, Result};
 use crate::export::Provenance;
-use crate::recipe::to_toml;
-use crate::report::jsonl::JsonLines;
+use crate::recipe::{Plan, Recipe, to_toml};
+use crate::report::jsonl::{JsonLines, cut_back};
 use crate::report::log::LogFile;
 use crate::report::tensorboard::TensorBoard;
-use crate::report::{Event, Reporter, Reporters, memory};
-use crate::stage::{Results, StageContext};
+use crate::report::{At, Event, Position, Reporter, Reporters, memory};
+use crate::stage::{Quality, Results, StageContext};
 use crate::stop::StopFlag;
 
 /// How a recipe is to be run.
@@ -53,13 +53,18 @@ pub fn train(options: &Options, mut report: Reporters, stop: &StopFlag) -> Resul
         report.emit(&Event::Note {
             text: "this run is already complete; --fresh starts it over".to_owned(),
         });
-        report.emit(&done(&record, folder.path()));
+        report.emit(&done(
+            &record,
+            last_change(&prepared.plan, prepared.plan.stages.len()),
+            folder.path(),
+        ));
         return Ok(record);
     }
-    attach_files(&mut report, folder.path())?;
+    attach_files(&prepared, &record, &folder, &mut report)?;
     announce_to_files(&prepared, &mut report);
     let start = Instant::now();
     let before = record.seconds;
+    let last_change = last_change(&prepared.plan, prepared.plan.stages.len());
     let outcome = execute(prepared, &folder, &mut record, &mut report, stop);
     record.seconds = before + start.elapsed().as_secs_f64();
     let peak = memory::peak_gib();
@@ -76,7 +81,7 @@ pub fn train(options: &Options, mut report: Reporters, stop: &StopFlag) -> Resul
         _ => error,
     });
     outcome.and(saved)?;
-    report.emit(&done(&record, folder.path()));
+    report.emit(&done(&record, last_change, folder.path()));
     report.flush();
     Ok(record)
 }
@@ -94,11 +99,12 @@ fn execute(
         model_sha256: fingerprint.model,
         data_sha256: fingerprint.data,
         // Without output folder and device: equal runs give equal manifests.
-        recipe: fingerprint.recipe,
+        recipe: recipe_of(&plan.recipe)?,
         seed: plan.recipe.seed,
         device: device.name.clone(),
     };
     model.take_packed()?;
+    let model_blocks = model.config.n_blocks;
     record.status = Status::Running;
     record.device.clone_from(&device.name);
     record.save(folder.path())?;
@@ -107,7 +113,7 @@ fn execute(
         let dir = folder.stage_dir(index, name);
         let was = record.stages[index].status;
         let mut results = std::mem::take(&mut record.results);
-        if was != Status::Done {
+        if !matches!(was, Status::Done | Status::Trained) {
             discard_of(&mut results, index);
         }
         let mut ctx = StageContext {
@@ -119,6 +125,8 @@ fn execute(
             stage: index,
             latest: stage.latest,
             first_step: stage.first_step,
+            steps: stage.config.steps(model_blocks),
+            left_by: last_change(&plan, index),
             specs: &stage.specs,
             keeps_latents: stage.keeps_latents,
             head: stage.head,
@@ -133,11 +141,20 @@ fn execute(
             provenance: &provenance,
         };
         let start = Instant::now();
-        let outcome = match was {
-            Status::Done => stage.config.restore(&mut ctx),
+        let mut outcome = match was {
+            Status::Done | Status::Trained => stage.config.restore(&mut ctx),
             _ => begin(&mut ctx, name, plan.stages.len(), &dir)
                 .and_then(|()| stage.config.run(&mut ctx)),
         };
+        let mut trained = was == Status::Trained;
+        if was != Status::Done && outcome.is_ok() && stage.config.is_judged() {
+            // The work is done and saved, whatever the gate says of it.
+            trained = true;
+            record.stages[index].status = Status::Trained;
+            record.results = ctx.results.clone();
+            record.save(folder.path())?;
+            outcome = stage.config.judge(&mut ctx);
+        }
         record.results = results;
         if was == Status::Done {
             outcome?;
@@ -146,11 +163,13 @@ fn execute(
         record.stages[index].seconds += start.elapsed().as_secs_f64();
         record.stages[index].status = match &outcome {
             Ok(()) => Status::Done,
+            Err(_) if trained => Status::Trained,
             Err(error) if matches!(error.kind(), Kind::Stopped(_)) => Status::Stopped,
             Err(_) => Status::Failed,
         };
-        record.save(folder.path())?;
-        outcome?;
+        let saved = record.save(folder.path());
+        // What ended the stage comes first: a full disk is often why the record cannot be saved.
+        outcome.and(saved)?;
         let (stage, of, name) = (index, plan.stages.len(), name.to_owned());
         report.emit(&Event::StageEnd { stage, of, name, seconds: record.stages[index].seconds });
         report.flush();
@@ -161,6 +180,10 @@ fn execute(
 /// An unfinished stage measures again: what an interrupted attempt noted is dropped.
 fn discard_of(results: &mut Results, stage: usize) {
     results.measured.retain(|measured| measured.stage < stage);
+    results.setbacks.retain(|setback| setback.stage < stage);
+    // Baselines are the same whenever they are measured.
+    let baseline = |what: &str| what == "float" || what.starts_with("rtn ");
+    results.quality.retain(|quality| quality.stage < stage || baseline(&quality.what));
 }
 
 fn begin(ctx: &mut StageContext<'_>, name: &str, of: usize, dir: &Path) -> Result<()> {
@@ -216,23 +239,84 @@ fn announce_to_files(prepared: &Prepared, report: &mut Reporters) {
     report.emit(&Event::Text { tag: "recipe".to_owned(), text });
 }
 
-fn attach_files(report: &mut Reporters, dir: &Path) -> Result<()> {
-    report.push(JsonLines::open(&dir.join("metrics.jsonl"))?);
+fn attach_files(
+    prepared: &Prepared,
+    record: &RunRecord,
+    folder: &RunFolder,
+    report: &mut Reporters,
+) -> Result<()> {
+    let dir = folder.path();
+    let metrics = dir.join("metrics.jsonl");
+    let mut board = TensorBoard::open(&dir.join("tensorboard"));
+    if let Some(position) = position(prepared, record, folder) {
+        cut_back(&metrics, &position)?;
+        // Curves inside blocks have an axis of their own, which must not be cut.
+        if matches!(position.at, At::Step(_)) && position.global_step > 0 {
+            board.resume(position.global_step);
+        }
+    }
+    report.push(JsonLines::open(&metrics)?);
     report.push(LogFile::open(&dir.join("run.log"))?);
-    report.push(TensorBoard::open(&dir.join("tensorboard")));
+    report.push(board);
     Ok(())
 }
 
-fn done(record: &RunRecord, dir: &Path) -> Event {
+/// Where a run that has begun goes on.
+fn position(prepared: &Prepared, record: &RunRecord, folder: &RunFolder) -> Option<Position> {
+    let open = |stage: &StageRecord| !matches!(stage.status, Status::Done | Status::Trained);
+    let stage = record.stages.iter().position(open)?;
+    let begun = record.stages[stage].status != Status::Pending || stage > 0;
+    let planned = prepared.plan.stages.get(stage).filter(|_| begun)?;
+    let at = planned.config.saved(&folder.stage_dir(stage, planned.config.name()));
+    let steps = match at {
+        At::Step(step) => step,
+        At::Block(_) => 0,
+    };
+    Some(Position { stage, at, global_step: planned.first_step + steps })
+}
+
+/// The last stage before `stage` that changes the model.
+fn last_change(plan: &Plan, stage: usize) -> Option<usize> {
+    plan.stages[..stage].iter().rposition(|stage| stage.config.changes_model())
+}
+
+/// The recipe without output folder and device.
+fn recipe_of(recipe: &Recipe) -> Result<String> {
+    let mut recipe = recipe.clone();
+    recipe.output = PathBuf::new();
+    recipe.device = String::new();
+    to_toml(&recipe)
+}
+
+/// The last line. A perplexity that a stage has changed since is none of the result; without a later
+/// one the few windows of the quality gate say what they can.
+fn done(record: &RunRecord, last_change: Option<usize>, dir: &Path) -> Event {
     let results = &record.results;
-    let last = results.measured.iter().rev().find(|measured| measured.what.starts_with("after"));
+    let current = |stage: usize| last_change.is_none_or(|change| stage > change);
+    let last = results.measured.iter().rev();
+    let last = last.filter(|measured| current(measured.stage));
+    let last = last.clone().find(|measured| measured.what.starts_with("after"));
     let task = last.map(|measured| &measured.task);
     let float = results.measured.iter().find(|m| m.what == "float" && Some(&m.task) == task);
+    let judged =
+        results.quality.iter().rev().find(|quality| {
+            quality.what.starts_with("after ") && Some(quality.stage) == last_change
+        });
+    let judged = judged.filter(|_| last.is_none());
+    let teacher = judged.and_then(|judged| {
+        let float = |q: &&Quality| q.what == "float" && q.compares_with(judged);
+        results.quality.iter().find(float)
+    });
     let export = results.exports.first();
     Event::Done {
         run: dir.display().to_string(),
-        perplexity_float: float.map(|measured| measured.result.perplexity),
-        perplexity_final: last.map(|measured| measured.result.perplexity),
+        perplexity_float: float
+            .map(|measured| measured.result.perplexity)
+            .or(teacher.map(Quality::perplexity)),
+        perplexity_final: last
+            .map(|measured| measured.result.perplexity)
+            .or(judged.map(Quality::perplexity)),
+        slice_tokens: judged.map(|judged| judged.tokens),
         bytes: export.map(|export| export.bytes),
         bits_per_weight: export.map(|export| export.bits_per_weight),
         codes_exact: !results.exports.iter().any(|export| export.lossy),

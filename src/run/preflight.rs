@@ -252,6 +252,7 @@ fn fingerprint(plan: &Plan, model: &ModelState, data: &Data) -> Result<Fingerpri
     let mut recipe = plan.recipe.clone();
     recipe.output = PathBuf::new();
     recipe.device = String::new();
+    recipe.stage = recipe.stage.into_iter().map(StageConfig::without_permissions).collect();
     let mut hash = Sha256::new();
     let mut files = vec![model.dir.join("config.json")];
     files.extend(model.checkpoint.files().iter().cloned());
@@ -426,7 +427,8 @@ fn stage_cost(
                     + tape(micro, length) * blocks
                     + 12 * 4 * (micro * config.vocab as u64).min(1 << 23),
                 host: 0,
-                disk: sizes.linears * (1 + 24),
+                // The saved state, the best one, and one of them while it is written.
+                disk: sizes.linears * (1 + 36),
                 seconds: speed.seconds(flops, (per_step * stage.steps) as f64, stage.steps as f64),
             }
         }
@@ -503,7 +505,7 @@ fn finetune_cost(
             + tape(config, micro, length) * blocks
             + 12 * 4 * (micro * config.vocab as u64).min(1 << 23),
         host: 4 * sizes.linears,
-        disk: 4 * sizes.linears + 16 * learned,
+        disk: 4 * sizes.linears + 40 * learned,
         seconds: speed.seconds(flops, (per_step * stage.steps) as f64, stage.steps as f64),
     }
 }

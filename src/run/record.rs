@@ -27,6 +27,8 @@ pub enum Status {
     Stopped,
     /// Ended by an error.
     Failed,
+    /// A stage that has left its model, which the quality gate has not passed.
+    Trained,
     /// Complete.
     Done,
 }

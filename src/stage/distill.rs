@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::session::{Training, discard_state};
+use super::validate::ValidateConfig;
 use super::{Packed, StageContext, StartFrom, check_counts, check_objective, check_rate_unit};
 use crate::error::{Error, Result};
 use crate::export::fewbit::Saved;
@@ -64,6 +65,13 @@ pub struct DistillConfig {
     /// Steps between log points.
     #[serde(default = "super::session::ten")]
     pub log_every: u64,
+    /// Validation while it trains, the best state, and what is done when the training fails.
+    #[serde(default, skip_serializing_if = "ValidateConfig::is_default")]
+    pub validate: ValidateConfig,
+    /// Go on, with a warning, when the quality gate finds the model worse than at the start of the
+    /// stage or than plain rounding.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub allow_worse: bool,
 }
 
 impl DistillConfig {
@@ -76,6 +84,7 @@ impl DistillConfig {
             ("checkpoint_every", self.checkpoint_every),
             ("log_every", self.log_every),
         ])?;
+        self.validate.check()?;
         if !self.method.learns() {
             return Err(Error::usage(format!("method.{} learns nothing", self.method.name()))
                 .fix("method.seq = {} here, or [stage.calibrate]"));
@@ -107,6 +116,7 @@ pub(super) fn run(config: &DistillConfig, ctx: &mut StageContext<'_>) -> Result<
         optimizer: &config.optimizer,
         checkpoint_every: config.checkpoint_every,
         log_every: config.log_every,
+        validate: &config.validate,
         rate: base.weight.max(base.scale),
         rate_of: &|path| method::role_of(path).map_or(0.0, |role| base.of(role)),
         rate_unit: config.rate_unit,

@@ -45,6 +45,9 @@ pub enum Baseline {
 
 pub(super) fn run(config: &EvaluateConfig, ctx: &mut StageContext<'_>) -> Result<()> {
     let TaskConfig::Ppl(task) = &config.task;
+    // `samples` of the data is what a task measures that says nothing else.
+    let samples = ctx.data.validation.as_ref().and_then(|corpus| corpus.samples);
+    let task = &PplConfig { windows: task.windows.or(samples), ..task.clone() };
     let baselines = match &config.baselines {
         Some(baselines) => baselines.clone(),
         None => ctx.model.float().map_or_else(|_| Vec::new(), |_| vec![Baseline::Float]),
@@ -87,6 +90,18 @@ fn known_float(ctx: &StageContext<'_>, task: &PplConfig) -> Option<Perplexity> {
 /// What rounding alone would give at these bits, activations treated alike: the price that learning
 /// has to beat.
 fn rtn(task: &PplConfig, ctx: &mut StageContext<'_>) -> Result<()> {
+    let Some((baseline, what)) = rounded(ctx)? else { return Ok(()) };
+    let result = perplexity(ctx, &baseline, ctx.model.tap(), task)?;
+    record(ctx, what, result, task);
+    Ok(())
+}
+
+/// The float model rounded at the current bits and groups, and what that is called: `rtn w2`; `None`
+/// where nothing but the head is quantized.
+///
+/// # Errors
+/// When there is no float model, or its weights cannot be read.
+pub(super) fn rounded<'a>(ctx: &'a StageContext<'_>) -> Result<Option<(Rounded<'a>, String)>> {
     let mut baseline = Rounded { model: ctx.model, weights: BTreeMap::new() };
     let mut widths = Vec::new();
     for (name, (current, _)) in &ctx.model.quantized {
@@ -97,13 +112,8 @@ fn rtn(task: &PplConfig, ctx: &mut StageContext<'_>) -> Result<()> {
     widths.sort_unstable();
     widths.dedup();
     let widths: Vec<String> = widths.iter().map(|bits| format!("w{bits}")).collect();
-    if widths.is_empty() {
-        return Ok(());
-    }
-    let result = perplexity(ctx, &baseline, ctx.model.tap(), task)?;
     let what = format!("rtn {}{}", widths.join("+"), ctx.model.activations.quant);
-    record(ctx, what, result, task);
-    Ok(())
+    Ok((!widths.is_empty()).then_some((baseline, what)))
 }
 
 fn round(ctx: &StageContext<'_>, name: &str, current: &QuantizedWeight) -> Result<QuantizedWeight> {
@@ -123,7 +133,7 @@ fn round(ctx: &StageContext<'_>, name: &str, current: &QuantizedWeight) -> Resul
 }
 
 /// The float model with every quantized linear rounded instead.
-struct Rounded<'a> {
+pub(super) struct Rounded<'a> {
     model: &'a ModelState,
     weights: BTreeMap<String, QuantizedWeight>,
 }

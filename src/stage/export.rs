@@ -3,16 +3,18 @@
 use burn::tensor::DType;
 use serde::{Deserialize, Serialize};
 
-use super::{ExportRecord, Packed, StageContext};
-use crate::data::Tokenizer;
+use super::{ExportRecord, Packed, StageContext, gate};
+use crate::data::{TokenStream, Tokenizer};
 use crate::error::{Error, Result};
 use crate::export::{self, Exported, Format, FormatsConfig, Gate, ModelParts};
 use crate::model::WeightSource;
 use crate::report::{Event, Reporter};
 use crate::task::{Gauge, GaugeText, Gauged, PplConfig};
 
-/// Windows of the validation text that the gate's perplexity is measured on, at most.
+/// Windows of a text that a perplexity is measured on where no record says more.
 pub const PARITY_WINDOWS: usize = 64;
+/// Tokens that the gate's perplexity is measured on, at most; twice for each format.
+const PARITY_TOKENS: usize = 24 << 10;
 
 /// Keys of `[stage.export]`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -20,6 +22,9 @@ pub const PARITY_WINDOWS: usize = 64;
 pub struct ExportConfig {
     /// The formats to write.
     pub format: FormatsConfig,
+    /// Export, with a warning, a model that the quality gate finds worse than plain rounding.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub allow_worse: bool,
 }
 
 impl ExportConfig {
@@ -32,12 +37,13 @@ impl ExportConfig {
 }
 
 pub(super) fn run(config: &ExportConfig, ctx: &mut StageContext<'_>) -> Result<()> {
+    gate::before_export(config.allow_worse, ctx)?;
     let tokenizer = ctx.model.dir.join("tokenizer.json").is_file();
     let tokenizer = tokenizer.then(|| Tokenizer::load(&ctx.model.dir)).transpose()?;
     // Without validation text the gate still compares every code, weight and the prompts.
     let text = ctx.data.validation.as_ref().map(|corpus| GaugeText {
         stream: &corpus.stream,
-        task: PplConfig { windows: Some(PARITY_WINDOWS), ..PplConfig::default() },
+        task: protocol(ctx, &corpus.stream),
         sha256: corpus.sha256.clone(),
         format: corpus.format,
     });
@@ -102,6 +108,20 @@ pub(super) fn run(config: &ExportConfig, ctx: &mut StageContext<'_>) -> Result<(
         });
     }
     Ok(())
+}
+
+/// The protocol of the last evaluation of this run, so that a folder says the number that the run
+/// said; but of no more text than tells two models apart.
+fn protocol(ctx: &StageContext<'_>, stream: &TokenStream) -> PplConfig {
+    let last = ctx.results.measured.last().map(|measured| measured.task.clone());
+    let task = last.unwrap_or_default();
+    let Ok((context, _)) = task.protocol(&ctx.model.config, stream.packed) else {
+        return PplConfig { windows: Some(PARITY_WINDOWS), ..PplConfig::default() };
+    };
+    let most = (PARITY_TOKENS / context).max(1);
+    let whole = stream.tokens.len() <= PARITY_TOKENS;
+    let windows = if whole { task.windows } else { Some(task.windows.unwrap_or(most).min(most)) };
+    PplConfig { windows, ..task }
 }
 
 /// What the gate found, in a few words.

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::lora::{self, Adapters, Targets};
 use super::session::{Training, discard_state};
+use super::validate::ValidateConfig;
 use super::{StageContext, check_counts, check_objective};
 use crate::data;
 use crate::error::{Error, Result};
@@ -53,6 +54,13 @@ pub struct FinetuneConfig {
     /// Steps between log points.
     #[serde(default = "super::session::ten")]
     pub log_every: u64,
+    /// Validation while it trains, the best state, and what is done when the training fails.
+    #[serde(default, skip_serializing_if = "ValidateConfig::is_default")]
+    pub validate: ValidateConfig,
+    /// Go on, with a warning, when the quality gate finds the model worse than at the start of the
+    /// stage or than plain rounding.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub allow_worse: bool,
 }
 
 /// What learns in a `finetune` stage.
@@ -189,6 +197,7 @@ impl FinetuneConfig {
             ("checkpoint_every", self.checkpoint_every),
             ("log_every", self.log_every),
         ])?;
+        self.validate.check()?;
         if !self.learning_rate.is_finite() || self.learning_rate < 0.0 {
             let what = format!("learning_rate = {} is not a rate", self.learning_rate);
             return Err(Error::usage(what).fix("learning_rate = 1e-3"));
@@ -257,6 +266,7 @@ pub(super) fn run(config: &FinetuneConfig, ctx: &mut StageContext<'_>) -> Result
         optimizer: &config.optimizer,
         checkpoint_every: config.checkpoint_every,
         log_every: config.log_every,
+        validate: &config.validate,
         rate: config.learning_rate,
         rate_of: &|_| config.learning_rate,
         rate_unit: RateUnit::Absolute,

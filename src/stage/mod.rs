@@ -11,9 +11,11 @@ mod distill;
 mod evaluate;
 mod export;
 mod finetune;
+mod gate;
 mod head;
 mod inputs;
 mod lora;
+mod monitor;
 mod reconstruct;
 mod session;
 mod solve_block;
@@ -21,6 +23,8 @@ mod start;
 mod streams;
 mod training_state;
 mod tune_scales;
+mod validate;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -35,9 +39,11 @@ pub use evaluate::{Baseline, EvaluateConfig, TaskConfig};
 pub use export::{ExportConfig, PARITY_WINDOWS};
 pub use finetune::{FinetuneConfig, FinetuneMethod, FullConfig, LoraConfig, QloraConfig};
 pub use lora::{Target, Targets};
+pub use monitor::{Quality, Setback};
 pub use reconstruct::{ReconstructConfig, Within};
 pub use start::{LatentFile, StartFrom};
 pub use tune_scales::{AdapterConfig, TuneScalesConfig};
+pub use validate::{Point, ValidateConfig};
 
 use crate::data::{DataFormat, TokenStream};
 use crate::device::NamedDevice;
@@ -51,7 +57,7 @@ use crate::quant::{
     Bits, CodedWeight, GroupSize, Learned, ObserverConfig, QuantSpec, QuantizedWeight, Repr,
     ScaleDigits, Symmetry,
 };
-use crate::report::{Event, Reporter, Reporters};
+use crate::report::{At, Event, Reporter, Reporters};
 use crate::stop::StopFlag;
 use crate::store::HostTensor;
 use crate::store::safetensors::Checkpoint;
@@ -230,6 +236,50 @@ impl StageConfig {
             Self::Finetune(config) => finetune::run(config, ctx),
             Self::Evaluate(config) => evaluate::run(config, ctx),
             Self::Export(config) => export::run(config, ctx),
+        }
+    }
+
+    /// Whether what it leaves is judged by [`StageConfig::judge`].
+    pub fn is_judged(&self) -> bool {
+        gate::guards(self)
+    }
+
+    /// The quality gate behind a training stage, once what it leaves is saved.
+    ///
+    /// # Errors
+    /// A gate error when the model is worse than at the stage's start or than plain rounding, and the
+    /// recipe does not allow that.
+    pub fn judge(&self, ctx: &mut StageContext<'_>) -> Result<()> {
+        gate::after(self, ctx)
+    }
+
+    /// Whether it changes the model.
+    pub fn changes_model(&self) -> bool {
+        !matches!(self, Self::Evaluate(_) | Self::Export(_))
+    }
+
+    /// The configuration without what changes no result, so that changing it goes on with a run.
+    #[must_use]
+    pub fn without_permissions(mut self) -> Self {
+        match &mut self {
+            Self::Reconstruct(config) => config.allow_worse = false,
+            Self::Distill(config) => config.allow_worse = false,
+            Self::TuneScales(config) => config.allow_worse = false,
+            Self::Finetune(config) => config.allow_worse = false,
+            Self::Export(config) => config.allow_worse = false,
+            Self::Calibrate(_) | Self::Evaluate(_) => {}
+        }
+        self
+    }
+
+    /// How far an unfinished stage is saved in its folder `dir`.
+    pub fn saved(&self, dir: &Path) -> At {
+        match self {
+            Self::Reconstruct(_) => {
+                let file = |index: usize| dir.join(format!("block-{index:04}.safetensors"));
+                At::Block((0..).take_while(|index| file(*index).exists()).count())
+            }
+            _ => At::Step(session::saved_step(dir).unwrap_or(0)),
         }
     }
 
@@ -436,7 +486,7 @@ pub struct Data {
     pub calibration: Option<Corpus>,
     /// For distill.
     pub train: Option<Corpus>,
-    /// For evaluate and the export's gate.
+    /// For validation while training, evaluate and the gates.
     pub validation: Option<Corpus>,
     /// Token put before documents.
     pub bos: Option<u32>,
@@ -498,6 +548,15 @@ pub struct Results {
     /// Numbers that learn, by stage, where it is a few of the model's.
     #[serde(default)]
     pub trainable: BTreeMap<usize, u64>,
+    /// Models on a few windows of the validation text: starts, baselines, what stages left.
+    #[serde(default)]
+    pub quality: Vec<Quality>,
+    /// Failures of trainings, and what was done.
+    #[serde(default)]
+    pub setbacks: Vec<Setback>,
+    /// Whether it was said that there is no text for the quality gate.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unguarded: bool,
     /// Largest difference ever found between a folded and a fake-quantized weight: 0.
     pub fold_difference: f32,
 }
@@ -520,6 +579,10 @@ pub struct StageContext<'a> {
     pub latest: &'static str,
     /// Steps of all earlier stages, TensorBoard's axis.
     pub first_step: u64,
+    /// Steps of this stage.
+    pub steps: u64,
+    /// Index of the last earlier stage that changed the model.
+    pub left_by: Option<usize>,
     /// What this stage quantizes, by linear.
     pub specs: &'a BTreeMap<String, QuantSpec>,
     /// Whether a later stage may go on from this one's latent weights.
@@ -600,7 +663,7 @@ impl StageContext<'_> {
             let edges = (0..=histogram.0.len()).map(|code| code as f64 - 0.5).collect();
             self.report.emit(&Event::Histogram {
                 tag: format!("codes/{}_w{bits}", self.latest),
-                global_step: self.first_step,
+                global_step: self.first_step + self.steps,
                 edges,
                 counts: histogram.0,
             });

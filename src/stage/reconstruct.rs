@@ -82,6 +82,9 @@ pub struct ReconstructConfig {
     /// Grids that do not learn here are calibrated on the finished block.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quantize_activations: Option<bool>,
+    /// Go on, with a warning, when the quality gate finds the model worse than plain rounding.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub allow_worse: bool,
     /// Keep the parameters of the step with the lowest loss instead of the last (SignRound's).
     #[serde(default)]
     pub keep_best: bool,
@@ -516,7 +519,7 @@ fn report_step(
         ctx.report.emit(&Event::BlockLoss { block: index, step, loss });
     }
     ctx.report.emit(&Event::Progress {
-        verb: format!("block {}/{}", index + 1, ctx.model.config.n_blocks),
+        verb: format!("block {:>2}/{}", index + 1, ctx.model.config.n_blocks),
         done: step + 1,
         of: steps,
         detail: format!("mse {loss:.3e}"),

@@ -4,12 +4,15 @@
 //! The head is frozen, so the loss's gradient is brought back to the hidden state chunk by chunk,
 //! and nothing of size `[tokens, vocab]` outlives its chunk.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
+use super::monitor::{Monitor, best_file};
+use super::validate::ValidateConfig;
+use super::watch::{Failure, Seen};
 use super::{Data, StageContext, training_state};
 use crate::data::{Order, TokenStream};
 use crate::error::{Error, Result};
@@ -17,11 +20,14 @@ use crate::method;
 use crate::model::{Block, CausalLm, Loader, Positions};
 use crate::objective::{ObjectiveConfig, Targets};
 use crate::ops::{self, Closeness};
+use crate::quant::ScaleDigits;
 use crate::report::{Event, Reporter, memory};
 use crate::train::{self, Optimizer, OptimizerConfig, RateUnit, ScheduleConfig, StepStats, Still};
 
 /// Logits held at once, student's and teacher's each.
 const LOGITS_PER_CHUNK: usize = 1 << 23;
+/// The saved state in a stage's folder.
+const STATE_FILE: &str = "state.safetensors";
 
 /// Defaults that the training stages share.
 pub(super) fn one() -> usize {
@@ -66,6 +72,8 @@ pub(super) struct Training<'a> {
     pub rate_of: &'a dyn Fn(&str) -> f64,
     /// What the rates of latent weights and steps are measured in.
     pub rate_unit: RateUnit,
+    /// How it is validated, and what is done when it fails.
+    pub validate: &'a ValidateConfig,
     /// Whether weights are fake-quantized, once for all micro-batches of a step.
     pub fake_quant: bool,
 }
@@ -88,6 +96,7 @@ impl Training<'_> {
                 session.save(ctx)?;
             }
         }
+        session.leave_best(self, ctx)?;
         Ok(session.taken()?.valid())
     }
 }
@@ -97,15 +106,17 @@ impl Training<'_> {
 /// # Errors
 /// I/O errors.
 pub(super) fn discard_state(ctx: &StageContext<'_>) -> Result<()> {
-    let state = state_file(ctx);
-    if state.exists() {
-        std::fs::remove_file(&state).map_err(|e| Error::io("remove", &state, &e))?;
+    // The state to go on from last: without it a training begins anew.
+    for state in [best_file(ctx), state_file(ctx)] {
+        if state.exists() {
+            std::fs::remove_file(&state).map_err(|e| Error::io("remove", &state, &e))?;
+        }
     }
     Ok(())
 }
 
 /// Everything a step needs. What a checkpoint holds is `student`'s learned parameters,
-/// `optimizer`'s state and `step`; the data order is a function of the step.
+/// `optimizer`'s state, `step` and what `monitor` knows; the data order is a function of the step.
 struct Session {
     student: Option<CausalLm>,
     teacher: Option<CausalLm>,
@@ -116,6 +127,7 @@ struct Session {
     step: u64,
     /// Whether scales have few digits already.
     shortened: bool,
+    monitor: Monitor,
     timer: Timer,
 }
 
@@ -151,6 +163,8 @@ impl Session {
         let positions = Positions::new(&ctx.model.config, 0, corpus.length, ctx.compute, device);
         let teacher = training.objective.needs_teacher().then(|| teacher(ctx)).transpose()?;
         let objective = confident(training, ctx, teacher.as_ref(), &order, &positions)?;
+        let watched = (training.verb, training.steps, training.objective);
+        let monitor = Monitor::new(training.validate, watched, ctx, teacher.as_ref())?;
         let mut session = Self {
             student: Some(student.train()),
             teacher,
@@ -160,9 +174,12 @@ impl Session {
             positions,
             step: 0,
             shortened: false,
+            monitor,
             timer: Timer::new(),
         };
-        session.load(training, ctx)?;
+        if !session.load(training, ctx)? {
+            session.begin(ctx)?;
+        }
         Ok(session)
     }
 
@@ -174,15 +191,12 @@ impl Session {
     fn advance(&mut self, training: &Training<'_>, ctx: &mut StageContext<'_>) -> Result<()> {
         let step = self.step;
         if step >= ctx.shortens_at(training.steps) && !self.shortened {
-            let mut student = self.taken()?;
-            let linears = student.blocks.iter_mut().flat_map(Block::linears_mut).map(|(_, l)| l);
-            method::shorten_all(linears, ctx.scales);
-            self.student = Some(student);
-            self.shortened = true;
+            self.shorten(ctx.scales)?;
         }
         let corpus = Data::need(ctx.data.train.as_ref(), "train")?;
         let schedule = training.schedule.resolved(training.rate_unit, training.steps);
-        let factor = schedule.factor(step, training.steps);
+        let scheduled = schedule.factor(step, training.steps);
+        let factor = scheduled * self.monitor.rate_factor();
         let rate_of = |path: &str| (training.rate_of)(path) * factor;
         let drawn = self.order.batch(step);
         let student = self.taken()?;
@@ -210,11 +224,21 @@ impl Session {
         let stepped = if training.fake_quant {
             train::accumulated_step(student, optimizer, accumulate, &rate_of, still, loss)
         } else {
-            train::step(student, optimizer, accumulate, &rate_of, loss)
+            train::checked_step(student, optimizer, accumulate, &rate_of, loss)
         };
         let (student, stats) =
             stepped.map_err(|e| e.at(format!("stage {}, step {step}", ctx.stage)))?;
         self.student = Some(student);
+        let StepStats { loss, grad_norm } = stats;
+        let seen = Seen { step: step + 1, loss, grad_norm, factor: scheduled };
+        // At no rate nothing is to be expected, but numbers.
+        if training.rate > 0.0 {
+            if let Some(failure) = self.monitor.step(&seen) {
+                return self.go_back(training, &failure, step + 1, ctx);
+            }
+        } else {
+            stats.finite().map_err(|e| e.at(format!("stage {}, step {step}", ctx.stage)))?;
+        }
         self.step += 1;
         if log_point {
             self.report(training, ctx, stats, closeness, training.rate * factor);
@@ -226,6 +250,99 @@ impl Session {
                 detail: format!("loss {:.4}", stats.loss),
             });
         }
+        if self.monitor.is_due(self.step) {
+            match self.validate(ctx)? {
+                Err(failure) => return self.go_back(training, &failure, self.step, ctx),
+                // The last state is at hand.
+                Ok(true) if self.step == training.steps => self.monitor.keep(self.step),
+                Ok(true) => self.keep(ctx)?,
+                Ok(false) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// What there is to do before the first step of all.
+    fn begin(&mut self, ctx: &mut StageContext<'_>) -> Result<()> {
+        if self.monitor.is_due(0) {
+            // A start that gives no numbers is no failure of a training that has not begun.
+            let _start = self.validate(ctx)?;
+        }
+        if self.monitor.keeps_start() {
+            self.keep(ctx)?;
+        }
+        Ok(())
+    }
+
+    fn validate(&mut self, ctx: &mut StageContext<'_>) -> Result<Result<bool, Failure>> {
+        let Some(student) = &self.student else { return Ok(Ok(false)) };
+        let validated = self.monitor.validate(student, self.teacher.as_ref(), self.step, ctx);
+        // What a validation takes is no part of the next step's speed.
+        self.timer = Timer::new();
+        validated
+    }
+
+    /// Keeps the current state as the one to go back to.
+    fn keep(&mut self, ctx: &StageContext<'_>) -> Result<()> {
+        self.monitor.keep(self.step);
+        match &self.student {
+            Some(student) => {
+                training_state::save(&best_file(ctx), student, &self.optimizer, self.step, "")
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Goes on from the state that was kept, with half the rate.
+    fn go_back(
+        &mut self,
+        training: &Training<'_>,
+        failure: &Failure,
+        step: u64,
+        ctx: &mut StageContext<'_>,
+    ) -> Result<()> {
+        self.monitor.go_back(failure, step, ctx)?;
+        self.take_kept(training.optimizer, ctx)?;
+        self.timer = Timer::new();
+        self.save(ctx)
+    }
+
+    /// The state that was kept becomes the current one.
+    fn take_kept(&mut self, optimizer: &OptimizerConfig, ctx: &StageContext<'_>) -> Result<()> {
+        // A resumed run would find the scales long, and shorten them when it is time.
+        if self.shortened {
+            self.shorten(ScaleDigits::F32)?;
+            self.shortened = false;
+        }
+        let student = self.taken()?;
+        self.optimizer = Optimizer::new(optimizer);
+        let device = &ctx.device.device;
+        let loaded = training_state::load(&best_file(ctx), student, &mut self.optimizer, device)?;
+        self.student = Some(loaded.0);
+        self.step = loaded.1;
+        Ok(())
+    }
+
+    /// What the stage leaves: the last state, or the best one where the last is worse.
+    fn leave_best(&mut self, training: &Training<'_>, ctx: &mut StageContext<'_>) -> Result<()> {
+        let left = self.monitor.better_than_last();
+        if let Some(step) = left {
+            self.take_kept(training.optimizer, ctx)?;
+            if step > ctx.shortens_at(training.steps) {
+                self.shorten(ctx.scales)?;
+            }
+        }
+        self.monitor.finish(left, ctx);
+        Ok(())
+    }
+
+    /// Scales have as many digits as `digits` from now on.
+    fn shorten(&mut self, digits: ScaleDigits) -> Result<()> {
+        let mut student = self.taken()?;
+        let linears = student.blocks.iter_mut().flat_map(Block::linears_mut).map(|(_, l)| l);
+        method::shorten_all(linears, digits);
+        self.student = Some(student);
+        self.shortened = true;
         Ok(())
     }
 
@@ -270,30 +387,43 @@ impl Session {
     fn save(&self, ctx: &StageContext<'_>) -> Result<()> {
         match &self.student {
             Some(student) => {
-                training_state::save(&state_file(ctx), student, &self.optimizer, self.step)
+                let (path, progress) = (state_file(ctx), self.monitor.saved()?);
+                training_state::save(&path, student, &self.optimizer, self.step, &progress)
             }
             None => Ok(()),
         }
     }
 
-    /// Goes on from a saved state, if there is one.
-    fn load(&mut self, training: &Training<'_>, ctx: &mut StageContext<'_>) -> Result<()> {
+    /// Goes on from a saved state; gives whether there is one.
+    fn load(&mut self, training: &Training<'_>, ctx: &mut StageContext<'_>) -> Result<bool> {
         let path = state_file(ctx);
-        let Some(student) = self.student.take_if(|_| path.exists()) else { return Ok(()) };
+        let Some(student) = self.student.take_if(|_| path.exists()) else { return Ok(false) };
         let device = &ctx.device.device;
-        let (student, step) = training_state::load(&path, student, &mut self.optimizer, device)?;
+        let (student, step, progress) =
+            training_state::load(&path, student, &mut self.optimizer, device)?;
         self.student = Some(student);
         self.step = step;
+        let damaged = |e: Error| {
+            Error::failed(format!("the training state cannot be used: {}", e.what()))
+                .at(path.display())
+                .fix("remove that file to repeat the stage, or --fresh to start over")
+        };
+        self.monitor.restore(&progress, ctx).map_err(damaged)?;
         ctx.report.emit(&Event::Resumed {
             stage: training.verb.to_owned(),
             position: format!("step {}/{}", self.step, training.steps),
         });
-        Ok(())
+        Ok(true)
     }
 }
 
 fn state_file(ctx: &StageContext<'_>) -> PathBuf {
-    ctx.dir.join("state.safetensors")
+    ctx.dir.join(STATE_FILE)
+}
+
+/// How many steps of the stage whose folder is `dir` are saved.
+pub(super) fn saved_step(dir: &Path) -> Option<u64> {
+    training_state::saved_step(&dir.join(STATE_FILE))
 }
 
 /// The student with its weights as they are quantized now.
@@ -345,13 +475,13 @@ fn confident(
 }
 
 /// `[batch, seq, d_model]` as `[tokens, d_model]`.
-fn flat(hidden: Tensor<3>) -> Tensor<2> {
+pub(super) fn flat(hidden: Tensor<3>) -> Tensor<2> {
     let [batch, seq, d_model] = hidden.dims();
     hidden.reshape([batch * seq, d_model])
 }
 
 /// Runs of tokens whose logits are held together.
-fn chunks(tokens: usize, vocab: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+pub(super) fn chunks(tokens: usize, vocab: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
     let chunk = (LOGITS_PER_CHUNK / vocab).clamp(1, tokens.max(1));
     (0..tokens).step_by(chunk).map(move |start| start..(start + chunk).min(tokens))
 }

@@ -13,7 +13,8 @@ use crate::store::safetensors::{Checkpoint, write_file};
 use crate::store::{HostTensor, TensorSource};
 use crate::train::Optimizer;
 
-/// Saves `module`'s learned parameters, `optimizer`'s state and `step`.
+/// Saves `module`'s learned parameters, `optimizer`'s state, `step`, and `progress`: how the training
+/// went, as text.
 ///
 /// # Errors
 /// I/O errors; an earlier file stays then.
@@ -22,6 +23,7 @@ pub(super) fn save<M: Module>(
     module: &M,
     optimizer: &Optimizer,
     step: u64,
+    progress: &str,
 ) -> Result<()> {
     let mut learned = Learned { path: Vec::new(), parameters: Vec::new() };
     module.visit(&mut learned);
@@ -38,6 +40,7 @@ pub(super) fn save<M: Module>(
         .collect();
     let metadata = BTreeMap::from([
         ("sha256".to_owned(), hash(&tensors)),
+        ("progress".to_owned(), progress.to_owned()),
         ("step".to_owned(), step.to_string()),
         ("optimizer_steps".to_owned(), optimizer_steps.to_string()),
         // Shortest text that reads back as the same number.
@@ -46,7 +49,8 @@ pub(super) fn save<M: Module>(
     write_file(path, &tensors, &metadata)
 }
 
-/// Restores what [`save`] wrote into `module` and `optimizer`; gives them and the step.
+/// Restores what [`save`] wrote into `module` and `optimizer`; gives the module, the step and how the
+/// training went.
 ///
 /// # Errors
 /// When the file is damaged or belongs to another module.
@@ -55,7 +59,7 @@ pub(super) fn load<M: Module>(
     module: M,
     optimizer: &mut Optimizer,
     device: &Device,
-) -> Result<(M, u64)> {
+) -> Result<(M, u64, String)> {
     let damaged = |what: &str| {
         Error::failed(format!("the training state cannot be used: {what}"))
             .at(path.display())
@@ -97,8 +101,17 @@ pub(super) fn load<M: Module>(
     let module = module.map(&mut restore);
     match restore.parameters.keys().next() {
         Some(left) => Err(damaged(&format!("nothing learns its {left}"))),
-        None => Ok((module, step)),
+        None => {
+            let progress = file.file_metadata().get("progress").cloned().unwrap_or_default();
+            Ok((module, step, progress))
+        }
     }
+}
+
+/// The step of a saved state; `None` where there is none that can be read.
+pub(super) fn saved_step(path: &Path) -> Option<u64> {
+    let file = path.exists().then(|| Checkpoint::open_file(path).ok())??;
+    file.file_metadata().get("step")?.parse().ok()
 }
 
 /// SHA-256 over names and contents, whatever their order.

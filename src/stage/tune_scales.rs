@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::session::{Training, discard_state};
+use super::validate::ValidateConfig;
 use super::{Packed, StageContext};
 use crate::error::{Error, Result};
 use crate::export::{Adapter, AdapterHead, Tuned};
@@ -49,6 +50,13 @@ pub struct TuneScalesConfig {
     /// Steps between log points.
     #[serde(default = "super::session::ten")]
     pub log_every: u64,
+    /// Validation while it trains, the best state, and what is done when the training fails.
+    #[serde(default, skip_serializing_if = "ValidateConfig::is_default")]
+    pub validate: ValidateConfig,
+    /// Go on, with a warning, when the quality gate finds the model worse than at the start of the
+    /// stage or than plain rounding.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub allow_worse: bool,
     /// The adapter that is written.
     #[serde(default)]
     pub adapter: AdapterConfig,
@@ -83,6 +91,7 @@ impl TuneScalesConfig {
             ("checkpoint_every", self.checkpoint_every),
             ("log_every", self.log_every),
         ])?;
+        self.validate.check()?;
         if self.method.tunes().is_none() {
             return Err(Error::usage(format!(
                 "tune_scales learns the grids of codes, and method.{} makes codes",
@@ -123,6 +132,7 @@ pub(super) fn run(config: &TuneScalesConfig, ctx: &mut StageContext<'_>) -> Resu
         optimizer: &config.optimizer,
         checkpoint_every: config.checkpoint_every,
         log_every: config.log_every,
+        validate: &config.validate,
         rate: base.scale,
         rate_of: &|path| method::role_of(path).map_or(0.0, |role| base.of(role)),
         rate_unit: RateUnit::Absolute,

@@ -37,8 +37,25 @@ pub fn step<M: Module>(
     rate_of: &dyn Fn(&str) -> f64,
     loss: impl FnMut(&M, usize) -> Result<Tensor<1>>,
 ) -> Result<(M, StepStats)> {
+    let (module, stats) = checked_step(module, optimizer, accumulate, rate_of, loss)?;
+    stats.finite()?;
+    Ok((module, stats))
+}
+
+/// As [`step`], but a loss or gradient that is not finite is no error: the module comes back as it
+/// was, beside the numbers.
+///
+/// # Errors
+/// Whatever `loss` returns.
+pub fn checked_step<M: Module>(
+    module: M,
+    optimizer: &mut Optimizer,
+    accumulate: usize,
+    rate_of: &dyn Fn(&str) -> f64,
+    loss: impl FnMut(&M, usize) -> Result<Tensor<1>>,
+) -> Result<(M, StepStats)> {
     let (gradients, loss) = mean_gradients(&module, accumulate, loss)?;
-    update(module, optimizer, rate_of, gradients, loss)
+    Ok(update(module, optimizer, rate_of, gradients, loss))
 }
 
 /// A module whose quantized weights stand still, see [`accumulated_step`].
@@ -49,12 +66,12 @@ pub struct Still<M> {
     pub weights: Vec<(ParamId, Tensor<2>)>,
 }
 
-/// As [`step`], but weights are fake-quantized once for all micro-batches: those run on what `still`
+/// As [`checked_step`], but weights are fake-quantized once for all micro-batches: those run on what `still`
 /// makes of the module, and the sum of their gradients goes back through the methods at the end.
 /// Nothing else of the module may learn.
 ///
 /// # Errors
-/// As [`step`].
+/// As [`checked_step`].
 pub fn accumulated_step<M: Module>(
     module: M,
     optimizer: &mut Optimizer,
@@ -64,7 +81,7 @@ pub fn accumulated_step<M: Module>(
     loss: impl FnMut(&M, usize) -> Result<Tensor<1>>,
 ) -> Result<(M, StepStats)> {
     if accumulate == 1 {
-        return step(module, optimizer, accumulate, rate_of, loss);
+        return checked_step(module, optimizer, accumulate, rate_of, loss);
     }
     let still = still(&module);
     let (mut gradients, loss) = mean_gradients(&still.module, accumulate, loss)?;
@@ -77,7 +94,7 @@ pub fn accumulated_step<M: Module>(
         Some(sum) => GradientsParams::from_grads(sum.backward(), &module),
         None => GradientsParams::new(),
     };
-    update(module, optimizer, rate_of, gradients, loss)
+    Ok(update(module, optimizer, rate_of, gradients, loss))
 }
 
 /// The mean of the micro-batches' gradients, and of their losses.
@@ -103,19 +120,27 @@ fn update<M: Module>(
     rate_of: &dyn Fn(&str) -> f64,
     gradients: GradientsParams,
     loss: f64,
-) -> Result<(M, StepStats)> {
-    if !loss.is_finite() {
-        return Err(not_finite("the loss", loss));
-    }
+) -> (M, StepStats) {
     let grad_norm = optimizer.global_norm(&module, &gradients);
-    if !grad_norm.is_finite() {
-        return Err(not_finite("the gradient norm", grad_norm));
+    if !loss.is_finite() || !grad_norm.is_finite() {
+        return (module, StepStats { loss, grad_norm });
     }
     let module = optimizer.step(module, gradients, grad_norm, rate_of);
-    Ok((module, StepStats { loss, grad_norm }))
+    (module, StepStats { loss, grad_norm })
 }
 
-fn not_finite(what: &str, value: f64) -> Error {
-    Error::failed(format!("{what} became {value}"))
-        .fix("a smaller learning_rate, or clip_norm = 1.0")
+impl StepStats {
+    /// Refuses numbers that are not finite.
+    ///
+    /// # Errors
+    /// A failure that names the number.
+    pub fn finite(&self) -> Result<()> {
+        for (what, value) in [("the loss", self.loss), ("the gradient norm", self.grad_norm)] {
+            if !value.is_finite() {
+                return Err(Error::failed(format!("{what} became {value}"))
+                    .fix("a smaller learning_rate, or clip_norm = 1.0"));
+            }
+        }
+        Ok(())
+    }
 }

@@ -91,6 +91,14 @@ impl Place {
         text
     }
 
+    /// Exit code and error of a run that began and did not end well.
+    pub(crate) fn failed(&self, args: &[&str]) -> String {
+        let Ended { code, err, .. } = self.run(args);
+        assert_ne!(code, 0, "{args:?} ended well: {err}");
+        let start = err.find("error: ").unwrap_or_else(|| panic!("no error in {err:?}"));
+        format!("exit {code}\n{}", &err[start..])
+    }
+
     /// Like [`Place::refused`], for errors that have no place to name, or nothing to try.
     pub(crate) fn refused_briefly(&self, args: &[&str]) -> String {
         let before = self.tree("");

@@ -1,0 +1,337 @@
+//! How a training of the whole model is doing: validations, the best state so far, and what is done
+//! when it fails.
+
+use std::path::PathBuf;
+
+use burn::module::Module;
+use burn::tensor::Tensor;
+use serde::{Deserialize, Serialize};
+
+use super::StageContext;
+use super::validate::{Point, Slice, ValidateConfig};
+use super::watch::{self, Failure, Watch};
+use crate::error::{Error, Result};
+use crate::model::CausalLm;
+use crate::objective::ObjectiveConfig;
+use crate::report::{Event, Reporter};
+use crate::stop::StopFlag;
+
+/// A failure of a training, and what was done about it; kept in `run.json`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Setback {
+    /// Index of the stage.
+    pub stage: usize,
+    /// Steps that were done.
+    pub step: u64,
+    /// What failed, a sentence with the numbers.
+    pub reason: String,
+    /// The step it went on from; absent where the run ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub back_to: Option<u64>,
+    /// The factor of the recipe's learning rate from there on.
+    pub rate_factor: f64,
+}
+
+/// A model measured on a few windows of the validation text; kept in `run.json`, so that nothing is
+/// measured twice.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Quality {
+    /// Index of the stage.
+    pub stage: usize,
+    /// `start`, `float`, `rtn w2`, `after distill`.
+    pub what: String,
+    /// Mean negative log-likelihood of a token, nats; absent where it is no number.
+    pub nll_per_token: Option<f64>,
+    /// Tokens that counted.
+    pub tokens: u64,
+    /// Windows.
+    pub windows: usize,
+    /// Tokens in a window.
+    pub length: usize,
+    /// SHA-256 of the text.
+    pub data_sha256: String,
+    /// SHA-256 of what the model was made by, where it may be asked for again.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub made_by: String,
+}
+
+impl Quality {
+    pub(super) fn new(ctx: &StageContext<'_>, what: &str, slice: &Slice, nll: f64) -> Self {
+        let corpus = ctx.data.validation.as_ref();
+        Self {
+            stage: ctx.stage,
+            what: what.to_owned(),
+            nll_per_token: nll.is_finite().then_some(nll),
+            tokens: slice.tokens,
+            windows: slice.windows,
+            length: slice.length,
+            data_sha256: corpus.map(|corpus| corpus.sha256.clone()).unwrap_or_default(),
+            made_by: String::new(),
+        }
+    }
+
+    /// Its perplexity; not a number where the model gave none.
+    pub fn perplexity(&self) -> f64 {
+        self.nll_per_token.map_or(f64::NAN, f64::exp)
+    }
+
+    /// Whether it was measured on the same windows as another.
+    pub fn compares_with(&self, other: &Self) -> bool {
+        let windows = |q: &Self| (q.length, q.windows, q.tokens);
+        windows(self) == windows(other) && self.data_sha256 == other.data_sha256
+    }
+}
+
+/// What a saved training state says about how the training went, so that a resumed run goes on alike.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+pub(super) struct Progress {
+    /// What the rules remember.
+    watch: Watch,
+    /// The validation before the first step.
+    start: Option<Point>,
+    /// The latest validation.
+    last: Option<Point>,
+    /// The step of the best state, and its validation where there was one.
+    best: Option<(u64, Option<Point>)>,
+    /// Failures so far.
+    setbacks: Vec<Setback>,
+}
+
+/// Watches a training.
+pub(super) struct Monitor {
+    config: ValidateConfig,
+    /// Steps between validations; 0: none.
+    every: u64,
+    steps: u64,
+    verb: &'static str,
+    /// The largest value of the objective.
+    bound: Option<f64>,
+    /// From which step on scales are short; earlier states are another model's.
+    shortens_at: u64,
+    slice: Option<Slice>,
+    /// The teacher's final hidden states on the slice.
+    teacher: Option<Vec<Tensor<2>>>,
+    pub progress: Progress,
+}
+
+impl Monitor {
+    /// Watches `steps` steps towards `objective`.
+    ///
+    /// # Errors
+    /// When the teacher cannot be computed, or a signal came.
+    pub(super) fn new(
+        config: &ValidateConfig,
+        (verb, steps, objective): (&'static str, u64, &ObjectiveConfig),
+        ctx: &mut StageContext<'_>,
+        teacher: Option<&CausalLm>,
+    ) -> Result<Self> {
+        let every = config.interval(steps);
+        let corpus = ctx.data.validation.as_ref().filter(|_| every > 0 && steps > 0);
+        let slice = corpus.and_then(|corpus| Slice::new(corpus, config, &ctx.model.config));
+        let mut monitor = Self {
+            config: config.clone(),
+            every,
+            steps,
+            verb,
+            bound: watch::bound(objective),
+            shortens_at: ctx.shortens_at(steps),
+            slice,
+            teacher: None,
+            progress: Progress::default(),
+        };
+        if let (Some(slice), Some(teacher)) = (&monitor.slice, teacher) {
+            let (config, device, stop) = (&ctx.model.config, &ctx.device.device, ctx.stop);
+            monitor.teacher = Some(slice.hidden(teacher, config, device, stop)?);
+            if ctx.model.tuned.is_empty() {
+                let point = || slice.measure(teacher, None, config, device, stop);
+                let mut float = Quality::new(ctx, "float", slice, 0.0);
+                let known = |q: &Quality| q.what == "float" && q.compares_with(&float);
+                if !ctx.results.quality.iter().any(known) {
+                    float.nll_per_token = Some(point()?.nll).filter(|nll| nll.is_finite());
+                    ctx.results.quality.push(float);
+                }
+            }
+        }
+        Ok(monitor)
+    }
+
+    /// The factor of the recipe's learning rate, after the failures so far.
+    pub(super) fn rate_factor(&self) -> f64 {
+        0.5f64.powi(i32::try_from(self.progress.setbacks.len()).unwrap_or(i32::MAX))
+    }
+
+    /// Judges a step; see [`Watch::step`].
+    pub(super) fn step(&mut self, seen: &watch::Seen) -> Option<Failure> {
+        self.progress.watch.step(seen, self.bound)
+    }
+
+    /// Whether there is a validation after `step` steps.
+    pub(super) fn is_due(&self, step: u64) -> bool {
+        self.slice.is_some() && (step.is_multiple_of(self.every) || step == self.steps)
+    }
+
+    /// Whether the state at the start has to be kept.
+    pub(super) fn keeps_start(&self) -> bool {
+        self.steps > 0
+            && (self.config.retries > 0 || (self.slice.is_some() && self.config.keep_best))
+    }
+
+    /// Notes that the state at `step` is the one to go back to.
+    pub(super) fn keep(&mut self, step: u64) {
+        self.progress.best = Some((step, self.progress.last));
+    }
+
+    /// Measures `student` after `step` steps, and says so. Gives whether it is the best so far, or
+    /// what failed.
+    ///
+    /// # Errors
+    /// None of a signal: that is asked for between steps, where the state is saved first.
+    pub(super) fn validate(
+        &mut self,
+        student: &CausalLm,
+        teacher: Option<&CausalLm>,
+        step: u64,
+        ctx: &mut StageContext<'_>,
+    ) -> Result<std::result::Result<bool, Failure>> {
+        let Some(slice) = &self.slice else { return Ok(Ok(false)) };
+        let student = student.clone().valid();
+        let goal = teacher.zip(self.teacher.as_deref());
+        let (config, device) = (&ctx.model.config, &ctx.device.device);
+        let point = slice.measure(&student, goal, config, device, &StopFlag::default())?;
+        let failure = self.progress.watch.validation(step, point.nll);
+        let best = failure.is_none() && self.keeps_start() && self.is_best(step, &point);
+        ctx.report.emit(&Event::Validation {
+            stage: ctx.stage,
+            verb: self.verb.to_owned(),
+            step,
+            of: self.steps,
+            global_step: ctx.first_step + step,
+            perplexity: point.nll.exp(),
+            nll_per_token: point.nll,
+            kl_forward: point.kl_forward,
+            top1_agreement: point.top1,
+            tokens: slice.tokens,
+            best,
+        });
+        if let Some(failure) = failure {
+            return Ok(Err(failure));
+        }
+        self.progress.start.get_or_insert(point);
+        self.progress.last = Some(point);
+        Ok(Ok(best))
+    }
+
+    fn is_best(&self, step: u64, point: &Point) -> bool {
+        match &self.progress.best {
+            Some((best, Some(known))) if self.counts(*best) || !self.counts(step) => {
+                point.value() < known.value()
+            }
+            _ => true,
+        }
+    }
+
+    /// Whether the state after `step` steps has the scales that the stage leaves.
+    fn counts(&self, step: u64) -> bool {
+        self.shortens_at >= self.steps || step > self.shortens_at
+    }
+
+    /// The step whose state the stage leaves instead of the last one.
+    pub(super) fn better_than_last(&self) -> Option<u64> {
+        let (step, best) = self.progress.best?;
+        let (last, best) = (self.progress.last?, best?);
+        let better = step < self.steps && self.counts(step) && last.is_worse_than(&best);
+        (self.config.keep_best && better).then_some(step)
+    }
+
+    /// Says that the state at `step` is left, and notes what the gate will ask for.
+    pub(super) fn finish(&mut self, left: Option<u64>, ctx: &mut StageContext<'_>) {
+        if let (Some(step), Some(last), Some((_, Some(best)))) =
+            (left, self.progress.last, self.progress.best)
+        {
+            let what = if best.kl_forward.is_some() { "kl_forward" } else { "loss" };
+            let text = format!(
+                "the state after step {step} is kept: {what} {:.4} on the validation text, {:.4} at \
+                 the end",
+                best.value(),
+                last.value()
+            );
+            let event = if step == 0 {
+                Event::Warning { text: format!("no step helped; {text}") }
+            } else {
+                Event::Note { text }
+            };
+            ctx.report.emit(&event);
+        }
+        if let (Some(slice), Some(start)) = (&self.slice, self.progress.start) {
+            let start = Quality::new(ctx, "start", slice, start.nll);
+            ctx.results.quality.push(start);
+        }
+    }
+
+    /// Takes note of a failure after `step` steps, and says from which step on it is tried again.
+    ///
+    /// # Errors
+    /// The failure itself, when there is nothing to go back to or it has been tried often enough.
+    pub(super) fn go_back(
+        &mut self,
+        failure: &Failure,
+        step: u64,
+        ctx: &mut StageContext<'_>,
+    ) -> Result<u64> {
+        let tried = self.progress.setbacks.len();
+        let again = tried < self.config.retries as usize;
+        let back_to = self.progress.best.map(|(step, _)| step).filter(|_| again);
+        let reason = failure.to_string();
+        let before = self.rate_factor();
+        let mut setback = Setback { stage: ctx.stage, step, reason, back_to, rate_factor: before };
+        let Some(back_to) = back_to else {
+            ctx.results.setbacks.push(setback);
+            let times = if tried > 0 { format!(", after {tried} retries") } else { String::new() };
+            return Err(Error::failed(format!("{failure}{times}"))
+                .at(format!("stage {}, {}, step {step}", ctx.stage, self.verb))
+                .fix(failure.remedy()));
+        };
+        setback.rate_factor = before / 2.0;
+        ctx.results.setbacks.push(setback.clone());
+        ctx.report.emit(&Event::Retry {
+            stage: ctx.stage,
+            verb: self.verb.to_owned(),
+            step,
+            back_to,
+            global_step: ctx.first_step + back_to,
+            reason: setback.reason.clone(),
+            rate_factor: setback.rate_factor,
+            attempt: tried as u64 + 1,
+            of: u64::from(self.config.retries),
+        });
+        self.progress.setbacks.push(setback);
+        self.progress.watch.go_back();
+        // What was measured after the state that it goes back to is another training's.
+        self.progress.last = self.progress.best.and_then(|(_, point)| point);
+        Ok(back_to)
+    }
+
+    /// The progress as text, for a saved state.
+    ///
+    /// # Errors
+    /// Never for numbers that are finite.
+    pub(super) fn saved(&self) -> Result<String> {
+        serde_json::to_string(&self.progress)
+            .map_err(|e| Error::failed(format!("cannot encode how the training went: {e}")))
+    }
+
+    /// Goes on from what [`Monitor::saved`] gave.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub(super) fn restore(&mut self, text: &str, ctx: &mut StageContext<'_>) -> Result<()> {
+        self.progress = serde_json::from_str(text).map_err(|e| Error::failed(e.to_string()))?;
+        ctx.results.setbacks.extend(self.progress.setbacks.iter().cloned());
+        Ok(())
+    }
+}
+
+/// The file of the state that a training may go back to.
+pub(super) fn best_file(ctx: &StageContext<'_>) -> PathBuf {
+    ctx.dir.join("best.safetensors")
+}
