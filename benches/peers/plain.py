@@ -113,6 +113,8 @@ def arguments():
     distill = commands.add_parser("distill", parents=[common, steps], help="SEQ + JSD, all blocks")
     distill.add_argument("--model", required=True, help="Llama folder")
     distill.add_argument("--log-every", type=int, default=10, help="fewbit's log points")
+    starts = {"choices": ["mse", "max"], "default": "mse"}
+    distill.add_argument("--start", **starts, help="of SEQ's steps; mse takes minutes on a model")
     distill.set_defaults(run=run_distill, lr=[2e-3])
 
     kernels = commands.add_parser("kernels", parents=[common], help="single operations")
@@ -224,10 +226,11 @@ class Seq(nn.Module):
     """W_hat = (Δ/2) · (round(2 clamp(W/Δ, ±0.99) - 1/2) + 1/2); W and Δ learn, Δ for each row with
     its gradient scaled by 1/sqrt(numel)."""
 
-    def __init__(self, weight):
+    def __init__(self, weight, start):
         super().__init__()
         self.latent = nn.Parameter(weight.clone())
-        self.step = nn.Parameter(self.best_step(weight))
+        top = weight.abs().amax(1, keepdim=True)
+        self.step = nn.Parameter(self.best_step(weight) if start == "mse" else top)
 
     @classmethod
     def best_step(cls, weight):
@@ -303,7 +306,7 @@ def torch_distill(args):
     tokens = first_windows(model, args)
     teacher = [model.block(i) for i in range(model.n_blocks)]
     with torch.no_grad():
-        students = [{name: Seq(w[name]) for name in peers.LINEARS} for w in teacher]
+        students = [{name: Seq(w[name], args.start) for name in peers.LINEARS} for w in teacher]
     optimizer = torch.optim.AdamW(parameters(students), lr=args.lr[0], weight_decay=0.0)
 
     def loss(rows):
@@ -461,7 +464,7 @@ group_size = "channel"
 [[stage]]
 [stage.distill]
 bits = 2
-method.seq = {{ start = "mse" }}
+method.seq = {{ start = "{args.start}" }}
 objective.jsd = {{ beta = {BETA} }}
 steps = {args.steps}
 batch = {args.batch}
