@@ -35,14 +35,14 @@ fn place(recipe: &str) -> Place {
 fn reconstruct(method: &str, bits: u8, rate: &str, more: &str) -> String {
     format!(
         "[[stage]]\n[stage.reconstruct]\nbits = {bits}\nmethod.{method} = {{}}\nsteps = 4\n\
-         batch = 4\nlearning_rate = {rate}\n{more}\n"
+         batch = 4\nlearning_rate = {rate}\nallow_worse = true\n{more}\n"
     )
 }
 
 fn distill(method: &str, bits: u8, rate: &str, more: &str) -> String {
     format!(
         "[[stage]]\n[stage.distill]\nbits = {bits}\nmethod.{method} = {{}}\n\
-         objective.kl_forward = {{}}\nsteps = 2\nbatch = 4\nlearning_rate = {rate}\n{more}\n"
+         objective.kl_forward = {{}}\nsteps = 2\nbatch = 4\nlearning_rate = {rate}\nallow_worse = true\n{more}\n"
     )
 }
 
