@@ -337,7 +337,7 @@ fn divergences_at_every_beta_and_temperature() {
                 _ => format!("{prefix}{name}"),
             };
             let (teacher, weights) = (targets.teacher.clone().unwrap(), targets.weights.clone());
-            let comparison = Comparison { divergence: kind, temperature, top_k: None };
+            let comparison = Comparison { divergence: kind, temperature, top_k: None, tail: false };
             let loss = ops::divergence(&comparison, student.clone(), teacher, weights);
             loss_agrees(&case, &loss);
             let same = objective.on_logits(student.clone(), &targets).unwrap();
@@ -421,7 +421,7 @@ fn a_loss_joined_to_the_tape_keeps_value_and_gradient() {
     let teacher = golden.matrix("teacher", VOCAB, &device).inner();
     let weights = masked(&golden.values("mask"), &device).inner();
     let divergence = Divergence::Jsd { beta: 0.5 };
-    let comparison = Comparison { divergence, temperature: 1.0, top_k: None };
+    let comparison = Comparison { divergence, temperature: 1.0, top_k: None, tail: false };
     let loss = ops::divergence(&comparison, student.clone().inner(), teacher, weights);
     let (value, gradient) =
         (Tensor::from_inner(loss.value.clone()), Tensor::from_inner(loss.gradient));

@@ -828,6 +828,7 @@ fn divergence_by_definition(
             match kind {
                 Divergence::KlForward => kl(&p, &q),
                 Divergence::KlReverse => kl(&q, &p),
+                Divergence::Adaptive { .. } => unreachable!("made of two others"),
                 Divergence::Cakld { gamma } => gamma * kl(&q, &p) + (1.0 - gamma) * kl(&p, &q),
                 Divergence::Jsd { beta } => {
                     let m: Vec<f64> = p
@@ -855,7 +856,7 @@ fn divergence(
     let tokens = student.len() / vocab;
     let weights = matrix(&vec![1.0 / tokens as f32; tokens], 1, &device);
     let (student, teacher) = (matrix(student, vocab, &device), matrix(teacher, vocab, &device));
-    let comparison = Comparison { divergence: kind, temperature, top_k: None };
+    let comparison = Comparison { divergence: kind, temperature, top_k: None, tail: false };
     let loss = ops::divergence(&comparison, student, teacher, weights);
     (host(loss.value)[0], host(loss.gradient))
 }

@@ -36,7 +36,7 @@ const LAYERS: [(&str, &[&str]); 14] = [
     ),
     ("task", &["model", "data", "ops", "store::hex"]),
     // The role of a parameter is the word both sides share: method says it, train reads rates by it.
-    ("method", &["train::Role", "quant", "ops"]),
+    ("method", &["train::Measure", "train::Role", "quant", "ops"]),
     // A linear may be held as codes: the one form of quantization that a forward computes with.
     ("model", &["quant::CodedWeight", "quant::Learned", "quant::QuantizedWeight", "ops", "store"]),
     ("objective", &["ops"]),

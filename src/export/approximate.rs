@@ -29,6 +29,9 @@ pub struct Loss {
 impl Loss {
     /// Between weights as trained and as stored; `None` where nothing changed.
     pub fn between(trained: &[f32], stored: &[f32]) -> Option<Self> {
+        if trained == stored {
+            return None;
+        }
         let (mut changed, mut largest) = (0, 0_f32);
         let (mut squares, mut all) = (0.0, 0.0);
         for (trained, stored) in trained.iter().zip(stored) {

@@ -135,6 +135,11 @@ fn decode_zeros(zeros: &HostTensor) -> Result<Vec<f32>> {
     }
 }
 
+/// The names under which the latent weight of linear `name` and its learned step are stored.
+pub fn latent_names(name: &str) -> [String; 2] {
+    ["latent", "step"].map(|part| format!("{name}.{part}"))
+}
+
 /// What a stage has made of some linears, and of dense tensors on the way.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Saved {
@@ -142,6 +147,8 @@ pub struct Saved {
     pub linears: Vec<(String, QuantizedWeight, String)>,
     /// Dense tensors that are no longer the checkpoint's, by name.
     pub dense: BTreeMap<String, HostTensor>,
+    /// What a later stage goes on from, by [`latent_names`].
+    pub latents: BTreeMap<String, HostTensor>,
     /// Anything else the stage wants back.
     pub metadata: BTreeMap<String, String>,
 }
@@ -152,8 +159,9 @@ impl Saved {
     /// # Errors
     /// I/O errors.
     pub fn write(&self, path: &std::path::Path) -> Result<()> {
+        let kept = self.dense.iter().chain(&self.latents);
         let mut tensors: Vec<(String, HostTensor)> =
-            self.dense.iter().map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
+            kept.map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
         let mut records = BTreeMap::new();
         for (name, weight, method) in &self.linears {
             let encoded = encode(name, weight);
@@ -161,14 +169,19 @@ impl Saved {
             tensors.extend(encoded);
             records.insert(name.clone(), record);
         }
-        let dense: BTreeMap<&String, String> =
-            self.dense.iter().map(|(name, tensor)| (name, tensor.sha256())).collect();
+        let hashes = |tensors: &BTreeMap<String, HostTensor>| -> BTreeMap<String, String> {
+            tensors.iter().map(|(name, tensor)| (name.clone(), tensor.sha256())).collect()
+        };
         let json = |value: serde_json::Result<String>| {
             value.map_err(|e| Error::failed(format!("cannot encode a checkpoint's records: {e}")))
         };
         let mut metadata = self.metadata.clone();
         metadata.insert("linears".to_owned(), json(serde_json::to_string(&records))?);
-        metadata.insert("dense".to_owned(), json(serde_json::to_string(&dense))?);
+        metadata.insert("dense".to_owned(), json(serde_json::to_string(&hashes(&self.dense)))?);
+        if !self.latents.is_empty() {
+            let latents = json(serde_json::to_string(&hashes(&self.latents)))?;
+            metadata.insert("latents".to_owned(), latents);
+        }
         crate::store::safetensors::write_file(path, &tensors, &metadata)
     }
 
@@ -189,8 +202,11 @@ impl Saved {
         let records = metadata.remove("linears").unwrap_or_default();
         let records: BTreeMap<String, LinearRecord> =
             serde_json::from_str(&records).map_err(unreadable)?;
-        let hashes = metadata.remove("dense").unwrap_or_else(|| "{}".to_owned());
-        let hashes: BTreeMap<String, String> = serde_json::from_str(&hashes).map_err(unreadable)?;
+        let mut hashes = |of: &str| -> Result<BTreeMap<String, String>> {
+            let hashes = metadata.remove(of).unwrap_or_else(|| "{}".to_owned());
+            serde_json::from_str(&hashes).map_err(unreadable)
+        };
+        let [dense, latents] = [hashes("dense")?, hashes("latents")?];
         let mut linears = Vec::new();
         for (name, record) in records {
             let weight = decode(&name, &record, &file).map_err(|e| damaged(e.what()))?;
@@ -199,15 +215,18 @@ impl Saved {
             }
             linears.push((name, weight, record.method));
         }
-        let mut dense = BTreeMap::new();
-        for (name, hash) in hashes {
-            let tensor = file.read(&name).map_err(|e| damaged(e.what()))?;
-            if tensor.sha256() != hash {
-                return Err(damaged(&format!("{name} does not match its hash")));
+        let read = |hashes: BTreeMap<String, String>| -> Result<BTreeMap<String, HostTensor>> {
+            let mut tensors = BTreeMap::new();
+            for (name, hash) in hashes {
+                let tensor = file.read(&name).map_err(|e| damaged(e.what()))?;
+                if tensor.sha256() != hash {
+                    return Err(damaged(&format!("{name} does not match its hash")));
+                }
+                tensors.insert(name, tensor);
             }
-            dense.insert(name, tensor);
-        }
-        Ok(Self { linears, dense, metadata })
+            Ok(tensors)
+        };
+        Ok(Self { linears, dense: read(dense)?, latents: read(latents)?, metadata })
     }
 }
 
@@ -279,7 +298,8 @@ mod tests {
             let tensor = HostTensor::f32([2, 1], &[0.5, -1.0]);
             let saved = Saved {
                 linears: vec![("x".to_owned(), weight, "rtn".to_owned())],
-                dense: BTreeMap::from([("norm".to_owned(), tensor)]),
+                dense: BTreeMap::from([("norm".to_owned(), tensor.clone())]),
+                latents: BTreeMap::from([("x.latent".to_owned(), tensor)]),
                 metadata: BTreeMap::from([("note".to_owned(), "a".to_owned())]),
             };
             saved.write(&path).unwrap();

@@ -76,9 +76,13 @@ impl WeightStats {
 /// SHA-256 of weights as little-endian f32.
 pub fn weights_sha256(weights: &[f32]) -> String {
     let mut hash = Sha256::new();
-    for chunk in weights.chunks(4096) {
-        let bytes: Vec<u8> = chunk.iter().flat_map(|w| w.to_le_bytes()).collect();
-        hash.update(&bytes);
+    let mut bytes = [[0; 4]; 4096];
+    for chunk in weights.chunks(bytes.len()) {
+        let bytes = &mut bytes[..chunk.len()];
+        for (bytes, weight) in bytes.iter_mut().zip(chunk) {
+            *bytes = weight.to_le_bytes();
+        }
+        hash.update(bytes.as_flattened());
     }
     hex(&hash.finalize())
 }

@@ -6,14 +6,14 @@ use burn::module::{Module, Param, ParamId, Reparameterization};
 use burn::nn::Linear;
 use burn::tensor::{DType, Tensor};
 
-use super::{Folded, Method, MethodConfig, Moment, Problem, ROLES, Start};
+use super::{Folded, Method, MethodConfig, Moment, Problem, ROLES, Start, Units};
 use crate::error::Result;
 use crate::ops;
 use crate::quant::{
     Bits, CodedWeight, Grid, GroupLayout, ObserverConfig, Once, QuantSpec, QuantizedWeight,
     ScaleDigits,
 };
-use crate::train::Role;
+use crate::train::{Measure, Role};
 
 /// A method sitting on a linear's weight.
 #[derive(Debug, Module)]
@@ -170,6 +170,43 @@ pub fn materialize(weight: &Param<Tensor<2>>) -> Option<(Param<Tensor<2>>, Tenso
     let value = weight.val();
     let leaf = Tensor::from_inner(value.clone().inner()).require_grad();
     Some((Param::initialized(ParamId::new(), leaf), value))
+}
+
+/// What a later stage goes on from.
+pub struct Latent {
+    /// The weight before it is rounded, `[out, in]`.
+    pub weight: Tensor<2>,
+    /// The learned step, `[groups, 1]`, where there is one and it is not the scale.
+    pub step: Option<Tensor<2>>,
+}
+
+/// The latent of a weight that carries a method; `None` for others.
+pub fn latent(weight: &Param<Tensor<2>>) -> Option<Latent> {
+    let attached = attached(weight)?;
+    let base = weight.base();
+    let learned = base.is_require_grad();
+    let base = ops::off_tape(base).transpose();
+    let shape = base.dims();
+    let step = attached.method.units().map(|units| ops::off_tape(units.step.val()));
+    let weight = if learned || step.is_some() {
+        base
+    } else {
+        let grouped = ops::reshape_grouped(base, attached.layout.grouped());
+        ops::reshape_grouped(attached.method.quantizer(grouped).latent(), shape)
+    };
+    Some(Latent { weight, step })
+}
+
+/// What the learning rates of a linear's latent, step and shift are measured in, by parameter.
+pub fn measures(weight: &Param<Tensor<2>>) -> Vec<(ParamId, Measure)> {
+    let Some(units) = attached(weight).and_then(|attached| attached.method.units()) else {
+        return Vec::new();
+    };
+    let Units { step, shift, spacing } = units;
+    // A shift has one entry a group, as the spacing has.
+    let shift = shift.map(|shift| (shift.id, Measure::Units(spacing.clone())));
+    let weight = (weight.id, Measure::Units(spacing));
+    [Some(weight), Some((step.id, Measure::Itself)), shift].into_iter().flatten().collect()
 }
 
 /// The role of a parameter, by its path in the module; `None` for one that no method learns.

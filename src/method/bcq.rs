@@ -9,7 +9,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Needs, Problem, Solver};
+use super::{GridKind, Needs, Problem, Solver};
 use crate::error::{Error, Result};
 use crate::ops;
 use crate::quant::bcq::{BcqOptions, BcqSolver, solve_all};
@@ -56,6 +56,7 @@ impl Solver for Bcq {
     type Config = BcqConfig;
 
     const LEAVES: Repr = Repr::BinaryCoding;
+    const GRID: GridKind = GridKind::Planes;
     const NEEDS: Needs = Needs::Weight;
 
     fn accepts(config: &BcqConfig, _: &QuantSpec) -> Result<()> {

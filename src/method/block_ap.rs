@@ -12,7 +12,7 @@ use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::{Quantizer, Start, WeightMethod};
+use super::{GridKind, LeftGrid, Quantizer, Start, Units, WeightMethod};
 use crate::error::{Error, Result};
 use crate::ops::{self, Rule, Stepped};
 use crate::quant::{QuantParams, QuantSpec, Repr, ZeroKind};
@@ -52,14 +52,18 @@ pub struct BlockAp {
     /// The zero point before rounding, `[groups, 1]`.
     pub zero: Param<Tensor<2>>,
     max_code: u8,
+    /// The least step.
+    floor: f32,
 }
 
 impl WeightMethod for BlockAp {
     type Config = BlockApConfig;
 
     const LEAVES: Repr = Repr::Uniform;
+    const GRID: GridKind = GridKind::Affine;
+    const RESUMES: bool = true;
     const TRAINS_BASE: bool = true;
-    const ROLES: &'static [(&'static str, Role)] = &[("step", Role::Scale), ("zero", Role::Scale)];
+    const ROLES: &'static [(&'static str, Role)] = &[("step", Role::Step), ("zero", Role::Scale)];
 
     fn accepts(_: &BlockApConfig, spec: &QuantSpec) -> Result<()> {
         if spec.symmetry.is_symmetric() {
@@ -76,7 +80,28 @@ impl WeightMethod for BlockAp {
             BlockApStart::Observer => observer.observe(weight, spec.bits, spec.symmetry)?,
             BlockApStart::MinMax => min_max(weight, max_code),
         };
-        Ok(Self { step: Param::from_tensor(scale), zero: Param::from_tensor(zero_point), max_code })
+        let [floor, _] = STEP_BOUNDS;
+        Ok(Self::on(scale, zero_point, max_code, floor))
+    }
+
+    fn resume(_: &BlockApConfig, start: &Start<'_>, grid: &LeftGrid) -> Result<Option<Self>> {
+        let max_code = start.spec.bits.max_code();
+        let zeros = grid.zero_point.clone();
+        let within = zeros.clone().clamp(0.0, f32::from(max_code)).equal(zeros);
+        if grid.zero_kind != ZeroKind::Integer || !within.all().into_scalar::<bool>() {
+            return Ok(None);
+        }
+        // Steps that other methods made smaller stay.
+        let least = grid.scale.clone().min().into_scalar::<f32>();
+        let [floor, _] = STEP_BOUNDS;
+        let (scale, zero_point) = (grid.scale.clone(), grid.zero_point.clone());
+        Ok(Some(Self::on(scale, zero_point, max_code, floor.min(least))))
+    }
+
+    fn units(&self) -> Option<Units<'_>> {
+        let [_, ceiling] = STEP_BOUNDS;
+        let spacing = ops::off_tape(self.step.val()).clamp(self.floor, ceiling);
+        Some(Units { step: &self.step, shift: None, spacing })
     }
 
     fn quantizer(&self, weight: Tensor<2>) -> Quantizer {
@@ -87,11 +112,16 @@ impl WeightMethod for BlockAp {
 }
 
 impl BlockAp {
+    fn on(scale: Tensor<2>, zero_point: Tensor<2>, max_code: u8, floor: f32) -> Self {
+        let (step, zero) = (Param::from_tensor(scale), Param::from_tensor(zero_point));
+        Self { step, zero, max_code, floor }
+    }
+
     fn grid(&self) -> QuantParams {
-        let [floor, ceiling] = STEP_BOUNDS;
+        let [_, ceiling] = STEP_BOUNDS;
         let zero = ops::round_ste(self.zero.val());
         QuantParams {
-            scale: ops::clamp_ste(self.step.val(), floor, ceiling),
+            scale: ops::clamp_ste(self.step.val(), self.floor, ceiling),
             zero_point: ops::clamp_ste(zero, 0.0, f32::from(self.max_code)),
         }
     }

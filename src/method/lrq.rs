@@ -21,10 +21,10 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng as _, SeedableRng as _};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-use super::{Quantizer, Start, WeightMethod};
+use super::{GridKind, LeftGrid, Quantizer, Start, WeightMethod};
 use crate::error::{Error, Result};
 use crate::ops;
-use crate::quant::{QuantParams, QuantSpec, Repr};
+use crate::quant::{QuantParams, QuantSpec, Repr, ZeroKind};
 use crate::train::Role;
 
 /// The paper's rank for models of ordinary size, and for large ones.
@@ -165,6 +165,8 @@ pub struct Lrq {
     pub log_row: Param<Tensor<2>>,
     /// The rest of the log division.
     pub division: Division,
+    /// What `log_scale` is relative to; 1 where absent.
+    base: Option<Tensor<2>>,
     zero_point: Tensor<2>,
     max_code: u8,
 }
@@ -173,6 +175,8 @@ impl WeightMethod for Lrq {
     type Config = LrqConfig;
 
     const LEAVES: Repr = Repr::Uniform;
+    const GRID: GridKind = GridKind::Affine;
+    const RESUMES: bool = true;
     const TRAINS_BASE: bool = false;
     const ROLES: &'static [(&'static str, Role)] = &[
         ("log_scale", Role::Scale),
@@ -192,27 +196,19 @@ impl WeightMethod for Lrq {
     }
 
     fn init(config: &LrqConfig, start: &Start<'_>) -> Result<Self> {
-        let Start { spec, layout, observer, weight, seed, .. } = *start;
+        let Start { spec, observer, weight, .. } = *start;
         let QuantParams { scale, zero_point } =
             observer.observe(weight, spec.bits, spec.symmetry)?;
-        let [out, inputs] = [layout.out, layout.inputs];
-        let device = weight.device();
-        let zeros = |shape: [usize; 2]| Param::from_tensor(Tensor::zeros(shape, &device));
-        let division = match config.rank.of_shape([out, inputs])? {
-            None => Division::Full(FullDivision { log_division: zeros([out, inputs]) }),
-            Some(rank) => Division::LowRank(LowRankDivision {
-                log_left: zeros([out, rank]),
-                log_right: Param::from_tensor(uniform([rank, inputs], seed, &device)),
-                log_column: zeros([1, inputs]),
-            }),
-        };
-        Ok(Self {
-            log_scale: Param::from_tensor(scale.log()),
-            log_row: zeros([out, 1]),
-            division,
-            zero_point,
-            max_code: spec.bits.max_code(),
-        })
+        Self::on(config, start, None, scale.log(), zero_point)
+    }
+
+    fn resume(config: &LrqConfig, start: &Start<'_>, grid: &LeftGrid) -> Result<Option<Self>> {
+        if grid.zero_kind != ZeroKind::Integer {
+            return Ok(None);
+        }
+        let log_scale = grid.scale.zeros_like();
+        let base = Some(grid.scale.clone());
+        Self::on(config, start, base, log_scale, grid.zero_point.clone()).map(Some)
     }
 
     fn quantizer(&self, weight: Tensor<2>) -> Quantizer {
@@ -233,6 +229,7 @@ impl WeightMethod for Lrq {
             log_row = self.zero_point.zeros_like();
         }
         Quantizer::Divided(ops::Divided {
+            base: self.base.clone(),
             log_scale: self.log_scale.val(),
             log_division: ops::reshape_grouped(log_division, weight.dims()),
             log_row,
@@ -240,6 +237,38 @@ impl WeightMethod for Lrq {
             zero_point: self.zero_point.clone(),
             max_code: self.max_code,
             weight,
+        })
+    }
+}
+
+impl Lrq {
+    /// Without division factors yet.
+    fn on(
+        config: &LrqConfig,
+        start: &Start<'_>,
+        base: Option<Tensor<2>>,
+        log_scale: Tensor<2>,
+        zero_point: Tensor<2>,
+    ) -> Result<Self> {
+        let Start { spec, layout, weight, seed, .. } = *start;
+        let [out, inputs] = [layout.out, layout.inputs];
+        let device = weight.device();
+        let zeros = |shape: [usize; 2]| Param::from_tensor(Tensor::zeros(shape, &device));
+        let division = match config.rank.of_shape([out, inputs])? {
+            None => Division::Full(FullDivision { log_division: zeros([out, inputs]) }),
+            Some(rank) => Division::LowRank(LowRankDivision {
+                log_left: zeros([out, rank]),
+                log_right: Param::from_tensor(uniform([rank, inputs], seed, &device)),
+                log_column: zeros([1, inputs]),
+            }),
+        };
+        Ok(Self {
+            log_scale: Param::from_tensor(log_scale),
+            log_row: zeros([out, 1]),
+            division,
+            base,
+            zero_point,
+            max_code: spec.bits.max_code(),
         })
     }
 }

@@ -13,7 +13,7 @@ use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::{Quantizer, Start, WeightMethod};
+use super::{GridKind, LeftGrid, Quantizer, Start, Units, WeightMethod};
 use crate::error::{Error, Result};
 use crate::ops::{self, Rule, Stepped};
 use crate::quant::{Bits, QuantSpec, Repr, ZeroKind};
@@ -77,8 +77,10 @@ impl WeightMethod for Lsq {
     type Config = LsqConfig;
 
     const LEAVES: Repr = Repr::Uniform;
+    const GRID: GridKind = GridKind::Centred;
+    const RESUMES: bool = true;
     const TRAINS_BASE: bool = true;
-    const ROLES: &'static [(&'static str, Role)] = &[("step", Role::Scale), ("shift", Role::Scale)];
+    const ROLES: &'static [(&'static str, Role)] = &[("step", Role::Step), ("shift", Role::Shift)];
 
     fn accepts(config: &LsqConfig, spec: &QuantSpec) -> Result<()> {
         if spec.bits.get() < 2 {
@@ -104,19 +106,21 @@ impl WeightMethod for Lsq {
                 (mean.abs() + variance.sqrt() * 3.0) / lowest
             }
         };
-        let [groups, len] = weight.dims();
-        let sharing = match config.gradient_scale {
-            LsqGradientScale::Tensor => Some(groups * len),
-            LsqGradientScale::Group => Some(len),
-            LsqGradientScale::None => None,
-        };
-        Ok(Self {
-            shift: config.offset.then(|| Param::from_tensor(step.zeros_like())),
-            step: Param::from_tensor(step.clamp_min(STEP_FLOOR)),
-            gradient_factor: sharing
-                .map_or(1.0, |count| (count as f64 * f64::from(highest)).powf(-0.5)),
-            bits: spec.bits,
-        })
+        Ok(Self::on(config, start, step.clamp_min(STEP_FLOOR)))
+    }
+
+    fn resume(config: &LsqConfig, start: &Start<'_>, grid: &LeftGrid) -> Result<Option<Self>> {
+        let middle = (start.spec.bits.levels() / 2) as f32;
+        // A shifted grid's zero points come out of a division: not to the last bit.
+        if config.offset || !grid.all_zeros_at(middle) {
+            return Ok(None);
+        }
+        Ok(Some(Self::on(config, start, grid.scale.clone())))
+    }
+
+    fn units(&self) -> Option<Units<'_>> {
+        let spacing = ops::off_tape(self.step.val()).clamp_min(STEP_FLOOR);
+        Some(Units { step: &self.step, shift: self.shift.as_ref(), spacing })
     }
 
     fn quantizer(&self, weight: Tensor<2>) -> Quantizer {
@@ -136,5 +140,25 @@ impl WeightMethod for Lsq {
         let step_gradient = self.gradient_factor;
         let stepped = Stepped { step_gradient, ..Stepped::new(weight, step, zero_point, rule) };
         Quantizer::Stepped(stepped, zero_kind)
+    }
+}
+
+impl Lsq {
+    fn on(config: &LsqConfig, start: &Start<'_>, step: Tensor<2>) -> Self {
+        let Start { spec, weight, .. } = *start;
+        let highest = (spec.bits.levels() / 2) as f32 - 1.0;
+        let [groups, len] = weight.dims();
+        let sharing = match config.gradient_scale {
+            LsqGradientScale::Tensor => Some(groups * len),
+            LsqGradientScale::Group => Some(len),
+            LsqGradientScale::None => None,
+        };
+        Self {
+            shift: config.offset.then(|| Param::from_tensor(step.zeros_like())),
+            step: Param::from_tensor(step),
+            gradient_factor: sharing
+                .map_or(1.0, |count| (count as f64 * f64::from(highest)).powf(-0.5)),
+            bits: spec.bits,
+        }
     }
 }

@@ -15,7 +15,7 @@ use burn::tensor::Tensor;
 use burn::tensor::activation::sigmoid;
 use serde::{Deserialize, Serialize};
 
-use super::{Quantizer, Start, WeightMethod};
+use super::{GridKind, Quantizer, Start, WeightMethod};
 use crate::error::{Error, Result};
 use crate::ops::{Rule, Stepped};
 use crate::quant::{Bits, QuantParams, QuantSpec, Repr, Symmetry, ZeroKind};
@@ -58,6 +58,7 @@ impl WeightMethod for Lwc {
     type Config = LwcConfig;
 
     const LEAVES: Repr = Repr::Uniform;
+    const GRID: GridKind = GridKind::Affine;
     const TRAINS_BASE: bool = false;
     const ROLES: &'static [(&'static str, Role)] =
         &[("clip_high", Role::Scale), ("clip_low", Role::Scale)];

@@ -31,14 +31,15 @@ mod signround;
 mod ternary;
 mod uniquanf;
 
-use burn::module::Module;
+use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 pub use adadim::{AdaDim, AdaDimConfig};
 pub use alphatuning::{AlphaTuning, AlphaTuningConfig, LearnedAlphas};
 pub use attach::{
-    FakeQuant, attach, attached, between_steps, fold, materialize, quantize, role_of, shorten_all,
+    FakeQuant, Latent, attach, attached, between_steps, fold, latent, materialize, measures,
+    quantize, role_of, shorten_all,
 };
 pub use awq::{Awq, AwqConfig};
 pub use bcq::{Bcq, BcqConfig, BcqSolve};
@@ -136,7 +137,8 @@ impl Quantizer {
         let short = |scale: Tensor<2>| ops::shorten_ste(scale, digits.significant());
         match &mut self {
             Self::Divided(divided) => {
-                divided.log_scale = short(ops::exp(divided.log_scale.clone())).log();
+                divided.log_scale = short(divided.scales()).log();
+                divided.base = None;
             }
             Self::Stepped(stepped, _) => {
                 let step = stepped.step.clone();
@@ -161,11 +163,30 @@ impl Quantizer {
         }
     }
 
+    /// The weight where it stands between the levels before it is rounded, `[groups, group_len]`, off
+    /// the tape, in units of weights: what a later stage goes on from.
+    pub fn latent(self) -> Tensor<2> {
+        use ops::off_tape;
+        match self {
+            Self::Divided(divided) => divided.latent(),
+            Self::Stepped(stepped, _) => match stepped.rounding {
+                None => off_tape(stepped.weight),
+                Some(offset) => {
+                    off_tape(stepped.weight) + off_tape(offset) * off_tape(stepped.step)
+                }
+            },
+            Self::Unified { unified, weight, .. } => {
+                let division = unified.log_division + unified.log_row;
+                off_tape(weight) / off_tape(division).exp()
+            }
+        }
+    }
+
     /// Codes and grid. Law: they stand for [`Quantizer::values`], bit for bit.
     pub fn fold(self) -> Folded {
         match self {
             Self::Divided(divided) => {
-                let scale = ops::exp(divided.log_scale.clone());
+                let scale = divided.scales();
                 let grid = QuantParams { scale, zero_point: divided.zero_point.clone() };
                 Folded::uniform(divided.codes(), grid, ZeroKind::Integer)
             }
@@ -206,6 +227,65 @@ impl<'a> Start<'a> {
     }
 }
 
+/// A uniform grid that an earlier stage left, for a method that goes on from it.
+#[derive(Clone, Debug)]
+pub struct LeftGrid {
+    /// Distances of neighbouring levels, `[groups, 1]`.
+    pub scale: Tensor<2>,
+    /// Zero points in code units, `[groups, 1]`.
+    pub zero_point: Tensor<2>,
+    /// What the zero points are.
+    pub zero_kind: ZeroKind,
+    /// The learned step that the scales follow from, where it is known and is not them, `[groups, 1]`.
+    pub step: Option<Tensor<2>>,
+    /// The method that left it.
+    pub method: String,
+}
+
+impl LeftGrid {
+    /// Learned steps that give `scale` through `rule`.
+    fn steps(&self, rule: ops::Rule) -> Tensor<2> {
+        match &self.step {
+            Some(step) => step.clone(),
+            // The rules multiply by powers of two, but for Ternary's, whose step is known.
+            None => self.scale.clone() / rule.scale(1.0),
+        }
+    }
+
+    /// Whether every zero point is this number.
+    fn all_zeros_at(&self, zero: f32) -> bool {
+        self.zero_point.clone().equal_scalar(zero).all().into_scalar::<bool>()
+    }
+}
+
+/// What learning rates of latent weights, steps and shifts are measured in; see
+/// [`RateUnit::Grid`](crate::train::RateUnit::Grid).
+pub struct Units<'a> {
+    /// The learned step.
+    pub step: &'a Param<Tensor<2>>,
+    /// The learned shift of the grid, if any.
+    pub shift: Option<&'a Param<Tensor<2>>>,
+    /// Distances of neighbouring levels, `[groups, 1]`.
+    pub spacing: Tensor<2>,
+}
+
+/// The kind of grid that a method makes: stages of one kind, of the same bits and groups, chain.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum GridKind {
+    /// Evenly spaced levels, zero at any integer.
+    Affine,
+    /// Evenly spaced levels, zero in the middle, or shifted from it.
+    Centred,
+    /// Evenly spaced levels, zero between the two in the middle.
+    Stretched,
+    /// Three levels.
+    Ternary,
+    /// Two levels.
+    Signs,
+    /// Sums of signed scales.
+    Planes,
+}
+
 /// When [`WeightMethod::between_steps`] is called.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Moment {
@@ -222,6 +302,10 @@ pub trait WeightMethod: Module + Sized {
 
     /// What the linear becomes.
     const LEAVES: Repr;
+    /// The kind of its grid.
+    const GRID: GridKind;
+    /// Whether [`WeightMethod::resume`] does anything.
+    const RESUMES: bool = false;
     /// Whether the stored weight itself learns (as a latent) or stays frozen.
     const TRAINS_BASE: bool;
     /// Learned parameters by name, with the learning rate that drives each.
@@ -250,6 +334,24 @@ pub trait WeightMethod: Module + Sized {
     /// # Errors
     /// When the observer refuses the weight.
     fn init(config: &Self::Config, start: &Start<'_>) -> Result<Self>;
+
+    /// The method on a grid that is there already, so that `start.weight`, the latent that the earlier
+    /// stage left, has exactly the codes and values it had; `None` where it cannot hold the grid.
+    ///
+    /// # Errors
+    /// When `start` does not suffice.
+    fn resume(
+        _config: &Self::Config,
+        _start: &Start<'_>,
+        _grid: &LeftGrid,
+    ) -> Result<Option<Self>> {
+        Ok(None)
+    }
+
+    /// What rates of latents, steps and shifts are measured in; `None` where there are none of them.
+    fn units(&self) -> Option<Units<'_>> {
+        None
+    }
 
     /// The method on a weight, `[groups, group_len]`.
     fn quantizer(&self, weight: Tensor<2>) -> Quantizer;
@@ -312,6 +414,8 @@ pub trait Solver {
 
     /// What the linear becomes.
     const LEAVES: Repr;
+    /// The kind of its grid.
+    const GRID: GridKind = GridKind::Affine;
     /// What it looks at; anything but the weight takes `[data.calibration]`.
     const NEEDS: Needs;
 
@@ -400,6 +504,37 @@ macro_rules! methods {
                     $(Self::$solver(_) => <$solver as Solver>::LEAVES,)*
                     $(Self::$tuner(_) => <$tuner as Tuner>::TAKES,)*
                 }
+            }
+
+            /// The kind of its grid; `None` for a method that keeps what is there.
+            pub fn grid(&self) -> Option<GridKind> {
+                match self {
+                    $(Self::$name(_) => Some(<$name as WeightMethod>::GRID),)*
+                    $(Self::$solver(_) => Some(<$solver as Solver>::GRID),)*
+                    $(Self::$tuner(_) => None,)*
+                }
+            }
+
+            /// Whether it can go on from codes on its own kind of grid.
+            pub fn resumes(&self) -> bool {
+                match self {
+                    $(Self::$name(_) => <$name as WeightMethod>::RESUMES,)*
+                    $(Self::$solver(_) => false,)*
+                    $(Self::$tuner(_) => true,)*
+                }
+            }
+
+            /// See [`WeightMethod::resume`].
+            ///
+            /// # Errors
+            /// As there.
+            pub fn resume(&self, start: &Start<'_>, grid: &LeftGrid) -> Result<Option<Method>> {
+                Ok(match self {
+                    $(Self::$name(config) => {
+                        $name::resume(config, start, grid)?.map(Method::$name)
+                    })*
+                    _ => None,
+                })
             }
 
             /// What of a grid it learns; `None` for a method that makes codes.
@@ -523,6 +658,11 @@ macro_rules! methods {
             /// See [`WeightMethod::quantizer`].
             pub fn quantizer(&self, weight: Tensor<2>) -> Quantizer {
                 match self { $(Self::$name(method) => method.quantizer(weight),)* }
+            }
+
+            /// See [`WeightMethod::units`].
+            pub fn units(&self) -> Option<Units<'_>> {
+                match self { $(Self::$name(method) => method.units(),)* }
             }
 
             /// See [`WeightMethod::between_steps`].

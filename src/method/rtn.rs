@@ -8,7 +8,7 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::{Quantizer, Start, WeightMethod};
+use super::{GridKind, Quantizer, Start, WeightMethod};
 use crate::error::Result;
 use crate::ops::{Rule, Stepped};
 use crate::quant::{QuantParams, QuantSpec, Repr, ZeroKind};
@@ -31,6 +31,7 @@ impl WeightMethod for Rtn {
     type Config = RtnConfig;
 
     const LEAVES: Repr = Repr::Uniform;
+    const GRID: GridKind = GridKind::Affine;
     const TRAINS_BASE: bool = false;
     const ROLES: &'static [(&'static str, Role)] = &[];
 

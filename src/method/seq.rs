@@ -10,9 +10,9 @@ use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::{Quantizer, Start, WeightMethod};
+use super::{GridKind, LeftGrid, Quantizer, Start, Units, WeightMethod};
 use crate::error::{Error, Result};
-use crate::ops::{Rule, Stepped, TieRule};
+use crate::ops::{self, Candidate, Rule, Stepped, TieRule};
 use crate::quant::{QuantSpec, Repr, ZeroKind};
 use crate::train::Role;
 
@@ -66,8 +66,10 @@ impl WeightMethod for Seq {
     type Config = SeqConfig;
 
     const LEAVES: Repr = Repr::Uniform;
+    const GRID: GridKind = GridKind::Stretched;
+    const RESUMES: bool = true;
     const TRAINS_BASE: bool = true;
-    const ROLES: &'static [(&'static str, Role)] = &[("step", Role::Scale)];
+    const ROLES: &'static [(&'static str, Role)] = &[("step", Role::Step)];
 
     fn accepts(_: &SeqConfig, spec: &QuantSpec) -> Result<()> {
         if spec.bits.get() == 2 {
@@ -79,14 +81,22 @@ impl WeightMethod for Seq {
 
     fn init(config: &SeqConfig, start: &Start<'_>) -> Result<Self> {
         let weight = start.weight;
-        let step = start_step(config.start, weight, |step| {
-            grid(weight.clone(), step.clone(), config.ties, 1.0).values()
-        });
-        Ok(Self {
-            step: Param::from_tensor(step),
-            gradient_factor: gradient_factor(config.gradient_scale, weight),
-            half_up: config.ties == TieRule::HalfUp,
-        })
+        let step = start_step(config.start, weight, rule(config.ties), 1.5);
+        Ok(Self::on(config, start, step))
+    }
+
+    fn resume(config: &SeqConfig, start: &Start<'_>, grid: &LeftGrid) -> Result<Option<Self>> {
+        if grid.zero_kind != ZeroKind::Half || !grid.all_zeros_at(1.5) {
+            return Ok(None);
+        }
+        let step = grid.steps(rule(config.ties));
+        Ok(Some(Self::on(config, start, step)))
+    }
+
+    fn units(&self) -> Option<Units<'_>> {
+        let step = ops::off_tape(self.step.val()).clamp_min(STEP_FLOOR);
+        let spacing = rule(TieRule::HalfEven).scales(step);
+        Some(Units { step: &self.step, shift: None, spacing })
     }
 
     fn quantizer(&self, weight: Tensor<2>) -> Quantizer {
@@ -96,9 +106,23 @@ impl WeightMethod for Seq {
     }
 }
 
+impl Seq {
+    fn on(config: &SeqConfig, start: &Start<'_>, step: Tensor<2>) -> Self {
+        Self {
+            step: Param::from_tensor(step),
+            gradient_factor: gradient_factor(config.gradient_scale, start.weight),
+            half_up: config.ties == TieRule::HalfUp,
+        }
+    }
+}
+
+fn rule(ties: TieRule) -> Rule {
+    Rule::Seq { margin: EPSILON, ties }
+}
+
 fn grid(weight: Tensor<2>, step: Tensor<2>, ties: TieRule, step_gradient: f64) -> Stepped {
     let zero_point = step.full_like(1.5);
-    let rule = Rule::Seq { margin: EPSILON, ties };
+    let rule = rule(ties);
     Stepped { step_gradient, ..Stepped::new(weight, step, zero_point, rule) }
 }
 
@@ -108,21 +132,35 @@ pub(super) fn gradient_factor(scaled: bool, weight: &Tensor<2>) -> f64 {
     if scaled { ((groups * len) as f64).powf(-0.5) } else { 1.0 }
 }
 
-/// The step of each group, `[groups, 1]`, where `w_hat` gives the weight on a step's grid.
+/// The step of each group, `[groups, 1]`, on a grid of `rule` around a fixed zero point.
 pub(super) fn start_step(
     start: SeqStart,
     weight: &Tensor<2>,
-    w_hat: impl Fn(&Tensor<2>) -> Tensor<2>,
+    rule: Rule,
+    zero_point: f32,
 ) -> Tensor<2> {
     let max = weight.clone().abs().max_dim(1).clamp_min(STEP_FLOOR);
     if start == SeqStart::Max {
         return max;
     }
+    let fractions = (1..=START_GRID).map(|i| i as f32 / START_GRID as f32);
+    // Comparisons that leave a damaged weight's NaN where it is.
+    let floored = |step: f32| if step < STEP_FLOOR { STEP_FLOOR } else { step };
+    let found = ops::nearest_grids(weight, rule, 2.0, |extent, candidates| {
+        let max = floored(extent.reach());
+        let step = |fraction| Candidate { step: floored(max * fraction), zero_point };
+        candidates.extend(fractions.clone().map(step));
+    });
+    if let Some((step, _)) = found {
+        return step;
+    }
     // The best of the fractions, per group; the first one wins a tie.
     let mut best: Option<(Tensor<2>, Tensor<2>)> = None;
-    for i in 1..=START_GRID {
-        let step = (max.clone() * (i as f32 / START_GRID as f32)).clamp_min(STEP_FLOOR);
-        let error = (weight.clone() - w_hat(&step)).square().mean_dim(1);
+    for fraction in fractions {
+        let step = (max.clone() * fraction).clamp_min(STEP_FLOOR);
+        let zero_point = step.full_like(zero_point);
+        let w_hat = Stepped::new(weight.clone(), step.clone(), zero_point, rule).values();
+        let error = (weight.clone() - w_hat).square().mean_dim(1);
         best = Some(match best {
             None => (error, step),
             Some((best_error, best_step)) => {
@@ -132,4 +170,34 @@ pub(super) fn start_step(
         });
     }
     best.map_or(max, |(_, step)| step)
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{Device, TensorData};
+
+    use super::*;
+
+    #[test]
+    fn the_search_in_one_pass_finds_no_worse_steps() {
+        let (groups, len) = (24, 200);
+        let wave = |i: usize| ((i as f32 + 0.3) * 12.9898).sin().powi(3) * 0.1;
+        let values: Vec<f32> = (0..groups * len).map(wave).collect();
+        let device = Device::default();
+        let weight = Tensor::<2>::from_data(TensorData::new(values, [groups, len]), &device);
+        let seq = |ties| (Rule::Seq { margin: EPSILON, ties }, 1.5);
+        let ternary = (Rule::Ternary { margin: EPSILON }, 1.0);
+        for (rule, zero) in [seq(TieRule::HalfEven), seq(TieRule::HalfUp), ternary] {
+            let search = || start_step(SeqStart::Mse, &weight, rule, zero);
+            let errors = |step: Tensor<2>| -> Vec<f32> {
+                let zero = step.full_like(zero);
+                let w_hat = Stepped::new(weight.clone(), step, zero, rule).values();
+                (weight.clone() - w_hat).square().mean_dim(1).into_data().iter().collect()
+            };
+            let (found, composed) = (errors(search()), errors(ops::composed(search)));
+            for (found, composed) in found.iter().zip(&composed) {
+                assert!(*found <= composed * (1.0 + 1e-6), "{found} for {composed}, {rule:?}");
+            }
+        }
+    }
 }

@@ -11,9 +11,9 @@ use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::seq::{self, STEP_FLOOR};
-use super::{Quantizer, Start, WeightMethod};
+use super::{GridKind, LeftGrid, Quantizer, Start, Units, WeightMethod};
 use crate::error::{Error, Result};
-use crate::ops::{Rule, Stepped};
+use crate::ops::{self, Rule, Stepped};
 use crate::quant::{QuantSpec, Repr, ZeroKind};
 use crate::train::Role;
 
@@ -44,8 +44,10 @@ impl WeightMethod for Sign {
     type Config = SignConfig;
 
     const LEAVES: Repr = Repr::Uniform;
+    const GRID: GridKind = GridKind::Signs;
+    const RESUMES: bool = true;
     const TRAINS_BASE: bool = true;
-    const ROLES: &'static [(&'static str, Role)] = &[("step", Role::Scale)];
+    const ROLES: &'static [(&'static str, Role)] = &[("step", Role::Step)];
 
     fn accepts(_: &SignConfig, spec: &QuantSpec) -> Result<()> {
         if spec.bits.get() == 1 {
@@ -62,6 +64,21 @@ impl WeightMethod for Sign {
             step: Param::from_tensor(step),
             gradient_factor: seq::gradient_factor(config.gradient_scale, weight),
         })
+    }
+
+    fn resume(config: &SignConfig, start: &Start<'_>, grid: &LeftGrid) -> Result<Option<Self>> {
+        if grid.zero_kind != ZeroKind::Half {
+            return Ok(None);
+        }
+        Ok(Some(Self {
+            step: Param::from_tensor(grid.steps(Rule::Sign)),
+            gradient_factor: seq::gradient_factor(config.gradient_scale, start.weight),
+        }))
+    }
+
+    fn units(&self) -> Option<Units<'_>> {
+        let spacing = Rule::Sign.scales(ops::off_tape(self.step.val()).clamp_min(STEP_FLOOR));
+        Some(Units { step: &self.step, shift: None, spacing })
     }
 
     fn quantizer(&self, weight: Tensor<2>) -> Quantizer {

@@ -16,7 +16,7 @@ use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::{Moment, Quantizer, Start, WeightMethod};
+use super::{GridKind, Moment, Quantizer, Start, WeightMethod};
 use crate::error::{Error, Result};
 use crate::ops::{self, Rule, Stepped};
 use crate::quant::{Bits, QuantParams, QuantSpec, Repr, SCALE_FLOOR, Symmetry, ZeroKind};
@@ -58,6 +58,7 @@ impl WeightMethod for SignRound {
     type Config = SignRoundConfig;
 
     const LEAVES: Repr = Repr::Uniform;
+    const GRID: GridKind = GridKind::Affine;
     const TRAINS_BASE: bool = false;
     const ROLES: &'static [(&'static str, Role)] =
         &[("rounding", Role::Rounding), ("max_factor", Role::Scale), ("min_factor", Role::Scale)];

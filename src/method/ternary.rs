@@ -11,9 +11,9 @@ use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::seq::{self, EPSILON, STEP_FLOOR, SeqStart};
-use super::{Quantizer, Start, WeightMethod};
+use super::{GridKind, LeftGrid, Quantizer, Start, Units, WeightMethod};
 use crate::error::{Error, Result};
-use crate::ops::{Rule, Stepped};
+use crate::ops::{self, Rule, Stepped};
 use crate::quant::{QuantSpec, Repr, ZeroKind};
 use crate::train::Role;
 
@@ -46,8 +46,10 @@ impl WeightMethod for Ternary {
     type Config = TernaryConfig;
 
     const LEAVES: Repr = Repr::Uniform;
+    const GRID: GridKind = GridKind::Ternary;
+    const RESUMES: bool = true;
     const TRAINS_BASE: bool = true;
-    const ROLES: &'static [(&'static str, Role)] = &[("step", Role::Scale)];
+    const ROLES: &'static [(&'static str, Role)] = &[("step", Role::Step)];
 
     fn accepts(_: &TernaryConfig, spec: &QuantSpec) -> Result<()> {
         if spec.bits.get() == 2 {
@@ -62,13 +64,27 @@ impl WeightMethod for Ternary {
 
     fn init(config: &TernaryConfig, start: &Start<'_>) -> Result<Self> {
         let weight = start.weight;
-        let step = seq::start_step(config.start, weight, |step| {
-            grid(weight.clone(), step.clone(), 1.0).values()
-        });
+        let step = seq::start_step(config.start, weight, Rule::Ternary { margin: EPSILON }, 1.0);
         Ok(Self {
             step: Param::from_tensor(step),
             gradient_factor: seq::gradient_factor(config.gradient_scale, weight),
         })
+    }
+
+    fn resume(config: &TernaryConfig, start: &Start<'_>, grid: &LeftGrid) -> Result<Option<Self>> {
+        // Another method's codes may be any of four.
+        if grid.method != "ternary" {
+            return Ok(None);
+        }
+        Ok(Some(Self {
+            step: Param::from_tensor(grid.steps(RULE)),
+            gradient_factor: seq::gradient_factor(config.gradient_scale, start.weight),
+        }))
+    }
+
+    fn units(&self) -> Option<Units<'_>> {
+        let spacing = RULE.scales(ops::off_tape(self.step.val()).clamp_min(STEP_FLOOR));
+        Some(Units { step: &self.step, shift: None, spacing })
     }
 
     fn quantizer(&self, weight: Tensor<2>) -> Quantizer {
@@ -77,8 +93,9 @@ impl WeightMethod for Ternary {
     }
 }
 
+const RULE: Rule = Rule::Ternary { margin: EPSILON };
+
 fn grid(weight: Tensor<2>, step: Tensor<2>, step_gradient: f64) -> Stepped {
     let zero_point = step.ones_like();
-    let rule = Rule::Ternary { margin: EPSILON };
-    Stepped { step_gradient, ..Stepped::new(weight, step, zero_point, rule) }
+    Stepped { step_gradient, ..Stepped::new(weight, step, zero_point, RULE) }
 }

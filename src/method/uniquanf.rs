@@ -22,7 +22,7 @@ use rayon::iter::ParallelIterator;
 use rayon::slice::ParallelSlice;
 use serde::{Deserialize, Serialize};
 
-use super::{Moment, Quantizer, Start, WeightMethod};
+use super::{GridKind, Moment, Quantizer, Start, WeightMethod};
 use crate::error::{Error, Result};
 use crate::ops::Unified;
 use crate::quant::bcq::{self, BcqOptions, BcqSolver};
@@ -78,6 +78,7 @@ impl WeightMethod for UniQuanF {
     type Config = UniQuanFConfig;
 
     const LEAVES: Repr = Repr::BinaryCoding;
+    const GRID: GridKind = GridKind::Planes;
     const TRAINS_BASE: bool = false;
     const HAS_HOOK: bool = true;
     const ROLES: &'static [(&'static str, Role)] = &[

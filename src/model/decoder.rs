@@ -274,10 +274,44 @@ impl Block {
         cache: Option<&mut KvCache>,
         tap: &Tap<'_>,
     ) -> Tensor<3> {
+        let hidden = self.attend(hidden, positions, cache, tap);
+        self.feed_forward(hidden, tap)
+    }
+
+    /// The residual stream behind attention.
+    ///
+    /// # Shapes
+    /// - hidden, result: `[batch, seq, d_model]`
+    pub fn attend(
+        &self,
+        hidden: Tensor<3>,
+        positions: &Positions,
+        cache: Option<&mut KvCache>,
+        tap: &Tap<'_>,
+    ) -> Tensor<3> {
         let normed = self.input_layernorm.forward(hidden.clone());
-        let hidden = hidden + self.self_attn.forward(normed, positions, cache, tap);
+        hidden + self.self_attn.forward(normed, positions, cache, tap)
+    }
+
+    /// The residual stream behind the MLP, from that behind attention.
+    ///
+    /// # Shapes
+    /// - hidden, result: `[batch, seq, d_model]`
+    pub fn feed_forward(&self, hidden: Tensor<3>, tap: &Tap<'_>) -> Tensor<3> {
         let normed = self.post_attention_layernorm.forward(hidden.clone());
         hidden + self.mlp.forward(normed, tap)
+    }
+
+    /// Queries and keys before rotation, side by side.
+    ///
+    /// # Shapes
+    /// - hidden: `[batch, seq, d_model]`
+    /// - result: `[batch, seq, (heads + key heads) * head_dim]`
+    pub fn queries_and_keys(&self, hidden: Tensor<3>, tap: &Tap<'_>) -> Tensor<3> {
+        let x = tap(Site::Attention, self.input_layernorm.forward(hidden));
+        let q = project(&self.self_attn.q_proj, x.clone());
+        let k = tap(Site::Keys, project(&self.self_attn.k_proj, x));
+        Tensor::cat(vec![q, k], 2)
     }
 
     /// Every linear with its name within the block, in the order of [`LINEARS`].

@@ -18,6 +18,8 @@ pub enum ObjectiveConfig {
     KlForward(KlObjective),
     /// `KL(student‖teacher)`.
     KlReverse(KlObjective),
+    /// Forward KL where the student is far from its teacher, JSD where it is near.
+    Adaptive(AdaptiveObjective),
     /// Confidence-aware KL (BitDistiller): forward and reverse KL mixed by how sure the teacher is.
     Cakld(CakldObjective),
     /// Next-token cross-entropy; no teacher.
@@ -47,12 +49,27 @@ pub enum Reduction {
     Mean,
 }
 
+/// What the tokens of a squared error weigh.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TokenWeight {
+    /// The same.
+    #[default]
+    Equal,
+    /// The inverse mean square of the target.
+    Relative,
+}
+
 /// Keys of `objective.mse`.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct MseObjective {
     /// `"sequence_sum"` or `"mean"`. Adam hardly sees the difference; reports are always means.
     pub reduction: Reduction,
+    /// `"equal"`, or `"relative"`: each token's error counts relative to the mean square of the float
+    /// block's output there. The next block's norm divides by just that; without it a few tokens
+    /// with massive activations are all that counts.
+    pub tokens: TokenWeight,
     /// Add the error to the float block's output on the *quantized* stream (OmniQuant's
     /// augmented loss).
     pub augmented: bool,
@@ -69,11 +86,41 @@ pub struct JsdObjective {
     /// Keep only the teacher's so many most likely tokens, at each position. Absent: all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub top_k: Option<usize>,
+    /// With `top_k`: the other tokens count together as one more.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub tail: bool,
 }
 
 impl Default for JsdObjective {
     fn default() -> Self {
-        Self { beta: 0.5, temperature: 1.0, top_k: None }
+        Self { beta: 0.5, temperature: 1.0, top_k: None, tail: false }
+    }
+}
+
+/// Keys of `objective.adaptive`: at each token `λ KL(teacher‖student) + (1-λ) 4 JSD`, with λ going from
+/// 0 to 1 as the token's Jensen–Shannon divergence goes from `near` to `far`. The JSD is bounded by
+/// ln 2 and flat there: where the student starts far away it gives no direction. Nearby both are the
+/// same to second order.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdaptiveObjective {
+    /// Below this part of ln 2 a token's objective is the JSD.
+    pub near: f64,
+    /// Above this part of ln 2 it is the forward KL.
+    pub far: f64,
+    /// Temperature of both distributions.
+    pub temperature: f64,
+    /// Keep only the teacher's so many most likely tokens, at each position. Absent: all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top_k: Option<usize>,
+    /// With `top_k`: the other tokens count together as one more.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub tail: bool,
+}
+
+impl Default for AdaptiveObjective {
+    fn default() -> Self {
+        Self { near: 0.1, far: 0.5, temperature: 1.0, top_k: None, tail: false }
     }
 }
 
@@ -83,15 +130,18 @@ impl Default for JsdObjective {
 pub struct KlObjective {
     /// Temperature of both distributions.
     pub temperature: f64,
-    /// Keep only the teacher's so many most likely tokens, at each position; `kl_forward` alone.
-    /// Absent: all.
+    /// Keep only the teacher's so many most likely tokens, at each position; for `kl_reverse` with a
+    /// tail alone. Absent: all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub top_k: Option<usize>,
+    /// With `top_k`: the other tokens count together as one more.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub tail: bool,
 }
 
 impl Default for KlObjective {
     fn default() -> Self {
-        Self { temperature: 1.0, top_k: None }
+        Self { temperature: 1.0, top_k: None, tail: false }
     }
 }
 
@@ -107,11 +157,15 @@ pub struct CakldObjective {
     pub estimate_batches: u64,
     /// Temperature of both distributions.
     pub temperature: f64,
+    /// Keep only the teacher's so many most likely tokens, at each position, and all others together
+    /// as one more. Absent: all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top_k: Option<usize>,
 }
 
 impl Default for CakldObjective {
     fn default() -> Self {
-        Self { gamma: None, estimate_batches: 10, temperature: 1.0 }
+        Self { gamma: None, estimate_batches: 10, temperature: 1.0, top_k: None }
     }
 }
 
@@ -140,6 +194,7 @@ impl ObjectiveConfig {
             Self::Jsd(jsd) => format!("jsd {}", jsd.beta),
             Self::KlForward(_) => "kl_forward".to_owned(),
             Self::KlReverse(_) => "kl_reverse".to_owned(),
+            Self::Adaptive(_) => "adaptive".to_owned(),
             Self::Cakld(_) => "cakld".to_owned(),
             Self::CrossEntropy(_) => "cross_entropy".to_owned(),
             Self::Sum(terms) => {
@@ -155,7 +210,11 @@ impl ObjectiveConfig {
     pub fn needs_teacher(&self) -> bool {
         match self {
             Self::Mse(_) | Self::CrossEntropy(_) => false,
-            Self::Jsd(_) | Self::KlForward(_) | Self::KlReverse(_) | Self::Cakld(_) => true,
+            Self::Jsd(_)
+            | Self::KlForward(_)
+            | Self::KlReverse(_)
+            | Self::Adaptive(_)
+            | Self::Cakld(_) => true,
             Self::Sum(terms) => terms.iter().any(|term| term.objective.needs_teacher()),
         }
     }
@@ -209,13 +268,32 @@ impl ObjectiveConfig {
             Self::Cakld(cakld) if cakld.estimate_batches == 0 => {
                 return Err(Error::usage("estimate_batches = 0").fix("estimate_batches = 10"));
             }
-            Self::KlReverse(KlObjective { top_k: Some(_), .. }) => {
+            Self::KlReverse(KlObjective { top_k: Some(_), tail: false, .. }) => {
                 return Err(Error::usage(
                     "objective.kl_reverse is infinite where top_k drops tokens",
                 )
-                .fix("objective.kl_forward or objective.jsd, or no top_k"));
+                .fix("tail = true beside it, or objective.kl_forward, or no top_k"));
+            }
+            Self::Adaptive(AdaptiveObjective { near, far, .. })
+                if !(*near >= 0.0 && near < far && *far <= 1.0) =>
+            {
+                return Err(Error::usage(format!(
+                    "objective.adaptive goes from near = {near} to far = {far}, which are no parts of \
+                     ln 2 in that order"
+                ))
+                .fix("near = 0.1 and far = 0.5"));
+            }
+            Self::Jsd(JsdObjective { top_k: None, tail: true, .. })
+            | Self::KlForward(KlObjective { top_k: None, tail: true, .. })
+            | Self::KlReverse(KlObjective { top_k: None, tail: true, .. })
+            | Self::Adaptive(AdaptiveObjective { top_k: None, tail: true, .. }) => {
+                return Err(Error::usage("tail = true is about what top_k leaves out")
+                    .fix("top_k = 64 beside it, or no tail"));
             }
             Self::Jsd(JsdObjective { top_k: Some(0), .. })
+            | Self::Cakld(CakldObjective { top_k: Some(0), .. })
+            | Self::Adaptive(AdaptiveObjective { top_k: Some(0), .. })
+            | Self::KlReverse(KlObjective { top_k: Some(0), .. })
             | Self::KlForward(KlObjective { top_k: Some(0), .. }) => {
                 return Err(
                     Error::usage("top_k = 0 leaves nothing to learn from").fix("top_k = 64")
@@ -234,6 +312,7 @@ impl ObjectiveConfig {
             Self::Jsd(jsd) => jsd.temperature,
             Self::KlForward(kl) | Self::KlReverse(kl) => kl.temperature,
             Self::Cakld(cakld) => cakld.temperature,
+            Self::Adaptive(adaptive) => adaptive.temperature,
             Self::Mse(_) | Self::CrossEntropy(_) => 1.0,
         };
         if temperature > 0.0 && temperature.is_finite() {
@@ -251,15 +330,21 @@ impl ObjectiveConfig {
     /// # Errors
     /// A usage error when this is an objective for block outputs, or the teacher is missing.
     pub fn on_logits(&self, student: Tensor<2>, targets: &Targets) -> Result<LossValue> {
-        let (divergence, temperature, top_k) = match self {
-            Self::Jsd(jsd) => (Divergence::Jsd { beta: jsd.beta }, jsd.temperature, jsd.top_k),
-            Self::KlForward(kl) => (Divergence::KlForward, kl.temperature, kl.top_k),
-            Self::KlReverse(kl) => (Divergence::KlReverse, kl.temperature, None),
+        let (divergence, temperature, top_k, tail) = match self {
+            Self::Jsd(jsd) => {
+                (Divergence::Jsd { beta: jsd.beta }, jsd.temperature, jsd.top_k, jsd.tail)
+            }
+            Self::KlForward(kl) => (Divergence::KlForward, kl.temperature, kl.top_k, kl.tail),
+            Self::KlReverse(kl) => (Divergence::KlReverse, kl.temperature, kl.top_k, kl.tail),
+            Self::Adaptive(AdaptiveObjective { near, far, temperature, top_k, tail }) => {
+                let kind = Divergence::Adaptive { near: *near, far: *far };
+                (kind, *temperature, *top_k, *tail)
+            }
             Self::Cakld(cakld) => {
                 let gamma = cakld
                     .gamma
                     .ok_or_else(|| Error::failed("the teacher's confidence was not measured"))?;
-                (Divergence::Cakld { gamma }, cakld.temperature, None)
+                (Divergence::Cakld { gamma }, cakld.temperature, cakld.top_k, true)
             }
             Self::Sum(terms) => return weighted_sum(terms, &student, targets),
             Self::CrossEntropy(_) => {
@@ -275,7 +360,7 @@ impl ObjectiveConfig {
             .teacher
             .clone()
             .ok_or_else(|| Error::failed(format!("objective {} needs a teacher", self.name())))?;
-        let comparison = Comparison { divergence, temperature, top_k };
+        let comparison = Comparison { divergence, temperature, top_k, tail };
         Ok(ops::divergence(&comparison, student, teacher, targets.weights.clone()))
     }
 }

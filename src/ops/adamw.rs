@@ -69,6 +69,32 @@ pub fn adamw_step<const D: usize>(
     gradient: Tensor<D>,
     moments: Option<Moments>,
 ) -> (Tensor<D>, Moments) {
+    adamw(step, None, parameter, gradient, moments)
+}
+
+/// As [`adamw_step`] for a linear's weight, with the learning rate in units that each group of the
+/// weight has for itself.
+///
+/// # Shapes
+/// - units: `[groups, 1]`, off the tape; groups are equal runs of the row-major `[out, in]` weight
+/// - parameter, gradient, result: `[in, out]`, off the tape
+pub fn adamw_step_in_units(
+    step: &AdamWStep,
+    units: Tensor<2>,
+    parameter: Tensor<2>,
+    gradient: Tensor<2>,
+    moments: Option<Moments>,
+) -> (Tensor<2>, Moments) {
+    adamw(step, Some(units), parameter, gradient, moments)
+}
+
+fn adamw<const D: usize>(
+    step: &AdamWStep,
+    units: Option<Tensor<2>>,
+    parameter: Tensor<D>,
+    gradient: Tensor<D>,
+    moments: Option<Moments>,
+) -> (Tensor<D>, Moments) {
     let moments = moments.unwrap_or_else(|| {
         // As the parameter lies in memory, so that a transposed one is never copied.
         Moments::new(zeros(&parameter), zeros(&parameter))
@@ -77,7 +103,7 @@ pub fn adamw_step<const D: usize>(
     #[cfg(feature = "flex")]
     if reads(&parameter) {
         // A transposed view of a row-major matrix is updated as that matrix.
-        let flip = D == 2 && is_transposed(&parameter);
+        let flip = units.is_some() || D == 2 && is_transposed(&parameter);
         let orient = |tensor: Tensor<D>| if flip { tensor.transpose() } else { tensor };
         let rows = |tensor: Tensor<D>| Rows::of(bridge::frozen(orient(tensor)));
         let [mut first, mut second] = [first, second].map(|moment| rows(tensor(moment)));
@@ -95,7 +121,14 @@ pub fn adamw_step<const D: usize>(
             keep: step.keep() as f32,
         };
         let means = [first.values_mut(), second.values_mut()];
-        kernel::step(numbers, parameter.values_mut(), gradient.values(), means);
+        match units {
+            None => kernel::step(numbers, parameter.values_mut(), gradient.values(), means),
+            Some(units) => {
+                let units = Rows::of(bridge::frozen(units));
+                let (values, gradient) = (parameter.values_mut(), gradient.values());
+                kernel::step_in_units(numbers, units.values(), values, gradient, means);
+            }
+        }
         let back = |rows: Rows| orient(tensor::<D>(rows.plain()));
         return (back(parameter), Moments::new(back(first), back(second)));
     }
@@ -105,6 +138,18 @@ pub fn adamw_step<const D: usize>(
     let [correction1, correction2] = step.corrections();
     let root = (second.clone() / correction2).sqrt() + step.epsilon;
     let delta = first.clone() / root * (step.rate / correction1);
+    let delta = match units {
+        None => delta,
+        Some(units) => {
+            // `[in, out]` seen as `[groups, group_len]` of its transpose.
+            let [groups, _] = units.dims();
+            let shape = delta.dims();
+            let transposed =
+                delta.transpose().reshape([groups, shape.iter().product::<usize>() / groups]);
+            let scaled = transposed * units;
+            scaled.reshape([shape[1], shape[0]]).transpose().reshape(shape)
+        }
+    };
     (parameter * step.keep() - delta, Moments::new(first, second))
 }
 

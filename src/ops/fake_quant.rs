@@ -49,6 +49,11 @@ pub fn shorten_ste<const D: usize>(x: Tensor<D>, significant: u32) -> Tensor<D> 
     x.clone() + (short - x).detach()
 }
 
+/// The values of a tensor that may be on the tape, off it.
+pub fn off_tape(x: Tensor<2>) -> Tensor<2> {
+    tensor(bridge::off_tape(x.into_dispatch()))
+}
+
 /// A weight in any float rank-2 layout as `[groups, group_len]`; free when it is contiguous.
 pub fn reshape_grouped(weight: Tensor<2>, grouped: [usize; 2]) -> Tensor<2> {
     if weight.dims() == grouped { weight } else { weight.reshape(grouped) }
@@ -96,8 +101,8 @@ pub(super) enum Output {
 }
 
 /// FlexRound's quantizer (Lee et al. 2023, eq. 2, in the log form of the released code) and LRQ's
-/// (Lee et al. 2024): `Δ (clamp(round(W / exp(θ)) + z, 0, L) - z)` with `Δ = exp(log_scale)` and
-/// `θ = log_division + (log_scale + log_row) (+ log_column)`.
+/// (Lee et al. 2024): `Δ (clamp(round(W / (base exp(θ))) + z, 0, L) - z)` with
+/// `Δ = base exp(log_scale)` and `θ = log_division + (log_scale + log_row) (+ log_column)`.
 ///
 /// Gradients: true clamp (1 inside and on the bounds, 0 outside), straight-through round. The
 /// paper's bounds `[-z, L - z]` on the integer differ by row; with `z` added they do not.
@@ -105,6 +110,9 @@ pub(super) enum Output {
 pub struct Divided {
     /// The weight, `[groups, group_len]`; frozen.
     pub weight: Tensor<2>,
+    /// What steps are relative to, `[groups, 1]`; frozen. Absent: 1. A grid that is there already is
+    /// met exactly so, which the exponential of a logarithm is not.
+    pub base: Option<Tensor<2>>,
     /// `[groups, 1]`.
     pub log_scale: Tensor<2>,
     /// `[groups, group_len]`.
@@ -132,9 +140,33 @@ impl Divided {
         tensor(bridge::apply(operation, inputs))
     }
 
+    /// Steps, `[groups, 1]`: the same bits as inside.
+    pub fn scales(&self) -> Tensor<2> {
+        let scale = exp(self.log_scale.clone());
+        match &self.base {
+            Some(base) => base.clone() * scale,
+            None => scale,
+        }
+    }
+
+    /// The weight as it is divided by all but the step, `[groups, group_len]`, off the tape: what
+    /// rounding to the step gives the codes, but for the order of operations.
+    pub fn latent(self) -> Tensor<2> {
+        let [groups, len] = self.weight.dims();
+        let mut theta = self.log_division;
+        let [out, _] = self.log_row.dims();
+        let sharing = groups / out;
+        theta = theta + self.log_row.repeat_dim(1, sharing).reshape([groups, 1]);
+        if let Some(column) = self.log_column {
+            theta = theta + column.reshape([sharing, len]).repeat_dim(0, out);
+        }
+        off_tape(self.weight) / off_tape(theta).exp()
+    }
+
     fn prepare(self, output: Output) -> (DividedOperation, [Plain; 4]) {
         let operation = DividedOperation {
             weight: bridge::frozen(self.weight),
+            base: self.base.map(bridge::frozen),
             zero_point: bridge::frozen(self.zero_point),
             max_code: f32::from(self.max_code),
             columns: self.log_column.is_some(),
@@ -150,6 +182,7 @@ impl Divided {
 #[derive(Clone, Debug)]
 struct DividedOperation {
     weight: Plain,
+    base: Option<Plain>,
     zero_point: Plain,
     max_code: f32,
     columns: bool,
@@ -241,16 +274,22 @@ impl DividedOperation {
         if self.columns {
             theta = theta + log_column.reshape([sharing, len]).repeat_dim(0, out);
         }
-        let ratio = weight / (log_division + theta).exp();
+        let base = self.base.clone().map(tensor::<2>);
+        let based = |x: Tensor<2>| match &base {
+            Some(base) => x * base.clone(),
+            None => x,
+        };
+        let ratio = weight / based((log_division + theta).exp());
         let ratio_code = ratio.clone().round() + zero_point.clone();
         let code = ratio_code.clone().clamp(0.0, self.max_code);
-        DividedParts { ratio, ratio_code, code, scale: log_scale.exp(), zero_point }
+        DividedParts { ratio, ratio_code, code, scale: based(log_scale.exp()), zero_point }
     }
 }
 
 #[cfg(feature = "flex")]
 struct DividedRows {
     weight: Rows,
+    base: Option<Rows>,
     zero_point: Rows,
     log_scale: Rows,
     log_division: Rows,
@@ -266,6 +305,7 @@ impl DividedRows {
         let [log_scale, log_division, log_row, log_column] = inputs.map(Rows::of);
         Self {
             weight: Rows::of(operation.weight.clone()),
+            base: operation.base.clone().map(Rows::of),
             zero_point: Rows::of(operation.zero_point.clone()),
             log_scale,
             log_division,
@@ -279,6 +319,7 @@ impl DividedRows {
     fn kernel(&self) -> kernel::Divided<'_> {
         kernel::Divided {
             weight: self.weight.values(),
+            base: self.base.as_ref().map_or(&[], Rows::values),
             log_division: self.log_division.values(),
             log_scale: self.log_scale.values(),
             log_row: self.log_row.values(),

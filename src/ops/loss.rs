@@ -42,7 +42,25 @@ pub enum Divergence {
         /// Weight of the reverse, mode-seeking term.
         gamma: f64,
     },
+    /// `λ KL(p‖q) + (1-λ) 4 JSD`, both distributions weighted equally in the latter, where λ goes from
+    /// 0 to 1 as the token's JSD goes from `near` to `far`, parts of its bound ln 2; λ gets no
+    /// gradient. The JSD is flat at its bound, where a student starts that is far from its teacher;
+    /// close to it four times the JSD is the KL to second order.
+    Adaptive {
+        /// Below it, the JSD alone.
+        near: f64,
+        /// Above it, the KL alone.
+        far: f64,
+    },
 }
+
+/// The share of `KL(p‖q)` in [`Divergence::Adaptive`] at a Jensen–Shannon divergence of `jsd` nats.
+pub(super) fn far_share(jsd: f64, near: f64, far: f64) -> f64 {
+    ((jsd / std::f64::consts::LN_2 - near) / (far - near)).clamp(0.0, 1.0)
+}
+
+/// What the JSD weighs in [`Divergence::Adaptive`].
+pub(super) const NEAR_WEIGHT: f64 = 4.0;
 
 /// Joins a value and a gradient that were computed off the tape to the tracked tensor they belong
 /// to: the result has that value, and its gradient with respect to `x` is `gradient`.
@@ -99,9 +117,11 @@ pub struct Comparison {
     /// Divides the logits of both.
     pub temperature: f64,
     /// Keep the teacher's so many largest logits of each token (and what ties with the last of
-    /// them), and none of its others. Not for [`Divergence::KlReverse`] and [`Divergence::Cakld`],
-    /// which would be infinite.
+    /// them), and none of its others.
     pub top_k: Option<usize>,
+    /// With `top_k`: all other tokens are one more event, of what is left of both distributions.
+    /// Without it [`Divergence::KlReverse`] and [`Divergence::Cakld`] would be infinite.
+    pub tail: bool,
 }
 
 /// Masked mean of a divergence over tokens, and its gradient to the student's logits, which takes
@@ -116,18 +136,22 @@ pub fn divergence(
     teacher: Tensor<2>,
     weights: Tensor<2>,
 ) -> LossValue {
-    let Comparison { divergence, temperature, top_k } = *comparison;
+    let Comparison { divergence, temperature, top_k, tail } = *comparison;
     #[cfg(feature = "flex")]
     if reads(&student) {
         let [mut student, teacher, weights] =
             [student, teacher, weights].map(|t| Rows::of(bridge::frozen(t)));
-        let settings = kernel::Settings { kind: divergence, temperature, top_k };
+        let settings = kernel::Settings { kind: divergence, temperature, top_k, tail };
         let (logits, teacher) = (student.values_mut(), teacher.values());
         let value = kernel::divergence_with_gradient(&settings, logits, teacher, weights.values());
         return loss_value(value, student);
     }
+    let vocab = teacher.dims()[1];
+    if let Some(k) = top_k.filter(|k| tail && *k < vocab) {
+        return with_tail(divergence, temperature, k, [student, teacher], weights);
+    }
     let teacher = match top_k {
-        Some(k) if k < teacher.dims()[1] => {
+        Some(k) if k < vocab => {
             let least = teacher.clone().topk(k, 1).min_dim(1);
             // Far below any logit, but finite: its product with a probability of zero is zero.
             teacher.clone().mask_fill(teacher.lower(least), -1e30)
@@ -135,19 +159,45 @@ pub fn divergence(
         _ => teacher,
     };
     let both = Distributions::new(student, teacher, temperature);
-    let (per_token, Gradient { mismatch, ratio }) = both.evaluate(divergence);
+    let (per_token, gradient) = both.with_gradient(divergence);
     let value = (per_token * weights.clone()).sum();
-    let weights = weights / temperature;
-    let Distributions { q, p, .. } = both;
-    let gradient = match ratio {
-        None => (q - p) * (weights * mismatch),
-        Some((ratio, mean, factor)) if mismatch == 0.0 => q * (ratio - mean) * (weights * factor),
-        Some((ratio, mean, factor)) => {
-            (q.clone() * (ratio - mean) * factor + (q - p) * mismatch) * weights
-        }
-    };
-    LossValue { value, gradient }
+    LossValue { value, gradient: gradient * (weights / temperature) }
 }
+
+/// As [`divergence`] over the teacher's `k` largest logits and one event for all others.
+fn with_tail(
+    divergence: Divergence,
+    temperature: f64,
+    k: usize,
+    [student, teacher]: [Tensor<2>; 2],
+    weights: Tensor<2>,
+) -> LossValue {
+    let all = Distributions::new(student, teacher.clone(), temperature);
+    let least = teacher.clone().topk(k, 1).min_dim(1);
+    let rest = teacher.lower(least);
+    // The events: every kept token, and in a last column the rest.
+    let events = |p: &Tensor<2>, log_p: &Tensor<2>| {
+        let kept = p.clone().mask_fill(rest.clone(), 0.0);
+        let tail = (kept.clone().sum_dim(1).neg() + 1.0).clamp_min(LEAST_TAIL);
+        let log =
+            Tensor::cat(vec![log_p.clone().mask_fill(rest.clone(), -1e30), tail.clone().log()], 1);
+        (Tensor::cat(vec![kept, tail], 1), log)
+    };
+    let (q, log_q) = events(&all.q, &all.log_q);
+    let (p, log_p) = events(&all.p, &all.log_p);
+    let vocab = all.q.dims()[1];
+    let tail_of_q = q.clone().narrow(1, vocab, 1);
+    let (per_token, gradient) = Distributions { q, log_q, p, log_p }.with_gradient(divergence);
+    // What pulls at the tail pulls at each of its tokens by its share.
+    let pull = gradient.clone().narrow(1, vocab, 1) / tail_of_q;
+    let kept = gradient.narrow(1, 0, vocab).mask_fill(rest.clone(), 0.0);
+    let shared = (all.q * pull).mask_fill(rest.bool_not(), 0.0);
+    let value = (per_token * weights.clone()).sum();
+    LossValue { value, gradient: (kept + shared) * (weights / temperature) }
+}
+
+/// The least probability of all tokens but the kept ones: no logarithm of zero.
+pub(super) const LEAST_TAIL: f64 = 1e-12;
 
 /// The value of [`divergence`] without its gradient: nothing of the logits' size is allocated where
 /// there are kernels.
@@ -159,10 +209,10 @@ pub fn divergence_value(
 ) -> f64 {
     #[cfg(feature = "flex")]
     if reads(&student) {
-        let Comparison { divergence, temperature, top_k } = *comparison;
+        let Comparison { divergence, temperature, top_k, tail } = *comparison;
         let [student, teacher, weights] =
             [student, teacher, weights].map(|t| Rows::of(bridge::frozen(t)));
-        let settings = kernel::Settings { kind: divergence, temperature, top_k };
+        let settings = kernel::Settings { kind: divergence, temperature, top_k, tail };
         let (student, teacher) = (student.values(), teacher.values());
         return kernel::divergence(&settings, student, teacher, weights.values());
     }
@@ -220,13 +270,38 @@ impl Distributions {
         Self { q, log_q, p, log_p }
     }
 
-    /// The divergence per token, `[tokens, 1]`, and what its gradient is made of.
+    /// The divergence per token, `[tokens, 1]`, and its gradient to the tempered student logits.
+    fn with_gradient(&self, kind: Divergence) -> (Tensor<2>, Tensor<2>) {
+        if let Divergence::Adaptive { near, far } = kind {
+            let (kl, of_kl) = self.with_gradient(Divergence::KlForward);
+            let (jsd, of_jsd) = self.with_gradient(Divergence::Jsd { beta: 0.5 });
+            let share = (jsd.clone() / std::f64::consts::LN_2 - near) / (far - near);
+            let share = share.clamp(0.0, 1.0);
+            let close = (share.clone().neg() + 1.0) * NEAR_WEIGHT;
+            return (kl * share.clone() + jsd * close.clone(), of_kl * share + of_jsd * close);
+        }
+        let (per_token, Gradient { mismatch, ratio }) = self.evaluate(kind);
+        let difference = || self.q.clone() - self.p.clone();
+        let gradient = match ratio {
+            None => difference() * mismatch,
+            Some((ratio, mean, factor)) if mismatch == 0.0 => {
+                self.q.clone() * (ratio - mean) * factor
+            }
+            Some((ratio, mean, factor)) => {
+                self.q.clone() * (ratio - mean) * factor + difference() * mismatch
+            }
+        };
+        (per_token, gradient)
+    }
+
+    /// The divergence per token, `[tokens, 1]`, and what its gradient is made of; not of
+    /// [`Divergence::Adaptive`], which is made of two others.
     fn evaluate(&self, kind: Divergence) -> (Tensor<2>, Gradient) {
         let Self { q, log_q, p, log_p } = self;
         let log_ratio = || log_q.clone() - log_p.clone();
         let forward = |ratio: &Tensor<2>| (p.clone() * ratio.clone()).sum_dim(1).neg();
         match kind {
-            Divergence::KlForward => {
+            Divergence::KlForward | Divergence::Adaptive { .. } => {
                 (forward(&log_ratio()), Gradient { mismatch: 1.0, ratio: None })
             }
             Divergence::KlReverse => {

@@ -17,20 +17,22 @@ mod fake_quant;
 mod kernel;
 mod linear;
 mod loss;
+mod search;
 #[cfg(feature = "flex")]
 mod vector;
 
-pub use adamw::{AdamWStep, Moments, adamw_step, laid_out_like, squared_norm};
+pub use adamw::{AdamWStep, Moments, adamw_step, adamw_step_in_units, laid_out_like, squared_norm};
 pub use binary_coding::{Unified, nearest_codes};
 pub use block::{Rotary, block_mse, causal_attention, rms_norm, swiglu};
 pub use bridge::composed;
 pub use coded::{CodedKind, CodedMatrix, PackedCodes};
 pub use fake_quant::{
-    Divided, Rule, Stepped, TieRule, clamp_ste, exp, reshape_grouped, round_ste, scale_gradient,
-    shorten_ste,
+    Divided, Rule, Stepped, TieRule, clamp_ste, exp, off_tape, reshape_grouped, round_ste,
+    scale_gradient, shorten_ste,
 };
 pub use linear::{linear, matmul};
 pub use loss::{
     Closeness, Comparison, Divergence, LossValue, compare, confidence, cross_entropy, divergence,
     divergence_value, negative_log_likelihood, with_gradient,
 };
+pub use search::{Candidate, Extent, nearest_grids};

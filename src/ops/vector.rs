@@ -143,6 +143,45 @@ pub(crate) fn ln(x: f32) -> f32 {
     (f + tail) + n * LN2_HIGH
 }
 
+/// A power's exponent, ready for [`Power::of`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Power {
+    exponent: f32,
+    /// Its first bits, so few that a binary exponent times them is exact.
+    high: f32,
+    /// The rest.
+    low: f32,
+}
+
+impl Power {
+    /// The power of this exponent.
+    pub(crate) fn new(exponent: f32) -> Self {
+        let high = f32::from_bits(exponent.to_bits() & 0xffff_ff00);
+        Self { exponent, high, low: exponent - high }
+    }
+
+    /// `x^exponent` for `x >= 0` and an exponent in `0..=8`, within 4 units in the last place;
+    /// subnormal `x` count as 0.
+    #[inline(always)]
+    pub(crate) fn of(self, x: f32) -> f32 {
+        const ROUND: f32 = 12_582_912.0;
+        // x = 2^n m with m in sqrt(1/2)..sqrt(2), so x^p = 2^(n p) e^(p ln m). The exponent of 2
+        // in an integer and a fraction: what is lost there would be an error of every x.
+        let bits = x.to_bits().wrapping_sub(0x3f35_04f3);
+        let n = (bits.cast_signed() >> 23) as f32;
+        let m = f32::from_bits((bits & 0x007f_ffff) + 0x3f35_04f3);
+        let whole = (n * self.high).clamp(-252.0, 254.0);
+        let rounded = whole + ROUND;
+        let fraction = (whole - (rounded - ROUND)) + n * self.low;
+        let y = exp(fraction * std::f32::consts::LN_2 + self.exponent * ln(m));
+        // Two factors, each of them a normal number.
+        let n = rounded.to_bits().wrapping_sub(ROUND.to_bits()).cast_signed();
+        let power_of_two = |n: i32| f32::from_bits((n + 127).cast_unsigned() << 23);
+        let y = y * power_of_two(n >> 1) * power_of_two(n - (n >> 1));
+        if x < f32::MIN_POSITIVE { 0.0 } else { y }
+    }
+}
+
 /// The sum of `values`; see [`sum_pairs`].
 #[inline(always)]
 pub(crate) fn sum(values: &[f32]) -> f64 {
@@ -249,6 +288,25 @@ mod tests {
         assert!(exp(-86.6) > f32::MIN_POSITIVE);
         assert!(exp(88.7) < f32::INFINITY);
         assert_eq!(ln(1.0), 0.0);
+    }
+
+    #[test]
+    fn powers_are_accurate() {
+        for exponent in [0.5f32, 1.0, 2.0, 2.4, 3.7, 8.0] {
+            let (power, mut worst) = (Power::new(exponent), 0.0f64);
+            for i in 0..100_000 {
+                let x = f32::from_bits(0x0080_0000 + i * 21_000);
+                let exact = f64::from(x).powf(f64::from(exponent));
+                if (1e-37..1e38).contains(&exact) {
+                    worst = worst.max(ulps(power.of(x), exact));
+                }
+            }
+            assert!(worst < 4.0 + 0.5 * f64::from(exponent), "{worst} at {exponent}");
+            assert_eq!(power.of(0.0), 0.0);
+            assert_eq!(power.of(1.0), 1.0);
+        }
+        assert_eq!(Power::new(2.4).of(1e30), f32::INFINITY);
+        assert!(Power::new(8.0).of(1e-30) < 1e-37);
     }
 
     #[test]

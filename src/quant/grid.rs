@@ -1,11 +1,15 @@
 //! What every method must end in: integer codes on a grid, on the host, ready to be packed.
 
 use half::f16;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::{Bits, GroupAxis, GroupLayout, bcq};
 use crate::error::{Error, Result};
 use crate::ops::PackedCodes;
+
+/// Weights that a task decodes.
+const DECODED_AT_ONCE: usize = 1 << 15;
 
 /// What a linear currently is; the alphabet in which a plan type-checks.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -306,21 +310,31 @@ impl QuantizedWeight {
     /// for the offset in binary coding); so the result is bit-equal to what was trained.
     pub fn dequantize(&self) -> Vec<f32> {
         let codes = self.codes.to_vec();
-        let groups = codes.chunks_exact(self.layout.group_len);
-        let stored: Vec<f32> = match &self.grid {
-            Grid::Uniform { scale, zero_point, .. } => groups
-                .zip(scale.iter().zip(zero_point))
-                .flat_map(|(group, (scale, zero))| {
-                    group.iter().map(move |c| scale * (f32::from(*c) - zero))
-                })
-                .collect(),
-            Grid::BinaryCoding { alpha, offset } => groups
-                .zip(alpha.chunks_exact(usize::from(self.bits.get())).zip(offset))
-                .flat_map(|(group, (alpha, offset))| {
-                    group.iter().map(move |code| bcq::level(*code, alpha, *offset))
-                })
-                .collect(),
-        };
+        let len = self.layout.group_len;
+        let mut stored = vec![0.0; codes.len()];
+        // Whole groups, so many that a task is worth it.
+        let groups = (DECODED_AT_ONCE / len).max(1);
+        let parts = stored.par_chunks_mut(groups * len).zip(codes.par_chunks(groups * len));
+        parts.enumerate().for_each(|(part, (stored, codes))| {
+            let each = stored.chunks_exact_mut(len).zip(codes.chunks_exact(len));
+            for (group, (stored, codes)) in (part * groups..).zip(each) {
+                match &self.grid {
+                    Grid::Uniform { scale, zero_point, .. } => {
+                        let (scale, zero) = (scale[group], zero_point[group]);
+                        for (value, code) in stored.iter_mut().zip(codes) {
+                            *value = scale * (f32::from(*code) - zero);
+                        }
+                    }
+                    Grid::BinaryCoding { alpha, offset } => {
+                        let planes = usize::from(self.bits.get());
+                        let alpha = &alpha[group * planes..][..planes];
+                        for (value, code) in stored.iter_mut().zip(codes) {
+                            *value = bcq::level(*code, alpha, offset[group]);
+                        }
+                    }
+                }
+            }
+        });
         match self.layout.axis {
             GroupAxis::In => stored,
             GroupAxis::Out => {

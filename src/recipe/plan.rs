@@ -54,6 +54,8 @@ pub struct PlannedStage {
     pub config: StageConfig,
     /// What it quantizes, by linear.
     pub specs: BTreeMap<String, QuantSpec>,
+    /// Whether a later stage may go on from the latent weights it learns.
+    pub keeps_latents: bool,
     /// What this stage rounds the output head to.
     pub head: Option<QuantSpec>,
     /// Linears that an earlier stage quantized and this one leaves as they are.
@@ -128,6 +130,7 @@ impl Plan {
             };
             // The head is rounded once, by the first stage that quantizes.
             let head = resolved.head.filter(|_| quantized.is_empty());
+            check_chain(config, &resolved.linears, &quantized, &stages).map_err(at)?;
             let mut default_spec = default_spec(&recipe.quant, change);
             if change.is_some() || tunes {
                 latest = config.name();
@@ -145,6 +148,7 @@ impl Plan {
             stages.push(PlannedStage {
                 config: config.clone(),
                 specs: resolved.linears,
+                keeps_latents: recipe.stage[index + 1..].iter().any(goes_on),
                 head,
                 kept: resolved.kept,
                 observer: observer(config).unwrap_or(&recipe.quant.observer).clone(),
@@ -212,6 +216,48 @@ impl PlannedStage {
             }
         }
     }
+}
+
+/// Whether a stage may start from latent weights.
+fn goes_on(stage: &StageConfig) -> bool {
+    match stage {
+        StageConfig::Reconstruct(_) => true,
+        StageConfig::Distill(config) => config.method.tunes().is_none(),
+        StageConfig::Calibrate(_)
+        | StageConfig::TuneScales(_)
+        | StageConfig::Finetune(_)
+        | StageConfig::Evaluate(_)
+        | StageConfig::Export(_) => false,
+    }
+}
+
+/// A method that finds its own grid does not follow one of the same kind, bits and groups: what was
+/// learned there would be lost without a word.
+fn check_chain(
+    config: &StageConfig,
+    specs: &BTreeMap<String, QuantSpec>,
+    quantized: &BTreeMap<String, QuantSpec>,
+    earlier: &[PlannedStage],
+) -> Result<()> {
+    let Some((method, _)) = config.quantizes().filter(|(method, _)| !method.resumes()) else {
+        return Ok(());
+    };
+    let made = |stage: &PlannedStage| stage.config.quantizes().and_then(|(m, _)| m.grid());
+    let last = earlier.iter().rev().find_map(made);
+    let same = |(name, spec): (&String, &QuantSpec)| {
+        quantized.get(name).is_some_and(|q| (q.bits, q.group_size) == (spec.bits, spec.group_size))
+    };
+    if last.is_none() || last != method.grid() || !specs.iter().any(same) {
+        return Ok(());
+    }
+    Err(Error::usage(format!(
+        "method.{} finds a grid of its own, and an earlier stage has left one of the same bits and \
+         groups",
+        method.name()
+    ))
+    .fix(
+        "other bits or groups in this stage, or method.flexround, which goes on from what is there",
+    ))
 }
 
 /// Dense weights are exported where a stage has changed them, and the source is no packed folder, whose

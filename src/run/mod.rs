@@ -128,6 +128,7 @@ fn execute(
             steps: stage.config.steps(model_blocks),
             left_by: last_change(&plan, index),
             specs: &stage.specs,
+            keeps_latents: stage.keeps_latents,
             head: stage.head,
             observer: &stage.observer,
             default_spec: stage.default_spec,

@@ -110,6 +110,7 @@ fn open_model(recipe: &Recipe) -> Result<ModelState> {
         config: ModelConfig::read(&dir).map_err(as_preflight)?,
         checkpoint: Checkpoint::open(&dir).map_err(as_preflight)?,
         quantized: BTreeMap::new(),
+        latents: BTreeMap::new(),
         dense: BTreeMap::new(),
         tuned: BTreeMap::new(),
         activations: recorded

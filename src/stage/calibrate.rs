@@ -100,7 +100,7 @@ fn block_by_block(config: &CalibrateConfig, ctx: &mut StageContext<'_>) -> Resul
         if path.exists() {
             let saved = Saved::read(&path)?;
             let mse = saved_mse(&saved);
-            ctx.take(saved)?;
+            ctx.take(saved, &path)?;
             streams.advance(ctx, index, target)?;
             ctx.note_block(index, mse);
             continue;
@@ -115,7 +115,7 @@ fn block_by_block(config: &CalibrateConfig, ctx: &mut StageContext<'_>) -> Resul
             progress(ctx, index, config.method.name());
             solve_block(&config.method, ctx, index, input, &streams.positions)?
         };
-        ctx.take(saved.clone())?;
+        ctx.take(saved.clone(), &path)?;
         inputs::calibrate(ctx, &streams, index, &mut saved)?;
         let mse = finish_block(ctx, index, &mut streams, target, start)?;
         saved.metadata = with_mse(saved.metadata, mse);

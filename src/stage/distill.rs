@@ -4,19 +4,18 @@
 //! 6.1): latent weights start at the current (for instance INT4) values, latents and steps learn
 //! together. With `objective.cross_entropy` it is plain quantization-aware training.
 
-use burn::module::Param;
-use burn::tensor::{DType, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use super::session::{Training, discard_state};
 use super::validate::ValidateConfig;
-use super::{Packed, StageContext, check_counts, check_objective};
+use super::{Packed, StageContext, StartFrom, check_counts, check_objective, check_rate_unit};
 use crate::error::{Error, Result};
+use crate::export::fewbit::Saved;
 use crate::method::{self, MethodConfig};
-use crate::model::{Block, CausalLm, Loader, WeightSource, block_prefix, weight_name};
+use crate::model::{Block, CausalLm, Loader, WeightSource, block_prefix};
 use crate::objective::ObjectiveConfig;
 use crate::quant::{Bits, GroupAxis, GroupLayout, GroupSize, ObserverConfig, Symmetry};
-use crate::train::{LearningRate, OptimizerConfig, ScheduleConfig};
+use crate::train::{LearningRate, OptimizerConfig, RateUnit, ScheduleConfig};
 
 /// Keys of `[stage.distill]`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -36,6 +35,9 @@ pub struct DistillConfig {
     /// Instead of `quant.observer`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observer: Option<ObserverConfig>,
+    /// On another grid than the earlier stage's: what latent weights start from.
+    #[serde(default)]
+    pub start_from: StartFrom,
     /// What student and teacher are compared by.
     pub objective: ObjectiveConfig,
     /// Optimizer steps.
@@ -48,6 +50,9 @@ pub struct DistillConfig {
     pub accumulate: usize,
     /// Base learning rates.
     pub learning_rate: LearningRate,
+    /// What the rates of latent weights and steps are measured in: `"absolute"` or `"grid"`.
+    #[serde(default)]
+    pub rate_unit: RateUnit,
     /// How the rate moves over the steps.
     #[serde(default)]
     pub schedule: ScheduleConfig,
@@ -72,6 +77,7 @@ pub struct DistillConfig {
 impl DistillConfig {
     pub(super) fn check(&self) -> Result<()> {
         check_objective(&self.objective, "distill")?;
+        check_rate_unit(self.rate_unit, &self.optimizer)?;
         check_counts(&[
             ("batch", self.batch as u64),
             ("accumulate", self.accumulate as u64),
@@ -113,6 +119,7 @@ pub(super) fn run(config: &DistillConfig, ctx: &mut StageContext<'_>) -> Result<
         validate: &config.validate,
         rate: base.weight.max(base.scale),
         rate_of: &|path| method::role_of(path).map_or(0.0, |role| base.of(role)),
+        rate_unit: config.rate_unit,
         fake_quant: config.method.tunes().is_none(),
     };
     let student = training.run(student, ctx)?;
@@ -138,22 +145,25 @@ fn finish(
     let changes: Vec<f32> =
         scales(student)?.iter().zip(start).map(|(end, start)| (end / start).ln()).collect();
     ctx.report_scale_change(&changes, ctx.first_step + config.steps);
-    let mut linears = Vec::new();
     for (index, block) in student.blocks.iter().enumerate() {
+        let mut saved = Saved::default();
         for (name, linear) in block.linears() {
             let name = format!("{}.{name}", block_prefix(index));
             if ctx.specs.contains_key(&name) {
                 let folded = ctx.fold(&name, linear)?;
-                linears.push((name, folded, config.method.name().to_owned()));
+                saved.latents.extend(ctx.latents_of(&name, linear));
+                saved.linears.push((name, folded, config.method.name().to_owned()));
             }
         }
+        if !saved.linears.is_empty() {
+            ctx.save_block(index, saved)?;
+        }
     }
-    ctx.save_linears(linears)?;
     ctx.report_codes();
     discard_state(ctx)
 }
 
-/// Puts the method on every linear of the plan. Latents are f32 whatever the model's type.
+/// Puts the method on every linear of the plan.
 fn attach_all(
     student: &mut CausalLm,
     config: &DistillConfig,
@@ -171,14 +181,7 @@ fn attach_all(
                 linear.weight = coded.into_parameter(linear.weight.id);
                 continue;
             }
-            if ctx.compute != DType::F32 {
-                let [inputs, out] = linear.weight.dims();
-                let values = ctx.model.weight(&weight_name(&name), &[out, inputs])?;
-                let latent = TensorData::new(values, [out, inputs]);
-                let latent = Tensor::<2>::from_data(latent, &ctx.device.device).transpose();
-                linear.weight = Param::initialized(linear.weight.id, latent);
-            }
-            ctx.attach(&name, linear, &config.method, ctx.compute)?;
+            ctx.attach(&name, linear, &config.method, config.start_from, ctx.compute)?;
         }
     }
     Ok(())

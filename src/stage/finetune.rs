@@ -21,7 +21,7 @@ use crate::model::{CausalLm, HEAD, Loader, ModelConfig, block_prefix, linear_sha
 use crate::objective::{CrossEntropyObjective, ObjectiveConfig};
 use crate::report::{Event, Reporter, size};
 use crate::store::HostTensor;
-use crate::train::{OptimizerConfig, ScheduleConfig};
+use crate::train::{OptimizerConfig, RateUnit, ScheduleConfig};
 
 /// Keys of `[stage.finetune]`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -129,7 +129,7 @@ fn cross_entropy() -> ObjectiveConfig {
 }
 
 fn linear() -> ScheduleConfig {
-    ScheduleConfig::Linear { final_ratio: 0.0, warmup: 0 }
+    ScheduleConfig::Linear { final_ratio: 0.0, warmup: None }
 }
 
 impl FinetuneMethod {
@@ -269,6 +269,7 @@ pub(super) fn run(config: &FinetuneConfig, ctx: &mut StageContext<'_>) -> Result
         validate: &config.validate,
         rate: config.learning_rate,
         rate_of: &|_| config.learning_rate,
+        rate_unit: RateUnit::Absolute,
         fake_quant: false,
     };
     let student = training.run(student, ctx)?;
@@ -325,6 +326,7 @@ fn take(ctx: &mut StageContext<'_>, saved: Saved) {
 
 /// What earlier stages made of norms belongs to the float model from here on.
 fn finish(ctx: &mut StageContext<'_>) {
+    ctx.model.latents.clear();
     let norms = std::mem::take(&mut ctx.model.dense);
     ctx.model.tuned.extend(norms);
 }

@@ -31,7 +31,7 @@ pub(super) fn round(ctx: &mut StageContext<'_>) -> Result<()> {
         saved.write(&path)?;
         saved
     };
-    ctx.take(saved)
+    ctx.take(saved, &path)
 }
 
 /// The float head on its grid.

@@ -14,7 +14,7 @@ use super::streams::{Streams, loader};
 use crate::error::{Error, Result};
 use crate::export::activations::{self, InputGrids};
 use crate::export::fewbit::Saved;
-use crate::model::{Block, Positions, Site};
+use crate::model::{Block, Positions, Site, Tap};
 use crate::quant::{ActivationQuant, Bits, InputGrid, activation};
 
 /// A step of the optimizer moves a grid's step by no more than this share of where it started: with
@@ -62,6 +62,48 @@ pub(super) fn observe(
     Ok(ranges.map(|(site, [low, high])| (site, InputGrid::from_range(low, high, bits))).collect())
 }
 
+/// A part of a block whose linears are fitted together.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Piece {
+    /// All of it.
+    Whole,
+    /// Queries and keys, by themselves.
+    Scores,
+    /// Values and output, by the residual stream behind attention.
+    Attention,
+    /// The MLP, by the block's output; its input is the residual stream behind attention.
+    Mlp,
+}
+
+impl Piece {
+    /// Whether a linear belongs to it, by its name within the block.
+    pub(super) fn holds(self, linear: &str) -> bool {
+        let scores = ["self_attn.q_proj", "self_attn.k_proj"].contains(&linear);
+        match self {
+            Self::Whole => true,
+            Self::Scores => scores,
+            Self::Attention => !scores && linear.starts_with("self_attn."),
+            Self::Mlp => linear.starts_with("mlp."),
+        }
+    }
+
+    /// What it gives of its input.
+    pub(super) fn forward(
+        self,
+        block: &Block,
+        hidden: Tensor<3>,
+        positions: &Positions,
+        tap: &Tap<'_>,
+    ) -> Tensor<3> {
+        match self {
+            Self::Whole => block.forward_tapped(hidden, positions, None, tap),
+            Self::Scores => block.queries_and_keys(hidden, tap),
+            Self::Attention => block.attend(hidden, positions, None, tap),
+            Self::Mlp => block.feed_forward(hidden, tap),
+        }
+    }
+}
+
 /// A block under reconstruction.
 #[derive(Debug, Module)]
 pub(super) struct Student {
@@ -72,9 +114,11 @@ pub(super) struct Student {
 }
 
 impl Student {
-    /// The block's output; activations as `quant` says, on the learned grids where there are any.
+    /// The output of a piece of the block; activations as `quant` says, on the learned grids where
+    /// there are any.
     pub(super) fn forward(
         &self,
+        piece: Piece,
         hidden: Tensor<3>,
         positions: &Positions,
         quant: ActivationQuant,
@@ -84,7 +128,7 @@ impl Student {
             Some(grid) => grid.quantize(x),
             None => activations::quantize(&quant, &none, site, x),
         };
-        self.block.forward_tapped(hidden, positions, None, &tap)
+        piece.forward(&self.block, hidden, positions, &tap)
     }
 }
 

@@ -19,6 +19,7 @@ mod monitor;
 mod reconstruct;
 mod session;
 mod solve_block;
+mod start;
 mod streams;
 mod training_state;
 mod tune_scales;
@@ -39,19 +40,19 @@ pub use export::{ExportConfig, PARITY_WINDOWS};
 pub use finetune::{FinetuneConfig, FinetuneMethod, FullConfig, LoraConfig, QloraConfig};
 pub use lora::{Target, Targets};
 pub use monitor::{Quality, Setback};
-pub use reconstruct::ReconstructConfig;
+pub use reconstruct::{ReconstructConfig, Within};
+pub use start::{LatentFile, StartFrom};
 pub use tune_scales::{AdapterConfig, TuneScalesConfig};
 pub use validate::{Point, ValidateConfig};
 
-use crate::data::{self, DataFormat, TokenStream};
+use crate::data::{DataFormat, TokenStream};
 use crate::device::NamedDevice;
 use crate::error::{Error, Result};
 use crate::export::fewbit::Saved;
 use crate::export::{ActivationRecord, OpenModel, Provenance};
-use crate::method::{self, FakeQuant, MethodConfig, Start};
+use crate::method::{self, MethodConfig};
 use crate::model::{ModelConfig, ModelTap, WeightSource};
 use crate::objective::ObjectiveConfig;
-use crate::ops;
 use crate::quant::{
     Bits, CodedWeight, GroupSize, Learned, ObserverConfig, QuantSpec, QuantizedWeight, Repr,
     ScaleDigits, Symmetry,
@@ -61,6 +62,7 @@ use crate::stop::StopFlag;
 use crate::store::HostTensor;
 use crate::store::safetensors::Checkpoint;
 use crate::task::{Perplexity, PplConfig};
+use crate::train::{OptimizerConfig, RateUnit, Rule};
 
 /// What a packed model is called before any stage has changed it.
 pub const BASE: &str = "base";
@@ -127,14 +129,14 @@ impl StageConfig {
         let needs_dense = |leaves| match input {
             Repr::Dense => Ok(leaves),
             Repr::Uniform | Repr::BinaryCoding => Err(Error::usage(format!(
-                "{} needs float weights, but an earlier stage has quantized them",
+                "{} needs float weights, and they are quantized already",
                 self.name()
             ))
-            .fix("put this stage first, or use stage.distill")),
+            .fix("stage.reconstruct or stage.distill here, or a float model and this stage first")),
         };
         match self {
             Self::Calibrate(config) => needs_dense(config.method.leaves()),
-            Self::Reconstruct(config) => needs_dense(config.method.leaves()),
+            Self::Reconstruct(config) => Ok(config.method.leaves()),
             Self::Distill(config) => Ok(config.method.leaves()),
             Self::TuneScales(config) => Ok(config.method.leaves()),
             Self::Finetune(_) => Ok(Repr::Dense),
@@ -199,7 +201,8 @@ impl StageConfig {
             Self::TuneScales(config) => config.objective.needs_teacher(),
             Self::Finetune(config) => config.objective.needs_teacher(),
             Self::Evaluate(config) => config.baselines.as_ref().is_some_and(|all| !all.is_empty()),
-            Self::Calibrate(_) | Self::Reconstruct(_) | Self::Export(_) => false,
+            Self::Reconstruct(_) => true,
+            Self::Calibrate(_) | Self::Export(_) => false,
         }
     }
 
@@ -309,6 +312,15 @@ fn check_objective(objective: &ObjectiveConfig, stage: &str) -> Result<()> {
     Ok(())
 }
 
+/// Refuses a unit that the optimizer's rule does not have.
+fn check_rate_unit(unit: RateUnit, optimizer: &OptimizerConfig) -> Result<()> {
+    if unit == RateUnit::Grid && optimizer.rule == Rule::Sign {
+        return Err(Error::usage("rate_unit = \"grid\" is for optimizer.rule = \"adamw\"")
+            .fix("rate_unit = \"absolute\", or optimizer.rule = \"adamw\""));
+    }
+    Ok(())
+}
+
 /// Refuses counts of zero.
 fn check_counts(counts: &[(&str, u64)]) -> Result<()> {
     match counts.iter().find(|(_, count)| *count == 0) {
@@ -333,6 +345,8 @@ pub struct ModelState {
     pub teacher: Option<Checkpoint>,
     /// Quantized linears by full name, with the method that made each.
     pub quantized: BTreeMap<String, (QuantizedWeight, String)>,
+    /// Where the latent weights of quantized linears lie, by full name, for stages that go on.
+    pub latents: BTreeMap<String, LatentFile>,
     /// Dense tensors that a stage changed on the way to quantized ones, by name.
     pub dense: BTreeMap<String, HostTensor>,
     /// Float tensors that fine-tuning left, by name: with them the checkpoint is the float model that
@@ -571,6 +585,8 @@ pub struct StageContext<'a> {
     pub left_by: Option<usize>,
     /// What this stage quantizes, by linear.
     pub specs: &'a BTreeMap<String, QuantSpec>,
+    /// Whether a later stage may go on from this one's latent weights.
+    pub keeps_latents: bool,
     /// What this stage rounds the output head to.
     pub head: Option<QuantSpec>,
     /// The observer of this stage's grids.
@@ -601,34 +617,6 @@ impl StageContext<'_> {
             ScaleDigits::F32 => u64::MAX,
             ScaleDigits::F16 | ScaleDigits::Bits7 => steps - steps / 10,
         }
-    }
-
-    /// Attaches `method` to `linear`'s weight, started on the weight it holds (f32, `[in, out]`);
-    /// forwards see the result in `compute`.
-    fn attach(
-        &self,
-        name: &str,
-        linear: &mut Linear,
-        method: &MethodConfig,
-        compute: DType,
-    ) -> Result<()> {
-        let spec = &self.specs[name];
-        let weight = linear.weight.base().inner();
-        let [inputs, out] = weight.dims();
-        let layout = spec.layout([out, inputs]).map_err(|e| e.at(name))?;
-        let grouped = ops::reshape_grouped(weight.transpose(), layout.grouped());
-        let start = Start {
-            spec,
-            layout,
-            observer: self.observer,
-            weight: &grouped,
-            seed: data::seed_of(self.seed, &format!("stage {} {name}", self.stage)),
-        };
-        let attached = method.init(&start).map_err(|e| e.at(name))?;
-        let fake_quant = FakeQuant::new(attached, layout, spec.bits, compute);
-        let trains_base = method.trains_base();
-        linear.weight = method::attach(&linear.weight, fake_quant, trains_base);
-        Ok(())
     }
 
     /// The codes that an earlier stage left of a linear, with what learns of their grid.
@@ -716,7 +704,7 @@ impl StageContext<'_> {
         for index in 0..self.model.config.n_blocks {
             let path = self.block_file(index);
             if path.exists() {
-                self.take(Saved::read(&path)?)?;
+                self.take(Saved::read(&path)?, &path)?;
             }
         }
         let grids = self.model.activations.check(self.model.config.n_blocks);
@@ -733,7 +721,8 @@ impl StageContext<'_> {
     }
 
     /// Puts what a stage made into the model.
-    fn take(&mut self, mut saved: Saved) -> Result<()> {
+    fn take(&mut self, mut saved: Saved, file: &Path) -> Result<()> {
+        self.note_latents(&saved, file);
         self.model.activations.take(self.model.config.n_blocks, &mut saved.dense)?;
         for (name, weight, method) in saved.linears {
             self.model.quantized.insert(name, (weight, method));
@@ -742,17 +731,20 @@ impl StageContext<'_> {
         Ok(())
     }
 
+    /// Saves what a stage made of a block, then takes it.
+    fn save_block(&mut self, index: usize, saved: Saved) -> Result<()> {
+        let path = self.block_file(index);
+        saved.write(&path)?;
+        self.take(saved, &path)
+    }
+
     /// Saves quantized linears block by block, then takes them.
     fn save_linears(&mut self, linears: Vec<(String, QuantizedWeight, String)>) -> Result<()> {
         let mut blocks: BTreeMap<usize, Saved> = BTreeMap::new();
         for linear in linears {
             blocks.entry(block_of(&linear.0)).or_default().linears.push(linear);
         }
-        for (index, saved) in blocks {
-            saved.write(&self.block_file(index))?;
-            self.take(saved)?;
-        }
-        Ok(())
+        blocks.into_iter().try_for_each(|(index, saved)| self.save_block(index, saved))
     }
 
     /// Notes a block's errors, `[before, after]`, in the results.

@@ -6,30 +6,39 @@
 //! is resident at a time, and the teacher block is released before the next one is read. Parameters
 //! and losses are f32 whatever the model's type (methods-core 3.3 and 12).
 //!
+//! With `within = "staged"` a block is fitted in three pieces, one after the other and each with all
+//! the steps: queries and keys by themselves, values and output by the residual stream behind
+//! attention, the MLP by the block's output (GSQ, arXiv 2604.18556, appendix on staging). A piece computes no
+//! more than it needs, so that the three take about the time of one pass over the whole block.
+//!
 //! Activations on fixed grids are quantized in training, and the grids learn together with the
 //! weights; grids that are chosen for each token are left out of it (methods-core 4.4).
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use burn::module::Module;
+use burn::nn::Linear;
 use burn::tensor::{DType, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use super::activations::Activations;
-use super::inputs::{StaticInputs, Student};
+use super::inputs::{Piece, StaticInputs, Student};
 use super::streams::{Streams, loader};
-use super::{StageContext, inputs, saved_mse, with_mse};
+use super::{StageContext, StartFrom, check_rate_unit, inputs, saved_mse, with_mse};
 use crate::data::{Order, coin_flips};
 use crate::error::{Error, Result};
 use crate::export::activations::{self, InputGrids};
 use crate::export::fewbit::Saved;
 use crate::method::{self, MethodConfig, Moment};
 use crate::model::{Block, block_prefix};
-use crate::objective::{ObjectiveConfig, Reduction};
+use crate::objective::{ObjectiveConfig, Reduction, TokenWeight};
 use crate::ops;
 use crate::quant::{ActivationQuant, Bits, GroupSize, ObserverConfig, Symmetry};
 use crate::report::{Event, Reporter, memory};
-use crate::train::{self, LearningRate, Optimizer, OptimizerConfig, Role, ScheduleConfig};
+use crate::train::{
+    self, LearningRate, Optimizer, OptimizerConfig, RateUnit, Role, ScheduleConfig,
+};
 
 /// Keys of `[stage.reconstruct]`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -49,10 +58,16 @@ pub struct ReconstructConfig {
     /// Instead of `quant.observer`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observer: Option<ObserverConfig>,
+    /// On another grid than the earlier stage's: what the weights start from.
+    #[serde(default)]
+    pub start_from: StartFrom,
+    /// Whether the linears of a block learn together or piece by piece: `"block"` or `"staged"`.
+    #[serde(default)]
+    pub within: Within,
     /// `objective.mse`.
     #[serde(default = "mse")]
     pub objective: ObjectiveConfig,
-    /// Optimizer steps for each block.
+    /// Optimizer steps for each block, or for each piece of a block.
     pub steps: u64,
     /// Sequences in a step.
     #[serde(default = "two")]
@@ -75,12 +90,35 @@ pub struct ReconstructConfig {
     pub keep_best: bool,
     /// Base learning rates.
     pub learning_rate: LearningRate,
+    /// What the rates of latent weights and steps are measured in: `"absolute"` or `"grid"`.
+    #[serde(default)]
+    pub rate_unit: RateUnit,
     /// How the rate moves over a block's steps.
     #[serde(default)]
     pub schedule: ScheduleConfig,
     /// AdamW's constants.
     #[serde(default)]
     pub optimizer: OptimizerConfig,
+}
+
+/// What of a block learns at a time.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Within {
+    /// All of it.
+    #[default]
+    Block,
+    /// Queries and keys, then values and output, then the MLP.
+    Staged,
+}
+
+impl Within {
+    fn pieces(self) -> &'static [Piece] {
+        match self {
+            Self::Block => &[Piece::Whole],
+            Self::Staged => &[Piece::Scores, Piece::Attention, Piece::Mlp],
+        }
+    }
 }
 
 fn mse() -> ObjectiveConfig {
@@ -100,6 +138,7 @@ impl ReconstructConfig {
             ))
             .fix("objective.mse = {}, or [stage.distill]"));
         }
+        check_rate_unit(self.rate_unit, &self.optimizer)?;
         if self.batch == 0 {
             return Err(Error::usage("batch = 0").fix("batch = 2"));
         }
@@ -126,6 +165,10 @@ impl ReconstructConfig {
         matches!(&self.objective, ObjectiveConfig::Mse(o) if o.reduction == Reduction::SequenceSum)
     }
 
+    fn relative_tokens(&self) -> bool {
+        matches!(&self.objective, ObjectiveConfig::Mse(o) if o.tokens == TokenWeight::Relative)
+    }
+
     fn augmented(&self) -> bool {
         matches!(&self.objective, ObjectiveConfig::Mse(o) if o.augmented)
     }
@@ -147,12 +190,12 @@ pub(super) fn run(config: &ReconstructConfig, ctx: &mut StageContext<'_>) -> Res
         let mse = if path.exists() {
             let saved = Saved::read(&path)?;
             let mse = saved_mse(&saved);
-            ctx.take(saved)?;
+            ctx.take(saved, &path)?;
             streams.advance(ctx, index, target)?;
             mse
         } else {
-            let (mut saved, before) = Fit::new(config, ctx, index, &streams, &target)?.run(ctx)?;
-            ctx.take(saved.clone())?;
+            let (mut saved, before) = Fit::new(config, ctx, index, &streams, &target).run(ctx)?;
+            ctx.take(saved.clone(), &path)?;
             streams.advance(ctx, index, target)?;
             let mse = [before, streams.quantized.mse(&streams.float)];
             saved.metadata = with_mse(saved.metadata, mse);
@@ -164,7 +207,7 @@ pub(super) fn run(config: &ReconstructConfig, ctx: &mut StageContext<'_>) -> Res
                 verb: "reconstruct".to_owned(),
                 mse_before: mse[0],
                 mse_after: mse[1],
-                steps: config.steps,
+                steps: config.steps * config.within.pieces().len() as u64,
                 seconds: start.elapsed().as_secs_f64(),
                 memory_gib: memory::peak_gib(),
             });
@@ -183,12 +226,23 @@ struct Fit<'a> {
     streams: &'a Streams,
     /// The float block's output on the float stream.
     target: &'a Activations,
-    /// The float block's output on the quantized stream, for the augmented loss.
-    augmented: Option<Activations>,
     /// What training does to activations.
     quant: ActivationQuant,
     /// Share of the input entries from the quantized stream.
     input_prob: f64,
+}
+
+/// What one piece of a block is fitted on.
+struct Task<'a> {
+    piece: Piece,
+    /// Input on the quantized stream.
+    quantized: &'a Activations,
+    /// Input on the float stream.
+    float: &'a Activations,
+    /// The float piece's output on the float stream.
+    target: &'a Activations,
+    /// The float piece's output on the quantized stream, for the augmented loss.
+    augmented: Option<Activations>,
 }
 
 impl<'a> Fit<'a> {
@@ -198,13 +252,11 @@ impl<'a> Fit<'a> {
         index: usize,
         streams: &'a Streams,
         target: &'a Activations,
-    ) -> Result<Self> {
-        let augmented = config.augmented().then(|| streams.target(ctx, index, &streams.quantized));
+    ) -> Self {
         let quant = config.activations(ctx.model.activations.quant);
         let input_prob = if quant.fixed().is_some() { 0.5 } else { 1.0 };
         let input_prob = config.input_prob.unwrap_or(input_prob);
-        let augmented = augmented.transpose()?;
-        Ok(Self { config, index, streams, target, augmented, quant, input_prob })
+        Self { config, index, streams, target, quant, input_prob }
     }
 
     /// The block's quantized linears with the grids of its inputs, and its error at the start.
@@ -215,7 +267,7 @@ impl<'a> Fit<'a> {
         for (name, linear) in block.linears_mut() {
             let name = format!("{prefix}.{name}");
             if ctx.specs.contains_key(&name) {
-                ctx.attach(&name, linear, &config.method, DType::F32)?;
+                ctx.attach(&name, linear, &config.method, config.start_from, DType::F32)?;
             }
         }
         let start = coarseness(ctx, &prefix, &block)?;
@@ -227,73 +279,155 @@ impl<'a> Fit<'a> {
         let device = &ctx.device.device;
         let learned = self.quant.fixed();
         let learned = learned.and_then(|bits| StaticInputs::new(&grids, bits, device));
-        let student = Student { block, inputs: learned }.train();
-        let Student { block, inputs } = self.train(ctx, student, &grids)?;
-        report_scales(ctx, self.index, &prefix, &block, &start, config.steps)?;
         let mut saved = Saved::default();
+        let mut student = Student { block, inputs: learned };
+        // What lies between the pieces, on the float stream.
+        let mut attended = Activations::default();
+        for piece in config.within.pieces() {
+            student = self.fit(ctx, *piece, student, &grids, &mut attended)?;
+            self.keep(ctx, *piece, &mut student.block, &mut saved)?;
+        }
+        let Student { block, inputs } = student;
+        self.report_scales(ctx, &saved, &start);
         let grids = match inputs {
             Some(learned) => learned.grids()?,
             None => inputs::observe(ctx, self.streams, &block)?,
         };
         activations::store(self.index, &grids, &mut saved.dense);
-        for (name, linear) in block.linears() {
-            let name = format!("{prefix}.{name}");
-            if ctx.specs.contains_key(&name) {
-                let folded = ctx.fold(&name, linear)?;
-                saved.linears.push((name, folded, config.method.name().to_owned()));
+        Ok((saved, before))
+    }
+
+    /// Fits one piece of the block.
+    fn fit(
+        &self,
+        ctx: &mut StageContext<'_>,
+        piece: Piece,
+        student: Student,
+        grids: &InputGrids,
+        attended: &mut Activations,
+    ) -> Result<Student> {
+        let streams = self.streams;
+        if piece == Piece::Whole && !self.config.augmented() {
+            let (quantized, float) = (&streams.quantized, &streams.float);
+            let target = self.target;
+            let task = Task { piece, quantized, float, target, augmented: None };
+            return self.train(ctx, &task, student.train(), grids);
+        }
+        let float_block = streams.float_block(ctx, self.index)?;
+        let through = |x: &Activations, piece: Piece, block: &Block| {
+            x.map(&ctx.device.device, |x| {
+                ctx.stop.check()?;
+                Ok(piece.forward(block, x, &streams.positions, &|_, x| x))
+            })
+        };
+        let mut quantized = &streams.quantized;
+        let (behind, target);
+        let (float, target) = match piece {
+            Piece::Whole => (&streams.float, self.target),
+            Piece::Scores => {
+                target = through(&streams.float, piece, &float_block)?;
+                (&streams.float, &target)
+            }
+            Piece::Attention => {
+                *attended = through(&streams.float, piece, &float_block)?;
+                (&streams.float, &*attended)
+            }
+            Piece::Mlp => {
+                behind = streams.quantized.map(&ctx.device.device, |x| {
+                    ctx.stop.check()?;
+                    Ok(student.forward(Piece::Attention, x, &streams.positions, self.quant))
+                })?;
+                quantized = &behind;
+                (&*attended, self.target)
+            }
+        };
+        let augmented = self.config.augmented();
+        let augmented = augmented.then(|| through(quantized, piece, &float_block)).transpose()?;
+        drop(float_block);
+        let task = Task { piece, quantized, float, target, augmented };
+        self.train(ctx, &task, student.train(), grids)
+    }
+
+    /// Folds the linears of a piece that has been fitted; the block goes on with what they stand for.
+    fn keep(
+        &self,
+        ctx: &mut StageContext<'_>,
+        piece: Piece,
+        block: &mut Block,
+        saved: &mut Saved,
+    ) -> Result<()> {
+        let prefix = block_prefix(self.index);
+        for (name, linear) in block.linears_mut() {
+            let full = format!("{prefix}.{name}");
+            if piece.holds(name) && ctx.specs.contains_key(&full) {
+                let folded = ctx.fold(&full, linear)?;
+                saved.latents.extend(ctx.latents_of(&full, linear));
+                ctx.set_weight(linear, folded.dequantize());
+                saved.linears.push((full, folded, self.config.method.name().to_owned()));
             }
         }
-        Ok((saved, before))
+        Ok(())
     }
 
     /// Trains; `grids` are where the learned grids start.
     fn train(
         &self,
         ctx: &mut StageContext<'_>,
+        task: &Task<'_>,
         mut student: Student,
         grids: &InputGrids,
     ) -> Result<Student> {
         let config = self.config;
+        let piece = task.piece;
         let mut optimizer = Optimizer::new(&config.optimizer);
-        let stream = format!("stage {} block {}", ctx.stage, self.index);
+        let mut stream = format!("stage {} block {}", ctx.stage, self.index);
+        if piece != Piece::Whole {
+            stream = format!("{stream} {piece:?}");
+        }
         let order = Order::new(ctx.seed, stream.as_str(), self.target.len(), config.batch)?;
         let rates = config.learning_rate;
         let base = |path: &str| match inputs::highest_rate(path, grids) {
             Some(highest) => rates.of(Role::Activation).min(highest),
             None => method::role_of(path).map_or(0.0, |role| rates.of(role)),
         };
+        let schedule = config.schedule.resolved(config.rate_unit, config.steps);
         let mut best: Option<(f64, Student)> = None;
         let shortens_at = ctx.shortens_at(config.steps);
         for step in 0..config.steps {
             ctx.stop.check()?;
             if step == shortens_at {
-                method::shorten_all(student.block.linears_mut().map(|(_, l)| l), ctx.scales);
+                method::shorten_all(piece_mut(piece, &mut student.block), ctx.scales);
                 // A loss with other scales is none of what will be left.
                 best = None;
             }
-            let factor = config.schedule.factor(step, config.steps);
+            let factor = schedule.factor(step, config.steps);
             let rate_of = |path: &str| base(path) * factor;
             let batch = order.batch(step);
             let start = config.keep_best.then(|| student.clone());
+            if config.rate_unit == RateUnit::Grid {
+                let linears = student.block.linears().into_iter();
+                let measures = linears.flat_map(|(_, linear)| method::measures(&linear.weight));
+                optimizer.measure_by(measures.collect());
+            }
             let (trained, stats) =
                 train::step(student, &mut optimizer, 1, &rate_of, |student, _| {
-                    Ok(self.loss(ctx, student, &batch, &stream, step))
+                    Ok(self.loss(ctx, task, student, &batch, &stream, step))
                 })
                 .map_err(|e| {
                     e.at(format!("stage {}, block {}, step {step}", ctx.stage, self.index))
                 })?;
             student = trained;
-            self.between_steps(&mut student.block, Moment::Step(step + 1));
+            self.between_steps(piece, &mut student.block, Moment::Step(step + 1));
             if let Some(start) = start
                 && best.as_ref().is_none_or(|(least, _)| stats.loss < *least)
             {
                 best = Some((stats.loss, start));
             }
             let length = self.streams.positions.len();
-            report_step(config, ctx, self.index, step, length, stats.loss);
+            report_step(config, ctx, (self.index, piece), step, length, stats.loss);
         }
         let mut student = best.map_or(student, |(_, best)| best).valid();
-        self.between_steps(&mut student.block, Moment::End);
+        self.between_steps(piece, &mut student.block, Moment::End);
         Ok(student)
     }
 
@@ -301,15 +435,16 @@ impl<'a> Fit<'a> {
     fn loss(
         &self,
         ctx: &StageContext<'_>,
+        task: &Task<'_>,
         student: &Student,
         batch: &[u32],
         stream: &str,
         step: u64,
     ) -> Tensor<1> {
         let device = &ctx.device.device;
-        let mut input = self.streams.quantized.batch(batch, device);
+        let mut input = task.quantized.batch(batch, device);
         if self.input_prob < 1.0 {
-            let float = self.streams.float.batch(batch, device);
+            let float = task.float.batch(batch, device);
             let shape = input.dims();
             let stream = format!("{stream} inputs");
             let count = shape.iter().product();
@@ -317,76 +452,92 @@ impl<'a> Fit<'a> {
             let mask: Tensor<3> = Tensor::from_data(TensorData::new(mask, shape), device);
             input = float.mask_where(mask.equal_elem(1.0), input);
         }
-        let output = student.forward(input, &self.streams.positions, self.quant);
+        let output = student.forward(task.piece, input, &self.streams.positions, self.quant);
         let compare = |goal: &Activations| {
             let goal = goal.batch(batch, device);
-            ops::block_mse(output.clone(), goal, self.config.sum_sequence())
+            let (output, goal) = if self.config.relative_tokens() {
+                // A token whose output is zero counts as one of a tiny output, not infinitely.
+                let size = (goal.clone().square().mean_dim(2) + f32::MIN_POSITIVE).sqrt();
+                (output.clone() / size.clone(), goal / size)
+            } else {
+                (output.clone(), goal)
+            };
+            ops::block_mse(output, goal, self.config.sum_sequence())
         };
-        let loss = compare(self.target);
-        match &self.augmented {
+        let loss = compare(task.target);
+        match &task.augmented {
             Some(augmented) => loss + compare(augmented),
             None => loss,
         }
     }
 
-    fn between_steps(&self, block: &mut Block, moment: Moment) {
+    fn between_steps(&self, piece: Piece, block: &mut Block, moment: Moment) {
         if !self.config.method.has_hook() {
             return;
         }
-        for (_, linear) in block.linears_mut() {
+        for linear in piece_mut(piece, block) {
             if let Some(weight) = method::between_steps(&linear.weight, moment) {
                 linear.weight = weight;
             }
         }
     }
+
+    /// How far the grids moved from `start`.
+    fn report_scales(&self, ctx: &mut StageContext<'_>, saved: &Saved, start: &Coarseness) {
+        let changes: Vec<f32> = (saved.linears.iter())
+            .flat_map(|(name, end, _)| {
+                let start = start.get(name).into_iter().flatten();
+                end.grid.coarseness().into_iter().zip(start).map(|(end, start)| (end / start).ln())
+            })
+            .collect();
+        let step = ctx.first_step + self.config.steps * (self.index as u64 + 1);
+        ctx.report_scale_change(&changes, step);
+    }
+}
+
+/// The linears of a piece of a block.
+fn piece_mut(piece: Piece, block: &mut Block) -> impl Iterator<Item = &mut Linear> {
+    let linears = block.linears_mut().into_iter();
+    linears.filter(move |(name, _)| piece.holds(name)).map(|(_, linear)| linear)
 }
 
 fn report_step(
     config: &ReconstructConfig,
     ctx: &mut StageContext<'_>,
-    index: usize,
+    (index, piece): (usize, Piece),
     step: u64,
     length: usize,
     loss: f64,
 ) {
+    let of_piece = config.within.pieces().iter().position(|p| *p == piece).unwrap_or(0) as u64;
+    let (step, steps) =
+        (of_piece * config.steps + step, config.steps * config.within.pieces().len() as u64);
     // The curve is always the plain mean, whatever the reduction, so that recipes compare.
     let loss = if config.sum_sequence() { loss / length as f64 } else { loss };
-    let every = (config.steps / 50).max(1);
-    if step.is_multiple_of(every) || step + 1 == config.steps {
+    let every = (steps / 50).max(1);
+    if step.is_multiple_of(every) || step + 1 == steps {
         ctx.report.emit(&Event::BlockLoss { block: index, step, loss });
     }
     ctx.report.emit(&Event::Progress {
         verb: format!("block {:>2}/{}", index + 1, ctx.model.config.n_blocks),
         done: step + 1,
-        of: config.steps,
+        of: steps,
         detail: format!("mse {loss:.3e}"),
     });
 }
 
-/// How coarse the grid of every group of a block is, in order.
-fn coarseness(ctx: &StageContext<'_>, prefix: &str, block: &Block) -> Result<Vec<f32>> {
-    let mut all = Vec::new();
+/// How coarse the grid of every group is, by linear.
+type Coarseness = BTreeMap<String, Vec<f32>>;
+
+fn coarseness(ctx: &StageContext<'_>, prefix: &str, block: &Block) -> Result<Coarseness> {
+    let mut all = Coarseness::new();
     for (name, linear) in block.linears() {
-        if ctx.specs.contains_key(&format!("{prefix}.{name}"))
+        let name = format!("{prefix}.{name}");
+        if ctx.specs.contains_key(&name)
             && let Some(folded) = method::fold(&linear.weight)
         {
-            all.extend(folded?.grid.coarseness());
+            all.insert(name, folded?.grid.coarseness());
         }
     }
     Ok(all)
-}
-
-fn report_scales(
-    ctx: &mut StageContext<'_>,
-    index: usize,
-    prefix: &str,
-    block: &Block,
-    start: &[f32],
-    steps: u64,
-) -> Result<()> {
-    let end = coarseness(ctx, prefix, block)?;
-    let changes: Vec<f32> = end.iter().zip(start).map(|(end, start)| (end / start).ln()).collect();
-    let step = ctx.first_step + steps * (index as u64 + 1);
-    ctx.report_scale_change(&changes, step);
-    Ok(())
 }

@@ -22,7 +22,7 @@ use crate::objective::{ObjectiveConfig, Targets};
 use crate::ops::{self, Closeness};
 use crate::quant::ScaleDigits;
 use crate::report::{Event, Reporter, memory};
-use crate::train::{self, Optimizer, OptimizerConfig, ScheduleConfig, StepStats, Still};
+use crate::train::{self, Optimizer, OptimizerConfig, RateUnit, ScheduleConfig, StepStats, Still};
 
 /// Logits held at once, student's and teacher's each.
 const LOGITS_PER_CHUNK: usize = 1 << 23;
@@ -72,6 +72,8 @@ pub(super) struct Training<'a> {
     pub rate_of: &'a dyn Fn(&str) -> f64,
     /// How it is validated, and what is done when it fails.
     pub validate: &'a ValidateConfig,
+    /// What the rates of latent weights and steps are measured in.
+    pub rate_unit: RateUnit,
     /// Whether weights are fake-quantized, once for all micro-batches of a step.
     pub fake_quant: bool,
 }
@@ -192,7 +194,8 @@ impl Session {
             self.shorten(ctx.scales)?;
         }
         let corpus = Data::need(ctx.data.train.as_ref(), "train")?;
-        let scheduled = training.schedule.factor(step, training.steps);
+        let schedule = training.schedule.resolved(training.rate_unit, training.steps);
+        let scheduled = schedule.factor(step, training.steps);
         let factor = scheduled * self.monitor.rate_factor();
         let rate_of = |path: &str| (training.rate_of)(path) * factor;
         let drawn = self.order.batch(step);
@@ -214,6 +217,10 @@ impl Session {
             Ok(loss)
         };
         let (optimizer, accumulate) = (&mut self.optimizer, training.accumulate);
+        if training.rate_unit == RateUnit::Grid {
+            let linears = student.blocks.iter().flat_map(Block::linears);
+            optimizer.measure_by(linears.flat_map(|(_, l)| method::measures(&l.weight)).collect());
+        }
         let stepped = if training.fake_quant {
             train::accumulated_step(student, optimizer, accumulate, &rate_of, still, loss)
         } else {

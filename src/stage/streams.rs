@@ -49,9 +49,14 @@ impl Streams {
         index: usize,
         input: &Activations,
     ) -> Result<Activations> {
-        let float = ctx.model.tuned_on(&ctx.model.checkpoint);
-        let teacher = loader(ctx, &float).block(index)?;
+        let teacher = self.float_block(ctx, index)?;
         self.forward(ctx, &teacher, input, &|_, x| x)
+    }
+
+    /// The float block.
+    pub(super) fn float_block(&self, ctx: &StageContext<'_>, index: usize) -> Result<Block> {
+        let float = ctx.model.tuned_on(ctx.model.float()?);
+        loader(ctx, &float).block(index)
     }
 
     /// Moves both streams behind block `index`: the float one is `target`, the quantized one goes

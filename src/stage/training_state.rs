@@ -27,7 +27,7 @@ pub(super) fn save<M: Module>(
 ) -> Result<()> {
     let mut learned = Learned { path: Vec::new(), parameters: Vec::new() };
     module.visit(&mut learned);
-    let (moments, optimizer_steps) = optimizer.save();
+    let (moments, optimizer_steps, largest_norm) = optimizer.save();
     let parameters =
         learned.parameters.into_iter().map(|(path, data)| (format!("param:{path}"), data));
     let moments = moments.into_iter().map(|(path, data)| (format!("optim:{path}"), data));
@@ -43,6 +43,8 @@ pub(super) fn save<M: Module>(
         ("progress".to_owned(), progress.to_owned()),
         ("step".to_owned(), step.to_string()),
         ("optimizer_steps".to_owned(), optimizer_steps.to_string()),
+        // Shortest text that reads back as the same number.
+        ("largest_norm".to_owned(), largest_norm.to_string()),
     ]);
     write_file(path, &tensors, &metadata)
 }
@@ -77,6 +79,10 @@ pub(super) fn load<M: Module>(
     let (Some(step), Some(optimizer_steps)) = (number("step"), number("optimizer_steps")) else {
         return Err(damaged("it has no step"));
     };
+    let largest_norm = file.file_metadata().get("largest_norm").and_then(|text| text.parse().ok());
+    let Some(largest_norm) = largest_norm else {
+        return Err(damaged("it has no gradient norm"));
+    };
     let mut restore = Restore { path: Vec::new(), parameters: BTreeMap::new() };
     let mut moments = Vec::new();
     for (name, tensor) in tensors {
@@ -89,7 +95,9 @@ pub(super) fn load<M: Module>(
             _ => return Err(damaged("it holds a tensor of no known kind")),
         }
     }
-    optimizer.load(moments, optimizer_steps, device).map_err(|e| damaged(e.what()))?;
+    optimizer
+        .load(moments, optimizer_steps, largest_norm, device)
+        .map_err(|e| damaged(e.what()))?;
     let module = module.map(&mut restore);
     match restore.parameters.keys().next() {
         Some(left) => Err(damaged(&format!("nothing learns its {left}"))),

@@ -17,7 +17,7 @@ use crate::model::{Block, CausalLm, Loader, block_prefix};
 use crate::objective::{CrossEntropyObjective, ObjectiveConfig};
 use crate::quant::{CodedWeight, Learned, QuantizedWeight, SCALE_FLOOR, ScaleDType};
 use crate::report::{Event, Reporter, size};
-use crate::train::{LearningRate, OptimizerConfig, ScheduleConfig};
+use crate::train::{LearningRate, OptimizerConfig, RateUnit, ScheduleConfig};
 
 /// Keys of `[stage.tune_scales]`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -79,7 +79,7 @@ fn cross_entropy() -> ObjectiveConfig {
 }
 
 fn linear() -> ScheduleConfig {
-    ScheduleConfig::Linear { final_ratio: 0.0, warmup: 0 }
+    ScheduleConfig::Linear { final_ratio: 0.0, warmup: None }
 }
 
 impl TuneScalesConfig {
@@ -135,6 +135,7 @@ pub(super) fn run(config: &TuneScalesConfig, ctx: &mut StageContext<'_>) -> Resu
         validate: &config.validate,
         rate: base.scale,
         rate_of: &|path| method::role_of(path).map_or(0.0, |role| base.of(role)),
+        rate_unit: RateUnit::Absolute,
         fake_quant: false,
     };
     let student = training.run(student, ctx)?;
@@ -188,6 +189,8 @@ fn take(ctx: &mut StageContext<'_>, adapter: &Adapter) -> Result<()> {
     for (name, (weight, method)) in &mut ctx.model.quantized {
         if let Some(grid) = adapter.grid(name, weight)? {
             weight.grid = grid;
+            // The scales are no longer those that the latent was learned with.
+            ctx.model.latents.remove(name);
             method.clone_from(&adapter.head().method);
         }
     }

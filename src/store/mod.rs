@@ -171,8 +171,10 @@ impl HostTensor {
     ) -> Self {
         let shape = shape.into();
         debug_assert_eq!(shape.iter().product::<usize>(), values.len(), "values of {shape:?}");
-        let mut bytes = Vec::with_capacity(values.len() * N);
-        bytes.extend(values.iter().flat_map(|&value| encode(value)));
+        let mut bytes = vec![0; values.len() * N];
+        for (bytes, &value) in bytes.as_chunks_mut::<N>().0.iter_mut().zip(values) {
+            *bytes = encode(value);
+        }
         Self { dtype, shape, bytes }
     }
 

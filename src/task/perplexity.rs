@@ -18,8 +18,9 @@ use crate::stop::StopFlag;
 
 /// The context when neither the recipe nor the model says less.
 const DEFAULT_CONTEXT: usize = 2048;
-/// Tokens per forward pass.
-const TOKENS_PER_BATCH: usize = 2048;
+/// Tokens per forward pass: two windows of the default context, so that a model with an odd number of
+/// key heads, each of which is one task of the attention, still keeps two threads busy.
+const TOKENS_PER_BATCH: usize = 4096;
 /// Logits held at once.
 const LOGITS_PER_CHUNK: usize = 1 << 24;
 

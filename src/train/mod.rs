@@ -10,8 +10,8 @@ use burn::module::{Module, ParamId};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::Tensor;
 
-pub use optim::{Optimizer, OptimizerConfig, Rule};
-pub use schedule::{ACTIVATION_RATE, LearningRate, Role, ScheduleConfig};
+pub use optim::{Measure, Optimizer, OptimizerConfig, Rule};
+pub use schedule::{ACTIVATION_RATE, LearningRate, RateUnit, Role, ScheduleConfig};
 
 use crate::error::{Error, Result};
 use crate::ops;

@@ -3,9 +3,9 @@
 //! burn's module optimizer keys its state by random parameter ids (a resumed run has others), clips
 //! each parameter by itself, and allocates three parameter-sized tensors for each.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
@@ -56,17 +56,55 @@ impl Default for OptimizerConfig {
     }
 }
 
+/// What a parameter's learning rate is measured in, where not in the parameter's own units.
+#[derive(Clone, Debug)]
+pub enum Measure {
+    /// A linear's weight `[in, out]`: the distance between two levels of each of its groups,
+    /// `[groups, 1]`, off the tape.
+    Units(Tensor<2>),
+    /// A parameter that stays positive: itself. Its logarithm takes the step.
+    Itself,
+}
+
+/// Below this part of the largest gradient norm that a training has seen, a gradient is what rounding
+/// left of one. Healthy trainings stay above a hundredth.
+const COLLAPSED: f64 = 1e-4;
+
 /// The optimizer with its state.
 pub struct Optimizer {
     config: OptimizerConfig,
     moments: BTreeMap<String, (Moments, usize)>,
     steps: u64,
+    /// The largest gradient norm so far.
+    largest_norm: f64,
+    measures: HashMap<ParamId, Measure>,
 }
 
 impl Optimizer {
     /// An optimizer without state.
     pub fn new(config: &OptimizerConfig) -> Self {
-        Self { config: config.clone(), moments: BTreeMap::new(), steps: 0 }
+        Self {
+            config: config.clone(),
+            moments: BTreeMap::new(),
+            steps: 0,
+            largest_norm: 0.0,
+            measures: HashMap::new(),
+        }
+    }
+
+    /// What learning rates are measured in from the next step on, by parameter; others in their own
+    /// units. A function of the module's state: nothing of it is saved.
+    pub fn measure_by(&mut self, measures: HashMap<ParamId, Measure>) {
+        self.measures = measures;
+    }
+
+    /// By what rates shrink at a step whose gradients have this norm: 1, unless the gradient has
+    /// collapsed. AdamW divides by the gradient's own size and would make steps of full length
+    /// from noise.
+    fn damping(&mut self, norm: f64) -> f64 {
+        self.largest_norm = self.largest_norm.max(norm);
+        let least = COLLAPSED * self.largest_norm;
+        if norm < least { norm / least } else { 1.0 }
     }
 
     /// Euclidean norm of all gradients together.
@@ -76,7 +114,8 @@ impl Optimizer {
         visitor.sum.sqrt()
     }
 
-    /// One step. `norm` is the gradients' global norm, `rate_of` the learning rate by path.
+    /// One step. `norm` is the gradients' global norm, `rate_of` the learning rate by path; rates
+    /// shrink with a gradient that falls below a ten thousandth of the largest one so far.
     pub fn step<M: Module>(
         &mut self,
         module: M,
@@ -87,18 +126,22 @@ impl Optimizer {
         self.steps += 1;
         // PyTorch's clip_grad_norm_: the small constant keeps a zero norm from dividing.
         let shrink = self.config.clip_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0));
+        let damping = self.damping(norm);
+        let rate_of = |path: &str| rate_of(path) * damping;
+        let rate_of = &rate_of;
         let mut mapper = Update { optimizer: self, gradients, shrink, rate_of, path: Vec::new() };
         module.map(&mut mapper)
     }
 
-    /// The state as named tensors, `(path.leaf, data)`, and the number of steps taken.
-    pub fn save(&self) -> (Vec<(String, TensorData)>, u64) {
+    /// The state as named tensors, `(path.leaf, data)`, the number of steps taken, and the largest
+    /// gradient norm so far.
+    pub fn save(&self) -> (Vec<(String, TensorData)>, u64, f64) {
         let mut tensors = Vec::new();
         for (path, (moments, rank)) in &self.moments {
             let data = if *rank == 1 { moments.to_data::<1>() } else { moments.to_data::<2>() };
             tensors.extend(LEAVES.map(|leaf| format!("{path}{leaf}")).into_iter().zip(data));
         }
-        (tensors, self.steps)
+        (tensors, self.steps, self.largest_norm)
     }
 
     /// Restores what [`Optimizer::save`] gave.
@@ -109,9 +152,11 @@ impl Optimizer {
         &mut self,
         tensors: Vec<(String, TensorData)>,
         steps: u64,
+        largest_norm: f64,
         device: &Device,
     ) -> Result<()> {
         self.steps = steps;
+        self.largest_norm = largest_norm;
         let mut second: BTreeMap<String, TensorData> = BTreeMap::new();
         let mut first: BTreeMap<String, TensorData> = BTreeMap::new();
         for (name, data) in tensors {
@@ -194,7 +239,25 @@ impl ModuleMapper for Update<'_> {
             step: self.optimizer.steps,
         };
         let moments = self.optimizer.moments.remove(&path).map(|(moments, _)| moments);
-        let (tensor, moments) = ops::adamw_step(&step, tensor.inner(), gradient, moments);
+        let tensor = tensor.inner();
+        let (tensor, moments) = match self.optimizer.measures.get(&id) {
+            None => ops::adamw_step(&step, tensor, gradient, moments),
+            Some(Measure::Units(units)) => {
+                // Casts of a rank that is 2 already: weights of linears alone have units.
+                let [tensor, gradient] =
+                    [tensor, gradient].map(|t| Tensor::<2>::from_dispatch(t.into_dispatch()));
+                let (tensor, moments) =
+                    ops::adamw_step_in_units(&step, units.clone(), tensor, gradient, moments);
+                (Tensor::from_dispatch(tensor.into_dispatch()), moments)
+            }
+            Some(Measure::Itself) => {
+                // d/d ln x = x d/dx; where nothing moves the factor is exactly 1.
+                let gradient = gradient * tensor.clone();
+                let start = tensor.zeros_like();
+                let (change, moments) = ops::adamw_step(&step, start, gradient, moments);
+                (tensor * change.exp(), moments)
+            }
+        };
         self.optimizer.moments.insert(path, (moments, D));
         Param::from_mapped_value(id, Tensor::from_inner(tensor).require_grad(), mapper)
     }

@@ -7,8 +7,12 @@ use serde::{Deserialize, Deserializer, Serialize, de};
 /// Which learning rate drives a learned parameter.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum Role {
-    /// Steps of the grid.
+    /// What the grid's steps follow from, on a scale of its own: logarithms, clipping, zero points.
     Scale,
+    /// Steps of the grid themselves: positive numbers in the units of the weights.
+    Step,
+    /// Shifts of the grid, in the units of the weights.
+    Shift,
     /// What chooses the integers: division factors.
     Rounding,
     /// The latent weight itself.
@@ -50,7 +54,7 @@ impl LearningRate {
     /// The rate of a role.
     pub fn of(&self, role: Role) -> f64 {
         match role {
-            Role::Scale => self.scale,
+            Role::Scale | Role::Step | Role::Shift => self.scale,
             Role::Rounding => self.rounding,
             Role::Weight => self.weight,
             Role::Levels => self.levels,
@@ -109,6 +113,20 @@ impl<'de> Deserialize<'de> for LearningRate {
     }
 }
 
+/// What a learning rate is measured in, for latent weights, steps and shifts of a grid. Everything
+/// else that methods learn has a scale of its own, whatever the size of the weights.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RateUnit {
+    /// The units of the weights: what papers state. Weights of a small model are ten to a hundred
+    /// times those of a large one, and a rate fits one of them.
+    #[default]
+    Absolute,
+    /// The grid: a latent weight moves by parts of the distance between two levels of its group, a
+    /// step by parts of itself. One rate then means the same on every model.
+    Grid,
+}
+
 /// How the rate moves over the steps.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
@@ -120,35 +138,51 @@ pub enum ScheduleConfig {
         /// What is left of the rate at the end.
         #[serde(default)]
         final_ratio: f64,
-        /// Steps of linear warm-up before it.
-        #[serde(default)]
-        warmup: u64,
+        /// Steps of linear warm-up before it. Absent: none, or with rates relative to the grid a
+        /// twentieth of the steps.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        warmup: Option<u64>,
     },
     /// A straight line from 1 down to `final_ratio` over all steps.
     Linear {
         /// What is left of the rate at the end.
         #[serde(default)]
         final_ratio: f64,
-        /// Steps of linear warm-up before it.
-        #[serde(default)]
-        warmup: u64,
+        /// Steps of linear warm-up before it. Absent: none, or with rates relative to the grid a
+        /// twentieth of the steps.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        warmup: Option<u64>,
     },
 }
 
 impl Default for ScheduleConfig {
     fn default() -> Self {
-        Self::Cosine { final_ratio: 0.0, warmup: 0 }
+        Self::Cosine { final_ratio: 0.0, warmup: None }
     }
 }
 
+/// The part of a training that warms up where its rates are relative to the grid.
+const WARM_UP: u64 = 20;
+
 impl ScheduleConfig {
+    /// With its warm-up decided, for a training of `steps` with rates in `unit`.
+    #[must_use]
+    pub fn resolved(&self, unit: RateUnit, steps: u64) -> Self {
+        let mut schedule = self.clone();
+        if let Self::Cosine { warmup, .. } | Self::Linear { warmup, .. } = &mut schedule {
+            let default = if unit == RateUnit::Grid { steps / WARM_UP } else { 0 };
+            *warmup = Some(warmup.unwrap_or(default));
+        }
+        schedule
+    }
+
     /// The factor on the base rate at `step` of `steps` (the first step is 0). The cosine is
     /// PyTorch's `CosineAnnealingLR` with `T_max = steps`.
     pub fn factor(&self, step: u64, steps: u64) -> f64 {
         let (final_ratio, warmup, cosine) = match *self {
             Self::Constant {} => return 1.0,
-            Self::Cosine { final_ratio, warmup } => (final_ratio, warmup, true),
-            Self::Linear { final_ratio, warmup } => (final_ratio, warmup, false),
+            Self::Cosine { final_ratio, warmup } => (final_ratio, warmup.unwrap_or(0), true),
+            Self::Linear { final_ratio, warmup } => (final_ratio, warmup.unwrap_or(0), false),
         };
         if step < warmup {
             return (step + 1) as f64 / (warmup + 1) as f64;
@@ -169,7 +203,7 @@ mod tests {
 
     #[test]
     fn cosine_runs_from_one_to_the_final_ratio() {
-        let cosine = ScheduleConfig::Cosine { final_ratio: 0.05, warmup: 0 };
+        let cosine = ScheduleConfig::Cosine { final_ratio: 0.05, warmup: None };
         assert!((cosine.factor(0, 100) - 1.0).abs() < 1e-12);
         assert!((cosine.factor(50, 100) - 0.525).abs() < 1e-12);
         assert!((cosine.factor(100, 100) - 0.05).abs() < 1e-12);
@@ -177,9 +211,20 @@ mod tests {
 
     #[test]
     fn warm_up_is_linear_and_joins_the_curve() {
-        let linear = ScheduleConfig::Linear { final_ratio: 0.0, warmup: 3 };
+        let linear = ScheduleConfig::Linear { final_ratio: 0.0, warmup: Some(3) };
         let rates: Vec<f64> = (0..7).map(|step| linear.factor(step, 7)).collect();
         assert_eq!(rates, [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25]);
+    }
+
+    #[test]
+    fn rates_relative_to_the_grid_warm_up() {
+        let cosine = ScheduleConfig::default();
+        let relative = cosine.resolved(RateUnit::Grid, 100);
+        assert_eq!(relative, ScheduleConfig::Cosine { final_ratio: 0.0, warmup: Some(5) });
+        assert!(relative.factor(0, 100) < 0.2 && relative.factor(5, 100) > 0.999);
+        assert!(cosine.resolved(RateUnit::Absolute, 100).factor(0, 100) > 0.999);
+        let none = ScheduleConfig::Cosine { final_ratio: 0.0, warmup: Some(0) };
+        assert_eq!(none.resolved(RateUnit::Grid, 100), none);
     }
 
     #[test]

@@ -43,8 +43,8 @@ fn quantizers_refuse_tracked_constants() {
         let log_scale = tracked(COLUMN);
         let (log_division, log_row) = (constant(SHAPE), constant(COLUMN));
         let log_column = None;
-        let max_code = 15;
-        Divided { weight, log_scale, log_division, log_row, log_column, zero_point, max_code }
+        let (max_code, base) = (15, None);
+        Divided { weight, base, log_scale, log_division, log_row, log_column, zero_point, max_code }
     };
     let unified = |zero_unified, middle| {
         let (log_scale, log_division) = (constant(COLUMN), tracked(SHAPE));
@@ -97,7 +97,8 @@ fn kernels_refuse_tracked_constants() {
             std::array::from_fn::<_, 3, _>(|_| all.next().unwrap())
         };
         let kind = Divergence::KlForward;
-        let comparison = Comparison { divergence: kind, temperature: 1.0, top_k: None };
+        let comparison =
+            Comparison { divergence: kind, temperature: 1.0, top_k: None, tail: false };
         refuses("a divergence", || {
             let [student, teacher, weights] = arguments();
             let _ = ops::divergence(&comparison, student, teacher, weights);

@@ -72,7 +72,7 @@ impl Case {
 
     /// Value and gradient to the student's logits.
     fn divergence(&self, comparison: &Comparison) -> (Sum, Vec<Sum>) {
-        let Comparison { divergence, temperature, top_k } = *comparison;
+        let Comparison { divergence, temperature, top_k, .. } = *comparison;
         let (mut value, mut gradient) = (Sum::default(), Vec::new());
         for (weight, log_q, log_p) in self.tokens(temperature, top_k) {
             let (of_token, slopes) = slopes(divergence, &log_q, &log_p);
@@ -122,6 +122,7 @@ fn slopes(kind: Divergence, log_q: &[f64], log_p: &[f64]) -> (Sum, Vec<Sum>) {
             let value = plus(kl(log_p, &log_m).times(beta), kl(log_q, &log_m).times(1.0 - beta));
             (value, through(&|i| (1.0 - beta) * (log_q[i] - log_m[i])))
         }
+        Divergence::Adaptive { .. } => unreachable!("made of two others"),
         Divergence::Cakld { gamma } => {
             let value = plus(reverse().times(gamma), forward().times(1.0 - gamma));
             let backward = through(&|i| log_q[i] - log_p[i]);
@@ -156,7 +157,7 @@ proptest! {
     ) {
         let infinite = matches!(kind, Divergence::KlReverse | Divergence::Cakld { .. });
         let top_k = top_k.filter(|_| !infinite);
-        let comparison = Comparison { divergence: kind, temperature, top_k };
+        let comparison = Comparison { divergence: kind, temperature, top_k, tail: false };
         let case = Case::new(shape, seed);
         let (value, gradient) = case.divergence(&comparison);
         let value = at_least(value, 1.0);
@@ -183,7 +184,7 @@ proptest! {
     fn closeness(shape in shape(), seed in any::<u64>()) {
         let case = Case::new(shape, seed);
         let of = |divergence| {
-            let comparison = Comparison { divergence, temperature: 1.0, top_k: None };
+            let comparison = Comparison { divergence, temperature: 1.0, top_k: None, tail: false };
             at_least(case.divergence(&comparison).0, 1.0)
         };
         let exact = [Divergence::Jsd { beta: 0.5 }, Divergence::KlForward, Divergence::KlReverse];
@@ -256,7 +257,7 @@ fn logits_that_tie_with_the_last_kept_one_are_kept() {
     let weights = Matrix::column(vec![1.0]);
     let of = |top_k| {
         let divergence = Divergence::KlForward;
-        let comparison = Comparison { divergence, temperature: 1.0, top_k };
+        let comparison = Comparison { divergence, temperature: 1.0, top_k, tail: false };
         both(|| {
             let loss =
                 ops::divergence(&comparison, student.plain(), teacher.plain(), weights.plain());
@@ -266,4 +267,37 @@ fn logits_that_tie_with_the_last_kept_one_are_kept() {
     // Two, and the two that tie with the second.
     assert_eq!(of(Some(2)), of(Some(4)));
     assert_ne!(of(Some(2)), of(Some(5)));
+}
+
+/// The adaptive mixture, and every divergence with a tail, are the same by kernels and composed.
+#[test]
+fn mixtures_and_tails_agree_with_the_composed_form() {
+    let near_and_far = Divergence::Adaptive { near: 0.05, far: 0.5 };
+    let kinds = [
+        Divergence::KlForward,
+        Divergence::KlReverse,
+        Divergence::Jsd { beta: 0.3 },
+        Divergence::Cakld { gamma: 0.4 },
+        near_and_far,
+    ];
+    for seed in 0..4 {
+        let case = Case::new([6, 40], seed);
+        for divergence in kinds {
+            for (top_k, tail) in [(None, false), (Some(7), true), (Some(40), true)] {
+                if top_k.is_none() && divergence != near_and_far {
+                    continue; // of the properties above
+                }
+                let comparison = Comparison { divergence, temperature: 1.3, top_k, tail };
+                let [fused, composed] = both(|| {
+                    let (s, t) = (case.student.plain(), case.teacher.plain());
+                    let loss = ops::divergence(&comparison, s, t, case.weights.plain());
+                    [host(loss.value), host(loss.gradient)].concat()
+                });
+                for (a, b) in fused.iter().zip(&composed) {
+                    let size = a.abs().max(b.abs()).max(1e-2);
+                    assert!((a - b).abs() < 2e-5 * size.max(1.0), "{comparison:?}: {a} {b}");
+                }
+            }
+        }
+    }
 }

@@ -43,6 +43,39 @@ pub(crate) fn step(
     step_at(Level::best(), adamw, parameter, gradient, moments);
 }
 
+/// As [`step`], with the rate multiplied by the entry of `units` that belongs to a parameter's group;
+/// groups are equal runs of parameters.
+pub(crate) fn step_in_units(
+    adamw: AdamW,
+    units: &[f32],
+    parameter: &mut [f32],
+    gradient: &[f32],
+    [first, second]: [&mut [f32]; 2],
+) {
+    let level = Level::best();
+    let len = (parameter.len() / units.len().max(1)).max(1);
+    let of = |unit: f32| AdamW { rate: adamw.rate * unit, ..adamw };
+    if !parallel(parameter.len()) {
+        let both = parameter.chunks_mut(len).zip(gradient.chunks(len));
+        let means = first.chunks_mut(len).zip(second.chunks_mut(len));
+        for ((both, means), unit) in both.zip(means).zip(units) {
+            at!(level, step_chunk(of(*unit), both.0, both.1, means.0, means.1));
+        }
+        return;
+    }
+    // Whole groups at a time, about as many entries as in a chunk.
+    let some = (CHUNK / len).max(1);
+    let both = parameter.par_chunks_mut(some * len).zip(gradient.par_chunks(some * len));
+    let means = first.par_chunks_mut(some * len).zip(second.par_chunks_mut(some * len));
+    both.zip(means).zip(units.par_chunks(some)).for_each(|((both, means), units)| {
+        let both = both.0.chunks_mut(len).zip(both.1.chunks(len));
+        let means = means.0.chunks_mut(len).zip(means.1.chunks_mut(len));
+        for ((both, means), unit) in both.zip(means).zip(units) {
+            at!(level, step_chunk(of(*unit), both.0, both.1, means.0, means.1));
+        }
+    });
+}
+
 fn step_at(
     level: Level,
     adamw: AdamW,
@@ -124,6 +157,37 @@ mod tests {
         }
         let norm = squared_norm_at(level, &parameter).to_bits();
         ([parameter, first, second].map(|values| bits(&values)), norm)
+    }
+
+    /// Groups that are shorter and longer than a chunk, in one and in several threads.
+    #[test]
+    fn a_rate_in_units_is_the_rate_times_the_unit() {
+        let adamw = AdamW {
+            shrink: 1.0,
+            beta1: 0.9,
+            beta2: 0.99,
+            new: [0.1, 0.01],
+            epsilon: 1e-8,
+            rate: 0.25,
+            correction2: 100.0,
+            keep: 1.0,
+        };
+        for (groups, len) in [(1, 5), (3, 7), (40, 1_000), (2, 40_000), (3_000, 17)] {
+            let units: Vec<f32> = (0..groups).map(|g| [0.5, 2.0, 0.125][g % 3]).collect();
+            let start = noise(groups * len, 0.3, 1.0);
+            let gradient = noise(groups * len, 5.0, 0.1);
+            let fresh = || [vec![0.0; groups * len], vec![0.0; groups * len]];
+            let (mut together, [mut m, mut v]) = (start.clone(), fresh());
+            step_in_units(adamw, &units, &mut together, &gradient, [&mut m, &mut v]);
+            let (mut apart, [mut m, mut v]) = (start, fresh());
+            for (group, unit) in units.iter().enumerate() {
+                let at = group * len..(group + 1) * len;
+                let adamw = AdamW { rate: adamw.rate * unit, ..adamw };
+                let moments = [&mut m[at.clone()], &mut v[at.clone()]];
+                step(adamw, &mut apart[at.clone()], &gradient[at], moments);
+            }
+            assert!(bits(&together) == bits(&apart), "{groups} groups of {len}");
+        }
     }
 
     #[test]

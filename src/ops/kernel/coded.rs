@@ -10,12 +10,11 @@
 
 use std::ops::Range;
 
-use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef};
 use rayon::iter::{IndexedParallelIterator, IntoParallelRefMutIterator, ParallelIterator};
 use rayon::slice::{ParallelSlice, ParallelSliceMut};
 
-use super::linear::threads;
+use super::linear::multiply;
 use super::{min_tasks, parallel};
 use crate::ops::coded::{CodedKind, PackedCodes};
 use crate::ops::vector::{self, Level, at};
@@ -64,8 +63,7 @@ impl Coded<'_> {
             let weight = MatRef::from_row_major_slice(tile, range.len(), columns);
             let to = MatMut::from_row_major_slice_mut(&mut out, n, rows);
             let to = to.subcols_mut(range.start, range.len());
-            let par = threads(n, columns, range.len());
-            matmul(to, Accum::Replace, a, weight.transpose(), 1.0, par);
+            multiply(to, Accum::Replace, a, weight.transpose());
         });
         out
     }
@@ -79,8 +77,7 @@ impl Coded<'_> {
             let weight = MatRef::from_row_major_slice(tile, range.len(), columns);
             let to = MatMut::from_row_major_slice_mut(&mut out, n, columns);
             let accum = if range.start == 0 { Accum::Replace } else { Accum::Add };
-            let par = threads(n, range.len(), columns);
-            matmul(to, accum, b.subcols(range.start, range.len()), weight, 1.0, par);
+            multiply(to, accum, b.subcols(range.start, range.len()), weight);
         });
         out
     }
@@ -115,7 +112,7 @@ impl Coded<'_> {
             let gradient = &mut gradient[..count * columns];
             let to = MatMut::from_row_major_slice_mut(gradient, count, columns);
             let from = left.subcols(start, count).transpose();
-            matmul(to, Accum::Replace, from, right, 1.0, threads(count, n, columns));
+            multiply(to, Accum::Replace, from, right);
             let sums = &mut sums[start * parts * width..][..count * parts * width];
             sums.par_chunks_exact_mut(parts * width)
                 .zip(gradient.par_chunks_exact(columns))

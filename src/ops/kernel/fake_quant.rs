@@ -11,14 +11,16 @@ use crate::ops::fake_quant::Output;
 use crate::ops::vector::{self, Level, at};
 use crate::ops::{Rule, TieRule};
 
-/// FlexRound's and LRQ's quantizer: `Δ (clamp(round(W / exp(θ)) + z, 0, L) - z)`, `Δ = exp(δ)`,
-/// `θ = D + (δ + r) (+ c)`.
+/// FlexRound's and LRQ's quantizer: `Δ (clamp(round(W / (b exp(θ))) + z, 0, L) - z)`,
+/// `Δ = b exp(δ)`, `θ = D + (δ + r) (+ c)`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Divided<'a> {
     /// `[groups, group_len]`.
     pub weight: &'a [f32],
     /// D, `[groups, group_len]`.
     pub log_division: &'a [f32],
+    /// b, `[groups]`; empty for ones.
+    pub base: &'a [f32],
     /// δ, `[groups]`.
     pub log_scale: &'a [f32],
     /// r, `[groups]`, or shorter by a whole factor: so many groups then share an entry.
@@ -64,6 +66,12 @@ impl<'a> Divided<'a> {
         self.log_scale[index] + self.log_row[index / sharing]
     }
 
+    /// b of group `index`, and Δ.
+    fn scale(&self, index: usize) -> [f32; 2] {
+        let base = self.base.get(index).copied().unwrap_or(1.0);
+        [base, base * vector::exp(self.log_scale[index])]
+    }
+
     /// Codes or values, `[groups, group_len]`.
     pub(crate) fn forward(&self, output: Output) -> Vec<f32> {
         self.forward_at(Level::best(), output)
@@ -76,12 +84,16 @@ impl<'a> Divided<'a> {
             let at = index * len;
             let (weight, division) = (&self.weight[at..][..len], &self.log_division[at..][..len]);
             let (z, top, log_step) = (self.zero_point[index], self.max_code, self.log_step(index));
+            let [base, scale] = self.scale(index);
             let scale = match output {
                 Output::Codes => None,
-                Output::Values => Some(self.log_scale[index]),
+                Output::Values => Some(scale),
             };
             let columns = self.columns(index);
-            at!(level, divided_row(out, weight, division, columns, log_step, z, top, scale));
+            at!(level, {
+                divided_ratios(out, weight, division, columns, base, log_step);
+                divided_row(out, z, top, scale);
+            });
         };
         rows(&mut out, len, group);
         out
@@ -99,9 +111,9 @@ impl<'a> Divided<'a> {
             let part = |values: &'a [f32]| &values[at..][..len];
             let (weight, division) = (part(self.weight), part(self.log_division));
             let (z, top, log_step) = (self.zero_point[index], self.max_code, self.log_step(index));
-            let (columns, scale) = (self.columns(index), self.log_scale[index]);
+            let (columns, [base, scale]) = (self.columns(index), self.scale(index));
             at!(level, {
-                divided_ratios(scratch, weight, division, columns, log_step);
+                divided_ratios(scratch, weight, division, columns, base, log_step);
                 divided_row_backward(gradient, scratch, z, top, scale)
             })
         });
@@ -177,27 +189,16 @@ fn column_sums(matrix: &[f32], columns: usize) -> Vec<f32> {
     total.into_iter().map(|sum| sum as f32).collect()
 }
 
+/// Codes in the place of ratios, or with a scale their values.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)] // one row of a struct of arrays
-fn divided_row(
-    out: &mut [f32],
-    weight: &[f32],
-    division: &[f32],
-    columns: Option<&[f32]>,
-    log_step: f32,
-    z: f32,
-    top: f32,
-    scale: Option<f32>,
-) {
-    divided_ratios(out, weight, division, columns, log_step);
+fn divided_row(out: &mut [f32], z: f32, top: f32, scale: Option<f32>) {
     match scale {
         None => {
             for out in out {
                 *out = affine_code(*out, z, top);
             }
         }
-        Some(log_scale) => {
-            let scale = vector::exp(log_scale);
+        Some(scale) => {
             for out in out {
                 *out = scale * (affine_code(*out, z, top) - z);
             }
@@ -205,25 +206,26 @@ fn divided_row(
     }
 }
 
-/// `W / exp(D + (δ + r) (+ c))`.
+/// `W / (b exp(D + (δ + r) (+ c)))`.
 #[inline(always)]
 fn divided_ratios(
     out: &mut [f32],
     weight: &[f32],
     division: &[f32],
     columns: Option<&[f32]>,
+    base: f32,
     log_step: f32,
 ) {
     let entries = out.iter_mut().zip(weight).zip(division);
     match columns {
         None => {
             for ((out, w), d) in entries {
-                *out = w / vector::exp(d + log_step);
+                *out = w / (base * vector::exp(d + log_step));
             }
         }
         Some(columns) => {
             for (((out, w), d), c) in entries.zip(columns) {
-                *out = w / vector::exp(d + (log_step + c));
+                *out = w / (base * vector::exp(d + (log_step + c)));
             }
         }
     }
@@ -242,9 +244,8 @@ fn divided_row_backward(
     ratios: &[f32],
     z: f32,
     top: f32,
-    log_scale: f32,
+    scale: f32,
 ) -> [f64; 2] {
-    let scale = vector::exp(log_scale);
     let value = vector::sum_pairs(
         gradient,
         ratios,
@@ -351,7 +352,7 @@ impl Stepped<'_> {
 
 /// The code of a weight at `u`.
 #[inline(always)]
-fn code_of(rule: Rule, u: f32, z: f32) -> f32 {
+pub(super) fn code_of(rule: Rule, u: f32, z: f32) -> f32 {
     match rule {
         Rule::Affine { max_code } => affine_code(u, z, max_code),
         Rule::Lsq { middle } => u.clamp(-middle, middle - 1.0).round_ties_even() + middle,
@@ -570,11 +571,13 @@ mod tests {
             let (division, gradient) = (noise(count, 0.1, 0.2), noise(count, 0.9, 1.0));
             // Every group has an entry of its own, or two share one and there are columns.
             let column = noise(2 * len, 0.4, 0.2);
+            let base = vec![0.7; groups];
             for (rows, column) in [(groups, &[][..]), (groups / 2, &column[..])] {
                 let log_row = noise(rows, 0.6, 0.2);
                 let divided = Divided {
                     weight: &weight,
                     log_division: &division,
+                    base: if rows == groups { &[] } else { &base },
                     log_scale: &log_scale,
                     log_row: &log_row,
                     log_column: column,

@@ -5,7 +5,7 @@
 
 #![allow(clippy::inline_always)] // compiled for the caller's instruction set
 
-use crate::ops::loss::Divergence;
+use crate::ops::loss::{Divergence, LEAST_TAIL, NEAR_WEIGHT, far_share};
 use crate::ops::vector::{self, LANES, Level, at};
 use rayon::prelude::*;
 
@@ -20,9 +20,11 @@ pub(crate) struct Settings {
     /// Divides the logits of both.
     pub temperature: f64,
     /// Keeps the teacher's largest logits of each row, this many and what ties with the last one;
-    /// the others have probability zero. Only defined for [`Divergence::KlForward`] and
-    /// [`Divergence::Jsd`]: the reverse KL would be infinite.
+    /// the others have probability zero. Without a tail only defined for [`Divergence::KlForward`],
+    /// [`Divergence::Jsd`] and [`Divergence::Adaptive`]: the reverse KL would be infinite.
     pub top_k: Option<usize>,
+    /// Whether the tokens that `top_k` leaves out are one more event.
+    pub tail: bool,
 }
 
 /// Weighted sum over rows of the divergence; the student's logits `[rows, vocab]` are replaced by
@@ -188,11 +190,18 @@ fn evaluate<const KEEP: bool>(
     student: &[f32],
     teacher: &[f32],
 ) -> (f64, f32) {
+    if let Some(k) = settings.top_k.filter(|k| settings.tail && *k < teacher.len()) {
+        return (with_tail::<KEEP>(settings, k, scratch, student, teacher), 0.0);
+    }
     let inverse = (1.0 / settings.temperature) as f32;
     let least = settings.top_k.map_or(f32::NEG_INFINITY, |k| kth_largest(teacher, k));
     scratch.student.load(student, inverse, f32::NEG_INFINITY);
     scratch.teacher.load(teacher, inverse, least);
+    scratch.finish(inverse);
     let gamma = match settings.kind {
+        Divergence::Adaptive { near, far } => {
+            return adaptive::<KEEP>([near, far], scratch, [student, teacher], inverse);
+        }
         Divergence::Jsd { beta } => {
             let share = [(1.0 - beta) as f32, beta as f32];
             let [kl_q, kl_p] = sums::<2, KEEP>(
@@ -222,6 +231,134 @@ fn evaluate<const KEEP: bool>(
     (gamma * reverse + (1.0 - gamma) * forward, (1.0 - gamma - gamma * reverse) as f32)
 }
 
+/// [`evaluate`] of [`Divergence::Adaptive`]: its share of the KL is known once the row has been read.
+#[inline(always)]
+fn adaptive<const KEEP: bool>(
+    [near, far]: [f64; 2],
+    scratch: &mut Scratch,
+    logits: [&[f32]; 2],
+    inverse: f32,
+) -> (f64, f32) {
+    let [kl_q, kl_p, forward] = sums::<3, false>(
+        scratch,
+        logits,
+        inverse,
+        #[inline(always)]
+        |q, p, d| {
+            let [to_q, to_p] = to_mixture([0.5; 2], q, p, d);
+            ([to_q, to_p, p * d], 0.0)
+        },
+    );
+    let jsd = 0.5 * (kl_q + kl_p);
+    let share = far_share(jsd, near, far);
+    // NaN in a row is no share.
+    let close = NEAR_WEIGHT * (1.0 - share);
+    let value = share * forward + close * jsd;
+    if !KEEP {
+        return (value, 0.0);
+    }
+    let (pull, mismatch) = ((0.5 * close) as f32, share as f32);
+    let [_] = sums::<1, KEEP>(
+        scratch,
+        logits,
+        inverse,
+        #[inline(always)]
+        |q, p, d| ([0.0], pull * to_mixture([0.5; 2], q, p, d)[0] - mismatch * p),
+    );
+    (value, (share - 0.5 * close * kl_q) as f32)
+}
+
+/// The divergence of a row over the teacher's `k` largest logits and one event for all others. With
+/// `KEEP`, the teacher's exponentials become its gradient to the tempered logits.
+fn with_tail<const KEEP: bool>(
+    settings: &Settings,
+    k: usize,
+    scratch: &mut Scratch,
+    student: &[f32],
+    teacher: &[f32],
+) -> f64 {
+    let inverse = 1.0 / settings.temperature;
+    let least = kth_largest(teacher, k);
+    scratch.student.load(student, inverse as f32, f32::NEG_INFINITY);
+    scratch.teacher.load(teacher, inverse as f32, f32::NEG_INFINITY);
+    let log = |total: &Total, logit: f32| {
+        (f64::from(logit) - f64::from(total.max)) * inverse - ln(total.sum)
+    };
+    // Logarithms of the student's and the teacher's probability of each event; the tail is last.
+    let mut left = [1.0; 2];
+    let kept: Vec<usize> = (0..teacher.len()).filter(|i| teacher[*i] >= least).collect();
+    let mut events: Vec<[f64; 2]> = Vec::with_capacity(kept.len() + 1);
+    for i in &kept {
+        let event =
+            [log(&scratch.student.total, student[*i]), log(&scratch.teacher.total, teacher[*i])];
+        left = [left[0] - event[0].exp(), left[1] - event[1].exp()];
+        events.push(event);
+    }
+    events.push(left.map(|p| p.max(LEAST_TAIL).ln()));
+    let (value, pulls) = over_events(settings.kind, &events);
+    if KEEP {
+        scratch.finish(inverse as f32);
+        let Scratch { student, teacher } = scratch;
+        let of_tail = pulls[kept.len()] as f32;
+        let blocks = student.exponentials.chunks(BLOCK).zip(&student.total.factors);
+        for (out, (e, factor)) in teacher.exponentials.chunks_mut(BLOCK).zip(blocks) {
+            for (out, e) in out.iter_mut().zip(e) {
+                *out = e * factor * of_tail;
+            }
+        }
+        for ((i, event), pull) in kept.iter().zip(&events).zip(&pulls) {
+            teacher.exponentials[*i] = (event[0].exp() * pull) as f32;
+        }
+    }
+    value
+}
+
+/// The divergence over events of these log-probabilities, student's and teacher's, and for each what
+/// times the student's probability is the gradient to a logit of the event.
+fn over_events(kind: Divergence, events: &[[f64; 2]]) -> (f64, Vec<f64>) {
+    let sum =
+        |term: &dyn Fn(f64, f64) -> f64| -> f64 { events.iter().map(|[q, p]| term(*q, *p)).sum() };
+    let each = |pull: &dyn Fn(f64, f64) -> f64| -> Vec<f64> {
+        events.iter().map(|[q, p]| pull(*q, *p)).collect()
+    };
+    let mixture = |beta: f64, q: f64, p: f64| (beta * p.exp() + (1.0 - beta) * q.exp()).ln();
+    match kind {
+        Divergence::KlForward => {
+            (sum(&|q, p| p.exp() * (p - q)), each(&|q, p| 1.0 - (p - q).exp()))
+        }
+        Divergence::KlReverse => {
+            let value = sum(&|q, p| q.exp() * (q - p));
+            (value, each(&|q, p| q - p - value))
+        }
+        Divergence::Jsd { beta } => {
+            let kl_q = sum(&|q, p| q.exp() * (q - mixture(beta, q, p)));
+            let kl_p = sum(&|q, p| p.exp() * (p - mixture(beta, q, p)));
+            let pulls = each(&|q, p| (1.0 - beta) * (q - mixture(beta, q, p) - kl_q));
+            (beta * kl_p + (1.0 - beta) * kl_q, pulls)
+        }
+        Divergence::Cakld { gamma } => {
+            let (forward, to_forward) = over_events(Divergence::KlForward, events);
+            let (reverse, to_reverse) = over_events(Divergence::KlReverse, events);
+            mixed([1.0 - gamma, gamma], [forward, reverse], [to_forward, to_reverse])
+        }
+        Divergence::Adaptive { near, far } => {
+            let (kl, to_kl) = over_events(Divergence::KlForward, events);
+            let (jsd, to_jsd) = over_events(Divergence::Jsd { beta: 0.5 }, events);
+            let share = far_share(jsd, near, far);
+            mixed([share, NEAR_WEIGHT * (1.0 - share)], [kl, jsd], [to_kl, to_jsd])
+        }
+    }
+}
+
+fn mixed(weights: [f64; 2], values: [f64; 2], pulls: [Vec<f64>; 2]) -> (f64, Vec<f64>) {
+    let [first, second] = pulls;
+    let pulls = first.into_iter().zip(second);
+    (
+        weights[0] * values[0] + weights[1] * values[1],
+        pulls.map(|(a, b)| weights[0] * a + weights[1] * b).collect(),
+    )
+}
+
 /// The divergence of a row, whose logits become its gradient times `scale`.
 #[inline(always)]
 fn with_gradient(
@@ -249,6 +386,7 @@ fn compare_row(scratch: &mut Scratch, student: &[f32], teacher: &[f32]) -> [f64;
     scratch.teacher.load(teacher, 1.0, f32::NEG_INFINITY);
     let first =
         [scratch.student.total.first_max(student), scratch.teacher.total.first_max(teacher)];
+    scratch.finish(1.0);
     let [jsd, kl_p, kl_q] = sums::<3, false>(
         scratch,
         [student, teacher],
@@ -260,6 +398,15 @@ fn compare_row(scratch: &mut Scratch, student: &[f32], teacher: &[f32]) -> [f64;
         },
     );
     [0.5 * jsd, kl_p, kl_q, f64::from(u8::from(first[0] == first[1]))]
+}
+
+impl Scratch {
+    /// Finishes both totals.
+    #[inline(always)]
+    fn finish(&mut self, inverse: f32) {
+        self.student.total.finish(inverse);
+        self.teacher.total.finish(inverse);
+    }
 }
 
 impl Softmax {
@@ -354,7 +501,7 @@ impl Total {
     }
 }
 
-/// Finishes both totals and sums, in the order of [`vector::sum`], what `terms` makes of `q`,
+/// Sums, once both totals are finished, in the order of [`vector::sum`], what `terms` makes of `q`,
 /// `p` and `ln(p/q)`; its other result replaces the teacher's exponentials if `KEEP`.
 #[inline(always)]
 fn sums<const N: usize, const KEEP: bool>(
@@ -364,8 +511,6 @@ fn sums<const N: usize, const KEEP: bool>(
     terms: impl Fn(f32, f32, f32) -> ([f32; N], f32),
 ) -> [f64; N] {
     let Scratch { student, teacher } = scratch;
-    student.total.finish(inverse);
-    teacher.total.finish(inverse);
     let mut scale = Scale {
         max: [student.total.max, teacher.total.max],
         inverse,
@@ -497,8 +642,9 @@ mod tests {
     use super::*;
 
     const JSD: Divergence = Divergence::Jsd { beta: 0.5 };
-    const KINDS: [Divergence; 5] = [
+    const KINDS: [Divergence; 6] = [
         JSD,
+        Divergence::Adaptive { near: 0.1, far: 0.6 },
         Divergence::Jsd { beta: 0.1 },
         Divergence::KlForward,
         Divergence::KlReverse,
@@ -506,7 +652,7 @@ mod tests {
     ];
 
     fn settings(kind: Divergence, temperature: f64, top_k: Option<usize>) -> Settings {
-        Settings { kind, temperature, top_k }
+        Settings { kind, temperature, top_k, tail: false }
     }
 
     fn logits(len: usize, seed: u32, size: f32) -> Vec<f32> {
@@ -534,6 +680,14 @@ mod tests {
     /// Value and gradient of a row, as the composed form in `ops::loss` has them.
     fn reference(settings: &Settings, student: &[f32], teacher: &[f32]) -> (f64, Vec<f64>) {
         let tau = settings.temperature;
+        if let Divergence::Adaptive { near, far } = settings.kind {
+            let of = |kind| reference(&Settings { kind, ..*settings }, student, teacher);
+            let [(kl, to_kl), (jsd, to_jsd)] = [of(Divergence::KlForward), of(JSD)];
+            let share = ((jsd / 2f64.ln() - near) / (far - near)).clamp(0.0, 1.0);
+            let mix = |kl: f64, jsd: f64| share * kl + 4.0 * (1.0 - share) * jsd;
+            let gradient = to_kl.iter().zip(&to_jsd).map(|(a, b)| mix(*a, *b)).collect();
+            return (mix(kl, jsd), gradient);
+        }
         let (q, p) = (log_softmax(student, tau), log_softmax(teacher, tau));
         let forward = mean(&p, |i| p[i] - q[i]);
         let reverse = mean(&q, |i| q[i] - p[i]);
@@ -544,6 +698,7 @@ mod tests {
                 (gamma * reverse + (1.0 - gamma) * forward, 1.0 - gamma, gamma, 1.0)
             }
             Divergence::Jsd { beta } => (f64::NAN, 0.0, 1.0 - beta, beta),
+            Divergence::Adaptive { .. } => unreachable!(),
         };
         let m = |i: usize| {
             let (a, b) = (p[i] + beta.ln(), q[i] + (1.0 - beta).ln());
@@ -614,6 +769,47 @@ mod tests {
             for kind in &KINDS[..3] {
                 check(&settings(*kind, 1.0, Some(k)), &student, &teacher, &cut, 4);
                 check(&settings(*kind, 2.0, None), &student, &cut, &cut, 4);
+            }
+        }
+    }
+
+    /// With the tail every divergence is finite, and where nothing is left out it is the whole one.
+    #[test]
+    fn a_tail_is_one_more_event() {
+        let (vocab, rows) = (37, 5);
+        let student = logits(vocab * rows, 3, 4.0);
+        let teacher = logits(vocab * rows, 8, 4.0);
+        let weights = vec![0.2; rows];
+        for kind in KINDS {
+            let run = |top_k, student: &[f32]| {
+                let settings = Settings { kind, temperature: 1.5, top_k, tail: true };
+                let mut gradient = student.to_vec();
+                let value = divergence_with_gradient(&settings, &mut gradient, &teacher, &weights);
+                (value, gradient)
+            };
+            let (whole, gradient) = run(None, &student);
+            let (all, same) = run(Some(vocab), &student);
+            assert!((whole - all).abs() < 1e-12 && gradient == same, "{kind:?}");
+            let (coarse, gradient) = run(Some(5), &student);
+            // Events put together are no easier to tell apart.
+            if !matches!(kind, Divergence::Adaptive { .. }) {
+                assert!(coarse > 0.0 && coarse <= whole + 1e-9, "{kind:?}: {coarse} of {whole}");
+            }
+            // Each row's gradient sums to zero, and is that of the value.
+            for row in gradient.chunks(vocab) {
+                assert!(row.iter().sum::<f32>().abs() < 1e-6, "{kind:?}");
+            }
+            if matches!(kind, Divergence::Adaptive { .. }) {
+                continue; // its share is held fixed in the gradient
+            }
+            for at in [0, 11, 40, 100, 184] {
+                let moved = |by: f32| {
+                    let mut student = student.clone();
+                    student[at] += by;
+                    run(Some(5), &student).0
+                };
+                let slope = (moved(2e-2) - moved(-2e-2)) / 4e-2;
+                assert!((slope - f64::from(gradient[at])).abs() < 2e-4, "{kind:?} {at}: {slope}");
             }
         }
     }

@@ -12,6 +12,7 @@ pub(super) mod linear;
 pub(super) mod loss;
 pub(super) mod mse;
 pub(super) mod norm;
+pub(super) mod search;
 pub(super) mod swiglu;
 
 /// Elements below which waking other threads costs more than they save.

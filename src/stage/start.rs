@@ -1,0 +1,225 @@
+//! What a linear starts a stage from.
+//!
+//! A stage that keeps bits, groups and the kind of grid goes on from exactly what the earlier one left:
+//! its codes, its steps, and its latent weight. With a rate of zero it changes no bit. On another grid
+//! it starts from the latent weight, which knows more than the codes that were made of it.
+
+use std::path::PathBuf;
+
+use burn::module::Param;
+use burn::nn::Linear;
+use burn::tensor::{DType, Tensor, TensorData};
+use serde::{Deserialize, Serialize};
+
+use super::StageContext;
+use crate::data;
+use crate::error::{Error, Result};
+use crate::export::fewbit::{Saved, latent_names};
+use crate::method::{self, FakeQuant, LeftGrid, Method, MethodConfig, Start};
+use crate::model::{WeightSource, weight_name};
+use crate::ops;
+use crate::quant::{Grid, GroupLayout, QuantizedWeight};
+use crate::store::safetensors::Checkpoint;
+use crate::store::{HostTensor, TensorSource};
+
+/// What a stage on another grid than the one before starts from. On the same grid it goes on.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StartFrom {
+    /// The weights as the earlier stage learned them, before they were rounded; rounded ones where it
+    /// learned none.
+    #[default]
+    Latents,
+    /// The weights that the earlier stage's codes stand for.
+    Rounded,
+    /// The float model's weights.
+    Float,
+}
+
+/// Where the latent of a linear lies.
+#[derive(Clone, Debug)]
+pub struct LatentFile(pub(super) PathBuf);
+
+/// What is there of a linear, on the host, row by row.
+struct Found {
+    weight: Option<Vec<f32>>,
+    step: Option<Vec<f32>>,
+}
+
+impl StageContext<'_> {
+    /// Puts `method` on `linear`'s weight as `name` starts this stage; forwards see the result in
+    /// `compute`. Latent weights are f32 whatever the model's type.
+    pub(super) fn attach(
+        &self,
+        name: &str,
+        linear: &mut Linear,
+        method: &MethodConfig,
+        from: StartFrom,
+        compute: DType,
+    ) -> Result<()> {
+        let spec = &self.specs[name];
+        let [inputs, out] = linear.weight.dims();
+        let layout = spec.layout([out, inputs]).map_err(|e| e.at(name))?;
+        let left = self.model.quantized.get(name);
+        let same = left.filter(|(left, _)| (left.bits, left.layout) == (spec.bits, layout));
+        let found = self.latent(name)?;
+        if let Some((codes, made_by)) = same
+            && self.go_on(name, linear, method, &found, (codes, made_by), compute)?
+        {
+            return Ok(());
+        }
+        let values = match from {
+            StartFrom::Latents => found.weight,
+            StartFrom::Rounded => None,
+            StartFrom::Float if left.is_none() => None,
+            StartFrom::Float => {
+                let float = self.model.tuned_on(self.model.float()?);
+                Some(float.weight(&weight_name(name), &[out, inputs])?)
+            }
+        };
+        match values {
+            Some(values) => self.set_weight(linear, values),
+            None if linear.weight.val().dtype() != DType::F32 => {
+                self.set_weight(linear, self.model.weight(&weight_name(name), &[out, inputs])?);
+            }
+            None => {}
+        }
+        let grouped = grouped(linear, layout);
+        let start = self.start(name, layout, &grouped);
+        let attached = method.init(&start).map_err(|e| e.at(name))?;
+        put(linear, method, attached, layout, spec.bits, compute);
+        Ok(())
+    }
+
+    /// Goes on from codes on the method's own grid; `false` where it has another.
+    fn go_on(
+        &self,
+        name: &str,
+        linear: &mut Linear,
+        method: &MethodConfig,
+        found: &Found,
+        (codes, made_by): (&QuantizedWeight, &str),
+        compute: DType,
+    ) -> Result<bool> {
+        let layout = codes.layout;
+        let Grid::Uniform { scale, zero_point, zero_kind } = &codes.grid else { return Ok(false) };
+        let column = |values: &[f32]| {
+            let data = TensorData::new(values.to_vec(), [layout.groups, 1]);
+            Tensor::<2>::from_data(data, &self.device.device)
+        };
+        let grid = LeftGrid {
+            scale: column(scale),
+            zero_point: column(zero_point),
+            zero_kind: *zero_kind,
+            step: found.step.as_deref().map(column),
+            method: made_by.to_owned(),
+        };
+        let rounded = codes.dequantize();
+        let mut latent = found.weight.clone().unwrap_or_else(|| rounded.clone());
+        // Scales of few digits, and rounding errors, may have moved a weight over an edge: such a
+        // weight starts in the middle of its level.
+        for _ in 0..2 {
+            self.set_weight(linear, latent.clone());
+            let weight = grouped(linear, layout);
+            let start = self.start(name, layout, &weight);
+            let resumed = method.resume(&start, &grid).map_err(|e| e.at(name))?;
+            let Some(resumed) = resumed else { return Ok(false) };
+            put(linear, method, resumed, layout, codes.bits, compute);
+            let now = method::fold(&linear.weight)
+                .ok_or_else(|| Error::failed("nothing to fold").at(name))?
+                .map_err(|e| e.at(name))?;
+            if now == *codes {
+                return Ok(true);
+            }
+            let pairs = latent.iter_mut().zip(now.dequantize()).zip(&rounded);
+            for ((latent, now), rounded) in pairs {
+                if now.to_bits() != rounded.to_bits() {
+                    *latent = *rounded;
+                }
+            }
+        }
+        Err(Error::gate(format!(
+            "method.{} does not meet the grid that {made_by} left",
+            method.name()
+        ))
+        .at(name)
+        .fix("other bits or groups in this stage, or the same method"))
+    }
+
+    /// What an earlier stage saved of a linear's latent.
+    fn latent(&self, name: &str) -> Result<Found> {
+        let Some(LatentFile(path)) = self.model.latents.get(name) else {
+            return Ok(Found { weight: None, step: None });
+        };
+        let file = Checkpoint::open_file(path)?;
+        let [latent, step] = latent_names(name);
+        let read = |name: &str| file.read(name)?.to_f32().map_err(|e| e.at(name));
+        Ok(Found {
+            weight: Some(read(&latent)?),
+            step: file.contains(&step).then(|| read(&step)).transpose()?,
+        })
+    }
+
+    fn start<'a>(&'a self, name: &str, layout: GroupLayout, weight: &'a Tensor<2>) -> Start<'a> {
+        Start {
+            spec: &self.specs[name],
+            layout,
+            observer: self.observer,
+            weight,
+            seed: data::seed_of(self.seed, &format!("stage {} {name}", self.stage)),
+        }
+    }
+
+    /// Gives `linear` a weight, `[out, in]` in row order; a method on it is gone.
+    pub(super) fn set_weight(&self, linear: &mut Linear, values: Vec<f32>) {
+        let [inputs, out] = linear.weight.dims();
+        let weight = TensorData::new(values, [out, inputs]);
+        let weight = Tensor::<2>::from_data(weight, &self.device.device).transpose();
+        linear.weight = Param::initialized(linear.weight.id, weight);
+    }
+
+    /// What later stages go on from, for what this one saves; nothing where no later stage does.
+    pub(super) fn latents_of(&self, name: &str, linear: &Linear) -> Vec<(String, HostTensor)> {
+        let Some(latent) = self.keeps_latents.then(|| method::latent(&linear.weight)).flatten()
+        else {
+            return Vec::new();
+        };
+        let host = |tensor: Tensor<2>| {
+            let shape = tensor.dims();
+            HostTensor::f32(shape, &tensor.into_data().iter::<f32>().collect::<Vec<f32>>())
+        };
+        let names = latent_names(name).into_iter();
+        let tensors = [Some(latent.weight), latent.step].into_iter();
+        names.zip(tensors).filter_map(|(name, tensor)| Some((name, host(tensor?)))).collect()
+    }
+
+    /// Notes where the latents of what a stage made are: beside it, or nowhere any more.
+    pub(super) fn note_latents(&mut self, saved: &Saved, file: &std::path::Path) {
+        for (name, ..) in &saved.linears {
+            let [latent, _] = latent_names(name);
+            if saved.latents.contains_key(&latent) {
+                self.model.latents.insert(name.clone(), LatentFile(file.to_owned()));
+            } else {
+                self.model.latents.remove(name);
+            }
+        }
+    }
+}
+
+/// The weight of a linear that carries no method, `[groups, group_len]`, off the tape.
+fn grouped(linear: &Linear, layout: GroupLayout) -> Tensor<2> {
+    let weight = ops::off_tape(linear.weight.base());
+    ops::reshape_grouped(weight.transpose(), layout.grouped())
+}
+
+fn put(
+    linear: &mut Linear,
+    config: &MethodConfig,
+    method: Method,
+    layout: GroupLayout,
+    bits: crate::quant::Bits,
+    compute: DType,
+) {
+    let fake_quant = FakeQuant::new(method, layout, bits, compute);
+    linear.weight = method::attach(&linear.weight, fake_quant, config.trains_base());
+}
