@@ -219,11 +219,9 @@ fn judge(
         "export" => String::new(),
         "reconstruct" => "a smaller learning_rate, more steps; or ".to_owned(),
         "finetune" => "a smaller learning_rate or fewer steps; or ".to_owned(),
-        _ => {
-            "a smaller learning_rate, more steps, objective.kl_forward, or a stage.reconstruct at \
+        _ => "a smaller learning_rate, more steps, objective.adaptive, or a stage.reconstruct at \
               these bits before it; or "
-                .to_owned()
-        }
+            .to_owned(),
     };
     Err(Error::gate(what)
         .at(format!("stage {}, {stage}", ctx.stage))

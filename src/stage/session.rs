@@ -70,10 +70,10 @@ pub(super) struct Training<'a> {
     pub rate: f64,
     /// The base rate of a parameter, by its path.
     pub rate_of: &'a dyn Fn(&str) -> f64,
-    /// What the rates of latent weights and steps are measured in.
-    pub rate_unit: RateUnit,
     /// How it is validated, and what is done when it fails.
     pub validate: &'a ValidateConfig,
+    /// What the rates of latent weights and steps are measured in.
+    pub rate_unit: RateUnit,
     /// Whether weights are fake-quantized, once for all micro-batches of a step.
     pub fake_quant: bool,
 }

@@ -93,7 +93,7 @@ impl Failure {
         match self {
             Self::NotFinite(..) => "a smaller learning_rate, or optimizer.clip_norm = 1.0",
             Self::DeadGradient(_) | Self::AtBound(_) => {
-                "a stage.reconstruct at these bits before this one, objective.kl_forward (its \
+                "a stage.reconstruct at these bits before this one, objective.adaptive (its \
                  gradient stays), or a smaller learning_rate"
             }
             Self::LossDiverged(_) | Self::ValidationDiverged(_) => {
