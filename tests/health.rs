@@ -129,7 +129,7 @@ fn without_retries_the_first_failure_ends_the_run() {
 #[test]
 fn the_gate_refuses_what_is_worse_than_plain_rounding_and_goes_on_where_it_may() {
     let place = prepared();
-    let text = RECIPE.replacen("learning_rate = 1e-2", "learning_rate = 3.0", 1);
+    let text = RECIPE.replacen("learning_rate = 1e-2", "learning_rate = 0.3", 1);
     let (start, end) = (text.find("[[stage]]\n[stage.distill]"), text.rfind("[[stage]]"));
     let text = format!("{}{}", &text[..start.unwrap()], &text[end.unwrap()..]);
     place.write("recipe.toml", text.replacen("steps = 4", "steps = 40", 1));

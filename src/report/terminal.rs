@@ -217,7 +217,7 @@ fn result(event: &Event, width: usize) -> Option<String> {
             ..
         } => {
             let perplexity = significant(*perplexity, 4);
-            let head = labelled("eval", &format!("{what:<17}  perplexity {perplexity:<7}"));
+            let head = labelled("eval", &format!("{what:<17}  perplexity {perplexity:<6}"));
             let ratio =
                 ratio_to_float.map_or(String::new(), |r| format!("{}× float", significant(r, 4)));
             let mut fields = vec![
@@ -709,7 +709,7 @@ mod tests {
         );
         assert_eq!(
             at(&evaluation(), 80),
-            "eval      after reconstruct  perplexity 16.23    1.168× float  128k tok  ctx 2048"
+            "eval      after reconstruct  perplexity 16.23   1.168× float  128k tok  ctx 2048"
         );
         let Event::Evaluation { stage, perplexity, nll_per_token, tokens, context, .. } =
             evaluation()
@@ -733,8 +733,16 @@ mod tests {
         };
         assert_eq!(
             at(&float, 120),
-            "eval      float              perplexity 16.23                  128000 tokens  \
+            "eval      float              perplexity 16.23                 128000 tokens  \
              context 2048  stride 1024  no BOS  a.txt"
+        );
+        let mut hopeless = evaluation();
+        if let Event::Evaluation { perplexity, ratio_to_float, .. } = &mut hopeless {
+            (*perplexity, *ratio_to_float) = (3.7e32, Some(2.17e31));
+        }
+        assert_eq!(
+            at(&hopeless, 80),
+            "eval      after reconstruct  perplexity 3.70e32  2.17e31× float  128k tok"
         );
         let mut packed = evaluation();
         if let Event::Evaluation { completions_only, data, .. } = &mut packed {
@@ -743,7 +751,7 @@ mod tests {
         }
         assert_eq!(
             at(&packed, 120),
-            "eval      after reconstruct  perplexity 16.23    1.168× float  128000 tokens  \
+            "eval      after reconstruct  perplexity 16.23   1.168× float  128000 tokens  \
              context 2048  completions only  a.jsonl"
         );
     }

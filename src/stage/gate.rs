@@ -121,7 +121,7 @@ fn plain_rounding(slice: &Slice, ctx: &mut StageContext<'_>) -> Result<Option<Qu
     if ctx.model.float().is_err() {
         return Ok(None);
     }
-    let made_by = fingerprint(ctx)?;
+    let made_by = fingerprint(ctx);
     let wanted = Quality { made_by: made_by.clone(), ..Quality::new(ctx, "", slice, 0.0) };
     let known = |q: &&Quality| q.made_by == made_by && q.compares_with(&wanted);
     let known = ctx.results.quality.iter().find(known).cloned();
@@ -151,7 +151,7 @@ fn measure(
 }
 
 /// SHA-256 of what plain rounding at the current bits and groups depends on.
-fn fingerprint(ctx: &StageContext<'_>) -> Result<String> {
+fn fingerprint(ctx: &StageContext<'_>) -> String {
     let mut text =
         format!("{:?} {:?} {}\n", ctx.default_spec, ctx.observer, ctx.model.activations.quant);
     for (name, (weight, _)) in &ctx.model.quantized {
@@ -164,7 +164,7 @@ fn fingerprint(ctx: &StageContext<'_>) -> Result<String> {
             let _ = writeln!(text, "{name} {}", tensor.sha256());
         }
     }
-    Ok(HostTensor::u8([text.len()], text.as_bytes()).sha256())
+    HostTensor::u8([text.len()], text.as_bytes()).sha256()
 }
 
 /// Says how the model compares; refuses it, or warns, when it is worse.

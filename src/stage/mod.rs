@@ -277,7 +277,7 @@ impl StageConfig {
         match self {
             Self::Reconstruct(_) => {
                 let file = |index: usize| dir.join(format!("block-{index:04}.safetensors"));
-                At::Block((0..).take_while(|index| file(*index).exists()).count())
+                At::Block((0..usize::MAX).take_while(|index| file(*index).exists()).count())
             }
             _ => At::Step(session::saved_step(dir).unwrap_or(0)),
         }

@@ -99,13 +99,11 @@ pub(super) fn load<M: Module>(
         .load(moments, optimizer_steps, largest_norm, device)
         .map_err(|e| damaged(e.what()))?;
     let module = module.map(&mut restore);
-    match restore.parameters.keys().next() {
-        Some(left) => Err(damaged(&format!("nothing learns its {left}"))),
-        None => {
-            let progress = file.file_metadata().get("progress").cloned().unwrap_or_default();
-            Ok((module, step, progress))
-        }
+    if let Some(left) = restore.parameters.keys().next() {
+        return Err(damaged(&format!("nothing learns its {left}")));
     }
+    let progress = file.file_metadata().get("progress").cloned().unwrap_or_default();
+    Ok((module, step, progress))
 }
 
 /// The step of a saved state; `None` where there is none that can be read.

@@ -369,7 +369,7 @@ mod tests {
     #[test]
     fn going_back_starts_to_count_anew() {
         let mut watch = Watch::default();
-        let mut dies = |watch: &mut Watch, from: u64| {
+        let dies = |watch: &mut Watch, from: u64| {
             (from..from + 200).find(|&step| {
                 let grad_norm = if step <= 10 { 0.1 } else { 1e-12 };
                 let seen = Seen { step, loss: 0.65, grad_norm, factor: 1.0 };
