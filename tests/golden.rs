@@ -306,8 +306,9 @@ fn loss_agrees(case: &str, loss: &LossValue) {
 
 /// Names as in the file, operations, and the objectives that recipes name.
 fn divergences(temperature: f64) -> Vec<(&'static str, Divergence, ObjectiveConfig)> {
-    let jsd = |beta| ObjectiveConfig::Jsd(JsdObjective { beta, temperature, top_k: None });
-    let kl = || KlObjective { temperature, top_k: None };
+    let jsd =
+        |beta| ObjectiveConfig::Jsd(JsdObjective { beta, temperature, top_k: None, tail: false });
+    let kl = || KlObjective { temperature, top_k: None, tail: false };
     vec![
         ("jsd_b10", Divergence::Jsd { beta: 0.1 }, jsd(0.1)),
         ("jsd_b50", Divergence::Jsd { beta: 0.5 }, jsd(0.5)),
@@ -367,7 +368,12 @@ fn cakld_at_every_gamma_and_temperature() {
             let open = CakldObjective { temperature, ..CakldObjective::default() };
             let open = ObjectiveConfig::Cakld(open);
             assert_eq!((open.confidence_batches(), open.needs_teacher()), (10, true));
-            let given = CakldObjective { gamma: Some(gamma), temperature, estimate_batches: 10 };
+            let given = CakldObjective {
+                gamma: Some(gamma),
+                temperature,
+                estimate_batches: 10,
+                top_k: None,
+            };
             assert_eq!(open.with_confidence(gamma), ObjectiveConfig::Cakld(given.clone()));
             let objective = ObjectiveConfig::Cakld(given).with_confidence(0.9);
             let loss = objective.on_logits(student.clone(), &targets).unwrap();

@@ -23,6 +23,85 @@ struct Stored {
 
 const STORED: &[Stored] = &[
     Stored {
+        recipe: "upq_int2_chat",
+        set: &[
+            "data.calibration.samples=16",
+            "data.calibration.length=128",
+            "data.train.length=128",
+            "stage.0.reconstruct.steps=4",
+            "stage.1.reconstruct.steps=4",
+            "stage.3.distill.steps=2",
+            "stage.3.distill.log_every=1",
+        ],
+        numbers: &[],
+    },
+    Stored {
+        recipe: "upq_int2_g64",
+        set: &[
+            "data.calibration.samples=16",
+            "data.calibration.length=128",
+            "data.train.length=128",
+            "stage.0.reconstruct.steps=4",
+            "stage.1.reconstruct.steps=4",
+            "stage.3.distill.steps=2",
+            "stage.3.distill.log_every=1",
+        ],
+        numbers: &[],
+    },
+    Stored {
+        recipe: "int2_blocks_then_scales",
+        set: &[
+            "data.calibration.samples=16",
+            "data.calibration.length=128",
+            "data.train.length=128",
+            "stage.0.reconstruct.steps=4",
+            "stage.2.tune_scales.steps=2",
+            "stage.2.tune_scales.log_every=1",
+        ],
+        numbers: &[],
+    },
+    Stored {
+        recipe: "int4_chat",
+        set: &[
+            "data.calibration.samples=16",
+            "data.calibration.length=128",
+            "stage.0.reconstruct.steps=4",
+        ],
+        numbers: &[],
+    },
+    Stored {
+        recipe: "attn4_mlp2",
+        set: &[
+            "data.calibration.samples=16",
+            "data.calibration.length=128",
+            "data.train.length=128",
+            "stage.0.reconstruct.steps=4",
+            "stage.2.distill.steps=2",
+            "stage.2.distill.log_every=1",
+        ],
+        numbers: &[],
+    },
+    Stored {
+        recipe: "int2_small",
+        set: &[
+            "data.calibration.samples=16",
+            "stage.0.reconstruct.steps=4",
+            "stage.1.distill.steps=2",
+            "stage.1.distill.log_every=1",
+        ],
+        numbers: &[],
+    },
+    Stored {
+        recipe: "upq_paper",
+        set: &[
+            "data.calibration.samples=16",
+            "stage.1.reconstruct.steps=4",
+            "stage.3.distill.steps=4",
+            "stage.3.distill.log_every=1",
+        ],
+        numbers: &[],
+    },
+    Stored {
         recipe: "rtn_w4g128",
         set: &[],
         numbers: &[("float", 34.6142), ("after calibrate", 37.4020)],
@@ -43,6 +122,7 @@ const STORED: &[Stored] = &[
         set: &[
             "data.calibration.samples=16",
             "stage.1.reconstruct.steps=4",
+            "stage.2.reconstruct.steps=4",
             "stage.3.distill.steps=4",
             "stage.3.distill.log_every=1",
         ],

@@ -197,8 +197,12 @@ pub fn latent(weight: &Param<Tensor<2>>) -> Option<Latent> {
     Some(Latent { weight, step })
 }
 
-/// What the learning rates of a linear's latent, step and shift are measured in, by parameter.
+/// What the learning rates of a linear's latent, step and shift, or of the scales of its codes, are
+/// measured in, by parameter.
 pub fn measures(weight: &Param<Tensor<2>>) -> Vec<(ParamId, Measure)> {
+    if let Some(coded) = weight.reparameterization::<CodedWeight>() {
+        return coded.absolute_scales().map(|id| (id, Measure::Itself)).into_iter().collect();
+    }
     let Some(units) = attached(weight).and_then(|attached| attached.method.units()) else {
         return Vec::new();
     };

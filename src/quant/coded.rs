@@ -216,6 +216,12 @@ impl CodedWeight {
         QuantizedWeight { codes, grid, bits: self.bits(), layout: self.layout }.checked()
     }
 
+    /// The learned scales where they learn as they are, and not by their logarithm.
+    pub fn absolute_scales(&self) -> Option<ParamId> {
+        let learns = self.learned.scales != LearnedScales::Frozen;
+        (learns && !self.learned.relative).then_some(self.scale.id)
+    }
+
     /// How its weights fall into groups.
     pub fn layout(&self) -> GroupLayout {
         self.layout

@@ -33,6 +33,7 @@ macro_rules! builtin {
 const BUILTINS: &[Builtin] = builtin![
     "adadim_w3g128",
     "alphatuning_w3",
+    "attn4_mlp2",
     "awq_w4g128",
     "bcq_w3",
     "bitdistiller_w2g64",
@@ -40,6 +41,9 @@ const BUILTINS: &[Builtin] = builtin![
     "efficientqat_w2g64",
     "flexround_w4",
     "gptq_w4g128",
+    "int2_blocks_then_scales",
+    "int2_small",
+    "int4_chat",
     "lrq_w4",
     "lrq_w8a8",
     "lsq_w4",
@@ -54,6 +58,9 @@ const BUILTINS: &[Builtin] = builtin![
     "ternary_w2",
     "uniquanf_w3",
     "upq_int2",
+    "upq_int2_chat",
+    "upq_int2_g64",
+    "upq_paper",
 ];
 
 /// Every built-in recipe, by name.

@@ -112,8 +112,10 @@ impl Default for DataSection {
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
-    /// A file or a list of files, joined in order; `format` says what is in them.
-    pub path: Paths,
+    /// A file or a list of files, joined in order; `format` says what is in them. Absent in
+    /// `[data.calibration]`: what `[data.train]` reads, with its format.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<Paths>,
     /// Windows drawn, evenly spread; default all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub samples: Option<usize>,

@@ -17,7 +17,7 @@ use crate::error::{Error, Kind, Result};
 use crate::export::{ActivationRecord, Format, GridRecord, Manifest, OpenModel};
 use crate::model::{HEAD, ModelConfig, companions, linear_shapes};
 use crate::quant::{GroupAxis, GroupSize, QuantSpec, Repr, Symmetry};
-use crate::recipe::{self, Base, DataConfig, Plan, Recipe, to_toml};
+use crate::recipe::{self, Base, DataConfig, Paths, Plan, Recipe, to_toml};
 use crate::report::{Event, memory, size};
 use crate::stage::{Corpus, Data, FinetuneConfig, ModelState, StageConfig};
 use crate::stop::StopFlag;
@@ -169,7 +169,13 @@ fn load_data(plan: &Plan, model: &ModelState) -> Result<Data> {
     let marks = Marks { bos, eos: model.config.eos.first().copied() };
     let load = |config: &Option<DataConfig>, role: &str| -> Result<Option<Corpus>> {
         let Some(config) = config else { return Ok(None) };
-        let corpus = load_corpus(config, model, &tokenizer, marks);
+        let config = match (&config.path, &section.train) {
+            (None, Some(train)) if role == "calibration" => {
+                DataConfig { path: train.path.clone(), format: train.format, ..config.clone() }
+            }
+            _ => config.clone(),
+        };
+        let corpus = load_corpus(&config, model, &tokenizer, marks);
         corpus.map(Some).map_err(|e| e.at(format!("data.{role}")))
     };
     Ok(Data {
@@ -194,14 +200,17 @@ fn load_corpus(
         ))
         .fix(format!("length = {}", model.config.max_positions.min(DEFAULT_LENGTH))));
     }
-    let paths: Vec<PathBuf> =
-        config.path.0.iter().map(|path| locate::data(path)).collect::<Result<_>>()?;
-    let names = config.path.0.iter().map(|path| path.rsplit('/').next().unwrap_or(path));
+    let Some(Paths(paths)) = &config.path else {
+        return Err(Error::usage("no text is named").fix("path = a file or a list of files"));
+    };
+    let names = paths.iter().map(|path| path.rsplit('/').next().unwrap_or(path));
+    let names = names.collect::<Vec<_>>().join("+");
+    let paths: Vec<PathBuf> = paths.iter().map(|path| locate::data(path)).collect::<Result<_>>()?;
     Ok(Corpus {
         stream: TokenStream::load(&paths, config.format, tokenizer, marks, length)?,
         format: config.format,
         sha256: sha256_of(&paths)?,
-        name: names.collect::<Vec<_>>().join("+"),
+        name: names,
         samples: config.samples,
         length,
     })

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use super::activations::Activations;
 use super::inputs::{Piece, StaticInputs, Student};
-use super::streams::{Streams, loader};
+use super::streams::{Streams, float_block, loader};
 use super::{StageContext, StartFrom, check_rate_unit, inputs, saved_mse, with_mse};
 use crate::data::{Order, coin_flips};
 use crate::error::{Error, Result};
@@ -313,7 +313,7 @@ impl<'a> Fit<'a> {
             let task = Task { piece, quantized, float, target, augmented: None };
             return self.train(ctx, &task, student.train(), grids);
         }
-        let float_block = streams.float_block(ctx, self.index)?;
+        let float_block = float_block(ctx, self.index)?;
         let through = |x: &Activations, piece: Piece, block: &Block| {
             x.map(&ctx.device.device, |x| {
                 ctx.stop.check()?;

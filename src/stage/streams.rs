@@ -49,14 +49,8 @@ impl Streams {
         index: usize,
         input: &Activations,
     ) -> Result<Activations> {
-        let teacher = self.float_block(ctx, index)?;
+        let teacher = float_block(ctx, index)?;
         self.forward(ctx, &teacher, input, &|_, x| x)
-    }
-
-    /// The float block.
-    pub(super) fn float_block(&self, ctx: &StageContext<'_>, index: usize) -> Result<Block> {
-        let float = ctx.model.tuned_on(ctx.model.float()?);
-        loader(ctx, &float).block(index)
     }
 
     /// Moves both streams behind block `index`: the float one is `target`, the quantized one goes
@@ -88,6 +82,12 @@ impl Streams {
             Ok(block.forward_tapped(x, &self.positions, None, tap))
         })
     }
+}
+
+/// The float block.
+pub(super) fn float_block(ctx: &StageContext<'_>, index: usize) -> Result<Block> {
+    let float = ctx.model.tuned_on(ctx.model.float()?);
+    loader(ctx, &float).block(index)
 }
 
 /// A loader of f32 pieces.

@@ -38,6 +38,9 @@ pub struct TuneScalesConfig {
     pub accumulate: usize,
     /// Base learning rate, in the units of the scales; relative where the method says so.
     pub learning_rate: LearningRate,
+    /// What the rate of scales is measured in: `"absolute"`, or `"grid"`: in themselves.
+    #[serde(default)]
+    pub rate_unit: RateUnit,
     /// How the rate moves over the steps; a straight line to 0 unless said otherwise.
     #[serde(default = "linear")]
     pub schedule: ScheduleConfig,
@@ -85,6 +88,7 @@ fn linear() -> ScheduleConfig {
 impl TuneScalesConfig {
     pub(super) fn check(&self) -> Result<()> {
         super::check_objective(&self.objective, "tune_scales")?;
+        super::check_rate_unit(self.rate_unit, &self.optimizer)?;
         super::check_counts(&[
             ("batch", self.batch as u64),
             ("accumulate", self.accumulate as u64),
@@ -135,7 +139,7 @@ pub(super) fn run(config: &TuneScalesConfig, ctx: &mut StageContext<'_>) -> Resu
         validate: &config.validate,
         rate: base.scale,
         rate_of: &|path| method::role_of(path).map_or(0.0, |role| base.of(role)),
-        rate_unit: RateUnit::Absolute,
+        rate_unit: config.rate_unit,
         fake_quant: false,
     };
     let student = training.run(student, ctx)?;

@@ -88,6 +88,7 @@ impl DividedCase {
         let [log_scale, log_division, log_row, log_column] = inputs;
         Divided {
             weight: self.weight.on(device),
+            base: None,
             log_scale,
             log_division,
             log_row,
