@@ -349,13 +349,13 @@ mod recipe_errors {
 
     #[test]
     fn stages_in_an_order_that_makes_no_sense() {
-        let twice = "[stage.calibrate]\nmethod.rtn = {}\n[[stage]]\n[stage.reconstruct]";
-        let place = edited("flexround_w4", "[stage.reconstruct]", twice);
+        let twice = "[stage.calibrate]\nmethod.rtn = {}\n[[stage]]\n[stage.calibrate]";
+        let place = edited("rtn_w4g128", "[stage.calibrate]", twice);
         assert_snapshot!(check_refuses(&place, &[]), @r"
             exit 2
-            error: reconstruct needs float weights, but an earlier stage has quantized them
-              at   stage.1.reconstruct (recipe line 35)
-              try  put this stage first, or use stage.distill
+            error: calibrate needs float weights, and they are quantized already
+              at   stage.1.calibrate (recipe line 29)
+              try  stage.reconstruct or stage.distill here, or a float model and this stage first
         ");
         let first = "[stage.export]\nformat.fewbit = {}\n[[stage]]\n[stage.calibrate]";
         let place = edited("rtn_w4g128", "[stage.calibrate]", first);
@@ -766,7 +766,7 @@ mod results {
         let heading = text.lines().find(|line| line.starts_with("linear ")).unwrap();
         assert!(heading.ends_with("  bits  group  bits/weight    codes, share in %"), "{heading}");
         let text = place.ok(&["inspect", "run/checkpoints/00-reconstruct/block-0001.safetensors"]);
-        assert!(text.contains("all 4-bit codes") && !text.contains("other tensor"), "{text}");
+        assert!(text.contains("all 4-bit codes") && text.contains("q_proj.latent"), "{text}");
         assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
         let text = place.ok(&["inspect", "inspected"]);
         assert!(

@@ -190,7 +190,12 @@ fn losses(criterion: &mut Criterion) {
                         in_form(fused, || match kind {
                             None => ops::cross_entropy(student, targets.clone(), weights.clone()),
                             Some(divergence) => {
-                                let how = Comparison { divergence, temperature: 1.0, top_k: None };
+                                let how = Comparison {
+                                    divergence,
+                                    temperature: 1.0,
+                                    top_k: None,
+                                    tail: false,
+                                };
                                 ops::divergence(&how, student, teacher.clone(), weights.clone())
                             }
                         })

@@ -54,6 +54,8 @@ pub struct BlockAp {
     max_code: u8,
     /// The least step.
     floor: f32,
+    /// Bounds of the zero point.
+    zeros: [f32; 2],
 }
 
 impl WeightMethod for BlockAp {
@@ -85,17 +87,18 @@ impl WeightMethod for BlockAp {
     }
 
     fn resume(_: &BlockApConfig, start: &Start<'_>, grid: &LeftGrid) -> Result<Option<Self>> {
-        let max_code = start.spec.bits.max_code();
-        let zeros = grid.zero_point.clone();
-        let within = zeros.clone().clamp(0.0, f32::from(max_code)).equal(zeros);
-        if grid.zero_kind != ZeroKind::Integer || !within.all().into_scalar::<bool>() {
+        if grid.zero_kind != ZeroKind::Integer {
             return Ok(None);
         }
-        // Steps that other methods made smaller stay.
-        let least = grid.scale.clone().min().into_scalar::<f32>();
-        let [floor, _] = STEP_BOUNDS;
+        let number = |tensor: Tensor<1>| tensor.into_scalar::<f32>();
         let (scale, zero_point) = (grid.scale.clone(), grid.zero_point.clone());
-        Ok(Some(Self::on(scale, zero_point, max_code, floor.min(least))))
+        // Steps that other methods made smaller stay, and zeros that they put outside the codes.
+        let [floor, _] = STEP_BOUNDS;
+        let floor = floor.min(number(scale.clone().min()));
+        let [low, high] = [number(zero_point.clone().min()), number(zero_point.clone().max())];
+        let resumed = Self::on(scale, zero_point, start.spec.bits.max_code(), floor);
+        let zeros = [low.min(resumed.zeros[0]), high.max(resumed.zeros[1])];
+        Ok(Some(Self { zeros, ..resumed }))
     }
 
     fn units(&self) -> Option<Units<'_>> {
@@ -114,7 +117,7 @@ impl WeightMethod for BlockAp {
 impl BlockAp {
     fn on(scale: Tensor<2>, zero_point: Tensor<2>, max_code: u8, floor: f32) -> Self {
         let (step, zero) = (Param::from_tensor(scale), Param::from_tensor(zero_point));
-        Self { step, zero, max_code, floor }
+        Self { step, zero, max_code, floor, zeros: [0.0, f32::from(max_code)] }
     }
 
     fn grid(&self) -> QuantParams {
@@ -122,7 +125,7 @@ impl BlockAp {
         let zero = ops::round_ste(self.zero.val());
         QuantParams {
             scale: ops::clamp_ste(self.step.val(), self.floor, ceiling),
-            zero_point: ops::clamp_ste(zero, 0.0, f32::from(self.max_code)),
+            zero_point: ops::clamp_ste(zero, self.zeros[0], self.zeros[1]),
         }
     }
 }

@@ -245,10 +245,15 @@ pub struct LeftGrid {
 impl LeftGrid {
     /// Learned steps that give `scale` through `rule`.
     fn steps(&self, rule: ops::Rule) -> Tensor<2> {
+        // The rules multiply by powers of two, but for Ternary's, whose step is known unless its scale
+        // was rounded to few digits, and then the division is exact too.
+        let divided = self.scale.clone() / rule.scale(1.0);
         match &self.step {
-            Some(step) => step.clone(),
-            // The rules multiply by powers of two, but for Ternary's, whose step is known.
-            None => self.scale.clone() / rule.scale(1.0),
+            Some(step) => {
+                let gives = rule.scales(step.clone()).equal(self.scale.clone());
+                divided.mask_where(gives, step.clone())
+            }
+            None => divided,
         }
     }
 

@@ -307,7 +307,7 @@ mod tests {
     use super::*;
 
     /// Mean `|W - W_hat|^p` of each group, in f64.
-    fn errors(weight: &Tensor<2>, grid: QuantParams, bits: Bits, power: f64) -> Vec<f64> {
+    fn errors(weight: &Tensor<2>, grid: &QuantParams, bits: Bits, power: f64) -> Vec<f64> {
         let [_, len] = weight.dims();
         let w_hat = grid.dequantize(grid.codes(weight.clone(), bits.max_code()));
         let error = (weight.clone() - w_hat).abs().into_data().iter::<f64>().collect::<Vec<_>>();
@@ -333,7 +333,7 @@ mod tests {
                 for power in [2.0, 2.4] {
                     let config = ObserverConfig::Mse(MseConfig { power, grid: 40 });
                     let search = || config.observe(&weight, bits, symmetry).unwrap();
-                    let of = |grid| errors(&weight, grid, bits, f64::from(power));
+                    let of = |grid: QuantParams| errors(&weight, &grid, bits, f64::from(power));
                     let (found, composed) = (of(search()), of(ops::composed(search)));
                     for (found, composed) in found.iter().zip(&composed) {
                         assert!(

@@ -58,6 +58,7 @@ impl Default for OptimizerConfig {
 
 /// What a parameter's learning rate is measured in, where not in the parameter's own units.
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant)] // a tensor handle or nothing, a few for each linear
 pub enum Measure {
     /// A linear's weight `[in, out]`: the distance between two levels of each of its groups,
     /// `[groups, 1]`, off the tape.

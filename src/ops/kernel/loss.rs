@@ -818,7 +818,8 @@ mod tests {
     fn worked_example() {
         let (p, q) = ([0.0, 0.0], [9.0f32.ln(), 0.0]);
         let expected = [0.101_749, 0.043_074, 0.510_826, 0.368_064, 0.410_893];
-        for (kind, expected) in KINDS.into_iter().zip(expected) {
+        let known = KINDS.into_iter().filter(|kind| !matches!(kind, Divergence::Adaptive { .. }));
+        for (kind, expected) in known.zip(expected) {
             let value = divergence(&settings(kind, 1.0, None), &q, &p, &[1.0]);
             assert!((value - expected).abs() < 1e-6, "{kind:?}: {value}");
         }
