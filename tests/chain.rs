@@ -70,7 +70,7 @@ fn compare_last_two(place: &Place, stages: usize, what: &str) {
             let path = dir.join(format!("block-{block:04}.safetensors"));
             let (header, values) = common::split_safetensors(&path);
             for name in header.as_object().unwrap().keys().filter(|name| *name != "__metadata__") {
-                if !name.ends_with(".latent") && !name.ends_with(".step") {
+                if !["latent", "step"].contains(&name.rsplit('.').next().unwrap()) {
                     let range = common::range_of(&header, name);
                     found.insert(name.clone(), values[range].to_vec());
                 }
