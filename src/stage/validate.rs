@@ -64,7 +64,7 @@ impl ValidateConfig {
     }
 }
 
-/// What a model is like on a [`Slice`].
+/// What a model is like on a slice of the validation text.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Point {
     /// Mean negative log-likelihood of a token, nats.
