@@ -244,7 +244,7 @@ impl Run {
             Self::Distill { through_int4, steps } => {
                 let int4 = through_int4.map(|steps| reconstruct(FLEX, steps, "bits = 4\n"));
                 format!(
-                    "{}[[stage]]\n[stage.distill]\nmethod.seq = {{}}\n\
+                    "{}[[stage]]\n[stage.distill]\nmethod.seq = {{}}\nstart_from = \"rounded\"\n\
                      objective.jsd = {{ beta = 0.5 }}\nsteps = {steps}\nbatch = 8\n\
                      learning_rate = 1e-3\n",
                     int4.unwrap_or_default()

@@ -77,7 +77,12 @@ fn rows() -> Vec<Row> {
             &format!("method.seq = {{ start = \"mse\" }}\n{END_TO_END}"),
             &TWO,
         ),
-        row("UPQ", Stage::Upq, &format!("method.seq = {{ start = \"mse\" }}\n{END_TO_END}"), &TWO),
+        row(
+            "UPQ",
+            Stage::Upq,
+            &format!("method.seq = {{ start = \"mse\" }}\nstart_from = \"rounded\"\n{END_TO_END}"),
+            &TWO,
+        ),
     ]
 }
 
