@@ -8,8 +8,8 @@
 //!
 //! With `within = "staged"` a block is fitted in three pieces, one after the other and each with all
 //! the steps: queries and keys by themselves, values and output by the residual stream behind
-//! attention, the MLP by the block's output (GSQ, arXiv 2604.18556, appendix on staging). A piece computes no
-//! more than it needs, so that the three take about the time of one pass over the whole block.
+//! attention, the MLP by the block's output. A piece computes no more than it needs: three of them
+//! cost less than three passes over the block. What it is worth: docs/two-bits.md.
 //!
 //! Activations on fixed grids are quantized in training, and the grids learn together with the
 //! weights; grids that are chosen for each token are left out of it (methods-core 4.4).
