@@ -68,7 +68,7 @@ pub enum Measure {
 }
 
 /// Below this part of the largest gradient norm that a training has seen, a gradient is what rounding
-/// left of one. Healthy trainings stay above a hundredth.
+/// left of one. The trainings of docs/two-bits.md stay above a twentieth.
 const COLLAPSED: f64 = 1e-4;
 
 /// The optimizer with its state.
@@ -261,5 +261,25 @@ impl ModuleMapper for Update<'_> {
         };
         self.optimizer.moments.insert(path, (moments, D));
         Param::from_mapped_value(id, Tensor::from_inner(tensor).require_grad(), mapper)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_shrink_with_a_gradient_that_has_collapsed() {
+        let mut optimizer = Optimizer::new(&OptimizerConfig::default());
+        let damping: Vec<f64> =
+            [1.0, 2.0, 0.01, 2e-6, 0.0, 2.0].map(|norm| optimizer.damping(norm)).into();
+        assert_eq!(damping[..3], [1.0; 3]);
+        assert!((damping[3] - 0.01).abs() < 1e-12, "{damping:?}");
+        // Nothing is no noise, and a gradient that comes back has its full rate.
+        assert_eq!(damping[4..], [0.0, 1.0]);
+        assert_eq!(
+            Optimizer::new(&OptimizerConfig::default()).damping(0.0).to_bits(),
+            1f64.to_bits()
+        );
     }
 }
