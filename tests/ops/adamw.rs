@@ -149,3 +149,39 @@ fn what_others_hold_stays_as_it_is() {
     assert_eq!(stepped.dims(), [3, 16]);
     assert_eq!(bits(&host(tensor)), bits(&whole.values));
 }
+
+/// Rates in units of a weight's groups, by the kernel and composed, however the weight lies.
+#[test]
+fn units_belong_to_runs_of_the_row_major_weight() {
+    for transposed in [false, true] {
+        // `[in, out]`, in groups of 2 inputs.
+        let [inputs, outputs] = if transposed { [6, 4] } else { [4, 6] };
+        let case = Case::new([4, 6], transposed, 5);
+        let numbers = AdamWStep { step: 1, weight_decay: 0.0, ..case.numbers };
+        let mut dice = Dice::new(7);
+        let mut units = dice.matrix([12, 1], 1.0);
+        units.values.iter_mut().for_each(|unit| *unit = unit.abs() + 0.5);
+        // From zero, so that a step is all there is.
+        let mut zero = dice.matrix([4, 6], 1.0);
+        zero.values.fill(0.0);
+        let start = || case.lay(&zero);
+        let slope = dice.matrix([4, 6], 1.0);
+        let gradient = || case.lay(&slope);
+        let (plain, _) = ops::adamw_step(&numbers, start(), gradient(), None);
+        let plain = host(plain);
+        for found in both(|| {
+            let (next, _) =
+                ops::adamw_step_in_units(&numbers, units.plain(), start(), gradient(), None);
+            host(next)
+        }) {
+            for (at, (found, plain)) in found.iter().zip(&plain).enumerate() {
+                let (input, output) = (at / outputs, at % outputs);
+                let expected = plain * units.values[output * (inputs / 2) + input / 2];
+                assert!(
+                    (found - expected).abs() <= 1e-5 * expected.abs(),
+                    "{at}: {found} for {expected}"
+                );
+            }
+        }
+    }
+}
