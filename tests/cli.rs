@@ -491,13 +491,13 @@ mod model_errors {
     #[test]
     fn an_architecture_that_is_not_supported() {
         let place = copied();
-        let config = place.read("model/config.json").replace("\"llama\"", "\"gpt2\"");
+        let config = place.read("model/config.json").replace("\"llama\"", "\"mamba\"");
         place.write("model/config.json", config);
         assert_snapshot!(all_refuse(&place), @r"
             exit 3
-            error: model_type `gpt2` is not supported
+            error: model_type `mamba` is not supported
               at   model/config.json
-              try  a model of type llama
+              try  a model of type exaone4, gemma, gemma2, gemma3_text, gemma3, gpt2, gpt_neo, gpt_neox, gptj, granite, hyperclovax, llama, ministral3, mistral, olmo2, olmo3, opt, phi, phi3, qwen2, qwen3, smollm3
         ");
     }
 

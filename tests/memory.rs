@@ -4,7 +4,7 @@
 use burn::tensor::{DType, Device, Distribution, Tensor};
 use fewbit::error::Result;
 use fewbit::method::{FakeQuant, FlexRoundConfig, MethodConfig, Start, attach};
-use fewbit::model::{Block, Loader, ModelConfig, Positions, Rope, RopeScaling, WeightSource};
+use fewbit::model::{Block, Loader, ModelConfig, Positions, WeightSource};
 use fewbit::ops;
 use fewbit::quant::{Bits, GroupSize, ObserverConfig, QuantSpec, Symmetry};
 use fewbit::report::memory::current_gib;
@@ -34,24 +34,12 @@ impl WeightSource for Waves {
 }
 
 fn config() -> ModelConfig {
-    ModelConfig {
-        model_type: "llama".to_owned(),
-        d_model: 128,
-        d_ff: 384,
-        n_blocks: 1,
-        n_heads: 4,
-        n_kv_heads: 2,
-        head_dim: 32,
-        vocab: 16,
-        max_positions: SEQ,
-        norm_eps: 1e-5,
-        rope: Rope { theta: 10_000.0, scaling: RopeScaling::Default },
-        tied: true,
-        attention_bias: false,
-        mlp_bias: false,
-        bos: None,
-        eos: Vec::new(),
-    }
+    ModelConfig::parse(
+        r#"{"model_type": "llama", "hidden_size": 128, "intermediate_size": 384,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 16,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": true}"#,
+    )
+    .unwrap()
 }
 
 /// A decoder block, `FlexRound` on each of its linears.

@@ -6,7 +6,7 @@
 use burn::module::{Module, ParamId};
 use burn::tensor::{DType, Device, Distribution, Tensor};
 use fewbit::error::Result;
-use fewbit::model::{Block, Loader, ModelConfig, Positions, Rope, RopeScaling, WeightSource};
+use fewbit::model::{Block, Loader, ModelConfig, Positions, WeightSource};
 use fewbit::ops;
 use fewbit::quant::{
     Bits, CodedWeight, Grid, GroupAxis, GroupLayout, Learned, LearnedScales, PackedCodes,
@@ -108,22 +108,10 @@ fn tuning_scales_holds_packed_codes_alone() {
 }
 
 fn config() -> ModelConfig {
-    ModelConfig {
-        model_type: "llama".to_owned(),
-        d_model: 1536,
-        d_ff: 4096,
-        n_blocks: 1,
-        n_heads: 12,
-        n_kv_heads: 12,
-        head_dim: 128,
-        vocab: 16,
-        max_positions: SEQ,
-        norm_eps: 1e-5,
-        rope: Rope { theta: 10_000.0, scaling: RopeScaling::Default },
-        tied: true,
-        attention_bias: false,
-        mlp_bias: false,
-        bos: None,
-        eos: Vec::new(),
-    }
+    ModelConfig::parse(
+        r#"{"model_type": "llama", "hidden_size": 1536, "intermediate_size": 4096,
+        "num_hidden_layers": 1, "num_attention_heads": 12, "vocab_size": 16, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": true}"#,
+    )
+    .unwrap()
 }

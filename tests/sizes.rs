@@ -4,7 +4,7 @@
 mod common;
 
 use common::{Place, datasets};
-use fewbit::model::{ModelConfig, ModelShape, Trainable, linear_shapes};
+use fewbit::model::{ModelConfig, ModelShape, Trainable};
 use insta::assert_snapshot;
 use serde_json::Value;
 
@@ -201,7 +201,9 @@ fn lora_reaches_into_fused_linears_and_on_to_all() {
 fn a_model_that_fewbit_runs_has_the_linears_it_loads() {
     for name in ["tinystories-656k", "stories260k"] {
         let folder = datasets().join(name);
-        let loaded: u64 = linear_shapes(&ModelConfig::read(&folder).unwrap())
+        let loaded: u64 = ModelConfig::read(&folder)
+            .unwrap()
+            .linear_shapes()
             .iter()
             .map(|(_, [out, inputs])| (out * inputs) as u64)
             .sum();
@@ -212,9 +214,10 @@ fn a_model_that_fewbit_runs_has_the_linears_it_loads() {
 #[test]
 fn keys_may_be_absent_null_or_under_another_name() {
     let spelled = r#"{"model_type":"gpt2","hidden_size":1024,"num_hidden_layers":24,
-        "max_position_embeddings":1024,"vocab_size":50257,"n_inner":4096}"#;
-    assert_eq!(shape(spelled), shape(&gpt2(1024, 24, 16)));
-    let with = |from: &str, to: &str| shape(&MISTRAL_7B.replacen(from, to, 1)).value;
+        "max_position_embeddings":1024,"vocab_size":50257,"n_inner":4096,
+        "num_attention_heads":16}"#;
+    assert_eq!(shape(spelled).config(), shape(&gpt2(1024, 24, 16)).config());
+    let with = |from: &str, to: &str| shape(&MISTRAL_7B.replacen(from, to, 1)).linears()[2].shape;
     assert_eq!(with("\"num_key_value_heads\":8,", ""), [1024, 4096]);
     assert_eq!(with("\"num_key_value_heads\":8", "\"num_key_value_heads\":null"), [4096; 2]);
     let biased = shape(&LLAMA_3_8B.replacen("_bias\":false", "_bias\":true", 1));
@@ -222,7 +225,7 @@ fn keys_may_be_absent_null_or_under_another_name() {
     let bare = opt(2048, 24, 32).replacen('{', "{\"enable_bias\":false,", 1);
     assert_eq!(shape(&bare).biases(), 0);
     let untied = gpt2(1024, 24, 16).replacen('{', "{\"tie_word_embeddings\":false,", 1);
-    assert_eq!(shape(&untied).head, 50257 * 1024);
+    assert_eq!(shape(&untied).head(), 50257 * 1024);
 }
 
 mod command {
@@ -341,21 +344,21 @@ mod command {
         };
         assert_snapshot!(refused("{\"model_type\":\"mamba\"}", &[]), @r"
             exit 3
-            error: model_type `mamba` is not among those with known sizes
+            error: model_type `mamba` is not supported
               at   ./config.json
-              try  a complete config.json of: llama, mistral, qwen2, qwen3, gemma, gemma2, gptj, gpt_neo, gpt2, opt
+              try  a model of type exaone4, gemma, gemma2, gemma3_text, gemma3, gpt2, gpt_neo, gpt_neox, gptj, granite, hyperclovax, llama, ministral3, mistral, olmo2, olmo3, opt, phi, phi3, qwen2, qwen3, smollm3
         ");
         assert_snapshot!(refused("{\"hidden_size\":8}", &[]), @r"
             exit 3
             error: config.json has no `model_type`
               at   ./config.json
-              try  a complete config.json of: llama, mistral, qwen2, qwen3, gemma, gemma2, gptj, gpt_neo, gpt2, opt
+              try  a Hugging Face model folder with a complete config.json
         ");
         assert_snapshot!(refused(&GPT_J.replacen("n_layer", "layers", 1), &[]), @r"
             exit 3
-            error: config.json of type gptj has no `n_layer`
+            error: config.json has no `n_layer`
               at   ./config.json
-              try  a complete config.json of: llama, mistral, qwen2, qwen3, gemma, gemma2, gptj, gpt_neo, gpt2, opt
+              try  a Hugging Face model folder with a complete config.json
         ");
         assert_snapshot!(refused(&GPT_J.replacen("28", "\"28\"", 1), &[]), @r#"
             exit 3

@@ -9,7 +9,7 @@ use burn::tensor::{DType, Device, Tensor};
 use common::{Place, datasets, few_stories};
 use fewbit::data::{TokenStream, Tokenizer, read_documents};
 use fewbit::export::{OpenModel, open_model};
-use fewbit::model::{CausalLm, HEAD, Loader, ModelConfig, Positions, WeightSource};
+use fewbit::model::{CausalLm, Loader, ModelConfig, Positions, WeightSource};
 use fewbit::store::TensorSource;
 use fewbit::store::safetensors::Checkpoint;
 use serde_json::Value;
@@ -190,7 +190,7 @@ fn the_head_is_rounded_when_an_override_names_it() {
     let packed = export(&place, "fewbit");
     let names = linears(&packed);
     assert_eq!(names.len(), 8, "{names:?}"); // one block and the head
-    assert_eq!(packed.quantized(HEAD).unwrap().unwrap().bits.get(), 8);
+    assert_eq!(packed.quantized("lm_head").unwrap().unwrap().bits.get(), 8);
     let config = place.read("run/export/dequantized/config.json");
     let config: Value = serde_json::from_str(&config).unwrap();
     assert_eq!(config["tie_word_embeddings"], false);
@@ -206,7 +206,7 @@ fn the_head_is_rounded_when_an_override_names_it() {
 #[test]
 fn a_wildcard_leaves_the_head_alone() {
     let place = trained("bits = 4\n[[quant.override]]\nmatch = \"*\"\nbits = 3", "method.rtn = {}");
-    assert!(export(&place, "fewbit").quantized(HEAD).unwrap().is_none());
+    assert!(export(&place, "fewbit").quantized("lm_head").unwrap().is_none());
     assert_eq!(linears(&export(&place, "fewbit")).len(), 14);
 }
 
@@ -241,7 +241,7 @@ fn residuals(folder: &Path, source: &dyn WeightSource, rows: &[&[u32]]) -> Vec<T
     let loader = Loader { config: &config, source, device: &device, dtype: DType::F32 };
     let model = loader.model().unwrap();
     let positions = Positions::new(&config, 0, rows[0].len(), DType::F32, &device);
-    let mut hidden = model.embed(CausalLm::tokens(rows, &device));
+    let mut hidden = model.embed(CausalLm::tokens(rows, &device), &positions);
     let mut all = Vec::new();
     for block in &model.blocks {
         hidden = block.forward(hidden, &positions);

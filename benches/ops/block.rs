@@ -1,17 +1,15 @@
 //! One step of block reconstruction, FlexRound at 4 bits with one scale per output row: fake-quantize
 //! seven linears, run the block, compare with a target, go back, AdamW.
 
-use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use burn::module::{Module as _, Param, ParamId};
-use burn::nn::Linear;
+use burn::module::Module as _;
 use burn::tensor::{DType, Device, Distribution, Tensor};
 use criterion::{BenchmarkId, Criterion};
 use fewbit::method::{FakeQuant, FlexRoundConfig, MethodConfig, Start, attach};
-use fewbit::model::{Attention, Block, Mlp, ModelConfig, Positions, RmsNorm};
+use fewbit::model::{Block, Loader, ModelConfig, Positions, WeightSource};
 use fewbit::ops;
 use fewbit::quant::ObserverConfig;
 use fewbit::report::memory::{current_gib, peak_gib};
@@ -48,14 +46,7 @@ struct Session {
 impl Session {
     fn new(shape: &Shape) -> Result<Self> {
         let device = Device::flex();
-        let embedded = concat!(env!("CARGO_MANIFEST_DIR"), "/datasets/tinystories-656k");
-        // Of a configuration only this matters to the positions.
-        let config = ModelConfig {
-            n_heads: shape.heads,
-            n_kv_heads: shape.kv_heads,
-            head_dim: shape.width / shape.heads,
-            ..ModelConfig::read(Path::new(embedded))?
-        };
+        let config = config(shape)?;
         let dims = [shape.batch, shape.seq, shape.width];
         let stream = || Tensor::<3>::random(dims, Distribution::Normal(0.0, 1.0), &device);
         Ok(Self {
@@ -77,41 +68,49 @@ impl Session {
     }
 }
 
+/// A Llama of one such block.
+fn config(shape: &Shape) -> Result<ModelConfig> {
+    let Shape { width, mlp, heads, kv_heads, .. } = shape;
+    Ok(ModelConfig::parse(&format!(
+        r#"{{"model_type": "llama", "hidden_size": {width}, "intermediate_size": {mlp},
+        "num_hidden_layers": 1, "num_attention_heads": {heads}, "num_key_value_heads": {kv_heads},
+        "vocab_size": 16, "rms_norm_eps": 1e-5}}"#
+    ))?)
+}
+
+/// Random weights and gains of one.
+struct Random;
+
+impl WeightSource for Random {
+    fn weight(&self, _: &str, shape: &[usize]) -> fewbit::error::Result<Vec<f32>> {
+        let count = shape.iter().product();
+        if shape.len() == 1 {
+            return Ok(vec![1.0; count]);
+        }
+        let normal = Distribution::Normal(0.0, 0.02);
+        let values = Tensor::<1>::random([count], normal, &Device::flex());
+        Ok(values.into_data().iter::<f32>().collect())
+    }
+
+    fn contains(&self, _: &str) -> bool {
+        true
+    }
+}
+
 fn block(shape: &Shape, device: &Device) -> Result<Block> {
-    let norm = || RmsNorm { weight: frozen(Tensor::<1>::ones([shape.width], device)), eps: 1e-5 };
-    let linear = |inputs: usize, out: usize| -> Result<Linear> {
-        let random = Distribution::Normal(0.0, 0.02);
-        let rows = Tensor::<2>::random([out, inputs], random, device);
+    let config = config(shape)?;
+    let loader = Loader { config: &config, source: &Random, device, dtype: DType::F32 };
+    let mut block = loader.block(0)?;
+    for linear in &mut block.linears {
+        let rows = linear.weight.val().transpose();
         let (spec, observer) = (spec(4)?, ObserverConfig::default());
-        let layout = spec.layout([out, inputs])?;
+        let layout = spec.layout(rows.dims())?;
         let method = MethodConfig::FlexRound(FlexRoundConfig {})
             .init(&Start::new(&spec, &observer, &rows))?;
         let fake_quant = FakeQuant::new(method, layout, spec.bits, DType::F32);
-        Ok(Linear { weight: attach(&frozen(rows.transpose()), fake_quant, false), bias: None })
-    };
-    let head_dim = shape.width / shape.heads;
-    let keys = shape.kv_heads * head_dim;
-    Ok(Block {
-        input_layernorm: norm(),
-        self_attn: Attention {
-            q_proj: linear(shape.width, shape.width)?,
-            k_proj: linear(shape.width, keys)?,
-            v_proj: linear(shape.width, keys)?,
-            o_proj: linear(shape.width, shape.width)?,
-            n_kv_heads: shape.kv_heads,
-            head_dim,
-        },
-        post_attention_layernorm: norm(),
-        mlp: Mlp {
-            gate_proj: linear(shape.width, shape.mlp)?,
-            up_proj: linear(shape.width, shape.mlp)?,
-            down_proj: linear(shape.mlp, shape.width)?,
-        },
-    })
-}
-
-fn frozen<const D: usize>(tensor: Tensor<D>) -> Param<Tensor<D>> {
-    Param::initialized(ParamId::new(), tensor).set_require_grad(false)
+        linear.weight = attach(&linear.weight, fake_quant, false);
+    }
+    Ok(block)
 }
 
 pub(super) fn bench(criterion: &mut Criterion) -> Result<()> {

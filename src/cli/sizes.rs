@@ -97,7 +97,7 @@ impl Summary {
 
     fn as_json(&self, config: &Path) -> Value {
         let shape = &self.shape;
-        let linears: Vec<Value> = (shape.linears.iter())
+        let linears: Vec<Value> = (shape.linears().iter())
             .map(|linear| json!({ "name": linear.name, "shape": linear.shape }))
             .collect();
         let gigabytes = |bytes: u64| json!({ "bytes": bytes, "gb": bytes as f64 / 1e9 });
@@ -130,17 +130,17 @@ impl Summary {
         json!({
             "ok": true,
             "config": config,
-            "model_type": shape.family,
-            "blocks": shape.blocks,
-            "tied": shape.tied,
+            "model_type": shape.config().model_type,
+            "blocks": shape.blocks(),
+            "tied": shape.config().tied,
             "parameters": {
                 "all": shape.parameters(),
                 "block_linears": shape.linear_weights(),
                 "block_biases": shape.biases(),
-                "embeddings": shape.embeddings,
-                "head": shape.head,
-                "norms": shape.norms,
-                "rest": shape.rest,
+                "embeddings": shape.embeddings(),
+                "head": shape.head(),
+                "norms": shape.norms(),
+                "rest": shape.rest(),
             },
             "block": linears,
             "group_size": self.group_size,
@@ -166,16 +166,16 @@ impl Summary {
 
     fn write_counts(&self, text: &mut String) -> std::fmt::Result {
         let shape = &self.shape;
-        let head = if shape.tied { "head (the embedding again)" } else { "head" };
-        writeln!(text, "{} of {} blocks", shape.family, shape.blocks)?;
+        let head = if shape.config().tied { "head (the embedding again)" } else { "head" };
+        writeln!(text, "{} of {} blocks", shape.config().model_type, shape.blocks())?;
         writeln!(text, "\n{:<36}{:>18}{:>13}", "parameters", "count", "share")?;
         let rows = [
             ("linears of the blocks", shape.linear_weights()),
             ("their biases", shape.biases()),
-            ("embeddings", shape.embeddings),
-            (head, shape.head),
-            ("norms", shape.norms),
-            ("rest", shape.rest),
+            ("embeddings", shape.embeddings()),
+            (head, shape.head()),
+            ("norms", shape.norms()),
+            ("rest", shape.rest()),
             ("all", shape.parameters()),
         ];
         for (label, count) in rows {

@@ -7,7 +7,7 @@ use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::model::{ModelTap, Site, block_prefix};
+use crate::model::{ModelConfig, ModelTap, Site};
 use crate::quant::{ActivationQuant, ActivationScheme, InputGrid, activation};
 use crate::store::HostTensor;
 
@@ -56,22 +56,22 @@ impl ActivationRecord {
         self.grids[index] = grids;
     }
 
-    /// Refuses a record whose grids are not those of a model with `blocks` blocks.
+    /// Refuses a record whose grids are not those of a model of this description.
     ///
     /// # Errors
     /// Names the block and site that lack a grid, or have one that cannot be.
-    pub fn check(&self, blocks: usize) -> Result<()> {
+    pub fn check(&self, config: &ModelConfig) -> Result<()> {
         if self.quant.fixed().is_none() {
             return Ok(());
         }
         let none = InputGrids::new();
-        for index in 0..blocks {
+        for index in 0..config.n_blocks {
             let grids = self.grids.get(index).unwrap_or(&none);
             for site in Site::INPUTS {
                 let sound = grids.get(&site).is_some_and(InputGrid::is_sound);
                 if !sound {
                     return Err(Error::failed("the activations have no usable grid here")
-                        .at(format!("{}, {}", block_prefix(index), site.name())));
+                        .at(format!("{}, {}", config.block_prefix(index), site.name())));
                 }
             }
         }
@@ -82,11 +82,16 @@ impl ActivationRecord {
     ///
     /// # Errors
     /// When one is not a number, or its other half is missing.
-    pub fn take(&mut self, blocks: usize, dense: &mut BTreeMap<String, HostTensor>) -> Result<()> {
-        for index in 0..blocks {
+    pub fn take(
+        &mut self,
+        config: &ModelConfig,
+        dense: &mut BTreeMap<String, HostTensor>,
+    ) -> Result<()> {
+        for index in 0..config.n_blocks {
             let mut grids = InputGrids::new();
             for site in Site::INPUTS {
-                let [scale, zero] = tensor_names(index, site).map(|name| dense.remove(&name));
+                let [scale, zero] =
+                    tensor_names(config, index, site).map(|name| dense.remove(&name));
                 let (scale, zero) = match (scale, zero) {
                     (None, None) => continue,
                     (scale, zero) => (number(scale.as_ref()), number(zero.as_ref())),
@@ -94,7 +99,7 @@ impl ActivationRecord {
                 let grid = scale.zip(zero).map(|(scale, zero)| InputGrid { scale, zero });
                 let grid = grid.filter(InputGrid::is_sound).ok_or_else(|| {
                     Error::failed("the saved grid of the activations is damaged")
-                        .at(format!("{}, {}", block_prefix(index), site.name()))
+                        .at(format!("{}, {}", config.block_prefix(index), site.name()))
                         .fix("--fresh to start over")
                 })?;
                 grids.insert(site, grid);
@@ -108,10 +113,15 @@ impl ActivationRecord {
 }
 
 /// Puts the grids of block `index` among its other tensors, under names no weight has.
-pub fn store(index: usize, grids: &InputGrids, dense: &mut BTreeMap<String, HostTensor>) {
+pub fn store(
+    config: &ModelConfig,
+    index: usize,
+    grids: &InputGrids,
+    dense: &mut BTreeMap<String, HostTensor>,
+) {
     for (site, grid) in grids {
         let values = [grid.scale, grid.zero];
-        for (name, value) in tensor_names(index, *site).into_iter().zip(values) {
+        for (name, value) in tensor_names(config, index, *site).into_iter().zip(values) {
             dense.insert(name, HostTensor::f32([1], &[value]));
         }
     }
@@ -139,8 +149,8 @@ pub fn quantize(
     }
 }
 
-fn tensor_names(index: usize, site: Site) -> [String; 2] {
-    let site = format!("{}.{}", block_prefix(index), site.name());
+fn tensor_names(config: &ModelConfig, index: usize, site: Site) -> [String; 2] {
+    let site = format!("{}.{}", config.block_prefix(index), site.name());
     [format!("{site}.input_scale"), format!("{site}.input_zero")]
 }
 
@@ -159,16 +169,21 @@ mod tests {
         let grids: InputGrids = Site::INPUTS.map(|site| (site, grid)).into();
         let quant = toml::from_str("activations.scheme = \"tensor\"\nkv_cache = {}").unwrap();
         let mut record = ActivationRecord::new(quant);
-        assert!(record.check(0).is_ok() && record.check(1).is_err());
+        let config = ModelConfig::parse(
+            r#"{"model_type": "llama", "hidden_size": 8, "intermediate_size": 16,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 10}"#,
+        )
+        .unwrap();
+        assert!(record.check(&config).is_err());
         let norm = HostTensor::f32([1], &[2.0]);
         let mut dense = BTreeMap::from([("norm".to_owned(), norm.clone())]);
-        store(1, &grids, &mut dense);
-        store(0, &grids, &mut dense);
+        store(&config, 1, &grids, &mut dense);
+        store(&config, 0, &grids, &mut dense);
         assert_eq!(dense.len(), 17);
-        record.take(2, &mut dense).unwrap();
+        record.take(&config, &mut dense).unwrap();
         assert_eq!(dense, BTreeMap::from([("norm".to_owned(), norm)]));
         assert_eq!(record.grids, [grids.clone(), grids]);
-        record.check(2).unwrap();
+        record.check(&config).unwrap();
 
         let text = serde_json::to_string(&record).unwrap();
         assert!(text.contains("\"attention_output\""), "{text}");
@@ -176,8 +191,8 @@ mod tests {
         assert_eq!(serde_json::from_value::<ActivationRecord>(value).unwrap(), record);
 
         let mut half = BTreeMap::new();
-        store(0, &record.grids[0], &mut half);
+        store(&config, 0, &record.grids[0], &mut half);
         half.remove("model.layers.0.mlp.input_zero").unwrap();
-        assert!(record.take(2, &mut half).is_err());
+        assert!(record.take(&config, &mut half).is_err());
     }
 }

@@ -11,7 +11,7 @@ use super::packed::Packed;
 use super::{ActivationRecord, Adapter, Format, fewbit};
 use crate::data::Tokenizer;
 use crate::error::{Error, Result};
-use crate::model::{ModelConfig, ModelTap, WeightSource};
+use crate::model::{ModelConfig, ModelTap, WeightSource, open_folder};
 use crate::quant::QuantizedWeight;
 use crate::store::safetensors::Checkpoint;
 
@@ -58,13 +58,17 @@ pub fn open_model(dir: &Path) -> Result<OpenModel> {
             "a Hugging Face folder, a GGUF file, a fewbit run or export, or a hub id owner/name",
         ));
     }
-    let config = ModelConfig::read(dir)?;
     let file = dir.join(gguf::FILE);
+    let (config, checkpoint) = if file.is_file() {
+        (ModelConfig::read(dir)?, Checkpoint::empty())
+    } else {
+        open_folder(dir)?
+    };
     let gguf = file.is_file().then(|| gguf::Weights::open(&file, &config)).transpose()?;
     let opened = OpenModel {
         dir: dir.to_owned(),
         config,
-        checkpoint: if gguf.is_some() { Checkpoint::empty() } else { Checkpoint::open(dir)? },
+        checkpoint,
         gguf,
         manifest: Manifest::read(dir)?,
         adapter: None,
@@ -72,7 +76,7 @@ pub fn open_model(dir: &Path) -> Result<OpenModel> {
         packed_as: Packed::of(&config_json(dir)?).map_err(|e| e.at(dir.display()))?,
     };
     if let Some(record) = opened.activations() {
-        record.check(opened.config.n_blocks).map_err(|e| {
+        record.check(&opened.config).map_err(|e| {
             e.at(dir.join(super::MANIFEST_FILE).display()).fix("export the run again")
         })?;
     }

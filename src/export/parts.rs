@@ -11,7 +11,7 @@ use burn::tensor::Device;
 
 use crate::error::{Error, Result};
 use crate::export::gguf::model as gguf;
-use crate::model::{EMBEDDING, HEAD, ModelConfig, WeightSource, weight_name};
+use crate::model::{ModelConfig, Place, Places, WeightSource, weight_name};
 use crate::quant::{QuantizedWeight, Symmetry};
 use crate::store::safetensors::Checkpoint;
 use crate::store::{HostTensor, TensorSource};
@@ -75,13 +75,19 @@ pub struct ModelParts<'a> {
 
 impl ModelParts<'_> {
     /// Every tensor of the export by the name the source has, or would have, for it.
-    fn names(&self) -> BTreeSet<String> {
+    fn names(&self, config: &ModelConfig) -> BTreeSet<String> {
         let linears = self.quantized.names();
         // A packed source holds the parts of its codes under names of their own.
         let parts: BTreeSet<String> =
             linears.iter().flat_map(|linear| fewbit::tensor_names(linear)).collect();
-        let source = self.source.names().into_iter().map(str::to_owned);
+        // What the model does not use, an export does not hold.
+        let places = Places::new(config);
+        let kept = |name: &&str| matches!(places.of(name), Place::Used | Place::Beside);
+        let head = weight_name(config.head());
+        let alone = |name: &&str| **name == head && !self.source.contains(&config.embedding());
+        let source = self.source.names().into_iter().filter(|name| kept(name) || alone(name));
         source
+            .map(str::to_owned)
             .filter(|name| !parts.contains(name))
             .chain(self.dense.keys().cloned())
             .chain(linears.into_iter().map(weight_name))
@@ -150,18 +156,21 @@ impl<'a> Writing<'a> {
             ))
             .fix("format.fewbit, which records them"));
         }
+        let config =
+            ModelConfig::read(parts.dir)?.with_names_of(|name| parts.source.info(name).is_some());
         let mut writing = Self {
             parts,
             format,
             device,
-            config: ModelConfig::read(parts.dir)?,
             packer: None,
-            names: parts.names(),
+            names: parts.names(&config),
+            config,
             linears: parts.quantized.names().into_iter().map(str::to_owned).collect(),
             embeddings: BTreeMap::new(),
         };
-        let head = weight_name(HEAD);
-        if !dense && writing.config.tied && !writing.unties() && writing.contains(EMBEDDING) {
+        let head = weight_name(writing.config.head());
+        let doubled = writing.contains(&writing.config.embedding());
+        if !dense && writing.config.tied && !writing.unties() && doubled {
             // Other runtimes take the embedding for the head, and a second copy for a fault.
             writing.names.remove(&head);
         }
@@ -183,11 +192,11 @@ impl<'a> Writing<'a> {
 
     /// Embedding and head that are not quantized yet: stored name to source's name.
     fn embedding_names(&self) -> BTreeMap<String, String> {
-        let names = [EMBEDDING.to_owned(), weight_name(HEAD)];
+        let names = [self.config.embedding(), weight_name(self.config.head())];
         let dense = names.into_iter().filter(|name| self.names.contains(name));
         dense
             .filter(|name| !self.linears.contains(linear_of(name)))
-            .map(|name| (linear_of(self.stored_as(&name)).to_owned(), name.clone()))
+            .map(|name| (linear_of(&self.stored_as(&name)).to_owned(), name.clone()))
             .collect()
     }
 
@@ -222,25 +231,38 @@ impl<'a> Writing<'a> {
 
     /// The name under which a tensor that is not quantized is stored: other runtimes look for a
     /// tied model's one matrix under the embedding's name.
-    pub(super) fn stored_as<'n>(&self, name: &'n str) -> &'n str {
+    pub(super) fn stored_as(&self, name: &str) -> String {
         let ours = matches!(self.format, Format::Fewbit | Format::Dequantized);
-        let head = name == weight_name(HEAD) && !self.unties();
-        if ours || !head || self.names.contains(EMBEDDING) || !self.config.tied {
-            return name;
+        let head = name == weight_name(self.config.head()) && !self.unties();
+        let embedding = self.config.embedding();
+        if ours || !head || self.names.contains(&embedding) || !self.config.tied {
+            return name.to_owned();
         }
-        EMBEDDING
+        embedding
+    }
+
+    /// A tensor as a folder of the family's stores it: some hold matrices with rows for columns.
+    ///
+    /// # Errors
+    /// When such a tensor is no matrix.
+    pub(super) fn laid_out(&self, name: &str, tensor: HostTensor) -> Result<HostTensor> {
+        let inner = self.config.inner(linear_of(name)).filter(|_| name.ends_with(".weight"));
+        match inner.and_then(|(_, inner)| self.config.linear(inner)) {
+            Some(spec) if spec.columns => tensor.transposed(),
+            _ => Ok(tensor),
+        }
     }
 
     /// Whether a tied model gets a head of its own.
     pub(super) fn unties(&self) -> bool {
-        self.linears.contains(HEAD)
+        self.linears.contains(self.config.head())
     }
 
     /// Linears and embeddings that stay as they are, for a config to list.
     pub(super) fn unquantized(&self) -> Vec<String> {
-        let embedding = linear_of(EMBEDDING).to_owned();
-        let linears = crate::model::linear_shapes(&self.config).into_iter().map(|(name, _)| name);
-        let all = linears.chain([HEAD.to_owned(), embedding]);
+        let embedding = linear_of(&self.config.embedding()).to_owned();
+        let linears = self.config.linears().map(|(name, _)| name);
+        let all = linears.chain([self.config.head().to_owned(), embedding]);
         let taken: BTreeSet<&str> = self.linears().collect();
         all.filter(|name| !taken.contains(name.as_str())).collect()
     }
@@ -408,7 +430,7 @@ pub(super) fn compare(writing: &Writing<'_>, opened: &OpenModel) -> Result<()> {
         let tensor = writing.dense(name)?;
         let same = match opened.gguf_values(name, &tensor.shape) {
             Some(values) => values? == tensor.to_f32()?,
-            None => opened.checkpoint.read(writing.stored_as(name))? == tensor,
+            None => opened.checkpoint.read(&writing.stored_as(name))? == tensor,
         };
         if !same {
             return differs("tensor", name);

@@ -6,7 +6,7 @@ use burn::nn::Linear;
 
 use super::{Adapter, OpenModel};
 use crate::error::{Error, Result};
-use crate::model::{CausalLm, HEAD, block_prefix};
+use crate::model::CausalLm;
 use crate::quant::{CodedWeight, Grid, QuantizedWeight};
 
 /// Grids by the name of their linear.
@@ -96,10 +96,11 @@ impl Adapters {
 
 /// Every linear of a model by its full name.
 fn linears(model: &mut CausalLm) -> BTreeMap<String, &mut Linear> {
+    let config = model.config.clone();
     let blocks = model.blocks.iter_mut().enumerate().flat_map(|(index, block)| {
-        let full = move |name| format!("{}.{name}", block_prefix(index));
-        block.linears_mut().map(|(name, linear)| (full(name), linear))
+        let prefix = config.block_prefix(index);
+        block.linears_mut().map(move |(name, linear)| (format!("{prefix}.{name}"), linear))
     });
-    let head = model.head.iter_mut().map(|head| (HEAD.to_owned(), head));
+    let head = model.head.iter_mut().map(|head| (config.head().to_owned(), head));
     blocks.chain(head).collect()
 }

@@ -204,8 +204,8 @@ fn write_tensors(writing: &Writing<'_>, dir: &Path) -> Result<Manifest> {
                 manifest.rounded.insert(name.clone(), loss);
             }
             let (tensor, name) = (writing.dense(&name)?, writing.stored_as(&name));
-            manifest.dense.insert(name.to_owned(), tensor.sha256());
-            writer.add(name, &tensor)?;
+            manifest.dense.insert(name.clone(), tensor.sha256());
+            writer.add(&name, &writing.laid_out(&name, tensor)?)?;
             continue;
         };
         let stored = writing.stored(linear)?;
@@ -226,7 +226,9 @@ fn write_tensors(writing: &Writing<'_>, dir: &Path) -> Result<Manifest> {
             stats.bits += 8.0 * bytes as f64;
         }
         manifest.linears.insert(linear.to_owned(), stored.record(&tensors));
-        tensors.iter().try_for_each(|(name, tensor)| writer.add(name, tensor))?;
+        for (name, tensor) in tensors {
+            writer.add(&name, &writing.laid_out(&name, tensor)?)?;
+        }
     }
     writer.finish(&BTreeMap::from([("format".to_owned(), "pt".to_owned())]))?;
     manifest.bits_per_weight = stats.bits_per_weight();

@@ -10,7 +10,7 @@ const WAITING_BYTES: usize = 256 << 20;
 
 /// What turns tokens into hidden states, and those into logits.
 pub trait Forward {
-    /// The model's embedding, norm and head.
+    /// The model's embedding, final norm and head.
     fn ends(&self) -> &CausalLm;
 
     /// The residual streams after the final norm, `[batch, seq, d_model]` for each batch of tokens,
@@ -77,14 +77,14 @@ impl Forward for ByBlock<'_> {
         positions: &Positions,
     ) -> Result<Vec<Tensor<3>>> {
         let mut streams: Vec<Tensor<3>> =
-            batches.into_iter().map(|tokens| self.ends.embed(tokens)).collect();
+            batches.into_iter().map(|tokens| self.ends.embed(tokens, positions)).collect();
         for index in 0..self.loader.config.n_blocks {
             let block = self.loader.block(index)?;
             let tap = |site, x| self.ends.tap.apply(index, site, x);
             let forward = |hidden| block.forward_tapped(hidden, positions, None, &tap);
             streams = streams.into_iter().map(forward).collect();
         }
-        Ok(streams.into_iter().map(|hidden| self.ends.norm.forward(hidden)).collect())
+        Ok(streams.into_iter().map(|hidden| self.ends.finish(hidden)).collect())
     }
 
     fn batches_at_once(&self, tokens: usize) -> usize {

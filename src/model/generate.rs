@@ -57,14 +57,14 @@ fn step(
     caches: &mut [KvCache],
     device: &Device,
 ) -> Vec<f32> {
-    let mut hidden = model.embed(CausalLm::tokens(&[tokens], device));
+    let mut hidden = model.embed(CausalLm::tokens(&[tokens], device), positions);
     for (index, (block, cache)) in model.blocks.iter().zip(caches).enumerate() {
         let tap = |site, x| model.tap.apply(index, site, x);
         hidden = block.forward_tapped(hidden, positions, Some(cache), &tap);
     }
     let [_, seq, d_model] = hidden.dims();
     let last: Tensor<2> = hidden.narrow(1, seq - 1, 1).reshape([1, d_model]);
-    let logits = model.logits(model.norm.forward(last));
+    let logits = model.logits(model.finish(last));
     logits.cast(DType::F32).into_data().iter::<f32>().collect()
 }
 

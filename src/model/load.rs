@@ -1,14 +1,16 @@
 //! Loading: tensor names, shapes, and the one place that builds modules from host weights.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use burn::module::{Param, ParamId};
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use super::CausalLm;
-use super::config::ModelConfig;
-use super::decoder::{Attention, Block, LINEARS, Mlp, RmsNorm};
+use super::arch::{ModelConfig, NormKind, Place, Places, weight_name};
+use super::block::{Block, Norm, Norms};
 use super::tap::ModelTap;
 use crate::error::{Error, Result};
 use crate::quant::{CodedWeight, Learned, QuantizedWeight};
@@ -58,48 +60,115 @@ impl WeightSource for Checkpoint {
     }
 }
 
-/// The token embedding's name.
-pub const EMBEDDING: &str = "model.embed_tokens.weight";
+/// Opens a folder's config and weights, by the names that its checkpoint has; matrices of Conv1D are
+/// given as those of linears.
+///
+/// # Errors
+/// As [`ModelConfig::read`] and [`Checkpoint::open`].
+pub fn open_folder(dir: &Path) -> Result<(ModelConfig, Checkpoint)> {
+    let config = ModelConfig::read(dir)?;
+    let checkpoint = Checkpoint::open(dir)?;
+    let config = config.with_names_of(|name| checkpoint.info(name).is_some());
+    let columns: Vec<String> = config.stored_by_columns().collect();
+    let checkpoint = checkpoint.with_transposed(columns.into_iter());
+    check_tensors(&config, &checkpoint)?;
+    check_places(&config, &checkpoint).map_err(|e| e.at(dir.display()))?;
+    Ok((config, checkpoint))
+}
 
-/// The output head's name as a linear.
-pub const HEAD: &str = "lm_head";
+/// Every tensor of the model is there with the shape that `config.json` gives it, or in a packed form.
+fn check_tensors(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<()> {
+    let names = checkpoint.names();
+    for (name, shape) in config.tensors() {
+        let alone = name == config.embedding() && config.tied;
+        let held = match checkpoint.info(&name) {
+            None if alone => checkpoint.info(&weight_name(config.head())),
+            held => held,
+        };
+        // Names are sorted: a linear's other parts stand beside its own name.
+        let start = format!("{}.", name.strip_suffix(".weight").unwrap_or(&name));
+        let first = names.partition_point(|other| **other < *start);
+        let parts = names[first..].iter().take_while(|other| other.starts_with(&start));
+        let bias = format!("{start}bias");
+        let packed = parts.filter(|other| **other != name && **other != bias).count() > 0;
+        if let Some(info) = held {
+            if !packed && !info.dtype.is_read() {
+                return Err(Error::preflight(format!("fewbit cannot read dtype {}", info.dtype))
+                    .at(format!("{name}, {}", info.file.display()))
+                    .fix("use a version of the model in F32, F16 or BF16"));
+            }
+            // A packed weight has a shape of its own: its reader compares.
+            if !packed && info.shape != shape {
+                return Err(Error::preflight(format!(
+                    "the tensor has shape {:?}, config.json asks for {shape:?}",
+                    info.shape
+                ))
+                .at(name)
+                .fix("check that config.json belongs to these weights"));
+            }
+        } else if !packed {
+            return Err(Error::preflight(
+                "the checkpoint lacks a tensor that config.json asks for",
+            )
+            .at(name)
+            .fix("a Hugging Face model folder, float or packed by fewbit"));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses tensors that would change what the model computes, were they used.
+fn check_places(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<()> {
+    let places = Places::new(config);
+    for name in checkpoint.names() {
+        if places.of(name) != Place::Unknown || is_zero_bias(checkpoint, name)? {
+            continue;
+        }
+        let (what, fix) = match config.inner(name) {
+            Some((block, _)) if block >= config.n_blocks => (
+                format!("the file has a block {block}, and config.json says {}", config.n_blocks),
+                "a config.json with the file's num_hidden_layers",
+            ),
+            _ if is_bias(name) => (
+                "the file has a bias here, and config.json announces none".to_owned(),
+                "the config.json that belongs to these weights; for Llama attention_bias or mlp_bias",
+            ),
+            _ if name.contains("lora_") => (
+                "the file holds factors of an adapter".to_owned(),
+                "the base model, or one that the adapter has been merged into",
+            ),
+            _ => (
+                format!("a {} has no such tensor, and it would be left out", config.model_type),
+                "the config.json that belongs to these weights",
+            ),
+        };
+        return Err(Error::preflight(what).at(name).fix(fix));
+    }
+    Ok(())
+}
+
+fn is_bias(name: &str) -> bool {
+    name.rsplit('.').next() == Some("bias")
+}
+
+/// Some packers give every linear a bias of zeros.
+fn is_zero_bias(checkpoint: &Checkpoint, name: &str) -> Result<bool> {
+    let small = checkpoint.info(name).is_some_and(|info| info.shape.len() == 1);
+    if !small || !is_bias(name) {
+        return Ok(false);
+    }
+    let values = checkpoint.read(name)?.to_f32()?;
+    Ok(values.iter().all(|value| *value == 0.0))
+}
 
 /// The name under which a source holds the head's weight: its own, or in a tied model the
 /// embedding's.
-pub fn head_name(source: &dyn WeightSource) -> &'static str {
-    if source.contains("lm_head.weight") { "lm_head.weight" } else { EMBEDDING }
-}
-
-/// The name of block `index`'s tensors, `model.layers.INDEX`.
-pub fn block_prefix(index: usize) -> String {
-    format!("model.layers.{index}")
-}
-
-/// The checkpoint name of a linear's weight.
-pub fn weight_name(linear: &str) -> String {
-    format!("{linear}.weight")
-}
-
-/// Every linear of the decoder blocks by full name, with its `[out, in]`, in execution order.
-pub fn linear_shapes(config: &ModelConfig) -> Vec<(String, [usize; 2])> {
-    (0..config.n_blocks)
-        .flat_map(|index| {
-            LINEARS.map(|name| (format!("{}.{name}", block_prefix(index)), shape_of(config, name)))
-        })
-        .collect()
-}
-
-/// `[out, in]` of one of a block's linears.
-fn shape_of(config: &ModelConfig, linear: &str) -> [usize; 2] {
-    let (d, ff) = (config.d_model, config.d_ff);
-    let q = config.n_heads * config.head_dim;
-    let kv = config.n_kv_heads * config.head_dim;
-    match linear {
-        "self_attn.q_proj" => [q, d],
-        "self_attn.k_proj" | "self_attn.v_proj" => [kv, d],
-        "self_attn.o_proj" => [d, q],
-        "mlp.down_proj" => [d, ff],
-        _ => [ff, d],
+pub fn head_name(config: &ModelConfig, source: &dyn WeightSource) -> String {
+    let own = weight_name(config.head());
+    if !config.tied || !source.contains(&config.embedding()) && source.contains(&own) {
+        own
+    } else {
+        config.embedding()
     }
 }
 
@@ -125,29 +194,64 @@ impl Loader<'_> {
         Ok(CausalLm { blocks: blocks.collect::<Result<_>>()?, ..self.ends()? })
     }
 
-    /// Embedding, final norm and head, without blocks.
+    /// Embeddings, final norm and head, without blocks.
     ///
     /// # Errors
     /// As [`WeightSource::weight`].
     pub fn ends(&self) -> Result<CausalLm> {
+        let d = self.config.d_model;
+        let names = &self.config.arch.names;
+        let norm = names.norm.map(|norm| self.norm(&format!("{}{norm}", names.root), d));
+        let project_out = self.projection(1, [self.config.head_shape()[1], d])?;
+        Ok(CausalLm {
+            norm: norm.transpose()?,
+            project_out,
+            head: self.head()?,
+            ..self.entrance()?
+        })
+    }
+
+    /// What embeds tokens, alone.
+    ///
+    /// # Errors
+    /// As [`WeightSource::weight`].
+    pub fn entrance(&self) -> Result<CausalLm> {
+        let config = self.config;
+        let positions = match &config.arch.positions {
+            None => None,
+            Some(table) => {
+                let name = config.outside(table.name, "weight");
+                Some(frozen(self.tensor(&name, [table.rows, config.d_model])?))
+            }
+        };
         Ok(CausalLm {
             embed: self.embed()?,
+            positions,
+            project_in: self.projection(0, [config.d_model, config.head_shape()[1]])?,
+            project_out: None,
             blocks: Vec::new(),
-            norm: self.norm("model.norm.weight")?,
-            head: self.head()?,
+            norm: None,
+            head: None,
+            config: Arc::new(config.clone()),
             tap: ModelTap::default(),
         })
     }
 
-    /// The token embedding, `[vocab, d_model]`. A tied checkpoint may hold it as `lm_head.weight`.
+    fn projection(&self, place: usize, shape: [usize; 2]) -> Result<Option<Linear>> {
+        let names = &self.config.arch.names;
+        let full = names.projections.map(|pair| format!("{}{}", names.root, pair[place]));
+        full.map(|name| self.linear(&name, shape, false)).transpose()
+    }
+
+    /// The token embedding, `[vocab, width]`. A tied checkpoint may hold it under the head's name.
     ///
     /// # Errors
     /// As [`WeightSource::weight`].
     pub fn embed(&self) -> Result<Param<Tensor<2>>> {
-        let under_head = self.config.tied && !self.source.contains(EMBEDDING);
-        let name = if under_head { "lm_head.weight" } else { EMBEDDING };
-        let shape = [self.config.vocab, self.config.d_model];
-        Ok(frozen(self.tensor(name, shape)?))
+        let embedding = self.config.embedding();
+        let under_head = self.config.tied && !self.source.contains(&embedding);
+        let name = if under_head { weight_name(self.config.head()) } else { embedding };
+        Ok(frozen(self.tensor(&name, self.config.head_shape())?))
     }
 
     /// Decoder block `index`.
@@ -155,39 +259,39 @@ impl Loader<'_> {
     /// # Errors
     /// As [`WeightSource::weight`].
     pub fn block(&self, index: usize) -> Result<Block> {
-        let prefix = block_prefix(index);
-        let linear = |name: &str| {
-            let bias = if name.starts_with("mlp") {
-                self.config.mlp_bias
-            } else {
-                self.config.attention_bias
-            };
-            self.linear(&format!("{prefix}.{name}"), shape_of(self.config, name), bias)
+        let (config, arch) = (self.config, &self.config.arch);
+        let prefix = config.block_prefix(index);
+        let linears = arch
+            .linears
+            .iter()
+            .map(|spec| self.linear(&format!("{prefix}.{}", spec.name), spec.shape, spec.bias));
+        let widths: BTreeMap<&str, usize> = config.block_norms().collect();
+        let norm = |name: Option<&'static str>| {
+            name.map(|name| self.norm(&format!("{prefix}.{name}"), widths[name])).transpose()
         };
-        let [q, k, v, o, gate, up, down] = LINEARS;
+        let names = arch.norms;
         Ok(Block {
-            input_layernorm: self.norm(&format!("{prefix}.input_layernorm.weight"))?,
-            self_attn: Attention {
-                q_proj: linear(q)?,
-                k_proj: linear(k)?,
-                v_proj: linear(v)?,
-                o_proj: linear(o)?,
-                n_kv_heads: self.config.n_kv_heads,
-                head_dim: self.config.head_dim,
+            linears: linears.collect::<Result<_>>()?,
+            norms: Norms {
+                attention_input: norm(names.attention_input)?,
+                attention_output: norm(names.attention_output)?,
+                mlp_input: norm(names.mlp_input)?,
+                mlp_output: norm(names.mlp_output)?,
+                query: norm(names.query)?,
+                key: norm(names.key)?,
             },
-            post_attention_layernorm: self
-                .norm(&format!("{prefix}.post_attention_layernorm.weight"))?,
-            mlp: Mlp { gate_proj: linear(gate)?, up_proj: linear(up)?, down_proj: linear(down)? },
+            index,
+            config: Arc::new(config.clone()),
         })
     }
 
     /// A tied model has a head of its own only when one was quantized apart from the embedding.
     fn head(&self) -> Result<Option<Linear>> {
-        if self.config.tied && !self.source.overrides(HEAD) {
+        let name = self.config.head();
+        if self.config.tied && !self.source.overrides(name) {
             return Ok(None);
         }
-        let shape = [self.config.vocab, self.config.d_model];
-        self.linear(HEAD, shape, false).map(Some)
+        self.linear(name, self.config.head_shape(), self.config.arch.names.head_bias).map(Some)
     }
 
     /// The checkpoint holds `[out, in]`; burn's linear wants `[in, out]`. The transposed view
@@ -222,9 +326,20 @@ impl Loader<'_> {
         Ok(coded.into_parameter(ParamId::new()))
     }
 
-    fn norm(&self, name: &str) -> Result<RmsNorm> {
-        let weight = frozen(self.tensor(name, [self.config.d_model])?);
-        Ok(RmsNorm { weight, eps: self.config.norm_eps })
+    fn norm(&self, name: &str, width: usize) -> Result<Norm> {
+        let kind = self.config.arch.norm;
+        let vector = |part: &str| self.tensor::<1>(&format!("{name}.{part}"), [width]).map(frozen);
+        Ok(Norm {
+            weight: match kind {
+                NormKind::LayerPlain => {
+                    frozen(Tensor::<1>::ones([width], self.device).cast(self.dtype))
+                }
+                _ => vector("weight")?,
+            },
+            bias: (kind == NormKind::Layer).then(|| vector("bias")).transpose()?,
+            kind,
+            eps: self.config.arch.norm_eps,
+        })
     }
 
     fn tensor<const D: usize>(&self, name: &str, shape: [usize; D]) -> Result<Tensor<D>> {

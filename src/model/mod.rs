@@ -5,29 +5,32 @@
 //! dense checkpoint, a packed one, and "this checkpoint with those linears replaced" all load
 //! through the same code.
 
+mod arch;
+mod block;
 mod by_block;
-mod config;
-mod decoder;
-mod families;
 mod generate;
 mod load;
+mod positions;
 mod sizes;
 mod tap;
+
+use std::sync::Arc;
 
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
-pub use by_block::{ByBlock, Forward};
-pub use config::{ModelConfig, Rope, RopeScaling};
-pub use decoder::{Attention, Block, KvCache, LINEARS, Mlp, Positions, RmsNorm, Site, Tap};
-pub use families::{LinearShape, ModelShape};
-pub use generate::{Sampler, generate};
-pub use load::{
-    EMBEDDING, HEAD, Loader, WeightSource, block_prefix, companions, head_name, linear_shapes,
-    weight_name,
+pub use arch::{
+    Activation, Arch, BlockNorms, Gguf, LearnedPositions, LinearSpec, ModelConfig, Multipliers,
+    Names, NormKind, Place, Places, QueryNorm, QueryScaling, Residual, Role, Rope, RopeScaling,
+    Site, Span, model_types, weight_name,
 };
-pub use sizes::{TRAINING_BYTES, Trainable};
+pub use block::{Block, KvCache, Norm, Norms, Tap};
+pub use by_block::{ByBlock, Forward};
+pub use generate::{Sampler, generate};
+pub use load::{Loader, WeightSource, companions, head_name, open_folder};
+pub use positions::Positions;
+pub use sizes::{ModelShape, TRAINING_BYTES, Trainable};
 pub use tap::ModelTap;
 
 use crate::ops;
@@ -35,14 +38,23 @@ use crate::ops;
 /// A decoder-only causal language model.
 #[derive(Debug, Module)]
 pub struct CausalLm {
-    /// Token embedding, `[vocab, d_model]`.
+    /// Token embedding, `[vocab, width]`.
     pub embed: Param<Tensor<2>>,
+    /// Learned embedding of positions, `[rows, d_model]`.
+    pub positions: Option<Param<Tensor<2>>>,
+    /// From the embedding's width to the model's.
+    pub project_in: Option<Linear>,
+    /// Back.
+    pub project_out: Option<Linear>,
     /// Decoder blocks.
     pub blocks: Vec<Block>,
     /// Final norm.
-    pub norm: RmsNorm,
+    pub norm: Option<Norm>,
     /// Output head; `None` when it is the embedding.
     pub head: Option<Linear>,
+    /// What it is made of.
+    #[module(skip)]
+    pub config: Arc<ModelConfig>,
     /// What is done to activations on the way; nothing by default.
     #[module(skip)]
     pub tap: ModelTap,
@@ -64,36 +76,68 @@ impl CausalLm {
         Tensor::from_data(TensorData::new(ids, [rows.len(), seq]), device)
     }
 
-    /// Embedded tokens.
+    /// Embedded tokens, their positions with them where those are learned.
     ///
     /// # Shapes
     /// - tokens: `[batch, seq]`
     /// - result: `[batch, seq, d_model]`
-    pub fn embed(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
-        burn::tensor::module::embedding(self.embed.val(), tokens)
+    pub fn embed(&self, tokens: Tensor<2, Int>, positions: &Positions) -> Tensor<3> {
+        let embedded = burn::tensor::module::embedding(self.embed.val(), tokens);
+        let mut hidden = block::times(embedded, self.config.arch.multipliers.embedding);
+        if let Some(project) = &self.project_in {
+            hidden = block::project(project, hidden);
+        }
+        match (&self.positions, positions.rows()) {
+            (Some(table), Some(rows)) => {
+                hidden + burn::tensor::module::embedding(table.val(), rows)
+            }
+            _ => hidden,
+        }
     }
 
-    /// The residual stream after the final norm, `[batch, seq, d_model]`.
+    /// What the head reads: the residual stream behind the last block, normed.
+    ///
+    /// # Shapes
+    /// - hidden: `[.., d_model]`
+    /// - result: `[.., width of the head]`
+    pub fn finish<const D: usize>(&self, hidden: Tensor<D>) -> Tensor<D> {
+        let hidden = match &self.norm {
+            Some(norm) => norm.forward(hidden),
+            None => hidden,
+        };
+        match &self.project_out {
+            Some(project) => block::project(project, hidden),
+            None => hidden,
+        }
+    }
+
+    /// What the head reads of every position, `[batch, seq, width of the head]`.
     pub fn hidden(&self, tokens: Tensor<2, Int>, positions: &Positions) -> Tensor<3> {
-        let mut hidden = self.embed(tokens);
+        let mut hidden = self.embed(tokens, positions);
         for (index, block) in self.blocks.iter().enumerate() {
             let tap = |site, x| self.tap.apply(index, site, x);
             hidden = block.forward_tapped(hidden, positions, None, &tap);
         }
-        self.norm.forward(hidden)
+        self.finish(hidden)
     }
 
     /// Logits in f32.
     ///
     /// # Shapes
-    /// - hidden: `[tokens, d_model]`, after the final norm
+    /// - hidden: `[tokens, width]`, as [`CausalLm::finish`] gives it
     /// - result: `[tokens, vocab]`
     pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
         let logits = match &self.head {
-            Some(head) => decoder::project(head, hidden),
+            Some(head) => block::project(head, hidden),
             None => ops::linear(hidden, self.embed.val().transpose()),
         };
-        if logits.dtype() == DType::F32 { logits } else { logits.cast(DType::F32) }
+        let logits = if logits.dtype() == DType::F32 { logits } else { logits.cast(DType::F32) };
+        let arch = &self.config.arch;
+        let logits = block::times(logits, arch.multipliers.logits);
+        match arch.logit_cap {
+            Some(cap) => (logits / cap).tanh() * cap,
+            None => logits,
+        }
     }
 
     /// Rows of the embedding.
@@ -102,13 +146,19 @@ impl CausalLm {
     }
 
     /// The gradient of a loss with respect to the hidden state, from its gradient with respect to
-    /// the logits; the head is frozen.
+    /// the `logits`; the head is frozen.
     ///
     /// # Shapes
-    /// - gradient: `[tokens, vocab]`
-    /// - result: `[tokens, d_model]`
-    pub fn head_gradient(&self, gradient: Tensor<2>) -> Tensor<2> {
-        let gradient = gradient.cast(self.dtype());
+    /// - gradient, logits: `[tokens, vocab]`
+    /// - result: `[tokens, width]`
+    pub fn head_gradient(&self, gradient: Tensor<2>, logits: &Tensor<2>) -> Tensor<2> {
+        let arch = &self.config.arch;
+        let gradient = match arch.logit_cap {
+            // The slope of the cap.
+            Some(cap) => gradient * ((logits.clone() / cap).square() * -1.0 + 1.0),
+            None => gradient,
+        };
+        let gradient = block::times(gradient, arch.multipliers.logits).cast(self.dtype());
         match &self.head {
             Some(head) => ops::matmul(gradient, head.weight.val().transpose()),
             None => ops::matmul(gradient, self.embed.val()),
@@ -117,6 +167,6 @@ impl CausalLm {
 
     /// The type activations are computed in.
     pub fn dtype(&self) -> DType {
-        self.norm.weight.val().dtype()
+        self.embed.val().dtype()
     }
 }

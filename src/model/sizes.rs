@@ -5,7 +5,9 @@
 //! of b bits; everything else stays at 16 bits. The width of the zero point is inferred: with it
 //! the model gives the sizes of that table to two decimals.
 
-use super::families::ModelShape;
+use std::path::Path;
+
+use super::arch::{LinearSpec, ModelConfig};
 use crate::error::{Error, Result};
 
 /// Bits of a scale, and of every parameter that is not quantized.
@@ -52,7 +54,94 @@ pub enum Trainable {
     Everything,
 }
 
+/// Parameter counts of a model, from its `config.json` alone.
+#[derive(Clone, Debug)]
+pub struct ModelShape(ModelConfig);
+
 impl ModelShape {
+    /// Reads a `config.json`, or the one in a folder.
+    ///
+    /// # Errors
+    /// When it cannot be read, and as [`ModelConfig::parse`].
+    pub fn read(path: &Path) -> Result<Self> {
+        let path = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
+        let text = std::fs::read_to_string(&path).map_err(|e| {
+            Error::io("read", &path, &e).fix("a config.json, or a folder that holds one")
+        })?;
+        Self::parse(&text).map_err(|e| e.at(path.display()))
+    }
+
+    /// Reads the text of a `config.json`.
+    ///
+    /// # Errors
+    /// As [`ModelConfig::parse`].
+    pub fn parse(text: &str) -> Result<Self> {
+        ModelConfig::parse(text).map(Self)
+    }
+
+    /// What the config says.
+    pub fn config(&self) -> &ModelConfig {
+        &self.0
+    }
+
+    /// Number of decoder blocks.
+    pub fn blocks(&self) -> u64 {
+        self.0.n_blocks as u64
+    }
+
+    /// The linears of one block.
+    pub fn linears(&self) -> &[LinearSpec] {
+        &self.0.arch.linears
+    }
+
+    /// Weights of the linears of all decoder blocks, biases aside.
+    pub fn linear_weights(&self) -> u64 {
+        self.blocks() * self.linears().iter().map(|spec| product(&spec.shape)).sum::<u64>()
+    }
+
+    /// Biases of the linears of all decoder blocks.
+    pub fn biases(&self) -> u64 {
+        let biases = self.linears().iter().filter(|spec| spec.bias);
+        self.blocks() * biases.map(|spec| spec.shape[0] as u64).sum::<u64>()
+    }
+
+    /// Parameters of the embeddings of tokens and, where they are learned, positions.
+    pub fn embeddings(&self) -> u64 {
+        let positions = self.0.arch.positions.as_ref();
+        let learned = positions.map_or(0, |table| (table.rows * self.0.d_model) as u64);
+        product(&self.0.head_shape()) + learned
+    }
+
+    /// Parameters that the head has of its own.
+    pub fn head(&self) -> u64 {
+        let bias = if self.0.arch.names.head_bias { self.0.vocab as u64 } else { 0 };
+        bias + if self.0.tied { 0 } else { product(&self.0.head_shape()) }
+    }
+
+    /// Parameters in all; a tied head counts once.
+    pub fn parameters(&self) -> u64 {
+        self.0.tensors().iter().map(|(_, shape)| product(shape)).sum()
+    }
+
+    /// Parameters of all norms, of blocks and outside.
+    pub fn norms(&self) -> u64 {
+        let linears = self.linear_weights() + self.biases();
+        self.parameters() - linears - self.embeddings() - self.head() - self.rest()
+    }
+
+    /// Everything outside the blocks that is none of these: projections of tokens of another width.
+    pub fn rest(&self) -> u64 {
+        let width = self.0.arch.token_width.map_or(0, |width| width as u64);
+        2 * width * self.0.d_model as u64
+    }
+
+    /// `[out, in]` of the projections of queries and of values, alone or as parts of a fused one.
+    fn queries_and_values(&self) -> [(&'static str, [usize; 2]); 2] {
+        let (config, d) = (&self.0, self.0.d_model);
+        [("q", config.n_heads), ("v", config.n_kv_heads)]
+            .map(|(name, heads)| (name, [heads * config.head_dim, d]))
+    }
+
     /// How many parameters learn. Counts of scales and of LoRA on q and v are those of PEQA (arXiv
     /// 2305.14152, table 4), of alphas those of AlphaTuning (arXiv 2210.03858).
     ///
@@ -65,10 +154,10 @@ impl ModelShape {
             }
             Trainable::Alphas { bits, group_size } => Ok(bits * self.groups(group_size)?),
             Trainable::LoraQueryValue { rank } => {
-                self.lora(rank, [("q", self.query), ("v", self.value)].into_iter())
+                self.lora(rank, self.queries_and_values().into_iter())
             }
             Trainable::LoraAll { rank } => {
-                self.lora(rank, self.linears.iter().map(|linear| (linear.name, linear.shape)))
+                self.lora(rank, self.linears().iter().map(|spec| (spec.name, spec.shape)))
             }
             Trainable::BlockLinears => Ok(self.linear_weights()),
             Trainable::Everything => Ok(self.parameters()),
@@ -114,13 +203,13 @@ impl ModelShape {
     /// Groups of all block linears.
     fn groups(&self, group_size: Option<u64>) -> Result<u64> {
         let mut groups = 0;
-        for linear in &self.linears {
-            let [out, inputs] = linear.shape;
+        for linear in self.linears() {
+            let [out, inputs] = linear.shape.map(|side| side as u64);
             groups += match group_size {
                 None => out,
                 Some(size) if size > 0 && inputs.is_multiple_of(size) => out * (inputs / size),
                 Some(size) => {
-                    let common = self.linears.iter().fold(size, |a, l| gcd(a, l.shape[1]));
+                    let common = self.linears().iter().fold(size, |a, l| gcd(a, l.shape[1] as u64));
                     let what = format!("group size {size} does not divide in_features {inputs}");
                     return Err(Error::preflight(what).at(linear.name).fix(format!(
                         "{common}, which divides those of every linear, or one scale per channel"
@@ -128,16 +217,17 @@ impl ModelShape {
                 }
             };
         }
-        Ok(self.blocks * groups)
+        Ok(self.blocks() * groups)
     }
 
     fn lora(
         &self,
         rank: u64,
-        targets: impl Iterator<Item = (&'static str, [u64; 2])>,
+        targets: impl Iterator<Item = (&'static str, [usize; 2])>,
     ) -> Result<u64> {
         let mut adapters = 0;
-        for (name, [out, inputs]) in targets {
+        for (name, shape) in targets {
+            let [out, inputs] = shape.map(|side| side as u64);
             if !(1..=out.min(inputs)).contains(&rank) {
                 let what = format!("no adapter of rank {rank} for a linear of {out} x {inputs}");
                 return Err(Error::preflight(what)
@@ -146,8 +236,12 @@ impl ModelShape {
             }
             adapters += rank * (out + inputs);
         }
-        Ok(self.blocks * adapters)
+        Ok(self.blocks() * adapters)
     }
+}
+
+fn product(shape: &[usize]) -> u64 {
+    shape.iter().map(|side| *side as u64).product()
 }
 
 fn gcd(a: u64, b: u64) -> u64 {

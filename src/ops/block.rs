@@ -1,12 +1,12 @@
-//! What a decoder block does besides its linears: RMS norm, rotary causal attention, gated
-//! activation; and the squared error of its output. One operation each on the tape.
+//! What a decoder block does besides its linears and attention: norms, gated activation; and the
+//! squared error of its output.
 
 use burn::tensor::{DType, Tensor, activation};
 
 #[cfg(feature = "flex")]
 use {
     super::bridge::{self, Operation, Plain, Rows, reads, tensor},
-    super::kernel::{attention as attention_kernel, mse, norm, swiglu as swiglu_kernel},
+    super::kernel::{mse, norm, swiglu as swiglu_kernel},
     std::sync::Arc,
 };
 
@@ -70,6 +70,25 @@ impl Operation<2> for RmsNorm {
     }
 }
 
+/// Layer norm: [`rms_norm`] of what is left without the mean, plus a bias.
+///
+/// # Shapes
+/// - x, result: `[.., d_model]`
+/// - gain, bias: `[d_model]`
+pub fn layer_norm<const D: usize>(
+    x: Tensor<D>,
+    gain: Tensor<1>,
+    bias: Option<Tensor<1>>,
+    eps: f64,
+) -> Tensor<D> {
+    let mean = x.clone().mean_dim(D - 1);
+    let normed = rms_norm(x - mean, gain, eps);
+    match bias {
+        Some(bias) => normed + bias.unsqueeze(),
+        None => normed,
+    }
+}
+
 /// `silu(gate) * up`.
 ///
 /// # Shapes
@@ -111,156 +130,6 @@ impl Operation<2> for SwiGlu {
         let (d, g, u) = (gradient.values(), gate.values(), up.values());
         swiglu_kernel::swiglu_backward(d, g, u, &mut dgate, &mut dup);
         [Some(gate.like(dgate).plain()), Some(up.like(dup).plain())]
-    }
-}
-
-/// Rotary tables and the causal mask of a run of positions.
-#[derive(Clone, Debug)]
-pub struct Rotary {
-    /// `[1, 1, seq, head_dim / 2]`.
-    pub cos: Tensor<4>,
-    /// `[1, 1, seq, head_dim / 2]`.
-    pub sin: Tensor<4>,
-    /// 0 or -inf, `[1, 1, heads per kv head * seq, past + seq]`.
-    pub mask: Tensor<4>,
-}
-
-impl Rotary {
-    /// `[batch, seq, heads * head_dim]` as `[batch, heads, seq, head_dim]`.
-    pub fn heads(x: Tensor<3>, head_dim: usize) -> Tensor<4> {
-        let [batch, seq, width] = x.dims();
-        x.reshape([batch, seq, width / head_dim, head_dim]).swap_dims(1, 2)
-    }
-
-    /// Rotates `[batch, heads, seq, head_dim]`: half of the features against the other half.
-    pub fn rotate(&self, x: Tensor<4>) -> Tensor<4> {
-        let half = x.dims()[3] / 2;
-        let first = x.clone().narrow(3, 0, half);
-        let second = x.narrow(3, half, half);
-        let (cos, sin) = (self.cos.clone(), self.sin.clone());
-        let rotated_first = first.clone() * cos.clone() - second.clone() * sin.clone();
-        let rotated_second = second * cos + first * sin;
-        Tensor::cat(vec![rotated_first, rotated_second], 3)
-    }
-
-    /// Softmax attention of rotated queries over rotated keys.
-    ///
-    /// # Shapes
-    /// - q: `[batch, heads, seq, head_dim]`; k, v: `[batch, kv_heads, past + seq, head_dim]`
-    /// - result: `[batch, seq, heads * head_dim]`
-    pub fn attend(&self, q: Tensor<4>, k: Tensor<4>, v: Tensor<4>) -> Tensor<3> {
-        let [batch, heads, seq, head_dim] = q.dims();
-        let kv_heads = k.dims()[1];
-        // The query heads that share a key head are stacked along the sequence, so that keys and
-        // values are used as they are, never repeated.
-        let stacked = [batch, kv_heads, heads / kv_heads * seq, head_dim];
-        let scale = (head_dim as f64).powf(-0.5);
-        let scores = (q * scale).reshape(stacked).matmul(k.swap_dims(2, 3));
-        let weights = activation::softmax(scores + self.mask.clone(), 3);
-        let mixed = weights.matmul(v).reshape([batch, heads, seq, head_dim]).swap_dims(1, 2);
-        mixed.reshape([batch, seq, heads * head_dim])
-    }
-}
-
-/// Rotary causal attention with grouped key and value heads, over one run of positions from 0.
-///
-/// # Shapes
-/// - q, result: `[batch, seq, heads * head_dim]`
-/// - k, v: `[batch, seq, kv_heads * head_dim]`
-pub fn causal_attention(
-    q: Tensor<3>,
-    k: Tensor<3>,
-    v: Tensor<3>,
-    rotary: &Rotary,
-    head_dim: usize,
-) -> Tensor<3> {
-    #[cfg(feature = "flex")]
-    if reads(&q) {
-        let operation = Attention {
-            cos: bridge::frozen(rotary.cos.clone()),
-            sin: bridge::frozen(rotary.sin.clone()),
-            head_dim,
-        };
-        return tensor(bridge::apply(operation, [q, k, v].map(Tensor::into_dispatch)));
-    }
-    let q = rotary.rotate(Rotary::heads(q, head_dim));
-    let k = rotary.rotate(Rotary::heads(k, head_dim));
-    rotary.attend(q, k, Rotary::heads(v, head_dim))
-}
-
-#[cfg(feature = "flex")]
-#[derive(Clone, Debug)]
-struct Attention {
-    cos: Plain,
-    sin: Plain,
-    head_dim: usize,
-}
-
-#[cfg(feature = "flex")]
-impl Attention {
-    fn shape(&self, q: &Rows, k: &Rows) -> attention_kernel::Shape {
-        let (queries, keys) = (q.shape(), k.shape());
-        attention_kernel::Shape {
-            batch: queries[0],
-            seq: queries[1],
-            heads: queries[2] / self.head_dim,
-            kv_heads: keys[2] / self.head_dim,
-            head_dim: self.head_dim,
-        }
-    }
-}
-
-#[cfg(feature = "flex")]
-impl Operation<3> for Attention {
-    /// The output, and the logarithm of each row's sum of exponentials.
-    type Saved = (Plain, Arc<Vec<f32>>);
-    const CHEAP: bool = false;
-
-    fn forward(&self, inputs: [Plain; 3]) -> (Plain, Self::Saved) {
-        let [q, k, v] = inputs.map(Rows::of);
-        let [cos, sin] = [&self.cos, &self.sin].map(|table| Rows::of(table.clone()));
-        let mut out = vec![0.0; q.values().len()];
-        let log_sums = attention_kernel::attention(
-            &self.shape(&q, &k),
-            q.values(),
-            k.values(),
-            v.values(),
-            cos.values(),
-            sin.values(),
-            &mut out,
-        );
-        let out = q.like(out).plain();
-        (out.clone(), (out, Arc::new(log_sums)))
-    }
-
-    fn backward(
-        &self,
-        inputs: [Plain; 3],
-        (out, log_sums): Self::Saved,
-        gradient: Plain,
-        _: [bool; 3],
-    ) -> [Option<Plain>; 3] {
-        let [q, k, v] = inputs.map(Rows::of);
-        let [cos, sin] = [&self.cos, &self.sin].map(|table| Rows::of(table.clone()));
-        let (out, gradient) = (Rows::of(out), Rows::of(gradient));
-        let mut dq = vec![0.0; q.values().len()];
-        let mut dk = vec![0.0; k.values().len()];
-        let mut dv = vec![0.0; v.values().len()];
-        attention_kernel::attention_backward(
-            &self.shape(&q, &k),
-            gradient.values(),
-            q.values(),
-            k.values(),
-            v.values(),
-            cos.values(),
-            sin.values(),
-            out.values(),
-            &log_sums,
-            &mut dq,
-            &mut dk,
-            &mut dv,
-        );
-        [(q, dq), (k, dk), (v, dv)].map(|(like, values)| Some(like.like(values).plain()))
     }
 }
 

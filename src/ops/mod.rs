@@ -7,6 +7,7 @@
 //! burn's operations. [`composed`] forces the latter.
 
 mod adamw;
+mod attention;
 mod binary_coding;
 pub mod bits;
 mod block;
@@ -22,8 +23,9 @@ mod search;
 mod vector;
 
 pub use adamw::{AdamWStep, Moments, adamw_step, adamw_step_in_units, laid_out_like, squared_norm};
+pub use attention::{Attending, Scores, causal_attention};
 pub use binary_coding::{Unified, nearest_codes};
-pub use block::{Rotary, block_mse, causal_attention, rms_norm, swiglu};
+pub use block::{block_mse, layer_norm, rms_norm, swiglu};
 pub use bridge::composed;
 pub use coded::{CodedKind, CodedMatrix, PackedCodes};
 pub use fake_quant::{

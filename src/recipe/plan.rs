@@ -10,11 +10,9 @@ use wildmatch::WildMatch;
 use super::{Override, QuantSection, Recipe};
 use crate::error::{Error, Result};
 use crate::method::MethodConfig;
-use crate::model::{HEAD, ModelConfig, linear_shapes, weight_name};
+use crate::model::{ModelConfig, weight_name};
 use crate::quant::{ActivationQuant, ObserverConfig, QuantSpec, Repr};
 use crate::stage::{BASE, SpecChange, StageConfig};
-use crate::store::TensorSource;
-use crate::store::safetensors::Checkpoint;
 
 /// A recipe that makes sense for a model.
 #[derive(Clone, Debug)]
@@ -25,6 +23,8 @@ pub struct Plan {
     pub start: Repr,
     /// Its stages, resolved.
     pub stages: Vec<PlannedStage>,
+    /// The output head's name.
+    head: &'static str,
 }
 
 /// What the linears of a packed model are, by full name; empty for a float model.
@@ -82,7 +82,6 @@ impl Plan {
     pub fn new(
         recipe: Recipe,
         model: &ModelConfig,
-        checkpoint: &Checkpoint,
         base: &Base,
         text: &str,
         set: &[String],
@@ -91,7 +90,6 @@ impl Plan {
         if recipe.stage.is_empty() {
             return Err(Error::usage("the recipe has no stage").fix("a [[stage]] table"));
         }
-        check_model(model, checkpoint, base)?;
         let mut stages: Vec<PlannedStage> = Vec::new();
         let mut repr = base.repr()?;
         let start = repr;
@@ -123,7 +121,7 @@ impl Plan {
             let resolved = if tunes {
                 // What the linears are is what they stay; the head does not learn.
                 let mut linears = quantized.clone();
-                linears.remove(HEAD);
+                linears.remove(model.head());
                 Resolved { linears, ..Resolved::default() }
             } else {
                 Resolved::new(&recipe.quant, change, model, &quantized, &lines)?
@@ -138,7 +136,7 @@ impl Plan {
             }
             if matches!(config, StageConfig::Finetune(_)) {
                 latest = config.name();
-                quantized.retain(|name, _| name == HEAD);
+                quantized.retain(|name, _| name == model.head());
             }
             if tunes {
                 default_spec = last_spec.unwrap_or(default_spec);
@@ -158,7 +156,7 @@ impl Plan {
                 first_step,
             });
         }
-        Ok(Self { recipe, start, stages })
+        Ok(Self { recipe, start, stages, head: model.head() })
     }
 
     /// `dense → reconstruct(flexround, w4) → ...`.
@@ -170,7 +168,7 @@ impl Plan {
 
     /// Every linear that some stage quantizes.
     pub fn quantized(&self) -> BTreeSet<&str> {
-        let of = |stage: &'_ PlannedStage| stage.head.map(|_| HEAD);
+        let of = |stage: &'_ PlannedStage| stage.head.map(|_| self.head);
         let heads = self.stages.iter().filter_map(of);
         self.stages
             .iter()
@@ -327,30 +325,6 @@ fn default_spec(quant: &QuantSection, change: Option<(&MethodConfig, SpecChange)
     }
 }
 
-/// Every linear is in the checkpoint, with the shape that config.json gives it.
-fn check_model(model: &ModelConfig, checkpoint: &Checkpoint, base: &Base) -> Result<()> {
-    for (name, shape) in linear_shapes(model) {
-        if base.linears.contains_key(&name) {
-            continue;
-        }
-        let name = weight_name(&name);
-        let found = checkpoint.info(&name).ok_or_else(|| {
-            Error::preflight("the checkpoint lacks a tensor that config.json asks for")
-                .at(&name)
-                .fix("a Hugging Face model folder, float or packed by fewbit")
-        })?;
-        if found.shape != shape {
-            return Err(Error::preflight(format!(
-                "the tensor has shape {:?}, config.json asks for {shape:?}",
-                found.shape
-            ))
-            .at(&name)
-            .fix("check that config.json belongs to these weights"));
-        }
-    }
-    Ok(())
-}
-
 /// The linears of one stage.
 #[derive(Default)]
 struct Resolved {
@@ -373,14 +347,16 @@ impl Resolved {
             quant.overrides.iter().map(|o| WildMatch::new(&o.pattern)).collect();
         let mut used = vec![false; patterns.len()];
         let mut resolved = Self::default();
-        for (index, rule) in quant.overrides.iter().enumerate().filter(|(_, o)| o.pattern == HEAD) {
+        for (index, rule) in
+            quant.overrides.iter().enumerate().filter(|(_, o)| o.pattern == model.head())
+        {
             used[index] = true;
             let spec = rule.apply(default_spec(quant, None));
-            spec.layout([model.vocab, model.d_model])
-                .map_err(|error| error.at(HEAD).at(lines.place("quant.group_size")))?;
+            spec.layout(model.head_shape())
+                .map_err(|error| error.at(model.head()).at(lines.place("quant.group_size")))?;
             resolved.head = (change.is_some() && !rule.keep).then_some(spec);
         }
-        for (name, shape) in linear_shapes(model) {
+        for (name, shape) in model.linear_shapes() {
             let mut spec = default;
             let mut keep = false;
             for (index, (pattern, rule)) in patterns.iter().zip(&quant.overrides).enumerate() {

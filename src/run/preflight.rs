@@ -15,14 +15,13 @@ use crate::data::{Marks, TokenStream, Tokenizer, sha256_of};
 use crate::device::{self, NamedDevice};
 use crate::error::{Error, Kind, Result};
 use crate::export::{ActivationRecord, Format, GridRecord, Manifest, OpenModel};
-use crate::model::{HEAD, ModelConfig, companions, linear_shapes};
+use crate::model::{ModelConfig, companions, open_folder};
 use crate::quant::{GroupAxis, GroupSize, QuantSpec, Repr, Symmetry};
 use crate::recipe::{self, Base, DataConfig, Paths, Plan, Recipe, to_toml};
 use crate::report::{Event, memory, size};
 use crate::stage::{Corpus, Data, FinetuneConfig, ModelState, StageConfig};
 use crate::stop::StopFlag;
 use crate::store::folder::{free_bytes, sha256_file};
-use crate::store::safetensors::Checkpoint;
 use crate::store::{hex, locate};
 
 /// Window length when neither the recipe nor the model says less.
@@ -74,8 +73,7 @@ pub fn prepare(options: &Options, stop: &StopFlag) -> Result<Prepared> {
     }
     let device = device::open(&recipe.device)?;
     let model = open_model(&recipe)?;
-    let plan =
-        Plan::new(recipe, &model.config, &model.checkpoint, &base_of(&model), &text, &options.set)?;
+    let plan = Plan::new(recipe, &model.config, &base_of(&model), &text, &options.set)?;
     stop.check()?;
     let data = load_data(&plan, &model)?;
     check_data(&plan, &model, &data)?;
@@ -94,7 +92,7 @@ fn open_model(recipe: &Recipe) -> Result<ModelState> {
     let teacher = match &recipe.model.teacher {
         Some(teacher) => {
             let dir = locate::model(teacher).map_err(|e| e.at("model.teacher"))?;
-            Some(Checkpoint::open(&dir).map_err(|e| e.at("model.teacher"))?)
+            Some(open_folder(&dir).map_err(|e| e.at("model.teacher"))?.1)
         }
         None => None,
     };
@@ -106,9 +104,10 @@ fn open_model(recipe: &Recipe) -> Result<ModelState> {
         Kind::Failed => error.with_kind(Kind::Preflight),
         _ => error,
     };
+    let (config, checkpoint) = open_folder(&dir).map_err(as_preflight)?;
     Ok(ModelState {
-        config: ModelConfig::read(&dir).map_err(as_preflight)?,
-        checkpoint: Checkpoint::open(&dir).map_err(as_preflight)?,
+        config,
+        checkpoint,
         quantized: BTreeMap::new(),
         latents: BTreeMap::new(),
         dense: BTreeMap::new(),
@@ -291,8 +290,8 @@ impl Prepared {
     pub fn kept(&self) -> Vec<String> {
         let quantized = self.plan.quantized();
         let mut kept = vec!["embed".to_owned()];
-        kept.extend((!quantized.contains(HEAD)).then(|| "head".to_owned()));
-        let linears = linear_shapes(&self.model.config).into_iter().map(|(name, _)| name);
+        kept.extend((!quantized.contains(self.model.config.head())).then(|| "head".to_owned()));
+        let linears = self.model.config.linears().map(|(name, _)| name);
         kept.extend(linears.filter(|name| !quantized.contains(name.as_str())));
         kept
     }
@@ -311,12 +310,13 @@ struct Sizes {
 impl Needs {
     fn estimate(plan: &Plan, model: &ModelState, data: &Data, device: &NamedDevice) -> Self {
         let config = &model.config;
-        let linears: u64 = linear_shapes(config).iter().map(|(_, [o, i])| (o * i) as u64).sum();
+        let linears: u64 =
+            config.linears().map(|(_, spec)| spec.shape.iter().product::<usize>() as u64).sum();
         let heads = if config.tied { 1 } else { 2 };
         let sizes = Sizes {
             linears,
             block: linears / config.n_blocks.max(1) as u64,
-            rest: (heads * config.vocab * config.d_model) as u64,
+            rest: (heads * config.head_shape().iter().product::<usize>()) as u64,
         };
         let speed = Speed::measure(&device.device);
         let (mut on_device, mut on_host, mut disk, mut seconds) = (0, linears, 0, 0.0);

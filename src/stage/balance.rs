@@ -5,7 +5,6 @@
 use std::collections::BTreeMap;
 
 use burn::module::Param;
-use burn::nn::Linear;
 use burn::tensor::{Tensor, TensorData};
 
 use super::StageContext;
@@ -13,7 +12,9 @@ use super::activations::Activations;
 use super::solve_block::{Observed, Reference, observe, replace};
 use crate::error::Result;
 use crate::method::{MethodConfig, Problem};
-use crate::model::{Block, LINEARS, Positions, RmsNorm, Site, weight_name};
+use crate::model::{
+    Activation, Block, ModelConfig, Norm, Positions, Residual, Role, Site, weight_name,
+};
 use crate::store::HostTensor;
 
 /// No channel is scaled by less than this before the factors are centred (the AWQ code's).
@@ -22,25 +23,47 @@ const SCALE_FLOOR: f32 = 1e-4;
 /// Linears that share an input, and what produces it.
 struct Group {
     site: Site,
-    /// Positions in [`LINEARS`].
-    members: &'static [usize],
+    /// Positions in the description's list of linears.
+    members: Vec<usize>,
     feeder: Feeder,
 }
 
 #[derive(Clone, Copy)]
 enum Feeder {
-    InputNorm,
-    MlpNorm,
-    /// Position in [`LINEARS`]: its output channels are the group's input channels.
-    Linear(usize),
+    /// The norm before attention or the MLP.
+    Norm(&'static str),
+    /// Rows of a linear, from one on: its output channels are the group's input channels.
+    Rows(usize, usize),
 }
 
-const GROUPS: [Group; 4] = [
-    Group { site: Site::Attention, members: &[0, 1, 2], feeder: Feeder::InputNorm },
-    Group { site: Site::AttentionOutput, members: &[3], feeder: Feeder::Linear(2) },
-    Group { site: Site::Mlp, members: &[4, 5], feeder: Feeder::MlpNorm },
-    Group { site: Site::MlpOutput, members: &[6], feeder: Feeder::Linear(5) },
-];
+/// What of a family's block can be balanced: where nothing but one norm, or rows of one linear, produces
+/// an input, and factors pass through what stands between.
+fn groups(config: &ModelConfig) -> Vec<Group> {
+    let arch = &config.arch;
+    let place = |role: Role| arch.linears.iter().position(|spec| spec.role == role);
+    let norm = |norm: Option<&'static str>| norm.map(Feeder::Norm);
+    let [q, kv] = [config.n_heads, config.n_kv_heads].map(|heads| heads * config.head_dim);
+    // With grouped heads a value feeds several inputs of the output.
+    let values = place(Role::Value).map(|place| Feeder::Rows(place, 0));
+    let values = values.or(place(Role::QueryKeyValue).map(|place| Feeder::Rows(place, q + kv)));
+    let passes = place(Role::Gate).is_some() || arch.activation == Activation::Relu;
+    let up = place(Role::Up).filter(|_| passes).map(|place| Feeder::Rows(place, 0));
+    let up = up.or(place(Role::GateUp).map(|place| Feeder::Rows(place, config.d_ff)));
+    // A norm that attention and MLP share has two readers.
+    let shared = arch.residual == Residual::Parallel && arch.norms.mlp_input.is_none();
+    let feeders = [
+        (Site::Attention, norm(arch.norms.attention_input).filter(|_| !shared)),
+        (Site::AttentionOutput, values.filter(|_| q == kv)),
+        (Site::Mlp, norm(arch.norms.mlp_input)),
+        (Site::MlpOutput, up),
+    ];
+    let group = |(site, feeder): (Site, Option<Feeder>)| {
+        let members = arch.linears.iter().enumerate();
+        let members = members.filter(|(_, spec)| spec.role.site() == site);
+        Some(Group { site, members: members.map(|(place, _)| place).collect(), feeder: feeder? })
+    };
+    feeders.into_iter().filter_map(group).collect()
+}
 
 /// Balances `block` in place; gives every dense tensor that changed, by full name.
 pub(super) fn balance(
@@ -52,12 +75,12 @@ pub(super) fn balance(
     positions: &Positions,
 ) -> Result<BTreeMap<String, HostTensor>> {
     let mut changed = BTreeMap::new();
-    for group in GROUPS {
+    for group in groups(&ctx.model.config) {
         ctx.stop.check()?;
         let quantized: Vec<usize> = (group.members.iter().copied())
-            .filter(|i| ctx.specs.contains_key(&format!("{prefix}.{}", LINEARS[*i])))
+            .filter(|place| ctx.specs.contains_key(&full_name(prefix, block, *place)))
             .collect();
-        if quantized.is_empty() || !feeds(block, &group) {
+        if quantized.is_empty() {
             continue;
         }
         let sites = [group.site];
@@ -71,13 +94,8 @@ pub(super) fn balance(
     Ok(changed)
 }
 
-/// Whether the feeder's channels are the group's channels: with grouped heads v's are not o's.
-fn feeds(block: &Block, group: &Group) -> bool {
-    let Feeder::Linear(feeder) = group.feeder else { return true };
-    let linears = block.linears();
-    let [_, made] = linears[feeder].1.weight.dims();
-    let [read, _] = linears[group.members[0]].1.weight.dims();
-    made == read
+fn full_name(prefix: &str, block: &Block, place: usize) -> String {
+    format!("{prefix}.{}", block.config.arch.linears[place].name)
 }
 
 struct Search<'a> {
@@ -95,8 +113,8 @@ impl Search<'_> {
     /// balancing at all. The first of equals wins.
     fn best(&self, block: &Block) -> Result<Option<Tensor<1>>> {
         let magnitude = self.observed.inputs.mean_magnitude();
-        let short = LINEARS[self.group.members[0]];
-        let reference = Reference::new(self.ctx, block, short, self.observed, self.positions)?;
+        let site = self.group.site;
+        let reference = Reference::new(self.ctx, block, site, self.observed, self.positions)?;
         let mut best: Option<(f64, Option<Tensor<1>>)> = None;
         for exponent in self.method.balance_exponents() {
             self.ctx.stop.check()?;
@@ -115,9 +133,9 @@ impl Search<'_> {
         let mut rounded = block.clone();
         let mut own = 0.0;
         for position in &self.quantized {
-            let name = format!("{}.{}", self.prefix, LINEARS[*position]);
+            let name = full_name(self.prefix, block, *position);
             let spec = &self.ctx.specs[&name];
-            let weight = block.linears()[*position].1.weight.val().transpose();
+            let weight = block.linears[*position].weight.val().transpose();
             let [out, inputs] = weight.dims();
             let row = factors.clone().reshape([1, inputs]);
             let scaled = weight * row.clone();
@@ -136,7 +154,7 @@ impl Search<'_> {
             if matches!(self.group.site, Site::AttentionOutput | Site::MlpOutput) {
                 own += reference.error(self.ctx, block, *position, &replaced)?;
             } else {
-                replace(rounded.linears_mut()[*position].1, replaced);
+                replace(&mut rounded.linears[*position], replaced);
             }
         }
         match self.group.site {
@@ -159,58 +177,77 @@ fn factors(magnitude: &[f32], exponent: f64) -> Vec<f32> {
 /// Multiplies the members' input channels and divides what feeds them.
 fn apply(block: &mut Block, group: &Group, factors: &Tensor<1>) {
     let channels = factors.dims()[0];
-    for member in group.members {
-        let linear = &mut block.linears_mut()[*member];
-        let weight = linear.1.weight.val().transpose() * factors.clone().reshape([1, channels]);
-        replace(linear.1, weight);
+    for member in &group.members {
+        let linear = &mut block.linears[*member];
+        let weight = linear.weight.val().transpose() * factors.clone().reshape([1, channels]);
+        replace(linear, weight);
     }
-    let divide = |norm: &mut RmsNorm| {
-        let weight = norm.weight.val() / factors.clone();
-        norm.weight = Param::initialized(norm.weight.id, weight).set_require_grad(false);
-    };
     match group.feeder {
-        Feeder::InputNorm => divide(&mut block.input_layernorm),
-        Feeder::MlpNorm => divide(&mut block.post_attention_layernorm),
-        Feeder::Linear(position) => {
-            let linear: &mut Linear = block.linears_mut()[position].1;
-            let weight = linear.weight.val().transpose() / factors.clone().reshape([channels, 1]);
+        Feeder::Norm(_) => {
+            if let Some(norm) = input_norm(block, group.site) {
+                norm.divide(factors);
+            }
+        }
+        Feeder::Rows(place, first) => {
+            let linear = &mut block.linears[place];
+            let [_, out] = linear.weight.dims();
+            // The other rows are divided by one.
+            let ones = |rows: usize| Tensor::<1>::ones([rows], &factors.device());
+            let parts = vec![ones(first), factors.clone(), ones(out - first - channels)];
+            let parts = parts.into_iter().filter(|part| part.dims()[0] > 0).collect();
+            let divisors = Tensor::cat(parts, 0);
+            let weight = linear.weight.val().transpose() / divisors.clone().reshape([out, 1]);
             replace(linear, weight);
             if let Some(bias) = &mut linear.bias {
-                let value = bias.val() / factors.clone();
+                let value = bias.val() / divisors;
                 *bias = Param::initialized(bias.id, value).set_require_grad(false);
             }
         }
     }
 }
 
+fn input_norm(block: &mut Block, site: Site) -> Option<&mut Norm> {
+    match site {
+        Site::Attention => block.norms.attention_input.as_mut(),
+        _ => block.norms.mlp_input.as_mut(),
+    }
+}
+
 /// The changed tensors as they are now.
-fn note(changed: &mut BTreeMap<String, HostTensor>, prefix: &str, block: &Block, group: &Group) {
+fn note(
+    changed: &mut BTreeMap<String, HostTensor>,
+    prefix: &str,
+    block: &mut Block,
+    group: &Group,
+) {
     let mut vector = |name: &str, value: Tensor<1>| {
         let values: Vec<f32> = value.into_data().iter::<f32>().collect();
         changed.insert(format!("{prefix}.{name}"), HostTensor::f32([values.len()], &values));
     };
-    let mut linears: Vec<usize> = group.members.to_vec();
+    let mut linears: Vec<usize> = group.members.clone();
     match group.feeder {
-        Feeder::InputNorm => {
-            vector("input_layernorm.weight", block.input_layernorm.weight.val());
+        Feeder::Norm(name) => {
+            if let Some(norm) = input_norm(block, group.site) {
+                vector(&format!("{name}.weight"), norm.weight.val());
+                if let Some(bias) = &norm.bias {
+                    vector(&format!("{name}.bias"), bias.val());
+                }
+            }
         }
-        Feeder::MlpNorm => {
-            vector("post_attention_layernorm.weight", block.post_attention_layernorm.weight.val());
-        }
-        Feeder::Linear(position) => {
-            let (name, linear) = block.linears()[position];
-            if let Some(bias) = &linear.bias {
+        Feeder::Rows(place, _) => {
+            let name = block.config.arch.linears[place].name;
+            if let Some(bias) = &block.linears[place].bias {
                 vector(&format!("{name}.bias"), bias.val());
             }
-            linears.push(position);
+            linears.push(place);
         }
     }
-    for position in linears {
-        let (name, linear) = block.linears()[position];
-        let weight = linear.weight.val().transpose();
+    for place in linears {
+        let weight = block.linears[place].weight.val().transpose();
         let shape = weight.dims();
         let values: Vec<f32> = weight.into_data().iter::<f32>().collect();
-        changed.insert(weight_name(&format!("{prefix}.{name}")), HostTensor::f32(shape, &values));
+        let name = weight_name(&full_name(prefix, block, place));
+        changed.insert(name, HostTensor::f32(shape, &values));
     }
 }
 
@@ -221,7 +258,7 @@ mod tests {
     use burn::tensor::{DType, Device, Distribution};
 
     use super::*;
-    use crate::model::{Loader, ModelConfig};
+    use crate::model::Loader;
     use crate::store::safetensors::Checkpoint;
 
     #[test]
@@ -239,11 +276,8 @@ mod tests {
             let x = Tensor::<3>::random(x, Distribution::Normal(0.0, 1.0), &device);
             let before = block.forward(x.clone(), &positions);
             let mut balanced = 0;
-            for group in &GROUPS {
-                if !feeds(&block, group) {
-                    continue;
-                }
-                let [inputs, _] = block.linears()[group.members[0]].1.weight.dims();
+            for group in &groups(&config) {
+                let [inputs, _] = block.linears[group.members[0]].weight.dims();
                 let magnitude: Vec<f32> = (0..inputs).map(|c| 0.05 + (c * c % 97) as f32).collect();
                 let values = factors(&magnitude, 0.5);
                 let (low, high) = (values.iter().copied())

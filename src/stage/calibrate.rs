@@ -14,11 +14,11 @@ use serde::{Deserialize, Serialize};
 use super::activations::Activations;
 use super::solve_block::solve_block;
 use super::streams::Streams;
-use super::{StageContext, block_of, inputs, saved_mse, with_mse};
+use super::{StageContext, inputs, saved_mse, with_mse};
 use crate::error::{Error, Result};
 use crate::export::fewbit::Saved;
 use crate::method::{self, MethodConfig, Needs};
-use crate::model::{WeightSource, linear_shapes, weight_name};
+use crate::model::{WeightSource, weight_name};
 use crate::quant::{Bits, GroupSize, ObserverConfig, Symmetry};
 use crate::report::{Event, Reporter, memory};
 
@@ -131,10 +131,9 @@ fn round_block(
     index: usize,
 ) -> Result<Saved> {
     let mut saved = Saved::default();
-    for (name, shape) in linear_shapes(&ctx.model.config) {
-        let Some(spec) = ctx.specs.get(&name).filter(|_| block_of(&name) == index) else {
-            continue;
-        };
+    for (name, shape) in ctx.model.config.linear_shapes() {
+        let of_block = ctx.model.config.block_of(&name) == Some(index);
+        let Some(spec) = ctx.specs.get(&name).filter(|_| of_block) else { continue };
         ctx.stop.check()?;
         let values = ctx.model.weight(&weight_name(&name), &shape)?;
         let weight = Tensor::from_data(TensorData::new(values, shape), &ctx.device.device);

@@ -12,7 +12,7 @@ use super::{Packed, StageContext, StartFrom, check_counts, check_objective, chec
 use crate::error::{Error, Result};
 use crate::export::fewbit::Saved;
 use crate::method::{self, MethodConfig};
-use crate::model::{Block, CausalLm, Loader, WeightSource, block_prefix};
+use crate::model::{Block, CausalLm, Loader, WeightSource};
 use crate::objective::ObjectiveConfig;
 use crate::quant::{Bits, GroupAxis, GroupLayout, GroupSize, ObserverConfig, Symmetry};
 use crate::train::{LearningRate, OptimizerConfig, RateUnit, ScheduleConfig};
@@ -148,7 +148,7 @@ fn finish(
     for (index, block) in student.blocks.iter().enumerate() {
         let mut saved = Saved::default();
         for (name, linear) in block.linears() {
-            let name = format!("{}.{name}", block_prefix(index));
+            let name = format!("{}.{name}", ctx.model.config.block_prefix(index));
             if ctx.specs.contains_key(&name) {
                 let folded = ctx.fold(&name, linear)?;
                 saved.latents.extend(ctx.latents_of(&name, linear));
@@ -171,7 +171,7 @@ fn attach_all(
 ) -> Result<()> {
     for (index, block) in student.blocks.iter_mut().enumerate() {
         for (name, linear) in block.linears_mut() {
-            let name = format!("{}.{name}", block_prefix(index));
+            let name = format!("{}.{name}", ctx.model.config.block_prefix(index));
             if !ctx.specs.contains_key(&name) {
                 continue;
             }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{BASE, Corpus, Data, Measured, ModelState, Packed, StageContext};
 use crate::error::Result;
 use crate::method::{self, MethodConfig, RtnConfig};
-use crate::model::{EMBEDDING, HEAD, Loader, ModelTap, WeightSource, weight_name};
+use crate::model::{Loader, ModelTap, WeightSource, weight_name};
 use crate::quant::{GroupAxis, GroupLayout, QuantSpec, QuantizedWeight, Symmetry};
 use crate::report::{Event, Reporter};
 use crate::task::{self, Perplexity, PplConfig};
@@ -107,7 +107,7 @@ pub(super) fn rounded<'a>(ctx: &'a StageContext<'_>) -> Result<Option<(Rounded<'
     for (name, (current, _)) in &ctx.model.quantized {
         baseline.weights.insert(name.clone(), round(ctx, name, current)?);
         // The head's width is named by its override, not by the baseline.
-        widths.extend((name != HEAD).then_some(current.bits));
+        widths.extend((name != ctx.model.config.head()).then_some(current.bits));
     }
     widths.sort_unstable();
     widths.dedup();
@@ -119,7 +119,7 @@ pub(super) fn rounded<'a>(ctx: &'a StageContext<'_>) -> Result<Option<(Rounded<'
 fn round(ctx: &StageContext<'_>, name: &str, current: &QuantizedWeight) -> Result<QuantizedWeight> {
     let layout = GroupLayout { axis: GroupAxis::In, ..current.layout };
     let shape = [layout.out, layout.inputs];
-    if name == HEAD {
+    if name == ctx.model.config.head() {
         return Ok(current.clone());
     }
     let float = ctx.model.tuned_on(ctx.model.float()?);
@@ -143,7 +143,7 @@ impl WeightSource for Rounded<'_> {
         match self.weights.get(name.strip_suffix(".weight").unwrap_or(name)) {
             Some(weight) => Ok(weight.dequantize()),
             // Norms as the checkpoint has them: balancing is part of another method.
-            None if name == EMBEDDING => self.model.weight(name, shape),
+            None if name == self.model.config.embedding() => self.model.weight(name, shape),
             None => self.model.tuned_on(self.model.float()?).weight(name, shape),
         }
     }

@@ -17,7 +17,7 @@ use super::{StageContext, check_counts, check_objective};
 use crate::data;
 use crate::error::{Error, Result};
 use crate::export::fewbit::Saved;
-use crate::model::{CausalLm, HEAD, Loader, ModelConfig, block_prefix, linear_shapes, weight_name};
+use crate::model::{CausalLm, LinearSpec, Loader, ModelConfig, weight_name};
 use crate::objective::{CrossEntropyObjective, ObjectiveConfig};
 use crate::report::{Event, Reporter, size};
 use crate::store::HostTensor;
@@ -168,21 +168,23 @@ impl FinetuneMethod {
     /// How many numbers learn.
     pub fn trainable(&self, model: &ModelConfig) -> u64 {
         let adapters = self.adapters();
-        let numbers =
-            linear_shapes(model).into_iter().map(|(name, [out, inputs])| match adapters {
-                Some(adapters) if adapters.targets.contains(&name) => {
+        let numbers = model.linears().map(|(_, spec)| {
+            let [out, inputs] = spec.shape;
+            match adapters {
+                Some(adapters) if adapters.targets.contains(spec.role) => {
                     adapters.rank * (out + inputs)
                 }
                 Some(_) => 0,
                 None => out * inputs,
-            });
+            }
+        });
         numbers.sum::<usize>() as u64
     }
 
     /// Whether it changes a linear's weight.
-    fn changes(&self, linear: &str) -> bool {
+    fn changes(&self, linear: &LinearSpec) -> bool {
         match self {
-            Self::Lora(config) => config.targets.contains(linear),
+            Self::Lora(config) => config.targets.contains(linear.role),
             Self::Qlora(_) | Self::Full(_) => true,
         }
     }
@@ -226,10 +228,10 @@ impl FinetuneConfig {
     /// A preflight error that names the linear.
     pub fn fits(&self, model: &ModelConfig) -> Result<()> {
         let Some(adapters) = self.method.adapters() else { return Ok(()) };
-        for (name, shape) in linear_shapes(model) {
-            let [out, inputs] = shape;
+        for (name, spec) in model.linears() {
+            let [out, inputs] = spec.shape;
             let smaller = out.min(inputs);
-            if adapters.targets.contains(&name) && adapters.rank > smaller {
+            if adapters.targets.contains(spec.role) && adapters.rank > smaller {
                 return Err(Error::preflight(format!(
                     "rank {} is above {smaller}, the smaller side of a {out} x {inputs} linear",
                     adapters.rank
@@ -278,9 +280,10 @@ pub(super) fn run(config: &FinetuneConfig, ctx: &mut StageContext<'_>) -> Result
     let all = holds_codes(ctx);
     for (index, block) in student.blocks.iter().enumerate() {
         let mut saved = Saved::default();
-        for (name, linear) in block.linears() {
-            let name = format!("{}.{name}", block_prefix(index));
-            if all || config.method.changes(&name) {
+        let prefix = block.config.block_prefix(index);
+        for (spec, linear) in block.specs().zip(&block.linears) {
+            let name = format!("{prefix}.{}", spec.name);
+            if all || config.method.changes(spec) {
                 saved.dense.insert(weight_name(&name), merged(&name, &linear.weight)?);
             }
         }
@@ -299,9 +302,9 @@ pub(super) fn restore(config: &FinetuneConfig, ctx: &mut StageContext<'_>) -> Re
         take(ctx, saved);
     }
     finish(ctx);
-    for (name, _) in linear_shapes(&ctx.model.config) {
+    for (name, spec) in ctx.model.config.linears() {
         let left = ctx.model.tuned.contains_key(&weight_name(&name));
-        if (all || config.method.changes(&name)) && !left {
+        if (all || config.method.changes(spec)) && !left {
             return Err(Error::failed("a finished stage lacks a linear")
                 .at(ctx.dir.display())
                 .at(name)
@@ -313,7 +316,7 @@ pub(super) fn restore(config: &FinetuneConfig, ctx: &mut StageContext<'_>) -> Re
 
 /// Whether some linear of the blocks is quantized: all of them turn dense then.
 fn holds_codes(ctx: &StageContext<'_>) -> bool {
-    ctx.model.quantized.keys().any(|name| name != HEAD)
+    ctx.model.quantized.keys().any(|name| name != ctx.model.config.head())
 }
 
 fn take(ctx: &mut StageContext<'_>, saved: Saved) {
@@ -338,12 +341,13 @@ fn student(config: &FinetuneConfig, ctx: &StageContext<'_>) -> Result<CausalLm> 
     let mut student = loader.model()?;
     let adapters = config.method.adapters();
     for (index, block) in student.blocks.iter_mut().enumerate() {
-        for (name, linear) in block.linears_mut() {
-            let name = format!("{}.{name}", block_prefix(index));
+        let prefix = model.config.block_prefix(index);
+        for (spec, linear) in model.config.arch.linears.iter().zip(&mut block.linears) {
+            let name = format!("{prefix}.{}", spec.name);
             let weight = linear.weight.clone();
             let seed = data::seed_of(ctx.seed, &format!("stage {} {name}", ctx.stage));
             linear.weight = match adapters {
-                Some(adapters) => adapters.attach(&name, weight, seed, device),
+                Some(adapters) => adapters.attach(spec.role, weight, seed, device),
                 None => weight.set_require_grad(true),
             };
         }
@@ -363,7 +367,8 @@ fn merged(name: &str, weight: &Param<Tensor<2>>) -> Result<HostTensor> {
 /// How much learns.
 fn note_size(config: &FinetuneConfig, ctx: &mut StageContext<'_>) {
     let model = &ctx.model.config;
-    let weights: usize = linear_shapes(model).iter().map(|(_, [out, inputs])| out * inputs).sum();
+    let weights: usize =
+        model.linears().map(|(_, spec)| spec.shape.iter().product::<usize>()).sum();
     let learned = config.method.trainable(model);
     ctx.results.trainable.insert(ctx.stage, learned);
     let share = 100.0 * learned as f64 / weights.max(1) as f64;
@@ -380,13 +385,14 @@ fn write_adapter(
     let Some(adapters) = config.method.adapters() else { return Ok(()) };
     let mut factors = Vec::new();
     for (index, block) in student.blocks.iter().enumerate() {
+        let prefix = block.config.block_prefix(index);
         for (name, linear) in block.linears() {
-            let name = format!("{}.{name}", block_prefix(index));
+            let name = format!("{prefix}.{name}");
             factors.extend(lora::factors(&name, &linear.weight));
         }
     }
     let dir = ctx.run_dir.join("adapters").join(config.method.name());
-    let path = lora::write_folder(&dir, &adapters, &ctx.model.name, &factors)?;
+    let path = lora::write_folder(&dir, &adapters, ctx.model, &factors)?;
     let bytes = std::fs::metadata(&path).map_or(0, |data| data.len());
     let text = format!("adapter {} for peft, {}", dir.display(), size(bytes));
     ctx.report.emit(&Event::Note { text });

@@ -11,7 +11,7 @@ use super::monitor::Quality;
 use super::validate::{NOISE_NLL, Slice, ValidateConfig};
 use super::{Packed, StageConfig, StageContext};
 use crate::error::{Error, Result};
-use crate::model::{ByBlock, HEAD, ModelTap, WeightSource, weight_name};
+use crate::model::{ByBlock, ModelTap, WeightSource, weight_name};
 use crate::report::{Event, Reporter};
 use crate::store::HostTensor;
 
@@ -65,7 +65,8 @@ pub(super) fn after(config: &StageConfig, ctx: &mut StageContext<'_>) -> Result<
 /// As [`after`].
 pub(super) fn before_export(allow_worse: bool, ctx: &mut StageContext<'_>) -> Result<()> {
     // A folder that nothing has changed since, and plain rounding itself, have nothing to prove.
-    let rtn = |(name, (_, method)): (&String, &(_, String))| name == HEAD || method == "rtn";
+    let head = ctx.model.config.head();
+    let rtn = |(name, (_, method)): (&String, &(_, String))| name == head || method == "rtn";
     if ctx.left_by.is_none() || ctx.model.quantized.iter().all(rtn) {
         return Ok(());
     }

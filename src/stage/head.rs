@@ -9,7 +9,7 @@ use super::StageContext;
 use crate::error::Result;
 use crate::export::fewbit::Saved;
 use crate::method::{self, MethodConfig, RtnConfig};
-use crate::model::{EMBEDDING, HEAD, WeightSource, head_name};
+use crate::model::{WeightSource, head_name};
 use crate::quant::{QuantSpec, QuantizedWeight};
 use crate::store::TensorSource;
 
@@ -21,12 +21,13 @@ pub(super) fn round(ctx: &mut StageContext<'_>) -> Result<()> {
         Saved::read(&path)?
     } else {
         let weight = rounded(ctx, &spec)?;
-        let linears = vec![(HEAD.to_owned(), weight, "rtn".to_owned())];
+        let linears = vec![(ctx.model.config.head().to_owned(), weight, "rtn".to_owned())];
         let mut saved = Saved { linears, ..Saved::default() };
         // A tied checkpoint may hold the embedding under the head's name, which is taken now.
-        let source = &ctx.model.checkpoint;
-        if !source.contains(EMBEDDING) {
-            saved.dense.insert(EMBEDDING.to_owned(), source.read(head_name(source))?);
+        let (config, source) = (&ctx.model.config, &ctx.model.checkpoint);
+        let embedding = config.embedding();
+        if !source.contains(&embedding) {
+            saved.dense.insert(embedding, source.read(&head_name(config, source))?);
         }
         saved.write(&path)?;
         saved
@@ -36,12 +37,13 @@ pub(super) fn round(ctx: &mut StageContext<'_>) -> Result<()> {
 
 /// The float head on its grid.
 pub(super) fn rounded(ctx: &StageContext<'_>, spec: &QuantSpec) -> Result<QuantizedWeight> {
-    let shape = [ctx.model.config.vocab, ctx.model.config.d_model];
-    let values = ctx.model.checkpoint.read_f32(head_name(&ctx.model.checkpoint), &shape)?;
+    let (config, source) = (&ctx.model.config, &ctx.model.checkpoint);
+    let shape = config.head_shape();
+    let values = source.read_f32(&head_name(config, source), &shape)?;
     let weight = Tensor::from_data(TensorData::new(values, shape), &ctx.device.device);
     let rtn = MethodConfig::Rtn(RtnConfig {});
     let layout = spec.layout(shape)?;
     method::quantize(&rtn, spec, ctx.observer, layout, &weight)
         .and_then(|weight| weight.with_scales(ctx.scales))
-        .map_err(|e| e.at(HEAD))
+        .map_err(|e| e.at(config.head()))
 }

@@ -14,7 +14,7 @@ use super::streams::{Streams, loader};
 use crate::error::{Error, Result};
 use crate::export::activations::{self, InputGrids};
 use crate::export::fewbit::Saved;
-use crate::model::{Block, Positions, Site, Tap};
+use crate::model::{Block, Positions, Role, Site, Tap};
 use crate::quant::{ActivationQuant, Bits, InputGrid, activation};
 
 /// A step of the optimizer moves a grid's step by no more than this share of where it started: with
@@ -32,7 +32,7 @@ pub(super) fn calibrate(
     if ctx.model.activations.quant.fixed().is_some() {
         let block = loader(ctx, ctx.model).block(index)?;
         let grids = observe(ctx, streams, &block)?;
-        activations::store(index, &grids, &mut saved.dense);
+        activations::store(&ctx.model.config, index, &grids, &mut saved.dense);
         ctx.model.activations.set(index, grids);
     }
     Ok(())
@@ -76,14 +76,13 @@ pub(super) enum Piece {
 }
 
 impl Piece {
-    /// Whether a linear belongs to it, by its name within the block.
-    pub(super) fn holds(self, linear: &str) -> bool {
-        let scores = ["self_attn.q_proj", "self_attn.k_proj"].contains(&linear);
+    /// Whether a linear belongs to it.
+    pub(super) fn holds(self, role: Role) -> bool {
         match self {
             Self::Whole => true,
-            Self::Scores => scores,
-            Self::Attention => !scores && linear.starts_with("self_attn."),
-            Self::Mlp => linear.starts_with("mlp."),
+            Self::Scores => role.feeds_scores(),
+            Self::Attention => role.in_attention() && !role.feeds_scores(),
+            Self::Mlp => !role.in_attention(),
         }
     }
 

@@ -16,12 +16,15 @@ use serde::de::value::{SeqAccessDeserializer, StrDeserializer};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::json;
 
+use super::ModelState;
 use crate::error::{Error, Result};
+use crate::model::{ModelConfig, Role};
 use crate::store::HostTensor;
 use crate::store::folder::write_atomic;
 use crate::store::safetensors::write_file;
 
-/// A linear of the decoder blocks by the last part of its name.
+/// Linears of the decoder blocks by what they compute, named as Llama's; one that computes several of
+/// these at once is each of them.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Target {
@@ -52,16 +55,17 @@ impl Target {
         Self::DownProj,
     ];
 
-    /// The name, as in `self_attn.q_proj`'s last part.
-    pub fn name(self) -> &'static str {
+    /// What they compute.
+    fn roles(self) -> &'static [Role] {
+        const FUSED: [Role; 2] = [Role::QueryKeyValue, Role::QueryKeyValueByHead];
         match self {
-            Self::QProj => "q_proj",
-            Self::KProj => "k_proj",
-            Self::VProj => "v_proj",
-            Self::OProj => "o_proj",
-            Self::GateProj => "gate_proj",
-            Self::UpProj => "up_proj",
-            Self::DownProj => "down_proj",
+            Self::QProj => &[Role::Query, FUSED[0], FUSED[1]],
+            Self::KProj => &[Role::Key, FUSED[0], FUSED[1]],
+            Self::VProj => &[Role::Value, FUSED[0], FUSED[1]],
+            Self::OProj => &[Role::Output],
+            Self::GateProj => &[Role::Gate, Role::GateUp],
+            Self::UpProj => &[Role::Up, Role::GateUp],
+            Self::DownProj => &[Role::Down],
         }
     }
 }
@@ -81,14 +85,15 @@ impl Targets {
         Self([Target::QProj, Target::VProj].into())
     }
 
-    /// Whether a linear is one of them, by its full name or a part that ends it.
-    pub fn contains(&self, linear: &str) -> bool {
-        let last = linear.rsplit('.').next().unwrap_or(linear);
-        self.0.iter().any(|target| target.name() == last)
+    /// Whether linears of this role are among them.
+    pub fn contains(&self, role: Role) -> bool {
+        self.0.iter().any(|target| target.roles().contains(&role))
     }
 
-    fn names(&self) -> Vec<&'static str> {
-        self.0.iter().map(|target| target.name()).collect()
+    /// Their names in a model, in the order of execution.
+    fn names(&self, model: &ModelConfig) -> Vec<&'static str> {
+        let chosen = model.arch.linears.iter().filter(|spec| self.contains(spec.role));
+        chosen.map(|spec| spec.name.rsplit('.').next().unwrap_or(spec.name)).collect()
     }
 }
 
@@ -145,14 +150,14 @@ impl Adapters<'_> {
     /// Puts an adapter on a frozen weight, `[in, out]`, or freezes one that gets none.
     pub(super) fn attach(
         &self,
-        name: &str,
+        role: Role,
         weight: Param<Tensor<2>>,
         seed: u64,
         device: &Device,
     ) -> Param<Tensor<2>> {
         let weight = weight.set_require_grad(false);
         let lora = Lora::new(self.rank, self.alpha);
-        match (self.base, self.targets.contains(name)) {
+        match (self.base, self.targets.contains(role)) {
             (None, false) => weight,
             (None, true) => weight.apply_reparameterization(Seeded { inner: lora, seed }),
             (Some(base), true) => weight.apply_reparameterization(Seeded {
@@ -241,20 +246,20 @@ pub(super) fn host(tensor: Tensor<2>) -> HostTensor {
 pub(super) fn write_folder(
     dir: &Path,
     adapters: &Adapters<'_>,
-    base: &str,
+    model: &ModelState,
     factors: &[(String, HostTensor)],
 ) -> Result<PathBuf> {
     std::fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, &e))?;
     let config = json!({
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": model.name,
         "r": adapters.rank,
         "lora_alpha": adapters.alpha,
-        "target_modules": adapters.targets.names(),
+        "target_modules": adapters.targets.names(&model.config),
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": false,
+        "fan_in_fan_out": model.config.arch.linears.iter().any(|spec| spec.columns),
         "inference_mode": true,
     });
     write_atomic(&dir.join("adapter_config.json"), format!("{config:#}\n").as_bytes())?;
@@ -266,14 +271,29 @@ pub(super) fn write_folder(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::LinearSpec;
+
+    fn model(model_type: &str) -> ModelConfig {
+        let text = json!({
+            "model_type": model_type, "hidden_size": 8, "intermediate_size": 16, "vocab_size": 10,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "n_positions": 16,
+        });
+        ModelConfig::parse(&text.to_string()).unwrap()
+    }
 
     #[test]
-    fn names_are_those_of_the_decoder_and_of_recipes() {
-        let of_decoder = crate::model::LINEARS.map(|name| name.rsplit('.').next().unwrap());
-        assert_eq!(Target::ALL.map(Target::name), of_decoder);
-        for target in Target::ALL {
-            assert_eq!(serde_json::to_value(target).unwrap(), target.name());
+    fn targets_are_what_linears_compute() {
+        let llama = model("llama");
+        let last = |spec: &LinearSpec| spec.name.rsplit('.').next().unwrap();
+        assert_eq!(
+            Targets::all().names(&llama),
+            llama.arch.linears.iter().map(last).collect::<Vec<_>>()
+        );
+        for (target, name) in Target::ALL.into_iter().zip(Targets::all().names(&llama)) {
+            assert_eq!(serde_json::to_value(target).unwrap(), name);
         }
+        let fused = Targets::queries_and_values().names(&model("gpt2"));
+        assert_eq!(fused, ["c_attn"]);
     }
 
     #[test]
@@ -281,7 +301,7 @@ mod tests {
         let read = |text: &str| serde_json::from_str::<Targets>(text);
         assert_eq!(read("\"all\"").unwrap(), Targets::all());
         assert_eq!(read("[\"v_proj\", \"q_proj\"]").unwrap(), Targets::queries_and_values());
-        assert_eq!(read("\"o_proj\"").unwrap().names(), ["o_proj"]);
+        assert_eq!(read("\"o_proj\"").unwrap().names(&model("llama")), ["o_proj"]);
         for wrong in ["[]", "[\"q\"]", "\"every\"", "3"] {
             assert!(read(wrong).is_err(), "{wrong}");
         }
@@ -311,8 +331,8 @@ mod tests {
             let targets = Targets::queries_and_values();
             let adapters =
                 Adapters { rank: 2, alpha: 4.0, targets: &targets, base: Some((bits, 32)) };
-            let held = ["x.q_proj", "x.o_proj"].map(|name| {
-                let weight = adapters.attach(name, weight.clone(), 0, &device);
+            let held = [Role::Query, Role::Output].map(|role| {
+                let weight = adapters.attach(role, weight.clone(), 0, &device);
                 host(weight.val().transpose()).to_f32().unwrap()
             });
             assert_eq!(held[0], held[1]);

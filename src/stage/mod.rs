@@ -707,7 +707,7 @@ impl StageContext<'_> {
                 self.take(Saved::read(&path)?, &path)?;
             }
         }
-        let grids = self.model.activations.check(self.model.config.n_blocks);
+        let grids = self.model.activations.check(&self.model.config);
         grids.map_err(|e| e.at(self.dir.display()).fix("--fresh to start over"))?;
         for name in self.specs.keys() {
             if !self.model.quantized.contains_key(name) {
@@ -723,7 +723,7 @@ impl StageContext<'_> {
     /// Puts what a stage made into the model.
     fn take(&mut self, mut saved: Saved, file: &Path) -> Result<()> {
         self.note_latents(&saved, file);
-        self.model.activations.take(self.model.config.n_blocks, &mut saved.dense)?;
+        self.model.activations.take(&self.model.config, &mut saved.dense)?;
         for (name, weight, method) in saved.linears {
             self.model.quantized.insert(name, (weight, method));
         }
@@ -742,7 +742,10 @@ impl StageContext<'_> {
     fn save_linears(&mut self, linears: Vec<(String, QuantizedWeight, String)>) -> Result<()> {
         let mut blocks: BTreeMap<usize, Saved> = BTreeMap::new();
         for linear in linears {
-            blocks.entry(block_of(&linear.0)).or_default().linears.push(linear);
+            let block = self.model.config.block_of(&linear.0).ok_or_else(|| {
+                Error::failed("a quantized linear is in no block of the model").at(&linear.0)
+            })?;
+            blocks.entry(block).or_default().linears.push(linear);
         }
         blocks.into_iter().try_for_each(|(index, saved)| self.save_block(index, saved))
     }
@@ -770,8 +773,3 @@ fn saved_mse(saved: &Saved) -> [f64; 2] {
 }
 
 const MSE_KEYS: [&str; 2] = ["mse_before", "mse_after"];
-
-/// The block a linear belongs to, from its name `model.layers.INDEX...`.
-fn block_of(linear: &str) -> usize {
-    linear.split('.').nth(2).and_then(|index| index.parse().ok()).unwrap_or(0)
-}

@@ -31,7 +31,7 @@ use crate::error::{Error, Result};
 use crate::export::activations::{self, InputGrids};
 use crate::export::fewbit::Saved;
 use crate::method::{self, MethodConfig, Moment};
-use crate::model::{Block, block_prefix};
+use crate::model::Block;
 use crate::objective::{ObjectiveConfig, Reduction, TokenWeight};
 use crate::ops;
 use crate::quant::{ActivationQuant, Bits, GroupSize, ObserverConfig, Symmetry};
@@ -262,7 +262,7 @@ impl<'a> Fit<'a> {
     /// The block's quantized linears with the grids of its inputs, and its error at the start.
     fn run(&self, ctx: &mut StageContext<'_>) -> Result<(Saved, f64)> {
         let config = self.config;
-        let prefix = block_prefix(self.index);
+        let prefix = ctx.model.config.block_prefix(self.index);
         let mut block = loader(ctx, ctx.model).block(self.index)?;
         for (name, linear) in block.linears_mut() {
             let name = format!("{prefix}.{name}");
@@ -293,7 +293,7 @@ impl<'a> Fit<'a> {
             Some(learned) => learned.grids()?,
             None => inputs::observe(ctx, self.streams, &block)?,
         };
-        activations::store(self.index, &grids, &mut saved.dense);
+        activations::store(&ctx.model.config, self.index, &grids, &mut saved.dense);
         Ok((saved, before))
     }
 
@@ -356,10 +356,11 @@ impl<'a> Fit<'a> {
         block: &mut Block,
         saved: &mut Saved,
     ) -> Result<()> {
-        let prefix = block_prefix(self.index);
-        for (name, linear) in block.linears_mut() {
-            let full = format!("{prefix}.{name}");
-            if piece.holds(name) && ctx.specs.contains_key(&full) {
+        let prefix = ctx.model.config.block_prefix(self.index);
+        let config = block.config.clone();
+        for (spec, linear) in config.arch.linears.iter().zip(&mut block.linears) {
+            let full = format!("{prefix}.{}", spec.name);
+            if piece.holds(spec.role) && ctx.specs.contains_key(&full) {
                 let folded = ctx.fold(&full, linear)?;
                 saved.latents.extend(ctx.latents_of(&full, linear));
                 ctx.set_weight(linear, folded.dequantize());
@@ -405,7 +406,7 @@ impl<'a> Fit<'a> {
             let batch = order.batch(step);
             let start = config.keep_best.then(|| student.clone());
             if config.rate_unit == RateUnit::Grid {
-                let linears = student.block.linears().into_iter();
+                let linears = student.block.linears();
                 let measures = linears.flat_map(|(_, linear)| method::measures(&linear.weight));
                 optimizer.measure_by(measures.collect());
             }
@@ -497,8 +498,9 @@ impl<'a> Fit<'a> {
 
 /// The linears of a piece of a block.
 fn piece_mut(piece: Piece, block: &mut Block) -> impl Iterator<Item = &mut Linear> {
-    let linears = block.linears_mut().into_iter();
-    linears.filter(move |(name, _)| piece.holds(name)).map(|(_, linear)| linear)
+    let specs = block.config.arch.linears.iter();
+    let linears = specs.zip(&mut block.linears);
+    linears.filter(move |(spec, _)| piece.holds(spec.role)).map(|(_, linear)| linear)
 }
 
 fn report_step(

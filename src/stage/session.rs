@@ -552,12 +552,12 @@ impl Batch {
             if let (Some(sum), Some(teacher)) = (closeness.as_mut(), targets.teacher.clone()) {
                 add(sum, ops::compare(logits.clone(), teacher, targets.weights.clone()));
             }
-            let loss = objective.on_logits(logits, &targets)?;
+            let loss = objective.on_logits(logits.clone(), &targets)?;
             value = Some(match value {
                 Some(sum) => sum + loss.value,
                 None => loss.value,
             });
-            gradients.push(student.head_gradient(loss.gradient).inner());
+            gradients.push(student.head_gradient(loss.gradient, &logits).inner());
         }
         let value = value.ok_or_else(|| Error::failed("an empty batch"))?;
         let loss = ops::with_gradient(hidden, value, Tensor::cat(gradients, 0));

@@ -14,7 +14,7 @@ use super::streams::loader;
 use crate::error::{Error, Result};
 use crate::export::fewbit::Saved;
 use crate::method::{MethodConfig, Needs, Problem};
-use crate::model::{Block, Positions, Site, block_prefix};
+use crate::model::{Block, Positions, Site};
 use crate::quant::{Hessian, QuantizedWeight};
 
 /// The quantized linears of block `index`, and the dense tensors that balancing changed.
@@ -26,30 +26,32 @@ pub(super) fn solve_block(
     positions: &Positions,
 ) -> Result<Saved> {
     let mut block = loader(ctx, ctx.model).block(index)?;
-    let prefix = block_prefix(index);
+    let config = &ctx.model.config;
+    let prefix = config.block_prefix(index);
     let mut saved = Saved::default();
     if !method.balance_exponents().is_empty() {
         saved.dense = balance(method, ctx, &prefix, &mut block, input, positions)?;
     }
     let compares = method.needs() == Needs::Outputs;
     let sites = observe(ctx, &block, input, positions, &Site::INPUTS, compares)?;
-    for position in 0..block.linears().len() {
+    for position in 0..block.linears.len() {
         ctx.stop.check()?;
-        let (short, linear) = block.linears()[position];
+        let (short, role) =
+            (config.arch.linears[position].name, config.arch.linears[position].role);
         let name = format!("{prefix}.{short}");
         let Some(spec) = ctx.specs.get(&name) else { continue };
-        let weight = linear.weight.val().transpose();
+        let weight = block.linears[position].weight.val().transpose();
         let [out, inputs] = weight.dims();
         let layout = spec.layout([out, inputs]).map_err(|e| e.at(&name))?;
-        let observed = &sites[&Site::feeding(short)];
-        let reference = Reference::new(ctx, &block, short, observed, positions)?;
+        let observed = &sites[&role.site()];
+        let reference = Reference::new(ctx, &block, role.site(), observed, positions)?;
         let error = |replaced: &Tensor<2>| reference.error(ctx, &block, position, replaced);
         let problem = Problem {
             spec,
             layout,
             observer: ctx.observer,
             weight: &weight,
-            feeds_scores: matches!(short, "self_attn.q_proj" | "self_attn.k_proj"),
+            feeds_scores: role.feeds_scores(),
             inputs: Some(&observed.hessian),
             output_error: if compares { Some(&error) } else { None },
         };
@@ -57,7 +59,7 @@ pub(super) fn solve_block(
             .solve(&problem)
             .and_then(|weight| weight.with_scales(ctx.scales))
             .map_err(|e| e.at(&name))?;
-        replace(block.linears_mut()[position].1, dense(ctx, &solved));
+        replace(&mut block.linears[position], dense(ctx, &solved));
         saved.linears.push((name, solved, method.name().to_owned()));
     }
     saved.dense.retain(|name, _| {
@@ -122,11 +124,10 @@ impl<'a> Reference<'a> {
     pub(super) fn new(
         ctx: &StageContext<'_>,
         block: &Block,
-        linear: &str,
+        site: Site,
         observed: &'a Observed,
         positions: &'a Positions,
     ) -> Result<Self> {
-        let site = Site::feeding(linear);
         let mut reference = Self { site, observed, positions, output: None };
         if !observed.inputs.is_empty() && matches!(site, Site::Attention | Site::Mlp) {
             reference.output = Some(reference.module_output(ctx, block)?);
@@ -138,8 +139,8 @@ impl<'a> Reference<'a> {
         self.observed.inputs.map(&ctx.device.device, |x| {
             ctx.stop.check()?;
             Ok(match self.site {
-                Site::Attention => block.self_attn.forward(x, self.positions, None, &|_, x| x),
-                _ => block.mlp.forward(x, &|_, x| x),
+                Site::Attention => block.attention(x, self.positions, None, &|_, x| x),
+                _ => block.mlp(x, &|_, x| x),
             })
         })
     }
@@ -162,10 +163,10 @@ impl<'a> Reference<'a> {
     ) -> Result<f64> {
         if self.output.is_some() {
             let mut block = block.clone();
-            replace(block.linears_mut()[position].1, replaced.clone());
+            replace(&mut block.linears[position], replaced.clone());
             return self.block_error(ctx, &block);
         }
-        let weight = block.linears()[position].1.weight.val().transpose();
+        let weight = block.linears[position].weight.val().transpose();
         let change: Vec<f32> = (replaced.clone() - weight).into_data().iter::<f32>().collect();
         let [out, _] = replaced.dims();
         // The Hessian is twice the mean outer product.

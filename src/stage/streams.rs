@@ -28,18 +28,15 @@ impl Streams {
             None => (0..corpus.stream.windows(length)).collect(),
         };
         let device = &ctx.device.device;
-        let embed = loader(ctx, &ctx.model.checkpoint).embed()?.val();
+        let positions = Positions::new(&ctx.model.config, 0, length, DType::F32, device);
+        let entrance = loader(ctx, &ctx.model.checkpoint).entrance()?;
         let float = Activations::collect(windows.len(), |range| {
             let rows: Vec<&[u32]> =
                 range.map(|i| corpus.stream.window(windows[i], length)).collect();
             let tokens = CausalLm::tokens(&rows, device);
-            Ok(burn::tensor::module::embedding(embed.clone(), tokens))
+            Ok(entrance.embed(tokens, &positions))
         })?;
-        Ok(Self {
-            quantized: float.clone(),
-            float,
-            positions: Positions::new(&ctx.model.config, 0, length, DType::F32, device),
-        })
+        Ok(Self { quantized: float.clone(), float, positions })
     }
 
     /// The float block's output on `input`; the block is gone when this returns.

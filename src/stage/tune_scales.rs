@@ -13,7 +13,7 @@ use super::{Packed, StageContext};
 use crate::error::{Error, Result};
 use crate::export::{Adapter, AdapterHead, Tuned};
 use crate::method::{self, MethodConfig};
-use crate::model::{Block, CausalLm, Loader, block_prefix};
+use crate::model::{Block, CausalLm, Loader};
 use crate::objective::{CrossEntropyObjective, ObjectiveConfig};
 use crate::quant::{CodedWeight, Learned, QuantizedWeight, SCALE_FLOOR, ScaleDType};
 use crate::report::{Event, Reporter, size};
@@ -146,7 +146,7 @@ pub(super) fn run(config: &TuneScalesConfig, ctx: &mut StageContext<'_>) -> Resu
     let mut tuned = Vec::new();
     for (index, block) in student.blocks.iter().enumerate() {
         for (name, linear) in block.linears() {
-            let name = format!("{}.{name}", block_prefix(index));
+            let name = format!("{}.{name}", ctx.model.config.block_prefix(index));
             if ctx.specs.contains_key(&name) {
                 tuned.push((name.clone(), ctx.fold(&name, linear)?));
             }
@@ -209,7 +209,7 @@ fn student(config: &TuneScalesConfig, ctx: &StageContext<'_>) -> Result<CausalLm
     let mut student = loader.model()?.with_tap(model.activations.tap());
     for (index, block) in student.blocks.iter_mut().enumerate() {
         for (name, linear) in block.linears_mut() {
-            let name = format!("{}.{name}", block_prefix(index));
+            let name = format!("{}.{name}", ctx.model.config.block_prefix(index));
             if ctx.specs.contains_key(&name) {
                 let coded = ctx.coded(&name, config.learned())?;
                 linear.weight = coded.into_parameter(linear.weight.id);

@@ -91,6 +91,11 @@ impl DType {
         Self::ALL.into_iter().find(|dtype| dtype.name() == name)
     }
 
+    /// Whether it is a float type that weights are read in.
+    pub fn is_read(self) -> bool {
+        matches!(self, Self::F32 | Self::F16 | Self::BF16)
+    }
+
     /// Bytes per element: 1, 2, 4 or 8.
     pub fn size(self) -> usize {
         match self {
@@ -130,6 +135,22 @@ impl HostTensor {
     /// writers check it ([`HostTensor::check`]).
     pub fn f32(shape: impl Into<Vec<usize>>, values: &[f32]) -> Self {
         Self::from_values(DType::F32, shape, values, f32::to_le_bytes)
+    }
+
+    /// A matrix with rows for columns.
+    ///
+    /// # Errors
+    /// When it is no matrix.
+    pub fn transposed(&self) -> Result<Self> {
+        let &[rows, columns] = &self.shape[..] else {
+            return Err(Error::failed(format!("a tensor of shape {:?} is no matrix", self.shape)));
+        };
+        let size = self.dtype.size();
+        let element = |place: usize| &self.bytes[place * size..][..size];
+        let places = (0..columns).flat_map(|c| (0..rows).map(move |r| r * columns + c));
+        let mut bytes = Vec::with_capacity(self.bytes.len());
+        places.for_each(|place| bytes.extend_from_slice(element(place)));
+        Ok(Self { dtype: self.dtype, shape: vec![columns, rows], bytes })
     }
 
     /// A BF16 tensor; each value is rounded to the nearest, ties to even.

@@ -34,6 +34,8 @@ pub struct Checkpoint {
     files: Vec<PathBuf>,
     tensors: BTreeMap<String, TensorInfo>,
     metadata: BTreeMap<String, String>,
+    /// Matrices that are given with rows for columns.
+    transposed: BTreeSet<String>,
 }
 
 impl Checkpoint {
@@ -62,7 +64,12 @@ impl Checkpoint {
 
     /// One without a file or a tensor.
     pub fn empty() -> Self {
-        Self { files: Vec::new(), tensors: BTreeMap::new(), metadata: BTreeMap::new() }
+        Self {
+            files: Vec::new(),
+            tensors: BTreeMap::new(),
+            metadata: BTreeMap::new(),
+            transposed: BTreeSet::new(),
+        }
     }
 
     /// Opens one safetensors file under any name.
@@ -75,6 +82,7 @@ impl Checkpoint {
             files: vec![path.to_owned()],
             tensors: header.tensors,
             metadata: header.metadata,
+            transposed: BTreeSet::new(),
         })
     }
 
@@ -97,12 +105,24 @@ impl Checkpoint {
             files.push(path);
         }
         match weight_map.pop_first() {
-            None => Ok(Self { files, tensors, metadata }),
+            None => Ok(Self { files, tensors, metadata, transposed: BTreeSet::new() }),
             Some((name, shard)) => {
                 Err(damaged("the index names a tensor that its shard does not have", name)
                     .at(dir.join(shard).display()))
             }
         }
+    }
+
+    /// Gives these matrices with rows for columns from now on; others of the names are left alone.
+    #[must_use]
+    pub fn with_transposed(mut self, names: impl Iterator<Item = String>) -> Self {
+        for name in names {
+            if let Some(info) = self.tensors.get_mut(&name).filter(|info| info.shape.len() == 2) {
+                info.shape.reverse();
+                self.transposed.insert(name);
+            }
+        }
+        self
     }
 
     /// The string table of the header; of several shards the first to have a key wins.
@@ -140,7 +160,12 @@ impl TensorSource for Checkpoint {
             });
         };
         let bytes = read_range(info).map_err(|error| error.at(name))?;
-        Ok(HostTensor { dtype: info.dtype, shape: info.shape.clone(), bytes })
+        let mut tensor = HostTensor { dtype: info.dtype, shape: info.shape.clone(), bytes };
+        if self.transposed.contains(name) {
+            tensor.shape.reverse();
+            tensor = tensor.transposed()?;
+        }
+        Ok(tensor)
     }
 }
 

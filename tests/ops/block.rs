@@ -1,7 +1,7 @@
 //! What a decoder block does: matrix products, norm, gated activation, attention, and its error.
 
 use burn::tensor::{Device, Tensor, TensorData};
-use fewbit::ops::{self, Rotary};
+use fewbit::ops::{self, Attending, Scores};
 use proptest::prelude::*;
 
 use crate::{Dice, Matrix, Outcome, Sum, alike, close, length};
@@ -182,6 +182,8 @@ pub(crate) struct AttentionCase {
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
+    /// Pairs of each head that are rotated.
+    rotated: usize,
     /// q, k, v: a row for each position.
     pub(crate) inputs: [Matrix; 3],
     /// `[seq, head_dim / 2]`.
@@ -198,30 +200,42 @@ impl AttentionCase {
         let inputs = [one(heads), one(kv_heads), one(kv_heads)];
         let angles = dice.matrix([seq, half], 3.0);
         let upstream = dice.matrix([rows, heads * head_dim], 1.0);
-        Self { batch, seq, heads, kv_heads, head_dim, inputs, angles, upstream }
+        Self { batch, seq, heads, kv_heads, head_dim, rotated: half, inputs, angles, upstream }
     }
 
-    pub(crate) fn rotary(&self, device: &Device) -> Rotary {
+    pub(crate) fn attending(&self, device: &Device, scores: Scores) -> Attending {
         let table = |f: fn(f32) -> f32| {
             let values: Vec<f32> = self.angles.values.iter().map(|x| f(*x)).collect();
             let shape = [1, 1, self.seq, self.head_dim / 2];
-            Tensor::from_data(TensorData::new(values, shape), device)
+            let all = Tensor::<4>::from_data(TensorData::new(values, shape), device);
+            // A part of each head may pass.
+            all.narrow(3, 0, self.rotated)
         };
         let (seq, stack) = (self.seq, self.heads / self.kv_heads);
-        let seen = |row: usize, key: usize| if key <= row % seq { 0.0 } else { f32::NEG_INFINITY };
+        let window = scores.window.unwrap_or(seq);
+        let seen = |row: usize, key: usize| {
+            let live = row % seq + 1;
+            if (live.saturating_sub(window)..live).contains(&key) { 0.0 } else { f32::NEG_INFINITY }
+        };
         let mask: Vec<f32> =
             (0..stack * seq).flat_map(|row| (0..seq).map(move |key| seen(row, key))).collect();
         let mask = Tensor::from_data(TensorData::new(mask, [1, 1, stack * seq, seq]), device);
-        Rotary { cos: table(f32::cos), sin: table(f32::sin), mask }
+        let (cos, sin) = (table(f32::cos), table(f32::sin));
+        Attending { scores, cos, sin, query_factors: None, mask }
     }
 
-    pub(crate) fn run(&self, inputs: [Tensor<2>; 3]) -> Tensor<3> {
-        let rotary = self.rotary(&inputs[0].device());
+    pub(crate) fn plain(&self) -> Scores {
+        let head_dim = self.head_dim;
+        Scores { head_dim, neighbours: false, window: None, scale: None, cap: None }
+    }
+
+    pub(crate) fn run(&self, inputs: [Tensor<2>; 3], scores: Scores) -> Tensor<3> {
+        let attending = self.attending(&inputs[0].device(), scores);
         let [q, k, v] = inputs.map(|x| {
             let width = x.dims()[1];
             x.reshape([self.batch, self.seq, width])
         });
-        ops::causal_attention(q, k, v, &rotary, self.head_dim)
+        ops::causal_attention(q, k, v, &attending)
     }
 
     /// A head's row, rotated by the angles of its position, or back.
@@ -289,11 +303,34 @@ proptest! {
     ) {
         let case = AttentionCase::new(sizes, seed);
         let exact = case.exact().map(alike);
-        for found in Outcome::both(&case.inputs, &case.upstream.values, |inputs| case.run(inputs)) {
+        for found in Outcome::both(&case.inputs, &case.upstream.values, |inputs| case.run(inputs, case.plain())) {
             close("output", &found.values, &exact[0], 1e-5);
             for (i, name) in ["of q", "of k", "of v"].iter().enumerate() {
                 close(name, &found.gradients[i], &exact[i + 1], 1e-5);
             }
+        }
+    }
+
+    /// Windows, caps, neighbours, scales and heads of which a part is rotated: one answer in both forms.
+    #[test]
+    fn attention_of_other_families(
+        sizes in [1usize..3, 1usize..40, 1usize..4, 1usize..4, 1usize..10],
+        window in proptest::option::of(1usize..20),
+        cap in proptest::option::of(0.5f64..4.0),
+        scale in proptest::option::of(0.1f64..2.0),
+        neighbours in any::<bool>(),
+        part in 1usize..10,
+        seed in any::<u64>(),
+    ) {
+        let mut case = AttentionCase::new(sizes, seed);
+        case.rotated = part.min(case.head_dim / 2);
+        let scores = Scores { window, cap, scale, neighbours, ..case.plain() };
+        let upstream = &case.upstream.values;
+        let [a, b] = Outcome::both(&case.inputs, upstream, |inputs| case.run(inputs, scores));
+        let wide = |x: &[f32]| alike(x.iter().map(|x| f64::from(*x)).collect());
+        close("output", &a.values, &wide(&b.values), 1e-5);
+        for (i, name) in ["of q", "of k", "of v"].iter().enumerate() {
+            close(name, &a.gradients[i], &wide(&b.gradients[i]), 1e-5);
         }
     }
 }
@@ -303,7 +340,9 @@ fn long_attention() {
     // More than a tile of queries, and enough work for two threads.
     let case = AttentionCase::new([1, 150, 2, 2, 16], 5);
     let exact = case.exact().map(alike);
-    for found in Outcome::both(&case.inputs, &case.upstream.values, |inputs| case.run(inputs)) {
+    for found in
+        Outcome::both(&case.inputs, &case.upstream.values, |inputs| case.run(inputs, case.plain()))
+    {
         close("output", &found.values, &exact[0], 1e-5);
         for (i, name) in ["of q", "of k", "of v"].iter().enumerate() {
             close(name, &found.gradients[i], &exact[i + 1], 1e-5);

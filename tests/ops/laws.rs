@@ -5,8 +5,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::tensor::{Device, Int, Tensor};
 use fewbit::ops::{
-    self, CodedKind, CodedMatrix, Comparison, Divergence, Divided, PackedCodes, Rotary, Rule,
-    TieRule, Unified,
+    self, CodedKind, CodedMatrix, Comparison, Divergence, Divided, PackedCodes, Rule, TieRule,
+    Unified,
 };
 
 use crate::binary_coding::UnifiedCase;
@@ -84,10 +84,10 @@ fn kernels_refuse_tracked_constants() {
     });
     let case = AttentionCase::new([1, 3, 1, 1, 2], 1);
     refuses("rotary tables", || {
-        let Rotary { cos, sin, mask } = case.rotary(&Device::flex().autodiff());
-        let rotary = Rotary { cos: cos.require_grad(), sin, mask };
+        let mut attending = case.attending(&Device::flex().autodiff(), case.plain());
+        attending.cos = attending.cos.require_grad();
         let [q, k, v] = case.inputs.each_ref().map(|x| x.plain().reshape::<3, _>([1, 3, 4]));
-        let _ = ops::causal_attention(q, k, v, &rotary, 4);
+        let _ = ops::causal_attention(q, k, v, &attending);
     });
     for tracked_at in 0..3 {
         let arguments = || {
@@ -213,5 +213,5 @@ fn a_block_survives_recomputation() {
         ops::block_mse(x.reshape([2, 3, 33]), target, true)
     });
     let case = AttentionCase::new([2, 17, 2, 2, 4], 6);
-    survives_recomputation("attention", &case.inputs, |inputs| case.run(inputs));
+    survives_recomputation("attention", &case.inputs, |inputs| case.run(inputs, case.plain()));
 }

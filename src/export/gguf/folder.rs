@@ -9,7 +9,7 @@ use std::io::{Read, Seek};
 use serde_json::{Value as Json, json};
 
 use super::keys::{Keys, missing};
-use super::llama::{BLOCK_NAMES, ROPE_FACTORS};
+use super::llama::ROPE_FACTORS;
 use super::reader::{Reader, TensorInfo};
 use super::rotation;
 use super::special::Special;
@@ -22,6 +22,18 @@ const HEAD: &str = "output.weight";
 /// Parts of a block that may carry biases: attention's, then the MLP's.
 const ATTENTION: [&str; 4] = ["attn_q", "attn_k", "attn_v", "attn_output"];
 const MLP: [&str; 3] = ["ffn_gate", "ffn_up", "ffn_down"];
+/// Names of a block's parts.
+const BLOCK_NAMES: [&str; 9] = [
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_output",
+    "ffn_gate",
+    "ffn_up",
+    "ffn_down",
+    "attn_norm",
+    "ffn_norm",
+];
 const EPS: &str = "llama.attention.layer_norm_rms_epsilon";
 const THETA: &str = "llama.rope.freq_base";
 const PLAIN: &str = "a file of a plain Llama model";
@@ -244,7 +256,7 @@ fn check_tensors(tensors: &BTreeMap<String, TensorInfo>, blocks: usize) -> Resul
     }
     // Ends at the first missing one, however many blocks are claimed.
     for block in 0..blocks {
-        for (_, inner) in BLOCK_NAMES {
+        for inner in BLOCK_NAMES {
             let name = format!("blk.{block}.{inner}.weight");
             tensors.get(&name).ok_or_else(|| lacks(&name))?;
         }
@@ -294,7 +306,7 @@ fn place(name: &str, blocks: usize) -> Option<Place> {
     let known = block.parse::<usize>().is_ok_and(|b| b < blocks && b.to_string() == block);
     let (inner, part) = inner.split_once('.').filter(|_| known)?;
     match part {
-        "weight" if BLOCK_NAMES.iter().any(|(_, theirs)| *theirs == inner) => Some(Place::Weight),
+        "weight" if BLOCK_NAMES.contains(&inner) => Some(Place::Weight),
         "bias" if ATTENTION.contains(&inner) => Some(Place::AttentionBias),
         "bias" if MLP.contains(&inner) => Some(Place::MlpBias),
         _ => None,
@@ -336,7 +348,10 @@ fn scaling(keys: Keys<'_>, factors: Option<&[f32]>, sizes: &Sizes) -> Result<Rop
 
 fn scaling_json(scaling: &RopeScaling) -> Json {
     match scaling {
-        RopeScaling::Default => Json::Null,
+        RopeScaling::Default
+        | RopeScaling::Dynamic { .. }
+        | RopeScaling::Yarn { .. }
+        | RopeScaling::Long { .. } => Json::Null,
         RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
         RopeScaling::Llama3 { factor, low, high, original } => json!({
             "rope_type": "llama3",
@@ -392,7 +407,7 @@ mod tests {
         let mut shapes = vec![("token_embd.weight".to_owned(), vec![12, 8])];
         shapes.push(("output_norm.weight".to_owned(), vec![8]));
         for block in 0..2 {
-            for (_, inner) in BLOCK_NAMES {
+            for inner in BLOCK_NAMES {
                 let shape = match inner {
                     "attn_norm" | "ffn_norm" => vec![8],
                     "ffn_gate" | "ffn_up" => vec![16, 8],

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::export::matrix::Affine;
 use crate::export::packed::Unpacked;
 use crate::export::parts::{Stored, Writing};
-use crate::model::{EMBEDDING, HEAD, ModelConfig, weight_name};
+use crate::model::{ModelConfig, weight_name};
 use crate::quant::QuantizedWeight;
 use crate::store::folder::write_atomic_with;
 
@@ -128,15 +128,17 @@ pub(in crate::export) fn choose(
 
 /// The name in the file; empty for a tensor that the file does not repeat.
 fn stored_name(name: &str, writing: &Writing<'_>) -> Option<String> {
-    if name == weight_name(HEAD) && writing.config.tied && !writing.unties() {
+    let config = &writing.config;
+    if name == weight_name(config.head()) && config.tied && !writing.unties() {
         // A tied checkpoint may hold its one matrix under the head's name.
-        return if writing.contains(EMBEDDING) {
+        let embedding = config.embedding();
+        return if writing.contains(&embedding) {
             Some(String::new())
         } else {
-            llama::tensor_name(EMBEDDING)
+            llama::tensor_name(&embedding, config)
         };
     }
-    llama::tensor_name(name)
+    llama::tensor_name(name, config)
 }
 
 /// The type that most quantized weights are stored in.
@@ -212,10 +214,12 @@ impl Weights {
     }
 
     fn stored(&self, name: &str) -> Option<String> {
-        let name = if self.config.tied && name == weight_name(HEAD) { EMBEDDING } else { name };
+        let embedding = self.config.embedding();
+        let head = self.config.tied && name == weight_name(self.config.head());
+        let name = if head { &embedding } else { name };
         let reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
         let holds = |stored: &String| reader.tensors().contains_key(stored);
-        llama::tensor_name(name).filter(holds)
+        llama::tensor_name(name, &self.config).filter(holds)
     }
 
     /// Whether the file holds a tensor.

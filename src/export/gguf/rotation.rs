@@ -30,11 +30,8 @@ pub(super) fn scaling(divisors: &[f32], theta: f64, head_dim: usize) -> Result<R
     if let Some(bad) = divisors.iter().find(|d| !d.is_finite() || **d <= 0.0) {
         return refuse(format!("a rotation factor is {bad}"));
     }
-    let frequencies: Vec<f64> = Rope { theta, scaling: RopeScaling::Default }
-        .inverse_frequencies(head_dim)
-        .into_iter()
-        .map(f64::from)
-        .collect();
+    let frequencies: Vec<f64> =
+        Rope::plain(theta, head_dim).inverse_frequencies(0).into_iter().map(f64::from).collect();
     let mut found = candidates(divisors, &frequencies).into_iter();
     match found.find(|scaling| deviation(scaling, divisors, theta, head_dim) <= TOLERANCE) {
         Some(scaling) => Ok(scaling),
@@ -102,7 +99,8 @@ fn ramp(heights: &[f64], frequencies: &[f64]) -> Option<(f64, f64)> {
 
 /// The largest relative difference to the divisors that a scaling gives.
 fn deviation(scaling: &RopeScaling, divisors: &[f32], theta: f64, head_dim: usize) -> f64 {
-    let frequencies = |scaling| Rope { theta, scaling }.inverse_frequencies(head_dim);
+    let frequencies =
+        |scaling| Rope { scaling, ..Rope::plain(theta, head_dim) }.inverse_frequencies(0);
     let plain = frequencies(RopeScaling::Default);
     let scaled = frequencies(scaling.clone());
     let pairs = plain.iter().zip(&scaled).zip(divisors);

@@ -344,27 +344,14 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::model::{Rope, RopeScaling};
 
     fn config(vocab: usize) -> ModelConfig {
-        ModelConfig {
-            model_type: "llama".to_owned(),
-            d_model: 8,
-            d_ff: 16,
-            n_blocks: 1,
-            n_heads: 2,
-            n_kv_heads: 2,
-            head_dim: 4,
-            vocab,
-            max_positions: 32,
-            norm_eps: 1e-5,
-            rope: Rope { theta: 1e4, scaling: RopeScaling::Default },
-            tied: false,
-            attention_bias: false,
-            mlp_bias: false,
-            bos: Some(1),
-            eos: vec![2],
-        }
+        let text = json!({
+            "model_type": "llama", "hidden_size": 8, "intermediate_size": 16,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": vocab,
+            "bos_token_id": 1, "eos_token_id": 2,
+        });
+        ModelConfig::parse(&text.to_string()).unwrap()
     }
 
     fn spaced() -> Json {

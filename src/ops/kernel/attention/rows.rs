@@ -35,12 +35,24 @@ pub(super) fn rotate_row(x: &[f32], [cos, sin]: [&[f32]; 2], turn: f32, out: &mu
     }
 }
 
+/// As [`rotate_row`], each feature against its neighbour, of one head.
+#[inline(always)]
+pub(super) fn rotate_neighbours(x: &[f32], [cos, sin]: [&[f32]; 2], turn: f32, out: &mut [f32]) {
+    let (pairs, _) = x.as_chunks::<2>();
+    let (turned, _) = out.as_chunks_mut::<2>();
+    for ((out, [f, s]), (cos, sin)) in turned.iter_mut().zip(pairs).zip(cos.iter().zip(sin)) {
+        let [[a], [b]] = rotate_lanes([*f], [*s], [*cos], [*sin], turn);
+        *out = [a, b];
+    }
+}
+
 /// Turns each row of scores to `exp(score - its maximum)`, 0 for keys after the query. Leaves the
 /// sums of these in `totals`, the logarithms of the rows' sums of `exp(score)` in `sums`.
 #[inline(always)]
 pub(super) fn softmax_tile(
     tile: &Tile,
     stack: usize,
+    window: usize,
     scores: &mut [f32],
     sums: &mut [f32],
     totals: &mut [f32],
@@ -48,13 +60,17 @@ pub(super) fn softmax_tile(
     let (sums, totals) = (&mut sums[..tile.rows], &mut totals[..tile.rows]);
     let rows = scores.chunks_exact_mut(tile.keys).zip(sums.iter_mut().zip(totals.iter_mut()));
     for (row, (scores, (sum, total))) in rows.enumerate() {
-        let (whole, last, later) = live_vectors(scores, tile.start + row / stack + 1);
+        let (early, live) = tile.live(tile.start + row / stack, window);
+        let (scores, live, early) = without_early(scores, live, early);
+        let (whole, last, later) = live_vectors(scores, live);
+        hide_early(whole, last, early, f32::NEG_INFINITY);
         let live = hide(*last, later, f32::NEG_INFINITY);
         let max = fold(whole, live, |a, b| if b > a { b } else { a });
         for weights in whole.iter_mut() {
             *weights = exp_lanes(*weights, max);
         }
         *last = hidden_exp_lanes(*last, later, max);
+        hide_early(whole, last, early, 0.0);
         *sum = max;
         *total = fold(whole, *last, |a, b| a + b);
     }
@@ -68,6 +84,7 @@ pub(super) fn softmax_tile(
 pub(super) fn softmax_backward_tile(
     tile: &Tile,
     stack: usize,
+    window: usize,
     scores: &mut [f32],
     slopes: &mut [f32],
     log_sums: &[f32],
@@ -76,15 +93,19 @@ pub(super) fn softmax_backward_tile(
     let rows = scores.chunks_exact_mut(tile.keys).zip(slopes.chunks_exact_mut(tile.keys));
     let rows = rows.zip(log_sums.iter().zip(shifts)).take(tile.rows);
     for (row, ((scores, slopes), (&log_sum, &shift))) in rows.enumerate() {
-        let live = tile.start + row / stack + 1;
+        let (early, live) = tile.live(tile.start + row / stack, window);
+        let (slopes, ..) = without_early(slopes, live, early);
+        let (scores, live, early) = without_early(scores, live, early);
         let (whole, last, later) = live_vectors(scores, live);
         let (whole_slopes, last_slopes, _) = live_vectors(slopes, live);
-        for (weights, slopes) in whole.iter_mut().zip(whole_slopes) {
+        for (weights, slopes) in whole.iter_mut().zip(whole_slopes.iter_mut()) {
             *weights = exp_lanes(*weights, log_sum);
             *slopes = d_softmax_lanes(*weights, *slopes, shift);
         }
         *last = hidden_exp_lanes(*last, later, log_sum);
         *last_slopes = d_softmax_lanes(*last, *last_slopes, shift);
+        hide_early(whole, last, early, 0.0);
+        hide_early(whole_slopes, last_slopes, early, 0.0);
     }
 }
 
@@ -148,6 +169,24 @@ fn live_vectors(row: &mut [f32], live: usize) -> (&mut [Vector], &mut Vector, u3
     unused.fill([0.0; LANES]);
     let later = (whole.len() + 1) * LANES - live;
     (whole, &mut last[0], later as u32)
+}
+
+/// A row without the whole vectors of keys before the window, which become 0: the rest, how many of it
+/// are live, and how many lanes of its first vector stand before the window.
+#[inline(always)]
+fn without_early(row: &mut [f32], live: usize, early: usize) -> (&mut [f32], usize, usize) {
+    let skipped = early / LANES * LANES;
+    let (before, row) = row.split_at_mut(skipped);
+    before.fill(0.0);
+    (row, live - skipped, early - skipped)
+}
+
+/// Puts `value` in the first lanes of the first vector.
+#[inline(always)]
+fn hide_early(whole: &mut [Vector], last: &mut Vector, early: usize, value: f32) {
+    if early > 0 {
+        whole.first_mut().unwrap_or(last)[..early].fill(value);
+    }
 }
 
 /// As [`exp_lanes`], 0 for later keys. The exponential they get is that of 0: a processor may need

@@ -1,0 +1,35 @@
+//! EXAONE 4 (arXiv 2507.11407): norms on outputs and on the heads of queries and keys; three layers
+//! with a window to one that sees everything and is not rotated.
+
+use super::qwen3::norm_heads;
+use super::{Defaults, Keys, MAX_ROWS, ModelConfig, Result, gated, llama_like, windows};
+use crate::model::arch::QueryNorm;
+
+pub(super) fn read(keys: &Keys<'_>) -> Result<ModelConfig> {
+    let defaults = Defaults { norm_eps: 1e-5, kv_heads: Some(32), ..Defaults::default() };
+    let mut config = gated(llama_like(keys, &defaults)?, [false; 3]);
+    config.arch.norms = super::olmo2::OUTPUTS;
+    norm_heads(&mut config, QueryNorm::Head);
+    let window = match keys.count(&["sliding_window"], MAX_ROWS)? {
+        None if !keys.has("sliding_window") => Some(4096),
+        window => window,
+    };
+    // A number, or a text such as LLLG with L for a window.
+    let pattern: Vec<bool> = match keys.text(&["sliding_window_pattern"]) {
+        Ok(Some(text)) if !text.is_empty() => text.chars().map(|kind| kind == 'L').collect(),
+        Ok(_) => vec![true, true, true, false],
+        Err(_) => {
+            let every = keys.count(&["sliding_window_pattern"], MAX_ROWS)?.unwrap_or(4);
+            (1..=every).map(|place| place < every).collect()
+        }
+    };
+    let slides = |index: usize| window.is_some() && pattern[index % pattern.len()];
+    windows(keys, &mut config, window, slides)?;
+    // Rotation goes with the window; without windows every layer has it.
+    if window.is_some() {
+        let span_of = config.arch.span_of.clone();
+        let spans = config.arch.spans.clone();
+        config.without_rope(|index| spans[span_of[index]].window.is_none());
+    }
+    Ok(config)
+}
