@@ -106,7 +106,7 @@ fn memory_does_not_grow_with_the_number_of_blocks() {
         let gate = Gate { gauge: &gauge, trained: &trained };
         let options = FormatsConfig::of(format, &[]).unwrap();
         let target = place.path(format.name());
-        write_opened(&opened, format, options, &target, &gate, "cpu").unwrap();
+        write_opened(&opened, format, &options, &target, &gate, "cpu").unwrap();
     }
     // The weights alone are 0.3 GiB as floats, and 40 MiB packed.
     let peak = peak_gib().unwrap();

@@ -1,7 +1,7 @@
 //! Direction: every module of `src` uses only the layers below it.
 #![allow(clippy::unwrap_used)] // a test may fail by panicking, its helpers too
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
@@ -98,6 +98,110 @@ fn uses_are_found_in_every_spelling() {
     );
     assert!(is_allowed("method", "train::Role") && !is_allowed("method", "train::step"));
     assert!(is_allowed("store", "error::Result") && !is_allowed("quant", "method::rtn"));
+}
+
+/// Folders of `src` whose files must not use each other in circles.
+const WITHOUT_CIRCLES: [&str; 1] = ["export"];
+
+#[test]
+fn files_of_a_folder_use_each_other_in_no_circle() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    for folder in WITHOUT_CIRCLES {
+        let root = src.join(folder);
+        let texts = rust_files(&root).into_iter().map(|file| {
+            let name = file.strip_prefix(&root).unwrap().to_str().unwrap().replace('\\', "/");
+            let name = name.trim_end_matches(".rs").trim_end_matches("mod").trim_end_matches('/');
+            (name.replace('/', "::"), std::fs::read_to_string(&file).unwrap())
+        });
+        let circle = circle(&used_files(folder, &texts.collect()));
+        assert!(circle.is_empty(), "a circle in `{folder}`:\n{circle}");
+    }
+}
+
+#[test]
+fn circles_are_found() {
+    let files = |texts: &[(&str, &str)]| -> String {
+        let texts = texts.iter().map(|(name, text)| ((*name).to_owned(), (*text).to_owned()));
+        circle(&used_files("top", &texts.collect()))
+    };
+    assert_eq!(files(&[("", "mod a; pub use a::A;"), ("a", "use super::b::B;"), ("b", "")]), "");
+    // A file that uses what its folder passes on uses everything there.
+    let shared = [("", "pub use a::{A, B};"), ("a", "use super::{b::C, D};"), ("b", "")];
+    assert_eq!(files(&shared), "`` uses `a`\n`a` uses ``\n");
+    let deep = [
+        ("a::b", "use super::super::c; fn f() -> crate::top::c::X {}"),
+        ("c", "// use super::d::D\nfn f(x: super::a::b::Y) {}\n#[cfg(test)]\nmod tests {}"),
+        ("d", "use super::c::X;\n#[cfg(test)]\nmod tests { use super::super::d::Z; }"),
+    ];
+    assert_eq!(files(&deep), "`a::b` uses `c`\n`c` uses `a::b`\n");
+}
+
+/// The files, by module path, that each file of a folder uses, tests aside.
+fn used_files(
+    folder: &str,
+    texts: &BTreeMap<String, String>,
+) -> BTreeMap<String, BTreeSet<String>> {
+    // The file that a path leads to; an item of a folder's own is one of its `mod.rs`.
+    let file = |path: &[&str]| {
+        let prefixes = (0..=path.len()).rev().map(|end| path[..end].join("::"));
+        prefixes.into_iter().find(|prefix| texts.contains_key(prefix))
+    };
+    let within = format!("crate::{folder}::");
+    let uses = texts.iter().map(|(name, text)| {
+        let code = text.split("\n#[cfg(test)]").next().unwrap_or_default();
+        let code: Vec<&str> =
+            code.lines().map(|line| line.split("//").next().unwrap_or_default()).collect();
+        let code = code.join("\n");
+        let mut used = BTreeSet::new();
+        let mut add = |start: &[&str], rest: &str| {
+            for path in paths(rest) {
+                let (mut at, mut rest) = (start.to_vec(), path.split("::").peekable());
+                while rest.next_if_eq(&"super").is_some() {
+                    at.pop();
+                }
+                at.extend(rest);
+                used.extend(file(&at).filter(|used| used != name));
+            }
+        };
+        let own: Vec<&str> = name.split("::").filter(|part| !part.is_empty()).collect();
+        for (at, _) in code.match_indices(&within) {
+            add(&[], &code[at + within.len()..]);
+        }
+        for (at, _) in code.match_indices("super::") {
+            if !code[..at].ends_with("::") {
+                add(&own, &code[at..]);
+            }
+        }
+        // What a `mod.rs` passes on of its children.
+        for (at, _) in code.match_indices("use ") {
+            let rest = &code[at + "use ".len()..];
+            let child = rest.split("::").next().unwrap_or_default();
+            if texts.contains_key(&[&own[..], &[child]].concat().join("::")) {
+                add(&own, rest);
+            }
+        }
+        (name.clone(), used)
+    });
+    uses.collect()
+}
+
+/// The uses that are part of circles, one a line; nothing where there is none.
+fn circle(uses: &BTreeMap<String, BTreeSet<String>>) -> String {
+    let mut left = uses.clone();
+    loop {
+        // A file that uses none of the others, or is used by none, is in no circle.
+        let is_used = |name: &String| left.values().any(|used| used.contains(name));
+        let out = |name: &String| left[name].is_empty() || !is_used(name);
+        let Some(out) = left.keys().find(|name| out(name)).cloned() else { break };
+        left.remove(&out);
+        for used in left.values_mut() {
+            used.remove(&out);
+        }
+    }
+    let lines = left
+        .iter()
+        .flat_map(|(name, used)| used.iter().map(move |used| format!("`{name}` uses `{used}`\n")));
+    lines.collect()
 }
 
 fn is_allowed(layer: &str, used: &str) -> bool {

@@ -122,7 +122,7 @@ pub(super) fn write(
     let trained = gauge.measure(&opened.config, source, opened.tap())?;
     let gate = Gate { gauge: &gauge, trained: &trained };
     let device = &session.device.name;
-    let exported = write_opened(opened, format, options, &args.output, &gate, device)?;
+    let exported = write_opened(opened, format, &options, &args.output, &gate, device)?;
     print(&session, format, &exported, &trained)
 }
 

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{adapter, output};
 use crate::error::Result;
-use crate::export::{Adapter, Format, Manifest, fewbit, gguf};
+use crate::export::{Adapter, Format, Manifest, fewbit, gguf, tensor_names};
 use crate::quant::{CodeHistogram, GroupAxis, QuantizedWeight, Repr};
 use crate::report::size;
 use crate::store::safetensors::Checkpoint;
@@ -225,7 +225,7 @@ fn as_text(path: &Path, stored: &BTreeMap<String, TensorInfo>, linears: &[Linear
     let codes = if rows.iter().any(|row| !row[5].is_empty()) { "codes, share in %" } else { "" };
     text += &table(&["linear", "out x in", "bits", "group", "bits/weight", codes], &rows);
     let quantized: BTreeSet<String> =
-        linears.iter().flat_map(|linear| fewbit::tensor_names(&linear.name)).collect();
+        linears.iter().flat_map(|linear| tensor_names(&linear.name)).collect();
     let others = stored.iter().filter(|(name, _)| !quantized.contains(*name));
     let rows: Vec<Vec<String>> = others
         .map(|(name, info)| {

@@ -3,11 +3,16 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::write::write_adapted;
-use super::{
-    Adapter, Exported, Format, FormatsConfig, Gate, Manifest, ModelParts, OpenModel, Provenance,
-};
+use super::adapter::Adapter;
+use super::folder::OpenModel;
+use super::formats::{Format, FormatsConfig};
+use super::gate::Gate;
+use super::manifest::Manifest;
+use super::parts::{ModelParts, Quantized};
+use super::record::Provenance;
+use super::write::{Exported, write_adapted};
 use crate::error::{Error, Kind, Result};
+use crate::quant::QuantizedWeight;
 
 impl OpenModel {
     /// The model with an adapter's scales.
@@ -47,16 +52,33 @@ impl OpenModel {
     }
 }
 
+/// A packed folder, with its adapter's scales where it has one.
+impl Quantized for OpenModel {
+    fn names(&self) -> Vec<&str> {
+        self.linears().map(|(name, _)| name.as_str()).collect()
+    }
+
+    fn linear(&self, name: &str) -> Result<(QuantizedWeight, String)> {
+        let record = self.linears().find(|(linear, _)| *linear == name);
+        let (Some((_, record)), Some(weight)) = (record, self.quantized(name)?) else {
+            return Err(Error::failed("the folder has no codes of this linear").at(name));
+        };
+        let tuned = self.adapter.as_ref().filter(|adapter| adapter.scales(name).is_some());
+        let method = tuned.map_or(&record.method, |adapter| &adapter.head().method);
+        Ok((weight, method.clone()))
+    }
+}
+
 /// Writes a packed model, with its adapter's scales where it has one, as `format` to `target`,
-/// behind the gate of [`super::write`]. Provenance is the source's; `device` is where the gate
+/// behind the gate of [`super::write::write`]. Provenance is the source's; `device` is where the gate
 /// measures.
 ///
 /// # Errors
-/// A usage error when the model holds no codes; otherwise as [`super::write`].
+/// A usage error when the model holds no codes; otherwise as [`super::write::write`].
 pub fn write_opened(
     opened: &OpenModel,
     format: Format,
-    options: FormatsConfig,
+    options: &FormatsConfig,
     target: &Path,
     gate: &Gate<'_>,
     device: &str,
@@ -70,9 +92,8 @@ pub fn write_opened(
         quantized: opened,
         dense: &BTreeMap::new(),
         activations: manifest.activations.clone(),
-        options,
         provenance,
     };
     let head = opened.adapter.as_ref().map(Adapter::head).or(manifest.adapter.as_ref());
-    write_adapted(&parts, head, format, target, gate)
+    write_adapted(&parts, head, (format, options), target, gate)
 }

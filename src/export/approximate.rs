@@ -13,7 +13,7 @@ use crate::quant::{
 };
 
 /// Group lengths that every format has, for weights whose own it has not.
-const GROUPS: [usize; 3] = [128, 64, 32];
+pub(super) const GROUPS: [usize; 3] = [128, 64, 32];
 
 /// By how much weights were changed on their way into a format.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]

@@ -5,16 +5,93 @@
 //! points are stored as they are. Runtimes compute `scale * (code - zero)` in f16, rounding each
 //! weight once.
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::container::Container;
-use super::gptq::stated;
-use super::matrix::{
-    Affine, Layer, Tensors, floats, repeated, stored_group, transposed, words_as_i32,
+use super::coded::{
+    Coded, Layer, Tensors, floats, repeated, stated, stored_group, transposed, words_as_i32,
 };
-use super::plan::{self, Target, Traits};
+use super::format::{FileFormat, Kind, PackedFormat, Packer};
+use super::plan::{Holds, Reason, beyond_f16};
+use super::read::{Reader, section};
 use crate::error::{Error, Result};
 use crate::store::DType;
+
+/// Keys of `format.awq`.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AwqConfig {
+    /// Whether weights may change; by how much is reported.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub lossy: bool,
+}
+
+impl FileFormat for AwqConfig {
+    fn about(&self) -> &'static str {
+        "AWQ: codes of 4 bits, f16 scales"
+    }
+
+    fn lossy(&self) -> bool {
+        self.lossy
+    }
+
+    fn kind(&self) -> Kind<'_> {
+        Kind::Packed(self)
+    }
+}
+
+impl PackedFormat for AwqConfig {
+    fn holds(&self) -> &'static Holds {
+        &Holds {
+            widths: &[4],
+            words: "4",
+            codes_zeros: true,
+            planes: false,
+            group: 32,
+            whole_rows: true,
+            tile: [8, 1],
+            rank: 4,
+        }
+    }
+
+    fn wrong_values(&self, weight: &Coded<'_>) -> Option<Reason> {
+        beyond_f16("awq", weight)
+    }
+
+    fn packer(&self, linears: Vec<Layer>, dense: Vec<String>) -> Result<Box<dyn Packer>> {
+        let group = match group_size(&linears) {
+            // Groups that do not fit will be made to.
+            Err(_) if self.lossy => Some(32),
+            group => group?,
+        };
+        Ok(Box::new(Awq { linears, dense, group }))
+    }
+
+    fn reader(&self) -> &'static Reader {
+        &Reader {
+            method: "awq",
+            section: |config| section(config, "awq"),
+            tensor: "qweight",
+            weights: |section, name, source| Ok(read::decode(section, name, source)?.values()),
+        }
+    }
+}
+
+struct Awq {
+    linears: Vec<Layer>,
+    dense: Vec<String>,
+    group: Option<usize>,
+}
+
+impl Packer for Awq {
+    fn pack(&self, name: &str, weight: &Coded<'_>) -> Result<Tensors> {
+        encode(name, weight, self.group)
+    }
+
+    fn section(&self) -> Result<Value> {
+        config(&self.linears, &self.dense)
+    }
+}
 
 /// Codes in a word.
 const LANES: usize = 8;
@@ -28,7 +105,7 @@ const GROUPS: [usize; 3] = [128, 64, 32];
 ///
 /// # Errors
 /// When no length divides all groups.
-pub fn group_size(linears: &[Layer]) -> Result<Option<usize>> {
+fn group_size(linears: &[Layer]) -> Result<Option<usize>> {
     if linears.iter().all(Layer::is_whole_row) {
         return Ok(None);
     }
@@ -44,12 +121,8 @@ pub fn group_size(linears: &[Layer]) -> Result<Option<usize>> {
 /// The tensors of linear `name`, in groups of the model's [`group_size`].
 ///
 /// # Errors
-/// When the grid does not fit ([`plan::refusal`]) or `group_size` does not divide its groups.
-pub fn encode(name: &str, weight: &Affine<'_>, group_size: Option<usize>) -> Result<Tensors> {
-    weight.check(name)?;
-    plan::check(Target::Awq, &Traits::of(weight), name)?;
-    let container = Container::new(Target::Awq, weight);
-    let weight = &container.as_ref().map_or(*weight, |container| container.affine(weight));
+/// When `group_size` does not divide its groups.
+fn encode(name: &str, weight: &Coded<'_>, group_size: Option<usize>) -> Result<Tensors> {
     let (out, inputs) = (weight.out, weight.inputs);
     let group = group_size.unwrap_or(inputs);
     if group == 0 || stored_group(weight.group_len, &[group]).is_none() {
@@ -60,12 +133,12 @@ pub fn encode(name: &str, weight: &Affine<'_>, group_size: Option<usize>) -> Res
     let groups = inputs / group;
     let zeros: Vec<u8> =
         weight.zero_codes().iter().flat_map(|zero| std::iter::repeat_n(*zero, times)).collect();
-    let scales = transposed(&repeated(weight.scale, times), groups);
+    let scales = transposed(&repeated(&weight.scale, times), groups);
     let words = |codes: &[u8], columns| interleaved(&transposed(codes, columns));
     Ok(vec![
         (
             format!("{name}.qweight"),
-            words_as_i32([inputs, out / LANES], &words(weight.codes, inputs)),
+            words_as_i32([inputs, out / LANES], &words(&weight.codes, inputs)),
         ),
         (format!("{name}.qzeros"), words_as_i32([groups, out / LANES], &words(&zeros, groups))),
         (format!("{name}.scales"), floats(DType::F16, [groups, out], &scales)),
@@ -84,7 +157,7 @@ fn interleaved(codes: &[u8]) -> Vec<u32> {
 ///
 /// # Errors
 /// As [`group_size`].
-pub fn config(linears: &[Layer], dense: &[String]) -> Result<Value> {
+fn config(linears: &[Layer], dense: &[String]) -> Result<Value> {
     Ok(json!({
         "quant_method": "awq",
         "bits": 4,
@@ -95,12 +168,63 @@ pub fn config(linears: &[Layer], dense: &[String]) -> Result<Value> {
     }))
 }
 
+mod read {
+    //! Reads AWQ's tensors in gemm order.
+
+    use serde_json::Value;
+
+    use crate::error::Result;
+    use crate::export::read::{Decoded, Shift, damaged, floats_of, group_len, words, words_of};
+    use crate::store::TensorSource;
+
+    /// Linear `name` under `config`, the `quantization_config`.
+    ///
+    /// # Errors
+    /// When config and tensors contradict each other.
+    pub(super) fn decode(config: &Value, name: &str, source: &dyn TensorSource) -> Result<Decoded> {
+        let text = |key: &str| config.get(key).and_then(Value::as_str).unwrap_or_default();
+        let gemm = text("quant_method") == "awq" && text("version").eq_ignore_ascii_case("gemm");
+        if !gemm || config.get("bits").and_then(Value::as_u64) != Some(4) {
+            return Err(damaged("the config is not of awq's 4-bit gemm layout", name));
+        }
+        let (words, [inputs, columns]) = words(source, &format!("{name}.qweight"))?;
+        let out = columns * 8;
+        let group_len = group_len(config, inputs, name)?;
+        let groups = inputs / group_len;
+        let zeros = words_of(source, &format!("{name}.qzeros"), [groups, columns])?;
+        let scales = floats_of(source, &format!("{name}.scales"), [groups, out])?;
+        let field = |words: &[u32], row: usize, out: usize| {
+            let word = words[row * columns + out / 8];
+            // Even outputs in the lower half of the word, odd ones in the upper.
+            let nibble = if out.is_multiple_of(2) { out % 8 / 2 } else { 4 + out % 8 / 2 };
+            (word >> (4 * nibble) & 15) as u8
+        };
+        let codes = (0..out * inputs).map(|i| field(&words, i % inputs, i / inputs)).collect();
+        let by_row = |i: usize| (i % groups, i / groups);
+        let scale = (0..out * groups).map(by_row).map(|(group, row)| scales[group * out + row]);
+        let zero =
+            (0..out * groups).map(by_row).map(|(group, row)| field(&zeros, group, row).into());
+        Ok(Decoded {
+            out,
+            inputs,
+            group_len,
+            bits: 4,
+            codes,
+            scale: scale.collect(),
+            shift: Shift::Zero(zero.collect()),
+            weights: Vec::new(),
+        }
+        .with_weights())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::matrix::sample::grid;
-    use super::super::read::{self, Shift, memory::Memory};
+    use super::super::coded::sample::{Grid, grid};
+    use super::super::format::sample::packed;
+    use super::super::read::{Shift, memory::Memory};
     use super::*;
     use crate::quant::ZeroKind;
 
@@ -113,7 +237,7 @@ mod tests {
             grid.zero[out] = 15.0 - out as f32;
         }
         grid.codes[32 + 3] = 9;
-        let tensors = encode("x", &grid.affine(), None).unwrap();
+        let tensors = encode("x", &grid.coded(), None).unwrap();
         let words = tensors[0].1.to_u32().unwrap();
         assert_eq!(tensors[0].1.shape, [32, 1]);
         assert_eq!((words[0], words[3]), (0x7531_6420, 0x0009_0000));
@@ -122,17 +246,17 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused() {
-        let refused = |grid: super::super::matrix::sample::Grid, group| {
-            encode("x", &grid.affine(), Some(group)).unwrap_err().to_string()
-        };
-        assert!(refused(grid([8, 32], 32, 5, ZeroKind::Integer, true, 1), 32).contains("4 bits"));
-        assert!(refused(grid([8, 32], 32, 4, ZeroKind::Half, true, 1), 32).contains("doubled"));
-        assert!(
-            refused(grid([4, 32], 32, 4, ZeroKind::Integer, true, 1), 32).contains("8 outputs")
-        );
-        assert!(refused(grid([8, 32], 32, 4, ZeroKind::Integer, true, 1), 64).contains("size 64"));
-        assert!(refused(grid([8, 32], 32, 4, ZeroKind::Integer, true, 1), 0).contains("size 0"));
-        assert!(refused(grid([8, 32], 32, 4, ZeroKind::Integer, false, 1), 32).contains("f16"));
+        let plain = AwqConfig::default();
+        let refused = |grid: Grid| packed(&plain, &grid.coded()).unwrap_err().to_string();
+        assert!(refused(grid([8, 32], 32, 5, ZeroKind::Integer, true, 1)).contains("4 bits"));
+        assert!(refused(grid([8, 32], 32, 4, ZeroKind::Half, true, 1)).contains("doubled"));
+        assert!(refused(grid([4, 32], 32, 4, ZeroKind::Integer, true, 1)).contains("8 outputs"));
+        assert!(refused(grid([8, 32], 32, 4, ZeroKind::Integer, false, 1)).contains("f16"));
+        let good = grid([8, 32], 32, 4, ZeroKind::Integer, true, 1);
+        for size in [0, 64] {
+            let error = encode("x", &good.coded(), Some(size)).unwrap_err().to_string();
+            assert!(error.contains(&format!("size {size}")), "{error}");
+        }
         let layer = |group_len| Layer {
             name: String::new(),
             shape: [8, 96],
@@ -155,16 +279,16 @@ mod tests {
         ) {
             let shape = [out * 8, groups * group_len];
             let grid = grid(shape, group_len, 4, ZeroKind::Integer, true, seed);
-            let layers = [grid.affine().layer("x")];
+            let layers = [grid.coded().layer("x")];
             let size = group_size(&layers).unwrap();
-            let tensors = encode("x", &grid.affine(), size).unwrap();
+            let tensors = encode("x", &grid.coded(), size).unwrap();
             let config = config(&layers, &[]).unwrap();
-            let decoded = read::awq::decode(&config, "x", &Memory::new(tensors)).unwrap();
+            let decoded = read::decode(&config, "x", &Memory::new(tensors)).unwrap();
             let decoded = decoded.regrouped(group_len).unwrap();
             prop_assert_eq!(&decoded.codes, &grid.codes);
             prop_assert_eq!(&decoded.scale, &grid.scale);
             prop_assert_eq!(decoded.shift, Shift::Zero(grid.zero.clone()));
-            prop_assert_eq!(decoded.weights, grid.affine().dequantize());
+            prop_assert_eq!(decoded.weights, grid.coded().dequantize());
         }
     }
 }

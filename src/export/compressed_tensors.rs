@@ -6,34 +6,102 @@
 //! down the outputs. The library thinks in signed values, of which these are the unsigned codes:
 //! each has `2^(bits-1)` added.
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::container::Container;
-use super::matrix::{
-    Affine, Layer, Tensors, floats, is_exact, most_common, transposed, words_as_i32,
+use super::coded::{
+    Coded, Layer, Tensors, dtype, floats, is_exact, most_common, transposed, words_as_i32,
 };
-use super::plan::{self, Target, Traits};
+use super::format::{FileFormat, Kind, PackedFormat, Packer};
+use super::plan::Holds;
+use super::read::{Reader, section};
 use crate::error::{Error, Result};
-use crate::quant::bits;
+use crate::quant::{ScaleDType, bits};
 use crate::store::{DType, HostTensor};
 
-/// The tensors of linear `name` with scales of type `scales`: F32, F16 or BF16. A symmetric grid
-/// (zero points of `2^(bits-1)`) is stored without zero points.
+/// Keys of `format.compressed_tensors`.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CompressedTensorsConfig {
+    /// Type of scales.
+    pub scales: ScaleDType,
+    /// Whether weights may change; by how much is reported.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub lossy: bool,
+}
+
+impl FileFormat for CompressedTensorsConfig {
+    fn about(&self) -> &'static str {
+        "compressed-tensors: vLLM, transformers; codes of 1, 2, 4 or 8 bits"
+    }
+
+    fn lossy(&self) -> bool {
+        self.lossy
+    }
+
+    fn kind(&self) -> Kind<'_> {
+        Kind::Packed(self)
+    }
+}
+
+impl PackedFormat for CompressedTensorsConfig {
+    fn holds(&self) -> &'static Holds {
+        &Holds {
+            // Its other widths changed their layout, and no release loads all of them.
+            widths: &[1, 2, 4, 8],
+            words: "1, 2, 4 or 8",
+            codes_zeros: true,
+            planes: false,
+            group: 1,
+            whole_rows: true,
+            tile: [1, 1],
+            rank: 1,
+        }
+    }
+
+    fn packer(&self, linears: Vec<Layer>, dense: Vec<String>) -> Result<Box<dyn Packer>> {
+        Ok(Box::new(CompressedTensors { linears, dense, scales: dtype(self.scales) }))
+    }
+
+    fn reader(&self) -> &'static Reader {
+        &Reader {
+            method: "compressed-tensors",
+            section: |config| section(config, "compressed-tensors"),
+            tensor: "weight_packed",
+            weights: |section, name, source| Ok(read::decode(section, name, source)?.values()),
+        }
+    }
+}
+
+struct CompressedTensors {
+    linears: Vec<Layer>,
+    dense: Vec<String>,
+    scales: DType,
+}
+
+impl Packer for CompressedTensors {
+    fn pack(&self, name: &str, weight: &Coded<'_>) -> Result<Tensors> {
+        encode(name, weight, self.scales)
+    }
+
+    fn section(&self) -> Result<Value> {
+        Ok(config(&self.linears, &self.dense))
+    }
+}
+
+/// The tensors of linear `name` with scales of type `scales`. A symmetric grid (zero points of
+/// `2^(bits-1)`) is stored without zero points.
 ///
 /// # Errors
-/// When the grid does not fit ([`plan::refusal`]), and when `scales` would round a scale.
-pub fn encode(name: &str, weight: &Affine<'_>, scales: DType) -> Result<Tensors> {
-    weight.check(name)?;
-    plan::check(Target::CompressedTensors, &Traits::of(weight), name)?;
-    let container = Container::new(Target::CompressedTensors, weight);
-    let weight = &container.as_ref().map_or(*weight, |container| container.affine(weight));
+/// When `scales` would round a scale.
+fn encode(name: &str, weight: &Coded<'_>, scales: DType) -> Result<Tensors> {
     check_scales(name, weight, scales)?;
     let (out, inputs, groups, width) = (weight.out, weight.inputs, weight.groups(), weight.bits);
-    let packed = bits::pack_rows(weight.codes, inputs, width);
+    let packed = bits::pack_rows(&weight.codes, inputs, width);
     let columns = bits::words_per_row(inputs, width);
     let mut tensors = vec![
         (format!("{name}.weight_packed"), words_as_i32([out, columns], &packed)),
-        (format!("{name}.weight_scale"), floats(scales, [out, groups], weight.scale)),
+        (format!("{name}.weight_scale"), floats(scales, [out, groups], &weight.scale)),
         (
             format!("{name}.weight_shape"),
             HostTensor::i64([2], &[out.cast_signed() as i64, inputs.cast_signed() as i64]),
@@ -48,12 +116,7 @@ pub fn encode(name: &str, weight: &Affine<'_>, scales: DType) -> Result<Tensors>
     Ok(tensors)
 }
 
-fn check_scales(name: &str, weight: &Affine<'_>, dtype: DType) -> Result<()> {
-    let fix = "format.compressed_tensors.scales = \"f32\"";
-    if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
-        let what = format!("compressed_tensors scales are F32, F16 or BF16, not {dtype}");
-        return Err(Error::usage(what).at(name).fix(fix));
-    }
+fn check_scales(name: &str, weight: &Coded<'_>, dtype: DType) -> Result<()> {
     let inexact = weight.scale.iter().filter(|scale| !is_exact(dtype, **scale)).count();
     if inexact == 0 {
         return Ok(());
@@ -62,14 +125,14 @@ fn check_scales(name: &str, weight: &Affine<'_>, dtype: DType) -> Result<()> {
         "{inexact} of {} scales are no {dtype} numbers, they would be rounded",
         weight.scale.len()
     );
-    Err(Error::preflight(what).at(name).fix(fix))
+    Err(Error::preflight(what).at(name).fix("format.compressed_tensors.scales = \"f32\""))
 }
 
 /// The `quantization_config`; `dense` names the linears that stay as they are.
 ///
 /// Linears of one width, grouping and symmetry share an entry. Where there is one entry, it holds
 /// every linear that is not `dense`; where there are more, each names its linears.
-pub fn config(linears: &[Layer], dense: &[String]) -> Value {
+fn config(linears: &[Layer], dense: &[String]) -> Value {
     let rows = linears.iter().all(Layer::is_whole_row);
     let key = |layer: &Layer| (layer.bits, layer.group_len * usize::from(!rows), layer.centred);
     let keys: Vec<_> = linears.iter().map(key).collect();
@@ -124,13 +187,106 @@ fn scheme((bits, group, symmetric): (u8, usize, bool), targets: &[&str]) -> Valu
 /// in 0.18; none is written.)
 const VERSION: &str = "0.17.1";
 
+mod read {
+    //! Reads compressed-tensors' `pack-quantized` tensors.
+
+    use serde_json::Value;
+
+    use crate::error::Result;
+    use crate::export::read::{
+        Decoded, Shift, Stream, damaged, floats_of, group_len, width, words_of,
+    };
+    use crate::store::{DType, TensorSource};
+
+    /// Linear `name` under `config`, the `quantization_config`.
+    ///
+    /// # Errors
+    /// When config and tensors contradict each other.
+    pub(super) fn decode(config: &Value, name: &str, source: &dyn TensorSource) -> Result<Decoded> {
+        let scheme = scheme(config, name)?;
+        let bits = width(scheme, "num_bits", name)?;
+        let [out, inputs] = shape(source, name)?;
+        let group_len = group_len(scheme, inputs, name)?;
+        let groups = inputs / group_len;
+        let columns = (inputs * usize::from(bits)).div_ceil(32);
+        let words = words_of(source, &format!("{name}.weight_packed"), [out, columns])?;
+        let scale = floats_of(source, &format!("{name}.weight_scale"), [out, groups])?;
+        let mut codes = Vec::with_capacity(out * inputs);
+        for row in 0..out {
+            let stream = Stream { words: &words, start: row * columns, stride: 1, bits };
+            codes.extend((0..inputs).map(|input| stream.code(input)));
+        }
+        let symmetric = scheme.get("symmetric").and_then(Value::as_bool);
+        let zero = match symmetric {
+            Some(true) => vec![f32::from(1_u8 << (bits - 1)); out * groups],
+            Some(false) => {
+                let rows = (out * usize::from(bits)).div_ceil(32);
+                let words = words_of(source, &format!("{name}.weight_zero_point"), [rows, groups])?;
+                let zero = |i: usize| {
+                    let stream = Stream { words: &words, start: i % groups, stride: groups, bits };
+                    f32::from(stream.code(i / groups))
+                };
+                (0..out * groups).map(zero).collect()
+            }
+            None => return Err(damaged("the config does not say whether it is symmetric", name)),
+        };
+        Ok(Decoded {
+            out,
+            inputs,
+            group_len,
+            bits,
+            codes,
+            scale,
+            shift: Shift::Zero(zero),
+            weights: Vec::new(),
+        }
+        .with_weights())
+    }
+
+    /// The weight scheme of the entry that lists the linear, or every linear.
+    fn scheme<'a>(config: &'a Value, name: &str) -> Result<&'a Value> {
+        let lists = |group: &&Value| {
+            let targets = group.get("targets").and_then(Value::as_array);
+            targets.is_some_and(|t| t.iter().any(|target| target == name || target == "Linear"))
+        };
+        let ignored = config
+            .get("ignore")
+            .and_then(Value::as_array)
+            .is_some_and(|ignore| ignore.iter().any(|other| other == name));
+        let groups = config.get("config_groups").and_then(Value::as_object);
+        groups
+            .filter(|_| !ignored)
+            .and_then(|groups| groups.values().find(lists))
+            .and_then(|group| group.get("weights"))
+            .ok_or_else(|| damaged("the config has no entry for this linear", name))
+    }
+
+    fn shape(source: &dyn TensorSource, name: &str) -> Result<[usize; 2]> {
+        let name = format!("{name}.weight_shape");
+        let tensor = source.read(&name)?;
+        let sizes: Vec<usize> = tensor
+            .bytes
+            .as_chunks()
+            .0
+            .iter()
+            .filter_map(|bytes| u32::try_from(i64::from_le_bytes(*bytes)).ok())
+            .filter_map(|size| usize::try_from(size).ok())
+            .collect();
+        match sizes[..] {
+            [out, inputs] if tensor.dtype == DType::I64 && tensor.shape == [2] => Ok([out, inputs]),
+            _ => Err(damaged("the tensor is no pair of sizes", &name)),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use half::bf16;
     use proptest::prelude::*;
 
-    use super::super::matrix::sample::grid;
-    use super::super::read::{self, Shift, memory::Memory};
+    use super::super::coded::sample::grid;
+    use super::super::format::sample::packed;
+    use super::super::read::{Shift, memory::Memory};
     use super::*;
     use crate::quant::ZeroKind;
 
@@ -140,30 +296,29 @@ mod tests {
         grid.codes = vec![1, 2, 3, 4, 5, 6, 7, 8];
         grid.zero = vec![1.0, 2.0, 3.0, 4.0];
         grid.scale = vec![0.5, 0.25, 2.0, 1.0];
-        let tensors = encode("x", &grid.affine(), DType::F16).unwrap();
+        let tensors = encode("x", &grid.coded(), DType::F16).unwrap();
         assert_eq!(tensors[0].1, HostTensor::i32([2, 1], &[0x4321, 0x8765]));
         assert_eq!(tensors[1].1, HostTensor::f16_from_f32([2, 2], &grid.scale));
         assert_eq!(tensors[2].1, HostTensor::i64([2], &[2, 4]));
         // One word per group, down the outputs.
         assert_eq!(tensors[3].1, HostTensor::i32([1, 2], &[0x31, 0x42]));
         grid.centre();
-        assert_eq!(encode("x", &grid.affine(), DType::F16).unwrap().len(), 3);
+        assert_eq!(encode("x", &grid.coded(), DType::F16).unwrap().len(), 3);
     }
 
     #[test]
     fn scales_are_never_rounded() {
         let mut grid = grid([2, 4], 2, 4, ZeroKind::Integer, false, 1);
         for dtype in [DType::F16, DType::BF16] {
-            let error = encode("x", &grid.affine(), dtype).unwrap_err().to_string();
+            let error = encode("x", &grid.coded(), dtype).unwrap_err().to_string();
             assert!(error.contains("scales = \"f32\""), "{error}");
         }
-        assert!(encode("x", &grid.affine(), DType::F32).is_ok());
-        assert!(encode("x", &grid.affine(), DType::I8).is_err());
+        assert!(encode("x", &grid.coded(), DType::F32).is_ok());
         grid.scale.fill(bf16::from_f32(1e-20).to_f32());
-        assert!(encode("x", &grid.affine(), DType::BF16).is_ok());
-        assert!(encode("x", &grid.affine(), DType::F16).is_err());
+        assert!(encode("x", &grid.coded(), DType::BF16).is_ok());
+        assert!(encode("x", &grid.coded(), DType::F16).is_err());
         grid.kind = ZeroKind::Real;
-        assert!(encode("x", &grid.affine(), DType::F32).is_err());
+        assert!(packed(&CompressedTensorsConfig::default(), &grid.coded()).is_err());
     }
 
     #[test]
@@ -207,15 +362,15 @@ mod tests {
                 grid.centre();
             }
             let dtype = if short { DType::F16 } else { DType::F32 };
-            let tensors = encode("x", &grid.affine(), dtype).unwrap();
-            let config = config(&[grid.affine().layer("x")], &[]);
+            let tensors = encode("x", &grid.coded(), dtype).unwrap();
+            let config = config(&[grid.coded().layer("x")], &[]);
             let decoded =
-                read::compressed_tensors::decode(&config, "x", &Memory::new(tensors)).unwrap();
+                read::decode(&config, "x", &Memory::new(tensors)).unwrap();
             prop_assert_eq!(decoded.group_len, group_len);
             prop_assert_eq!(&decoded.codes, &grid.codes);
             prop_assert_eq!(&decoded.scale, &grid.scale);
             prop_assert_eq!(decoded.shift, Shift::Zero(grid.zero.clone()));
-            prop_assert_eq!(decoded.weights, grid.affine().dequantize());
+            prop_assert_eq!(decoded.weights, grid.coded().dequantize());
         }
     }
 }

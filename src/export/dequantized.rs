@@ -6,8 +6,11 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::matrix::{floats, is_exact};
+use super::coded::{Tensors, floats, is_exact};
+use super::format::{FileFormat, Kind, OwnFormat};
 use crate::error::{Error, Result};
+use crate::model::weight_name;
+use crate::quant::QuantizedWeight;
 use crate::store::{DType, HostTensor};
 
 /// Keys of `format.dequantized`.
@@ -46,12 +49,36 @@ impl DenseDType {
     }
 }
 
-impl DequantizedConfig {
+impl FileFormat for DequantizedConfig {
+    fn about(&self) -> &'static str {
+        "A dense Hugging Face folder of the quantized weights: f32, or dtype = bf16, f16"
+    }
+
+    fn lossy(&self) -> bool {
+        self.lossy
+    }
+
+    fn kind(&self) -> Kind<'_> {
+        Kind::Own(self)
+    }
+}
+
+impl OwnFormat for DequantizedConfig {
+    fn encode(&self, name: &str, weight: &QuantizedWeight) -> Result<Tensors> {
+        let (name, shape) = (weight_name(name), [weight.layout.out, weight.layout.inputs]);
+        let tensor = self.dense(&name, HostTensor::f32(shape, &weight.dequantize()))?;
+        Ok(vec![(name, tensor)])
+    }
+
+    fn decoded(&self, name: &str, weight: &QuantizedWeight) -> Result<Vec<f32>> {
+        self.encode(name, weight)?.remove(0).1.to_f32()
+    }
+
     /// A float tensor in the type asked for.
     ///
     /// # Errors
     /// When a value would be rounded, or become infinite, without `lossy`.
-    pub(super) fn dense(&self, name: &str, tensor: HostTensor) -> Result<HostTensor> {
+    fn dense(&self, name: &str, tensor: HostTensor) -> Result<HostTensor> {
         let dtype = match self.dtype {
             DenseDType::F32 => return Ok(tensor),
             DenseDType::F16 => DType::F16,
@@ -78,18 +105,17 @@ impl DequantizedConfig {
         }
         Ok(stored)
     }
-}
 
-/// The source's `config.json` with the type set under whichever key it uses, and no word of the
-/// source's own quantization; `unties` when the head has weights of its own now.
-pub(super) fn config(mut config: Value, dtype: DenseDType, unties: bool) -> Value {
-    if let Some(map) = config.as_object_mut() {
-        let key = if map.contains_key("dtype") { "dtype" } else { "torch_dtype" };
-        map.insert(key.to_owned(), json!(dtype.name()));
-        map.shift_remove("quantization_config");
-        if unties {
-            map.insert("tie_word_embeddings".to_owned(), json!(false));
+    /// Sets the type under whichever key the source uses, and takes out what the source says of its own
+    /// quantization.
+    fn configure(&self, config: &mut Value, unties: bool) {
+        if let Some(map) = config.as_object_mut() {
+            let key = if map.contains_key("dtype") { "dtype" } else { "torch_dtype" };
+            map.insert(key.to_owned(), json!(self.dtype.name()));
+            map.shift_remove("quantization_config");
+            if unties {
+                map.insert("tie_word_embeddings".to_owned(), json!(false));
+            }
         }
     }
-    config
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
-use super::{Adapter, AdapterRecord};
+use super::adapter::{Adapter, AdapterRecord};
 
 /// How far numbers are apart, each by `|a - b| / max(|a|, |b|)`: 0 where they are equal, and the
 /// same whichever comes first.

@@ -8,19 +8,52 @@
 
 use std::collections::BTreeMap;
 
-use super::manifest::{GridRecord, LinearRecord};
-use super::weights_sha256;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::coded::Tensors;
+use super::format::{FileFormat, Kind, OwnFormat};
+use super::record::{
+    FORMAT_VERSION, GridRecord, LinearRecord, MANIFEST_FILE, tensor_names, weights_sha256,
+};
 use crate::error::{Error, Result};
 use crate::quant::{Grid, GroupLayout, PackedCodes, QuantizedWeight, ZeroKind, bits};
 use crate::store::{DType, HostTensor, TensorSource};
 
-/// The names under which linear `name` is stored, on either grid.
-pub fn tensor_names(name: &str) -> [String; 5] {
-    ["codes", "scales", "zero_points", "alphas", "offsets"].map(|part| format!("{name}.{part}"))
+/// `format.fewbit`: no keys.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct FewbitConfig {}
+
+impl FileFormat for FewbitConfig {
+    fn about(&self) -> &'static str {
+        "Packed codes and scales: what every other format is made from"
+    }
+
+    fn kind(&self) -> Kind<'_> {
+        Kind::Own(self)
+    }
+}
+
+impl OwnFormat for FewbitConfig {
+    fn encode(&self, name: &str, weight: &QuantizedWeight) -> Result<Tensors> {
+        Ok(encode(name, weight))
+    }
+
+    fn configure(&self, config: &mut Value, _unties: bool) {
+        if let Some(map) = config.as_object_mut() {
+            let about = json!({
+                "quant_method": "fewbit",
+                "format_version": FORMAT_VERSION,
+                "manifest": MANIFEST_FILE,
+            });
+            map.insert("quantization_config".to_owned(), about);
+        }
+    }
 }
 
 /// The tensors of one linear.
-pub fn encode(name: &str, weight: &QuantizedWeight) -> Vec<(String, HostTensor)> {
+pub fn encode(name: &str, weight: &QuantizedWeight) -> Tensors {
     let layout = weight.layout;
     let width = weight.bits.get();
     let [rows, columns] = layout.stored();

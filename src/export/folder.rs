@@ -5,10 +5,14 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::activations::ActivationRecord;
+use super::adapter::Adapter;
+use super::fewbit;
+use super::formats::{Format, packed_as};
 use super::gguf::model as gguf;
-use super::manifest::{LinearRecord, Manifest};
-use super::packed::Packed;
-use super::{ActivationRecord, Adapter, Format, fewbit};
+use super::manifest::Manifest;
+use super::read::Packed;
+use super::record::{LinearRecord, MANIFEST_FILE};
 use crate::data::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::{ModelConfig, ModelTap, WeightSource, open_folder};
@@ -73,12 +77,12 @@ pub fn open_model(dir: &Path) -> Result<OpenModel> {
         manifest: Manifest::read(dir)?,
         adapter: None,
         files: BTreeMap::new(),
-        packed_as: Packed::of(&config_json(dir)?).map_err(|e| e.at(dir.display()))?,
+        packed_as: packed_as(&config_json(dir)?).map_err(|e| e.at(dir.display()))?,
     };
     if let Some(record) = opened.activations() {
-        record.check(&opened.config).map_err(|e| {
-            e.at(dir.join(super::MANIFEST_FILE).display()).fix("export the run again")
-        })?;
+        record
+            .check(&opened.config)
+            .map_err(|e| e.at(dir.join(MANIFEST_FILE).display()).fix("export the run again"))?;
     }
     Ok(opened)
 }

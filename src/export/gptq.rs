@@ -1,4 +1,4 @@
-//! GPTQ's tensors, versions 1 and 2, which AutoRound reads under a config of its own.
+//! GPTQ's tensors, versions 1 and 2; AutoRound reads them under a config of its own.
 //!
 //! Per linear `X`, all words i32: `X.qweight` `[inputs * bits / 32, out]`, a dense stream down the
 //! inputs of each output; `X.qzeros` `[groups, out * bits / 32]`, a dense stream along the outputs;
@@ -9,23 +9,104 @@
 //! it has the widest reach; everything else is version 2. `scale * (code - zero)` is exact in f32
 //! for an f16 scale; runtimes that compute in f16 round each weight once.
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::container::Container;
-use super::matrix::{
-    Affine, Layer, Tensors, floats, most_common, repeated, stored_group, transposed, words_as_i32,
+use super::coded::{
+    Coded, Layer, Tensors, floats, most_common, repeated, stated, stored_group, transposed,
+    words_as_i32,
 };
-use super::plan::{self, Target, Traits};
+use super::format::{FileFormat, Kind, PackedFormat, Packer};
+use super::plan::{Holds, Reason, beyond_f16};
+use super::read::{Reader, section};
 use crate::error::{Error, Result};
 use crate::quant::bits;
 use crate::store::{DType, HostTensor};
+
+/// Keys of `format.gptq`.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct GptqFormatConfig {
+    /// 1 or 2; what the grids suit unless said otherwise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub version: Option<u8>,
+    /// Whether weights may change; by how much is reported.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub lossy: bool,
+}
+
+impl FileFormat for GptqFormatConfig {
+    fn about(&self) -> &'static str {
+        "GPTQ: transformers, gptqmodel, vLLM; 2, 3, 4 and 8 bits, f16 scales"
+    }
+
+    fn lossy(&self) -> bool {
+        self.lossy
+    }
+
+    fn kind(&self) -> Kind<'_> {
+        Kind::Packed(self)
+    }
+}
+
+/// What the layout holds, AutoRound's too.
+pub(super) const HOLDS: Holds = Holds {
+    widths: &[2, 3, 4, 8],
+    words: "2, 3, 4 or 8",
+    codes_zeros: true,
+    planes: false,
+    group: 32,
+    whole_rows: true,
+    tile: [32, 32],
+    rank: 2,
+};
+
+impl PackedFormat for GptqFormatConfig {
+    fn holds(&self) -> &'static Holds {
+        &HOLDS
+    }
+
+    fn wrong_values(&self, weight: &Coded<'_>) -> Option<Reason> {
+        beyond_f16("gptq", weight)
+    }
+
+    fn packer(&self, linears: Vec<Layer>, dense: Vec<String>) -> Result<Box<dyn Packer>> {
+        let options = GptqOptions::suited(self.version, true, &linears)?;
+        Ok(Box::new(Gptq { linears, dense, options }))
+    }
+
+    fn reader(&self) -> &'static Reader {
+        &Reader {
+            method: "gptq",
+            section: |config| section(config, "gptq"),
+            tensor: "qweight",
+            weights: |section, name, source| Ok(read::decode(section, name, source)?.values()),
+        }
+    }
+}
+
+struct Gptq {
+    linears: Vec<Layer>,
+    dense: Vec<String>,
+    options: GptqOptions,
+}
+
+impl Packer for Gptq {
+    fn pack(&self, name: &str, weight: &Coded<'_>) -> Result<Tensors> {
+        encode(name, weight, self.options)
+    }
+
+    fn section(&self) -> Result<Value> {
+        Ok(config(&self.linears, &self.dense, self.options))
+    }
+}
 
 /// Group lengths that readers have kernels for, descending; others are stored as shorter ones.
 const GROUPS: [usize; 6] = [1024, 512, 256, 128, 64, 32];
 
 /// How zero points are stored.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Version {
+pub(super) enum Version {
     /// Less one; symmetric grids only.
     V1,
     /// As they are.
@@ -34,30 +115,41 @@ pub enum Version {
 
 impl Version {
     /// Version 1 where every linear is symmetric, version 2 otherwise: a model has one version.
-    pub fn suited(linears: &[Layer]) -> Self {
+    pub(super) fn suited(linears: &[Layer]) -> Self {
         if linears.iter().all(|layer| layer.centred) { Self::V1 } else { Self::V2 }
     }
 }
 
 /// How to store.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct GptqOptions {
+pub(super) struct GptqOptions {
     /// How zero points are stored.
     pub version: Version,
-    /// GPTQ, or AutoRound, which does without `g_idx`.
-    pub target: Target,
+    /// Whether the group of each input is stored; AutoRound does without.
+    pub index: bool,
     /// Whether rows that are one group are stored as such: so in a model where all of them are.
     pub whole_rows: bool,
 }
 
 impl GptqOptions {
-    /// What suits a model of these linears.
-    pub fn suited(target: Target, linears: &[Layer]) -> Self {
-        Self {
-            version: Version::suited(linears),
-            target,
-            whole_rows: linears.iter().all(Layer::is_whole_row),
-        }
+    /// What suits a model of these linears: `version` 1 or 2 where it is given, else what the grids
+    /// suit.
+    ///
+    /// # Errors
+    /// For another version.
+    pub(super) fn suited(version: Option<u8>, index: bool, linears: &[Layer]) -> Result<Self> {
+        let version = match version {
+            None => Version::suited(linears),
+            Some(1) => Version::V1,
+            Some(2) => Version::V2,
+            Some(other) => {
+                let format = if index { "gptq" } else { "autoround" };
+                return Err(Error::usage(format!("version = {other} of GPTQ's layout"))
+                    .at(format!("format.{format}"))
+                    .fix("1 or 2"));
+            }
+        };
+        Ok(Self { version, index, whole_rows: linears.iter().all(Layer::is_whole_row) })
     }
 
     /// The group length under which a linear is stored.
@@ -72,12 +164,8 @@ impl GptqOptions {
 /// The tensors of linear `name`.
 ///
 /// # Errors
-/// When the grid does not fit ([`plan::refusal`]), and in version 1 when it is not symmetric.
-pub fn encode(name: &str, weight: &Affine<'_>, options: GptqOptions) -> Result<Tensors> {
-    weight.check(name)?;
-    plan::check(options.target, &Traits::of(weight), name)?;
-    let container = Container::new(options.target, weight);
-    let weight = &container.as_ref().map_or(*weight, |container| container.affine(weight));
+/// In version 1 when the grid is not symmetric.
+pub(super) fn encode(name: &str, weight: &Coded<'_>, options: GptqOptions) -> Result<Tensors> {
     let less = match options.version {
         Version::V2 => 0,
         Version::V1 if weight.is_centred() => 1,
@@ -91,7 +179,7 @@ pub fn encode(name: &str, weight: &Affine<'_>, options: GptqOptions) -> Result<T
     let group = options.group(weight.group_len, inputs);
     let times = weight.group_len / group;
     let groups = inputs / group;
-    let words = bits::pack_rows(weight.codes, inputs, width);
+    let words = bits::pack_rows(&weight.codes, inputs, width);
     let rows = bits::words_per_row(inputs, width);
     let zeros: Vec<u8> = weight
         .zero_codes()
@@ -99,14 +187,14 @@ pub fn encode(name: &str, weight: &Affine<'_>, options: GptqOptions) -> Result<T
         .flat_map(|zero| std::iter::repeat_n(zero - less, times))
         .collect();
     let zeros = bits::pack_rows(&transposed(&zeros, groups), out, width);
-    let scales = transposed(&repeated(weight.scale, times), groups);
+    let scales = transposed(&repeated(&weight.scale, times), groups);
     let columns = bits::words_per_row(out, width);
     let mut tensors = vec![
         (format!("{name}.qweight"), words_as_i32([rows, out], &transposed(&words, rows))),
         (format!("{name}.qzeros"), words_as_i32([groups, columns], &zeros)),
         (format!("{name}.scales"), floats(DType::F16, [groups, out], &scales)),
     ];
-    if options.target == Target::Gptq {
+    if options.index {
         let index: Vec<i32> =
             (0..inputs).map(|input| ((input / group) as u32).cast_signed()).collect();
         tensors.push((format!("{name}.g_idx"), HostTensor::i32([inputs], &index)));
@@ -117,7 +205,8 @@ pub fn encode(name: &str, weight: &Affine<'_>, options: GptqOptions) -> Result<T
 /// Width and group length of a linear as stored, without a length where rows are whole.
 type Key = (u8, Option<usize>);
 
-fn keys(linears: &[Layer], options: GptqOptions) -> (Vec<Key>, Key) {
+/// Those of all linears, and the most common one.
+pub(super) fn keys(linears: &[Layer], options: GptqOptions) -> (Vec<Key>, Key) {
     let key = |layer: &Layer| {
         let whole = options.whole_rows && layer.is_whole_row();
         let group = options.group(layer.group_len, layer.shape[1]);
@@ -128,14 +217,9 @@ fn keys(linears: &[Layer], options: GptqOptions) -> (Vec<Key>, Key) {
     (keys, common)
 }
 
-/// A group length as a config states it.
-pub(super) fn stated(group: Option<usize>) -> Value {
-    group.map_or(json!(-1), |group| json!(group))
-}
-
 /// The `quantization_config` of GPTQ. Linears that differ from the most common width and group
 /// are listed under `dynamic`, as are the linears that stay `dense`.
-pub fn config(linears: &[Layer], dense: &[String], options: GptqOptions) -> Value {
+fn config(linears: &[Layer], dense: &[String], options: GptqOptions) -> Value {
     let (keys, common) = keys(linears, options);
     let mut dynamic = Map::new();
     for (layer, key) in linears.iter().zip(&keys) {
@@ -173,65 +257,137 @@ fn escaped(name: &str) -> String {
     name.replace('.', "\\.")
 }
 
-/// The `quantization_config` of AutoRound over the same tensors. Linears that differ from the most
-/// common width and group are listed under `extra_config`, as are those that stay `dense`.
-pub fn autoround_config(linears: &[Layer], dense: &[String], options: GptqOptions) -> Value {
-    let (keys, common) = keys(linears, options);
-    let mut extra = Map::new();
-    for (layer, key) in linears.iter().zip(&keys) {
-        // Its reader looks for linears outside blocks here only.
-        if *key != common || !layer.name.contains(".layers.") {
-            let own = json!({ "bits": key.0, "group_size": stated(key.1), "data_type": "int" });
-            extra.insert(layer.name.clone(), own);
+pub(super) mod read {
+    //! Reads GPTQ's tensors, under a config of GPTQ or of AutoRound.
+
+    use serde_json::Value;
+
+    use crate::error::Result;
+    use crate::export::read::{
+        Decoded, Shift, Stream, damaged, floats_of, group_len, width, words, words_of,
+    };
+    use crate::store::TensorSource;
+
+    /// Linear `name` under `config`, the `quantization_config`. Where there is a `g_idx`, it says which
+    /// input belongs to which group (act-order).
+    ///
+    /// # Errors
+    /// When config and tensors contradict each other.
+    pub(in crate::export) fn decode(
+        config: &Value,
+        name: &str,
+        source: &dyn TensorSource,
+    ) -> Result<Decoded> {
+        let own = own_entry(config, name);
+        let bits =
+            own.map_or_else(|| width(config, "bits", name), |own| width(own, "bits", name))?;
+        let add = added_to_zeros(config, name)?;
+        let (words, [rows, out]) = words(source, &format!("{name}.qweight"))?;
+        let inputs = rows * 32 / usize::from(bits);
+        if (rows * 32) % usize::from(bits) != 0 {
+            return Err(damaged(
+                format!("{rows} words are no column of codes of {bits} bits"),
+                name,
+            ));
+        }
+        let group_len = group_len(own.unwrap_or(config), inputs, name)?;
+        let groups = inputs / group_len;
+        let index = index(source, name, inputs, groups)?;
+        let zero_words = (out * usize::from(bits)).div_ceil(32);
+        let zeros = words_of(source, &format!("{name}.qzeros"), [groups, zero_words])?;
+        let scales = floats_of(source, &format!("{name}.scales"), [groups, out])?;
+        let mut decoded = Decoded {
+            out,
+            inputs,
+            group_len,
+            bits,
+            codes: Vec::with_capacity(out * inputs),
+            scale: Vec::with_capacity(out * groups),
+            shift: Shift::Zero(Vec::new()),
+            weights: Vec::new(),
+        };
+        let mut zero = Vec::with_capacity(out * groups);
+        for row in 0..out {
+            let column = Stream { words: &words, start: row, stride: out, bits };
+            decoded.codes.extend((0..inputs).map(|input| column.code(input)));
+            for group in 0..groups {
+                let stream = Stream { words: &zeros, start: group * zero_words, stride: 1, bits };
+                zero.push(f32::from(stream.code(row)) + add);
+                decoded.scale.push(scales[group * out + row]);
+            }
+        }
+        decoded.shift = Shift::Zero(zero);
+        Ok(match index {
+            Some(index) => decoded.with_scattered(&|input| index[input]),
+            None => decoded.with_weights(),
+        })
+    }
+
+    /// What a reader adds to a stored zero point.
+    fn added_to_zeros(config: &Value, name: &str) -> Result<f32> {
+        let text = |key: &str| config.get(key).and_then(Value::as_str);
+        match (text("quant_method"), text("checkpoint_format"), text("packing_format")) {
+            // Files from before the key had a second value do without it.
+            (Some("gptq"), Some("gptq") | None, _)
+            | (Some("auto-round"), _, Some("auto_round:auto_gptq")) => Ok(1.0),
+            (Some("gptq"), Some("gptq_v2"), _) | (Some("auto-round"), _, Some("auto_round")) => {
+                Ok(0.0)
+            }
+            _ => Err(damaged("the config names no version of gptq", name)),
         }
     }
-    for name in dense.iter().filter(|name| name.contains(".layers.")) {
-        extra.insert(name.clone(), json!({ "bits": 16, "data_type": "fp" }));
-    }
-    let packing = match options.version {
-        Version::V1 => "auto_round:auto_gptq",
-        Version::V2 => "auto_round",
-    };
-    let mut config = json!({
-        "quant_method": "auto-round",
-        "packing_format": packing,
-        "bits": common.0,
-        "group_size": stated(common.1),
-        "sym": linears.iter().all(|layer| layer.centred),
-        "data_type": "int",
-        "autoround_version": AUTOROUND_VERSION,
-        "backend": "auto",
-    });
-    if !extra.is_empty() {
-        config["extra_config"] = Value::Object(extra);
-    }
-    config
-}
 
-/// The release whose reader the layout was checked against.
-const AUTOROUND_VERSION: &str = "0.16.1";
+    /// The entry that a linear has to itself.
+    fn own_entry<'a>(config: &'a Value, name: &str) -> Option<&'a Value> {
+        let extra = config.get("extra_config").and_then(|extra| extra.get(name));
+        let plain = |pattern: &str| pattern.replace('\\', "") == format!("+:^{name}$");
+        let dynamic = config.get("dynamic").and_then(Value::as_object);
+        extra.or_else(|| {
+            dynamic.and_then(|map| map.iter().find(|(key, _)| plain(key)).map(|(_, own)| own))
+        })
+    }
+
+    /// The group of each input, where the file says so.
+    fn index(
+        source: &dyn TensorSource,
+        name: &str,
+        inputs: usize,
+        groups: usize,
+    ) -> Result<Option<Vec<usize>>> {
+        let name = format!("{name}.g_idx");
+        if source.info(&name).is_none() {
+            return Ok(None);
+        }
+        let index = source.read(&name)?.to_u32().map_err(|e| e.at(&name))?;
+        let index: Vec<usize> = index.iter().filter_map(|own| usize::try_from(*own).ok()).collect();
+        if index.len() == inputs && index.iter().all(|group| *group < groups) {
+            return Ok(Some(index));
+        }
+        Err(damaged(format!("it does not name one of {groups} groups for {inputs} inputs"), &name))
+    }
+}
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::matrix::sample::{Grid, grid};
-    use super::super::read::{self, Shift, memory::Memory};
+    use super::super::autoround;
+    use super::super::coded::sample::{Grid, grid};
+    use super::super::format::sample::packed;
+    use super::super::read::{Decoded, Shift, memory::Memory};
     use super::*;
     use crate::quant::ZeroKind;
 
-    const V2: GptqOptions =
-        GptqOptions { version: Version::V2, target: Target::Gptq, whole_rows: false };
+    const V2: GptqOptions = GptqOptions { version: Version::V2, index: true, whole_rows: false };
     const V1: GptqOptions = GptqOptions { version: Version::V1, ..V2 };
 
-    fn decoded(grid: &Grid, options: GptqOptions) -> read::Decoded {
-        let tensors = encode("x", &grid.affine(), options).unwrap();
-        let layers = [grid.affine().layer("x")];
-        let gptq =
-            read::gptq::decode(&config(&layers, &[], options), "x", &Memory::new(tensors.clone()))
-                .unwrap();
-        let auto = autoround_config(&layers, &[], options);
-        assert_eq!(read::gptq::decode(&auto, "x", &Memory::new(tensors)).unwrap(), gptq);
+    fn decoded(grid: &Grid, options: GptqOptions) -> Decoded {
+        let tensors = encode("x", &grid.coded(), options).unwrap();
+        let layers = [grid.coded().layer("x")];
+        let gptq = read::decode(&config(&layers, &[], options), "x", &Memory::new(tensors.clone()))
+            .unwrap();
+        let auto = autoround::config(&layers, &[], options);
+        assert_eq!(read::decode(&auto, "x", &Memory::new(tensors)).unwrap(), gptq);
         gptq
     }
 
@@ -239,18 +395,18 @@ mod tests {
     #[test]
     fn scattered_groups_are_read() {
         let grid = grid([32, 96], 32, 4, ZeroKind::Integer, true, 8);
-        let mut tensors = encode("x", &grid.affine(), V2).unwrap();
-        let config = config(&[grid.affine().layer("x")], &[], V2);
+        let mut tensors = encode("x", &grid.coded(), V2).unwrap();
+        let config = config(&[grid.coded().layer("x")], &[], V2);
         let index: Vec<i32> = (0..96).map(|input| input * 5 % 3).collect();
         tensors[3].1 = HostTensor::i32([96], &index);
-        let found = read::gptq::decode(&config, "x", &Memory::new(tensors.clone())).unwrap();
+        let found = read::decode(&config, "x", &Memory::new(tensors.clone())).unwrap();
         for (at, weight) in found.weights.iter().enumerate() {
             let group = at / 96 * 3 + index[at % 96] as usize;
             let expected = grid.scale[group] * (f32::from(grid.codes[at]) - grid.zero[group]);
             assert_eq!(weight.to_bits(), expected.to_bits());
         }
         tensors[3].1 = HostTensor::i32([96], &[3; 96]);
-        let error = read::gptq::decode(&config, "x", &Memory::new(tensors)).unwrap_err();
+        let error = read::decode(&config, "x", &Memory::new(tensors)).unwrap_err();
         assert!(error.to_string().contains("3 groups"), "{error}");
     }
 
@@ -262,7 +418,7 @@ mod tests {
         grid.codes[32] = 15;
         grid.scale[1] = 0.25;
         grid.centre();
-        let tensors = encode("x", &grid.affine(), V1).unwrap();
+        let tensors = encode("x", &grid.coded(), V1).unwrap();
         let words = tensors[0].1.to_u32().unwrap();
         assert_eq!(tensors[0].1.shape, [4, 32]);
         assert_eq!((words[0], words[1], words[32]), (0x8765_4321, 15, 9));
@@ -271,9 +427,9 @@ mod tests {
         assert_eq!(tensors[2].1.to_f32().unwrap()[1..2], [0.25]);
         assert_eq!(tensors[3].1, HostTensor::i32([32], &[0; 32]));
         grid.zero[2] = 3.0;
-        let tensors = encode("x", &grid.affine(), V2).unwrap();
+        let tensors = encode("x", &grid.coded(), V2).unwrap();
         assert_eq!(tensors[1].1.to_u32().unwrap()[0], 0x8888_8388);
-        let error = encode("x", &grid.affine(), V1).unwrap_err().to_string();
+        let error = encode("x", &grid.coded(), V1).unwrap_err().to_string();
         assert!(error.ends_with("format.gptq.version = 2"), "{error}");
     }
 
@@ -283,12 +439,13 @@ mod tests {
         grid.codes.fill(0);
         // Input 10 of output 5 takes bits 30..33.
         grid.codes[5 * 32 + 10] = 0b110;
-        let words = encode("x", &grid.affine(), V2).unwrap()[0].1.to_u32().unwrap();
+        let words = encode("x", &grid.coded(), V2).unwrap()[0].1.to_u32().unwrap();
         assert_eq!((words[5], words[32 + 5], words.len()), (0b10 << 30, 1, 96));
     }
 
     #[test]
     fn what_does_not_fit_is_refused() {
+        let v2 = GptqFormatConfig { version: Some(2), lossy: false };
         let cases = [
             grid([32, 32], 32, 8, ZeroKind::Half, true, 1),
             grid([32, 32], 32, 4, ZeroKind::Real, true, 1),
@@ -297,11 +454,11 @@ mod tests {
             grid([32, 32], 32, 4, ZeroKind::Integer, false, 1),
         ];
         for grid in cases {
-            assert!(encode("x", &grid.affine(), V2).is_err(), "{grid:?}");
+            assert!(packed(&v2, &grid.coded()).is_err(), "{grid:?}");
         }
         let mut grid = grid([32, 32], 32, 8, ZeroKind::Integer, true, 1);
         grid.zero[0] = 256.0;
-        assert!(encode("x", &grid.affine(), V2).is_err());
+        assert!(packed(&v2, &grid.coded()).is_err());
     }
 
     #[test]
@@ -315,7 +472,7 @@ mod tests {
         };
         let linears = [layer("a", 2, 64), layer("b", 4, 96), layer("c", 2, 64)];
         let dense = ["lm_head".to_owned(), "model.layers.0.d".to_owned()];
-        let options = GptqOptions::suited(Target::Gptq, &linears);
+        let options = GptqOptions::suited(None, true, &linears).unwrap();
         let gptq = config(&linears, &dense, options);
         assert_eq!((&gptq["bits"], &gptq["group_size"]), (&json!(2), &json!(64)));
         assert_eq!(gptq["checkpoint_format"], "gptq");
@@ -327,14 +484,17 @@ mod tests {
             })
         );
         let auto =
-            autoround_config(&linears, &dense, GptqOptions { version: Version::V2, ..options });
+            autoround::config(&linears, &dense, GptqOptions { version: Version::V2, ..options });
         assert_eq!(auto["packing_format"], "auto_round");
         assert_eq!(auto["extra_config"]["model.layers.0.b"]["group_size"], 32);
         assert_eq!(auto["extra_config"]["model.layers.0.d"]["bits"], 16);
         let rows = [layer("a", 4, 256), layer("b", 4, 256)];
-        assert_eq!(config(&rows, &[], GptqOptions::suited(Target::Gptq, &rows))["group_size"], -1);
+        assert_eq!(
+            config(&rows, &[], GptqOptions::suited(None, true, &rows).unwrap())["group_size"],
+            -1
+        );
         let mixed = [layer("a", 4, 256), layer("b", 4, 128)];
-        assert!(!GptqOptions::suited(Target::Gptq, &mixed).whole_rows);
+        assert!(!GptqOptions::suited(None, true, &mixed).unwrap().whole_rows);
     }
 
     proptest! {
@@ -356,13 +516,13 @@ mod tests {
             }
             let version = if first { Version::V1 } else { Version::V2 };
             let whole_rows = whole_rows && groups == 1;
-            let target = if autoround { Target::AutoRound } else { Target::Gptq };
-            let decoded = decoded(&grid, GptqOptions { version, target, whole_rows });
+            let index = !autoround;
+            let decoded = decoded(&grid, GptqOptions { version, index, whole_rows });
             let decoded = decoded.regrouped(group_len).unwrap();
             prop_assert_eq!(&decoded.codes, &grid.codes);
             prop_assert_eq!(&decoded.scale, &grid.scale);
             prop_assert_eq!(decoded.shift, Shift::Zero(grid.zero.clone()));
-            prop_assert_eq!(decoded.weights, grid.affine().dequantize());
+            prop_assert_eq!(decoded.weights, grid.coded().dequantize());
         }
     }
 }

@@ -6,18 +6,13 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::activations::ActivationRecord;
+use super::adapter::AdapterHead;
 use super::approximate::Loss;
-use super::write::weights_sha256;
-use super::{ActivationRecord, AdapterHead, Format};
+use super::formats::Format;
+use super::record::{FORMAT_VERSION, LinearRecord, MANIFEST_FILE, Provenance};
 use crate::data::DataFormat;
 use crate::error::{Error, Result};
-use crate::quant::{Bits, CodeHistogram, Grid, GroupAxis, QuantizedWeight, ZeroKind};
-use crate::store::HostTensor;
-
-/// The manifest's name in a folder.
-pub const MANIFEST_FILE: &str = "manifest.json";
-/// Version of the manifest and of the packed layout.
-pub(super) const FORMAT_VERSION: u32 = 1;
 
 /// Everything that `verify` checks and a reader needs.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -63,77 +58,6 @@ pub struct Manifest {
     pub parity: Option<ParityRecord>,
 }
 
-/// Where the weights came from.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
-pub struct Provenance {
-    /// The source model's name.
-    pub model: String,
-    /// SHA-256 over its config and weights.
-    pub model_sha256: String,
-    /// SHA-256 of each data set, by role.
-    pub data_sha256: BTreeMap<String, String>,
-    /// The resolved recipe.
-    pub recipe: String,
-    /// Seed of the run.
-    pub seed: u64,
-    /// Device it ran on.
-    pub device: String,
-}
-
-/// One quantized linear.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-pub struct LinearRecord {
-    /// The method that trained it.
-    pub method: String,
-    /// Width of a code.
-    pub bits: Bits,
-    /// `[out, in]`.
-    pub shape: [usize; 2],
-    /// Weights that share a scale.
-    pub group_len: usize,
-    /// Along which dimension they lie.
-    pub axis: GroupAxis,
-    /// What the codes stand for.
-    pub grid: GridRecord,
-    /// Occurrences of each code.
-    pub histogram: CodeHistogram,
-    /// SHA-256 of each stored tensor's bytes, by tensor name.
-    pub sha256: BTreeMap<String, String>,
-    /// SHA-256 of the weights a reader computes, as little-endian f32, `[out, in]`.
-    pub weights_sha256: String,
-    /// What was changed of the trained weights, where that was allowed.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub loss: Option<Loss>,
-}
-
-impl LinearRecord {
-    /// Of a linear whose readers compute `decoded`, and whose tensors are these.
-    pub(super) fn new(
-        weight: &QuantizedWeight,
-        method: &str,
-        decoded: &[f32],
-        tensors: &[(String, HostTensor)],
-    ) -> Self {
-        let sha256 = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.sha256())).collect();
-        let grid = match weight.grid {
-            Grid::Uniform { zero_kind, .. } => GridRecord::Uniform { zero_kind },
-            Grid::BinaryCoding { .. } => GridRecord::BinaryCoding {},
-        };
-        Self {
-            method: method.to_owned(),
-            bits: weight.bits,
-            shape: [weight.layout.out, weight.layout.inputs],
-            group_len: weight.layout.group_len,
-            axis: weight.layout.axis,
-            grid,
-            histogram: weight.histogram(),
-            sha256,
-            weights_sha256: weights_sha256(decoded),
-            loss: None,
-        }
-    }
-}
-
 /// What a model says to fixed prompts, so that `verify` can ask again.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct LogitsRecord {
@@ -147,19 +71,6 @@ pub struct LogitsRecord {
     pub differ: f32,
     /// Mean negative log-likelihood of the prompts' tokens, nats.
     pub nll: f64,
-}
-
-/// The kind of a linear's grid.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum GridRecord {
-    /// `scale * (code - zero_point)`.
-    Uniform {
-        /// What the zero points are.
-        zero_kind: ZeroKind,
-    },
-    /// `±alpha_0 ± alpha_1 ... + offset`, bit `i` of a code set where `alpha_i` is added.
-    BinaryCoding {},
 }
 
 /// Two perplexities that must be equal, and what they were measured on.

@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use burn::nn::Linear;
 
-use super::{Adapter, OpenModel};
+use super::adapter::Adapter;
+use super::folder::OpenModel;
 use crate::error::{Error, Result};
 use crate::model::CausalLm;
 use crate::quant::{CodedWeight, Grid, QuantizedWeight};

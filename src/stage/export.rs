@@ -80,10 +80,10 @@ pub(super) fn run(config: &ExportConfig, ctx: &mut StageContext<'_>) -> Result<(
             quantized: &ctx.model.quantized,
             dense: &dense,
             activations: ctx.model.activations.if_on(),
-            options: config.format.clone(),
             provenance: ctx.provenance.clone(),
         };
-        let exported = export::write(&parts, format, &target, &Gate { gauge: &gauge, trained })?;
+        let gate = Gate { gauge: &gauge, trained };
+        let exported = export::write(&parts, format, &config.format, &target, &gate)?;
         if format == Format::Dequantized && ctx.model.activations.quant.is_on() {
             let text = "other runtimes read this folder as a dense model with float activations; \
                         fewbit quantizes them as manifest.json says";

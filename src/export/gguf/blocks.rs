@@ -13,10 +13,10 @@ use half::{bf16, f16};
 
 use super::types::BlockType;
 use crate::error::{Error, Result};
-use crate::export::matrix::Affine;
+use crate::export::coded::Coded;
 
 /// The parts of a weight that blocks are made of.
-impl Affine<'_> {
+impl Coded<'_> {
     /// The weights of one row as training computed them.
     fn row_values(&self, row: usize, out: &mut [f32]) {
         let groups = self.groups();
@@ -24,7 +24,8 @@ impl Affine<'_> {
         for (group, (out, codes)) in
             out.chunks_mut(self.group_len).zip(codes.chunks(self.group_len)).enumerate()
         {
-            let (scale, zero) = (self.scale[row * groups + group], self.zero[row * groups + group]);
+            let (scale, zero) =
+                (self.scale[row * groups + group], self.shift[row * groups + group]);
             for (value, code) in out.iter_mut().zip(codes) {
                 *value = scale * (f32::from(*code) - zero);
             }
@@ -36,7 +37,7 @@ impl Affine<'_> {
         let base = row * self.groups();
         let first = base + start / self.group_len;
         let last = base + (start + len - 1) / self.group_len;
-        (&self.scale[first..=last], &self.zero[first..=last])
+        (&self.scale[first..=last], &self.shift[first..=last])
     }
 }
 
@@ -73,8 +74,8 @@ impl From<Refusal> for Error {
 ///
 /// # Errors
 /// When one weight would not come back as it is, for a type that is only read, and as
-/// [`Affine::check`].
-pub fn encode(weight: &Affine<'_>, kind: BlockType) -> Result<Vec<u8>, Refusal> {
+/// `Coded::check`.
+pub fn encode(weight: &Coded<'_>, kind: BlockType) -> Result<Vec<u8>, Refusal> {
     let mut bytes =
         Vec::with_capacity(kind.tensor_bytes(&[weight.out, weight.inputs]).unwrap_or(0));
     each_row(weight, kind, |row| bytes.extend_from_slice(row))?;
@@ -85,7 +86,7 @@ pub fn encode(weight: &Affine<'_>, kind: BlockType) -> Result<Vec<u8>, Refusal> 
 ///
 /// # Errors
 /// As [`encode`].
-pub fn fits(weight: &Affine<'_>, kind: BlockType) -> Result<(), Refusal> {
+pub fn fits(weight: &Coded<'_>, kind: BlockType) -> Result<(), Refusal> {
     each_row(weight, kind, |_| ())
 }
 
@@ -119,14 +120,14 @@ fn refuse_unwritten(kind: BlockType) -> Result<(), Refusal> {
     ))
 }
 
-/// [`Affine::check`] for callers that name the weight themselves.
-pub(super) fn checked(weight: &Affine<'_>) -> Result<(), Refusal> {
+/// `Coded::check` for callers that name the weight themselves.
+pub(super) fn checked(weight: &Coded<'_>) -> Result<(), Refusal> {
     let fault = |error: Error| Refusal::new(error.what(), "this is a fault of the caller");
-    weight.check("").map_err(fault)
+    weight.check().map_err(fault)
 }
 
 fn each_row(
-    weight: &Affine<'_>,
+    weight: &Coded<'_>,
     kind: BlockType,
     mut each: impl FnMut(&[u8]),
 ) -> Result<(), Refusal> {
@@ -160,7 +161,7 @@ fn each_row(
 
 /// One block's worth of a row.
 struct Block<'a> {
-    weight: &'a Affine<'a>,
+    weight: &'a Coded<'a>,
     row: usize,
     start: usize,
     values: &'a [f32],
@@ -486,16 +487,24 @@ mod tests {
             }
         }
 
-        fn affine(&self) -> Affine<'_> {
+        fn coded(&self) -> Coded<'_> {
             let [out, inputs, group_len] = self.shape;
-            let Self { bits, codes, scale, zero, .. } = self;
-            let zero_kind = ZeroKind::Real;
-            Affine { out, inputs, group_len, bits: *bits, codes, scale, zero, zero_kind }
+            let (codes, scale, shift) = (&self.codes, &self.scale, &self.zero);
+            Coded {
+                out,
+                inputs,
+                group_len,
+                bits: self.bits,
+                codes: codes.into(),
+                scale: scale.into(),
+                shift: shift.into(),
+                zero_kind: Some(ZeroKind::Real),
+            }
         }
 
         /// Encoded and decoded is what was trained.
         fn is_exact(&self, kind: BlockType) -> bool {
-            let weight = self.affine();
+            let weight = self.coded();
             let Ok(bytes) = encode(&weight, kind) else { return false };
             assert_eq!(Some(bytes.len()), kind.tensor_bytes(&[weight.out, weight.inputs]));
             let mut wanted = vec![0.0; weight.inputs];
@@ -596,9 +605,9 @@ mod tests {
         for kind in BlockType::ALL {
             assert_eq!(weight.is_exact(kind), kind == F32, "{kind}");
         }
-        let refusal = encode(&weight.affine(), Q4_0).unwrap_err();
+        let refusal = encode(&weight.coded(), Q4_0).unwrap_err();
         assert!(refusal.reason.contains("row 1, columns from 0: scale 1e-1"), "{refusal}");
-        let refusal = encode(&weight.affine(), Q2_0).unwrap_err();
+        let refusal = encode(&weight.coded(), Q2_0).unwrap_err();
         assert!(refusal.reason.contains("rows of 96"), "{refusal}");
         // A scale whose half is no f16: the smallest subnormal one.
         let mut weight = Owned::new([32, 32], 2, 3, |_| 1.5);
@@ -611,16 +620,16 @@ mod tests {
     #[test]
     fn faults_of_the_caller_are_named() {
         let weight = Owned::new([64, 32], 2, 3, |_| 1.0);
-        let good = weight.affine();
+        let good = || weight.coded();
         for (bad, part) in [
-            (Affine { group_len: 48, ..good }, "group length 48"),
-            (Affine { bits: 1, ..good }, "code"),
-            (Affine { bits: 9, ..good }, "bits = 9"),
-            (Affine { out: 5, ..good }, "5 x 64"),
-            (Affine { out: usize::MAX, ..good }, "x 64"),
-            (Affine { scale: &[f32::NAN; 8], ..good }, "NaN"),
-            (Affine { zero: &[f32::INFINITY; 8], ..good }, "inf"),
-            (Affine { zero: &[1.0; 7], ..good }, "7 zero points"),
+            (Coded { group_len: 48, ..good() }, "group length 48"),
+            (Coded { bits: 1, ..good() }, "code"),
+            (Coded { bits: 9, ..good() }, "bits = 9"),
+            (Coded { out: 5, ..good() }, "5 x 64"),
+            (Coded { out: usize::MAX, ..good() }, "x 64"),
+            (Coded { scale: vec![f32::NAN; 8].into(), ..good() }, "NaN"),
+            (Coded { shift: vec![f32::INFINITY; 8].into(), ..good() }, "inf"),
+            (Coded { shift: vec![1.0; 7].into(), ..good() }, "7 zero points"),
         ] {
             let refusal = fits(&bad, F32).unwrap_err();
             assert!(refusal.reason.contains(part), "{refusal}");

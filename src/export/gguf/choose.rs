@@ -2,7 +2,7 @@
 
 use super::blocks::{Refusal, checked, encode_dense, exact_f16, fits};
 use super::types::BlockType;
-use crate::export::matrix::Affine;
+use crate::export::coded::Coded;
 
 const MLX: &str = "export format.mlx, which keeps scales and offsets in f32";
 
@@ -17,7 +17,7 @@ const MLX: &str = "export format.mlx, which keeps scales and offsets in f32";
 /// # Errors
 /// When there is none: says which property of the weight stands against it, what rounding it away
 /// would cost, and what to do instead.
-pub fn choose(weight: &Affine<'_>) -> Result<BlockType, Refusal> {
+pub fn choose(weight: &Coded<'_>) -> Result<BlockType, Refusal> {
     checked(weight)?;
     let mut packed = BlockType::WRITTEN.into_iter().filter(|kind| kind.block_len() > 1);
     packed.find(|kind| fits(weight, *kind).is_ok()).ok_or_else(|| why_none(weight))
@@ -30,8 +30,9 @@ pub fn choose_dense(values: &[f32]) -> BlockType {
 }
 
 /// The one obstacle that a user can do something about: the width, then scales, then zero points.
-fn why_none(weight: &Affine<'_>) -> Refusal {
-    let Affine { inputs, group_len, bits, scale, zero, .. } = *weight;
+fn why_none(weight: &Coded<'_>) -> Refusal {
+    let Coded { inputs, group_len, bits, .. } = *weight;
+    let (scale, zero) = (&weight.scale[..], &weight.shift[..]);
     if !inputs.is_multiple_of(32) {
         return Refusal::new(
             format!("rows of {inputs} weights are no whole blocks of 32, the smallest in GGUF"),
@@ -104,10 +105,18 @@ mod tests {
     use super::*;
     use crate::quant::ZeroKind;
 
-    fn weight<'a>(codes: &'a [u8], bits: u8, scale: &'a [f32], zero: &'a [f32]) -> Affine<'a> {
-        let (inputs, zero_kind) = (codes.len(), ZeroKind::Real);
-        let group_len = inputs / scale.len();
-        Affine { out: 1, inputs, group_len, bits, codes, scale, zero, zero_kind }
+    fn weight<'a>(codes: &'a [u8], bits: u8, scale: &'a [f32], zero: &'a [f32]) -> Coded<'a> {
+        let inputs = codes.len();
+        Coded {
+            out: 1,
+            inputs,
+            group_len: inputs / scale.len(),
+            bits,
+            codes: codes.into(),
+            scale: scale.into(),
+            shift: zero.into(),
+            zero_kind: Some(ZeroKind::Real),
+        }
     }
 
     fn codes(columns: usize, bits: u8) -> Vec<u8> {
@@ -144,7 +153,7 @@ mod tests {
     #[test]
     fn refusals_name_the_obstacle() {
         let (c4, c8) = (codes(64, 4), codes(64, 8));
-        let cases: [(Affine<'_>, &str, &str); 6] = [
+        let cases: [(Coded<'_>, &str, &str); 6] = [
             (weight(&c4[..44], 4, &[0.5], &[8.0]), "rows of 44", "dense"),
             (weight(&c4, 4, &[0.1, 0.5], &[8.0; 2]), "1 of 2 scales", "quant.scales"),
             (weight(&c4, 4, &[1e6], &[8.0]), "65504", "format.mlx"),

@@ -3,6 +3,11 @@
 use super::value::Value;
 use crate::error::{Error, Result};
 
+/// The key of a tokenizer's kind.
+pub(super) const MODEL: &str = "tokenizer.ggml.model";
+/// The key of a tokenizer's pieces.
+pub(super) const TOKENS: &str = "tokenizer.ggml.tokens";
+
 /// The metadata of a file that somebody else may have written.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Keys<'a>(pub(super) &'a [(String, Value)]);

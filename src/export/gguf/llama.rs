@@ -7,7 +7,6 @@
 use super::types::BlockType;
 use super::value::Value;
 use crate::error::{Error, Result};
-use crate::export::matrix::Affine;
 use crate::model::{Gguf, ModelConfig, NormKind, Role, RopeScaling};
 
 /// The tensor of rotation factors, `[head_dim / 2]`, F32; written for Llama 3.1's scaling only.
@@ -177,35 +176,6 @@ pub fn split_halves<T: Copy>(values: &[T], rows: usize, heads: usize) -> Result<
     }))
 }
 
-/// A quantized weight with its rows interleaved.
-#[derive(Clone, Debug)]
-pub struct Interleaved {
-    codes: Vec<u8>,
-    scale: Vec<f32>,
-    zero: Vec<f32>,
-}
-
-impl Interleaved {
-    /// [`interleave`] on codes, scales and zero points of the linear `name`.
-    ///
-    /// # Errors
-    /// As [`interleave`] and [`Affine::check`].
-    pub fn new(name: &str, weight: &Affine<'_>, heads: usize) -> Result<Self> {
-        weight.check(name)?;
-        Ok(Self {
-            codes: interleave(weight.codes, weight.out, heads)?,
-            scale: interleave(weight.scale, weight.out, heads)?,
-            zero: interleave(weight.zero, weight.out, heads)?,
-        })
-    }
-
-    /// The weight that it was made of, in the new order.
-    pub fn affine<'a>(&'a self, weight: &Affine<'a>) -> Affine<'a> {
-        let Self { codes, scale, zero } = self;
-        Affine { codes, scale, zero, ..*weight }
-    }
-}
-
 fn half_head(len: usize, rows: usize, heads: usize) -> Result<usize> {
     let fits = rows > 0 && heads > 0 && rows.is_multiple_of(2 * heads) && len.is_multiple_of(rows);
     if !fits {
@@ -225,7 +195,6 @@ fn reordered<T: Copy>(values: &[T], rows: usize, from: impl Fn(usize) -> usize) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quant::ZeroKind;
 
     fn config(scaling: &str) -> ModelConfig {
         let text = format!(
@@ -269,30 +238,6 @@ mod tests {
         assert!(interleave(&rows, 8, 8).is_err());
         assert!(interleave(&rows, 0, 1).is_err());
         assert!(interleave(&rows, 6, 1).is_err());
-    }
-
-    #[test]
-    fn codes_take_their_scales_along() {
-        let (codes, scale) = ([0, 1, 2, 3, 4, 5, 6, 7], [1.0, 2.0, 3.0, 4.0]);
-        let zero = [5.0, 6.0, 7.0, 8.0];
-        let weight = Affine {
-            out: 4,
-            inputs: 2,
-            group_len: 2,
-            bits: 3,
-            codes: &codes,
-            scale: &scale,
-            zero: &zero,
-            zero_kind: ZeroKind::Integer,
-        };
-        let interleaved = Interleaved::new("q", &weight, 1).unwrap();
-        let affine = interleaved.affine(&weight);
-        assert_eq!(affine.codes, [0, 1, 4, 5, 2, 3, 6, 7]);
-        assert_eq!(
-            (affine.scale, affine.zero),
-            (&[1.0, 3.0, 2.0, 4.0][..], &[5.0, 7.0, 6.0, 8.0][..])
-        );
-        assert!(Interleaved::new("q", &weight, 4).is_err());
     }
 
     #[test]

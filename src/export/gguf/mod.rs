@@ -14,6 +14,7 @@ pub mod folder;
 mod keys;
 pub mod llama;
 pub mod model;
+mod pieces;
 mod pretokenizer;
 pub mod reader;
 mod rotation;

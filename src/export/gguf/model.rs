@@ -5,18 +5,66 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use super::llama::{self, Interleaved};
-use super::{BlockType, Header, Reader, blocks, choose, folder_files, tokenizer};
+use serde::{Deserialize, Serialize};
+
+use super::file::Header;
+use super::folder::folder_files;
+use super::reader::Reader;
+use super::types::BlockType;
+use super::{blocks, choose, llama, tokenizer};
 use crate::error::{Error, Result};
-use crate::export::matrix::Affine;
-use crate::export::packed::Unpacked;
-use crate::export::parts::{Stored, Writing};
+use crate::export::coded::Coded;
+use crate::export::format::{FileFormat, Kind, SingleFile, Writing};
+use crate::export::parts::Stored;
 use crate::model::{ModelConfig, weight_name};
 use crate::quant::QuantizedWeight;
 use crate::store::folder::write_atomic_with;
 
 /// The file's name in an exported folder.
 pub(in crate::export) const FILE: &str = "model.gguf";
+
+/// Keys of `format.gguf`.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct GgufConfig {
+    /// Whether weights may change; by how much is reported.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub lossy: bool,
+}
+
+impl FileFormat for GgufConfig {
+    fn about(&self) -> &'static str {
+        "One GGUF file: llama.cpp; the block type that holds each weight exactly"
+    }
+
+    fn lossy(&self) -> bool {
+        self.lossy
+    }
+
+    fn kind(&self) -> Kind<'_> {
+        Kind::File(self)
+    }
+}
+
+impl SingleFile for GgufConfig {
+    fn file(&self) -> &'static str {
+        FILE
+    }
+
+    fn accepts(&self, name: &str, weight: &QuantizedWeight, model: &ModelConfig) -> Result<()> {
+        choose(name, weight, model).map(drop)
+    }
+
+    /// Every tensor is chosen first, then written one by one.
+    fn write(
+        &self,
+        writing: &Writing<'_>,
+        dir: &Path,
+        done: &mut dyn FnMut(&str, &Stored),
+    ) -> Result<f64> {
+        write(writing, dir, done)
+    }
+}
 
 /// How one tensor is stored.
 struct Planned {
@@ -30,16 +78,7 @@ struct Planned {
     kind: BlockType,
 }
 
-/// Writes `dir/model.gguf`: every tensor chosen first, then written one by one; `done` hears of each
-/// linear. Gives the bits that the quantized weights take.
-///
-/// # Errors
-/// When a weight does not fit any block type exactly, with the reason; I/O errors.
-pub(in crate::export) fn write(
-    writing: &Writing<'_>,
-    dir: &Path,
-    done: &mut dyn FnMut(&str, &Stored),
-) -> Result<f64> {
+fn write(writing: &Writing<'_>, dir: &Path, done: &mut dyn FnMut(&str, &Stored)) -> Result<f64> {
     let config = &writing.config;
     let tensors = plan(writing)?;
     let mut header = Header::new();
@@ -116,14 +155,9 @@ fn plan(writing: &Writing<'_>) -> Result<Vec<Planned>> {
 ///
 /// # Errors
 /// When there is none, with the reason.
-pub(in crate::export) fn choose(
-    linear: &str,
-    weight: &QuantizedWeight,
-    config: &ModelConfig,
-) -> Result<BlockType> {
-    with_affine(weight, linear, config, |affine| {
-        choose::choose(affine).map_err(|refusal| Error::from(refusal).at(linear))
-    })
+fn choose(linear: &str, weight: &QuantizedWeight, config: &ModelConfig) -> Result<BlockType> {
+    let weight = coded(linear, weight, config)?;
+    choose::choose(&weight).map_err(|refusal| Error::from(refusal).at(linear))
 }
 
 /// The name in the file; empty for a tensor that the file does not repeat.
@@ -151,19 +185,23 @@ fn mostly(tensors: &[Planned]) -> BlockType {
     counts.into_values().max_by_key(|(count, _)| *count).map_or(BlockType::F32, |(_, kind)| kind)
 }
 
-/// Calls `f` with the weight as the file holds it.
-fn with_affine<R>(
-    weight: &QuantizedWeight,
-    linear: &str,
-    config: &ModelConfig,
-    f: impl FnOnce(&Affine<'_>) -> Result<R>,
-) -> Result<R> {
-    let unpacked = Unpacked::new(linear, weight)?;
-    let affine = unpacked.affine(linear, weight)?;
-    match llama::rotated_heads(&weight_name(linear), config) {
-        Some(heads) => f(&Interleaved::new(linear, &affine, heads)?.affine(&affine)),
-        None => f(&affine),
+/// A linear's weight with its rows as the file holds them.
+fn coded<'w>(name: &str, weight: &'w QuantizedWeight, model: &ModelConfig) -> Result<Coded<'w>> {
+    let coded = Coded::uniform(name, weight)?;
+    match llama::rotated_heads(&weight_name(name), model) {
+        Some(heads) => interleaved(&coded, heads),
+        None => Ok(coded),
     }
+}
+
+/// [`llama::interleave`] on codes, scales and zero points.
+fn interleaved<'w>(coded: &Coded<'_>, heads: usize) -> Result<Coded<'w>> {
+    Ok(Coded {
+        codes: llama::interleave(&coded.codes, coded.out, heads)?.into(),
+        scale: llama::interleave(&coded.scale, coded.out, heads)?.into(),
+        shift: llama::interleave(&coded.shift, coded.out, heads)?.into(),
+        ..*coded
+    })
 }
 
 fn encode(
@@ -175,9 +213,8 @@ fn encode(
     if let Some(linear) = &tensor.linear {
         let stored = writing.stored(linear)?;
         done(linear, &stored);
-        return with_affine(&stored.weight, linear, &writing.config, |affine| {
-            blocks::encode(affine, *kind).map_err(|refusal| Error::from(refusal).at(linear))
-        });
+        let weight = coded(linear, &stored.weight, &writing.config)?;
+        return blocks::encode(&weight, *kind).map_err(|e| Error::from(e).at(linear));
     }
     let mut values = writing.dense(name)?.to_f32().map_err(|e| e.at(name))?;
     if let Some(heads) = llama::rotated_heads(name, &writing.config) {
@@ -289,5 +326,31 @@ pub fn alone(path: &Path) -> Result<Option<PathBuf>> {
                 .at(path.display())
                 .fix(format!("one of them: {}", first.display())))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_take_their_scales_along() {
+        let weight = Coded {
+            out: 4,
+            inputs: 2,
+            group_len: 2,
+            bits: 3,
+            codes: vec![0, 1, 2, 3, 4, 5, 6, 7].into(),
+            scale: vec![1.0, 2.0, 3.0, 4.0].into(),
+            shift: vec![5.0, 6.0, 7.0, 8.0].into(),
+            zero_kind: Some(crate::quant::ZeroKind::Integer),
+        };
+        let turned = interleaved(&weight, 1).unwrap();
+        assert_eq!(turned.codes[..], [0, 1, 4, 5, 2, 3, 6, 7]);
+        assert_eq!(
+            (&turned.scale[..], &turned.shift[..]),
+            (&[1.0, 3.0, 2.0, 4.0][..], &[5.0, 7.0, 6.0, 8.0][..])
+        );
+        assert!(interleaved(&weight, 4).is_err());
     }
 }

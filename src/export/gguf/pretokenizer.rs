@@ -6,7 +6,6 @@
 
 use serde_json::{Value as Json, json};
 
-use super::tokenizer::types;
 use crate::error::{Error, Result};
 
 /// How the contractions of English start the expressions of Llama 3 and its kin.
@@ -214,6 +213,15 @@ impl Step {
             }),
         }
     }
+}
+
+/// The types of a normalizer, pre-tokenizer, decoder or post-processor and of everything in it,
+/// `Sequence` aside.
+pub(super) fn types(part: &Json) -> Vec<&str> {
+    let inner = ["normalizers", "pretokenizers", "decoders", "processors"];
+    let own = part["type"].as_str().filter(|kind| *kind != "Sequence");
+    let below = inner.iter().filter_map(|key| part[*key].as_array()).flatten().flat_map(types);
+    own.into_iter().chain(below).collect()
 }
 
 #[cfg(test)]

@@ -2,10 +2,9 @@
 
 use serde_json::{Value as Json, json};
 
-use super::keys::{Keys, missing};
-use super::tokenizer::{Pieces, TokenizerMetadata};
+use super::keys::{Keys, MODEL, TOKENS, missing};
+use super::pieces::{Pieces, TokenizerMetadata};
 use super::value::Value;
-use super::vocabulary::{MODEL, TOKENS};
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 

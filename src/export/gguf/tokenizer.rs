@@ -5,53 +5,18 @@
 //! `▁` for a space, and instead of merges it has a score per piece: two neighbours merge when their
 //! union is a piece, best score first. Scores made from the order of merges give the same result as
 //! long as every way to build a piece from two is a merge. Where something of the kind does not
-//! carry over, [`TokenizerMetadata::notes`] says so.
+//! carry over, `TokenizerMetadata::notes` says so.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde_json::Value as Json;
 
-use super::pretokenizer::pre_name;
+use super::pieces::{Merges, Pieces, TokenizerMetadata};
+use super::pretokenizer::{pre_name, types};
 use super::special::{put_special, put_templates};
 use super::value::Value;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
-
-/// Why a piece exists; the numbers in a file.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum PieceKind {
-    Normal = 1,
-    Unknown = 2,
-    Control = 3,
-    UserDefined = 4,
-    Unused = 5,
-    Byte = 6,
-}
-
-impl PieceKind {
-    /// The kind of a number in a file; 0 stands for pieces that nobody gave a kind.
-    pub(super) fn from_id(id: u64) -> Option<Self> {
-        Some(match id {
-            0 | 1 => Self::Normal,
-            2 => Self::Unknown,
-            3 => Self::Control,
-            4 => Self::UserDefined,
-            5 => Self::Unused,
-            6 => Self::Byte,
-            _ => return None,
-        })
-    }
-}
-
-/// What goes into a file, and what a user should know about it.
-#[derive(Clone, Debug)]
-pub struct TokenizerMetadata {
-    /// Keys with their values.
-    pub entries: Vec<(String, Value)>,
-    /// Sentences on where llama.cpp may tokenize differently; empty when it does not.
-    pub notes: Vec<String>,
-}
 
 /// Reads the tokenizer of the model folder `dir`.
 ///
@@ -134,10 +99,6 @@ pub fn from_json(
 }
 
 impl TokenizerMetadata {
-    pub(super) fn set(&mut self, key: &str, value: impl Into<Value>) {
-        self.entries.push((format!("tokenizer.ggml.{key}"), value.into()));
-    }
-
     /// Normalizers that llama.cpp does not apply.
     fn note_normalizers(&mut self, tokenizer: &Json, known: &[&str]) {
         let normalizer = &tokenizer["normalizer"];
@@ -160,8 +121,6 @@ impl TokenizerMetadata {
         }
     }
 }
-
-type Merges<'a> = Vec<(&'a str, &'a str)>;
 
 /// Pairs, best first, from either spelling: `["a", "b"]` or `"a b"`.
 fn merges(list: &Json) -> Result<Merges<'_>> {
@@ -192,124 +151,6 @@ fn joined(merges: &Merges<'_>) -> Result<Value> {
         .fix("a tokenizer whose pieces have no plain spaces"));
     }
     Ok(Value::texts(merges.iter().map(|(left, right)| format!("{left} {right}"))))
-}
-
-/// The vocabulary by id.
-pub(super) struct Pieces {
-    texts: Vec<String>,
-    kinds: Vec<PieceKind>,
-}
-
-impl Pieces {
-    fn read(tokenizer: &Json, size: usize) -> Result<Self> {
-        let bad = |what: String| {
-            Error::preflight(what).fix("the tokenizer.json that belongs to this model")
-        };
-        let place = |id: &Json, text: &str| {
-            let id = id.as_u64().and_then(|id| usize::try_from(id).ok());
-            id.filter(|id| *id < size).ok_or_else(|| {
-                bad(format!("piece `{text}` is beyond the model's vocabulary of {size}"))
-            })
-        };
-        let mut texts = vec![None; size];
-        let mut kinds = vec![PieceKind::Normal; size];
-        for (text, id) in tokenizer["model"]["vocab"].as_object().into_iter().flatten() {
-            texts[place(id, text)?] = Some(text.clone());
-        }
-        for added in tokenizer["added_tokens"].as_array().into_iter().flatten() {
-            let text = added["content"].as_str().unwrap_or_default();
-            let id = place(&added["id"], text)?;
-            let special = added["special"].as_bool().unwrap_or(false);
-            kinds[id] = if special { PieceKind::Control } else { PieceKind::UserDefined };
-            texts[id] = Some(text.to_owned());
-        }
-        let unknown = tokenizer["model"]["unk_token"].as_str();
-        for (text, kind) in texts.iter().zip(&mut kinds) {
-            match text.as_deref() {
-                None => *kind = PieceKind::Unused,
-                text if text == unknown => *kind = PieceKind::Unknown,
-                Some(_) => {}
-            }
-        }
-        let named = texts.into_iter().enumerate();
-        let texts = named.map(|(id, text)| text.unwrap_or_else(|| format!("[PAD{id}]"))).collect();
-        Ok(Self { texts, kinds })
-    }
-
-    /// `<0x0A>` and its like stand for bytes when the model falls back on them.
-    fn mark_bytes(&mut self, model: &Json) {
-        if model["byte_fallback"].as_bool() != Some(true) {
-            return;
-        }
-        for (text, kind) in self.texts.iter().zip(&mut self.kinds) {
-            if *kind == PieceKind::Normal && is_byte(text) {
-                *kind = PieceKind::Byte;
-            }
-        }
-    }
-
-    fn put(&self, made: &mut TokenizerMetadata) {
-        made.set("tokens", Value::texts(self.texts.iter().cloned()));
-        made.set("token_type", Value::integers(self.kinds.iter().map(|kind| *kind as i32)));
-    }
-
-    pub(super) fn id(&self, text: &str) -> Option<u32> {
-        self.texts.iter().position(|piece| piece == text).map(|id| id as u32)
-    }
-
-    /// A score per piece: minus the rank of its first merge. Pieces that no merge makes are single
-    /// characters, bytes and special ones, whose scores are never looked at.
-    fn scores(&self, merges: &Merges<'_>) -> Value {
-        let mut ranks = BTreeMap::new();
-        for (rank, (left, right)) in merges.iter().enumerate() {
-            ranks.entry([*left, *right].concat()).or_insert(rank);
-        }
-        let score = |text: &String| ranks.get(text).map_or(0.0, |rank| -(*rank as f32));
-        Value::floats(self.texts.iter().map(score))
-    }
-
-    fn spaced_notes(&self, merges: &Merges<'_>) -> Vec<String> {
-        let mut notes = Vec::new();
-        let pieces: BTreeSet<&str> = self.texts.iter().map(String::as_str).collect();
-        let known: BTreeSet<(&str, &str)> = merges.iter().copied().collect();
-        let splits = |text: &'_ str| {
-            let cuts = text.char_indices().skip(1).map(|(cut, _)| text.split_at(cut));
-            let apart = |pair: &(&str, &str)| {
-                pieces.contains(pair.0) && pieces.contains(pair.1) && !known.contains(pair)
-            };
-            cuts.filter(apart).count()
-        };
-        let normal = self.texts.iter().zip(&self.kinds).filter(|(_, k)| **k == PieceKind::Normal);
-        let more: usize = normal.map(|(text, _)| splits(text)).sum();
-        if more > 0 {
-            notes.push(format!(
-                "llama.cpp may merge {more} pairs of pieces that are no merges of this tokenizer: \
-                 some text may be cut differently there"
-            ));
-        }
-        if !self.kinds.contains(&PieceKind::Byte) {
-            notes.push(
-                "the tokenizer has no byte pieces: llama.cpp fails on text with characters that \
-                 are not in the vocabulary"
-                    .to_owned(),
-            );
-        }
-        notes
-    }
-}
-
-fn is_byte(text: &str) -> bool {
-    let digits = text.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
-    digits.is_some_and(|d| d.len() == 2 && u8::from_str_radix(d, 16).is_ok())
-}
-
-/// The types of a normalizer, pre-tokenizer, decoder or post-processor and of everything in it,
-/// `Sequence` aside.
-pub(super) fn types(part: &Json) -> Vec<&str> {
-    let inner = ["normalizers", "pretokenizers", "decoders", "processors"];
-    let own = part["type"].as_str().filter(|kind| *kind != "Sequence");
-    let below = inner.iter().filter_map(|key| part[*key].as_array()).flatten().flat_map(types);
-    own.into_iter().chain(below).collect()
 }
 
 fn uses(tokenizer: &Json, kind: &str) -> bool {

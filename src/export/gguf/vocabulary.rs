@@ -11,14 +11,12 @@ use std::collections::{BTreeSet, HashMap};
 
 use serde_json::{Map, Value as Json, json};
 
-use super::keys::{Keys, missing};
+use super::keys::{Keys, MODEL, TOKENS, missing};
+use super::pieces::PieceKind;
 use super::pretokenizer::{Way, way};
 use super::special::{Special, templates};
-use super::tokenizer::PieceKind;
 use crate::error::{Error, Result};
 
-pub(super) const MODEL: &str = "tokenizer.ggml.model";
-pub(super) const TOKENS: &str = "tokenizer.ggml.tokens";
 const SCORES: &str = "tokenizer.ggml.scores";
 const MERGES: &str = "tokenizer.ggml.merges";
 const KINDS: &str = "tokenizer.ggml.token_type";

@@ -1,20 +1,64 @@
-//! Readers of the packed formats, written after their specifications and apart from the writers:
-//! every export is read back through these before it counts.
-
-pub mod awq;
-pub mod bcq;
-pub mod compressed_tensors;
-pub mod gptq;
-pub mod mlx;
+//! What readers of packed formats share. They are written after the formats' specifications and apart
+//! from the writers, and every export is read back through them before it counts.
 
 use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::store::{HostTensor, TensorSource};
 
+/// How folders of a packed format are read.
+#[derive(Debug)]
+pub struct Reader {
+    /// The format's name in a `config.json`.
+    pub method: &'static str,
+    /// The format's section of a `config.json`, where it has one.
+    pub section: fn(&Value) -> Option<&Value>,
+    /// The tensor of a linear by which one can tell that it is packed.
+    pub tensor: &'static str,
+    /// The weights of a linear under the section.
+    pub weights: fn(&Value, &str, &dyn TensorSource) -> Result<Weights>,
+}
+
+/// Weights as the runtime computes them, row-major, and their shape, `[out, in]`.
+pub(super) type Weights = (Vec<f32>, [usize; 2]);
+
+/// The method that a `config.json` names.
+pub(super) fn named_method(config: &Value) -> Option<&str> {
+    config.get("quantization_config")?.get("quant_method")?.as_str()
+}
+
+/// The `quantization_config`, where it is of `method`.
+pub(super) fn section<'a>(config: &'a Value, method: &str) -> Option<&'a Value> {
+    (named_method(config)? == method).then(|| &config["quantization_config"])
+}
+
+/// A folder in a packed format, whoever wrote it.
+#[derive(Clone, Debug)]
+pub(super) struct Packed {
+    /// How it is read.
+    pub reader: &'static Reader,
+    /// What its `config.json` says.
+    pub section: Value,
+}
+
+impl Packed {
+    /// Whether a linear is stored packed.
+    pub(super) fn holds(&self, linear: &str, source: &dyn TensorSource) -> bool {
+        source.info(&format!("{linear}.{}", self.reader.tensor)).is_some()
+    }
+
+    /// A linear's weights.
+    ///
+    /// # Errors
+    /// When the files are damaged.
+    pub(super) fn weights(&self, linear: &str, source: &dyn TensorSource) -> Result<Weights> {
+        (self.reader.weights)(&self.section, linear, source)
+    }
+}
+
 /// A weight on a uniform grid as a file holds it.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Decoded {
+pub(super) struct Decoded {
     /// Output features (rows).
     pub out: usize,
     /// Input features (columns).
@@ -37,7 +81,7 @@ pub struct Decoded {
 
 /// Where a group's grid lies, `[out, inputs / group_len]`.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Shift {
+pub(super) enum Shift {
     /// `scale * (code - zero)`.
     Zero(Vec<f32>),
     /// `scale * code + bias`.
@@ -47,7 +91,8 @@ pub enum Shift {
 impl Decoded {
     /// The same weight in groups of `group_len`, a multiple of the stored length; `None` when
     /// stored groups within one of these differ.
-    pub fn regrouped(self, group_len: usize) -> Option<Self> {
+    #[cfg(test)]
+    pub(super) fn regrouped(self, group_len: usize) -> Option<Self> {
         let fits = group_len > 0
             && group_len.is_multiple_of(self.group_len)
             && self.inputs.is_multiple_of(group_len);
@@ -68,14 +113,19 @@ impl Decoded {
         Some(Self { group_len, scale, shift, ..self })
     }
 
+    /// The weights with their shape, `[out, in]`.
+    pub(super) fn values(self) -> Weights {
+        (self.weights, [self.out, self.inputs])
+    }
+
     /// Fills in `weights` by `scale * (code - zero)` in f32.
-    fn with_weights(self) -> Self {
+    pub(super) fn with_weights(self) -> Self {
         let group_len = self.group_len;
         self.with_scattered(&|input| input / group_len)
     }
 
     /// As [`Decoded::with_weights`], each input in the group that `group_of` says.
-    fn with_scattered(mut self, group_of: &dyn Fn(usize) -> usize) -> Self {
+    pub(super) fn with_scattered(mut self, group_of: &dyn Fn(usize) -> usize) -> Self {
         let Shift::Zero(zero) = &self.shift else { return self };
         let groups = self.inputs / self.group_len;
         let weight = |(i, code): (usize, &u8)| {
@@ -89,16 +139,20 @@ impl Decoded {
 
 /// A stream of codes in 32-bit words that lie `stride` apart: code `i` occupies bits
 /// `i * bits ..`, the lowest bit of a word first.
-struct Stream<'a> {
-    words: &'a [u32],
-    start: usize,
-    stride: usize,
-    bits: u8,
+pub(super) struct Stream<'a> {
+    /// The words.
+    pub words: &'a [u32],
+    /// The first one's place.
+    pub start: usize,
+    /// Words from one to the next.
+    pub stride: usize,
+    /// Width of a code.
+    pub bits: u8,
 }
 
 impl Stream<'_> {
     /// Code `index`; bits behind the last word are zero.
-    fn code(&self, index: usize) -> u8 {
+    pub(super) fn code(&self, index: usize) -> u8 {
         let place = index * usize::from(self.bits);
         let word = |number: usize| {
             let word = self.words.get(self.start + number * self.stride);
@@ -110,7 +164,7 @@ impl Stream<'_> {
 }
 
 /// A tensor of two dimensions.
-fn matrix(source: &dyn TensorSource, name: &str) -> Result<(HostTensor, [usize; 2])> {
+pub(super) fn matrix(source: &dyn TensorSource, name: &str) -> Result<(HostTensor, [usize; 2])> {
     let tensor = source.read(name)?;
     match tensor.shape[..] {
         [rows, columns] if rows > 0 && columns > 0 => Ok((tensor, [rows, columns])),
@@ -122,19 +176,27 @@ fn matrix(source: &dyn TensorSource, name: &str) -> Result<(HostTensor, [usize; 
 }
 
 /// The words of a matrix.
-fn words(source: &dyn TensorSource, name: &str) -> Result<(Vec<u32>, [usize; 2])> {
+pub(super) fn words(source: &dyn TensorSource, name: &str) -> Result<(Vec<u32>, [usize; 2])> {
     let (tensor, shape) = matrix(source, name)?;
     Ok((tensor.to_u32().map_err(|e| e.at(name))?, shape))
 }
 
 /// The words of a matrix of a known shape.
-fn words_of(source: &dyn TensorSource, name: &str, shape: [usize; 2]) -> Result<Vec<u32>> {
+pub(super) fn words_of(
+    source: &dyn TensorSource,
+    name: &str,
+    shape: [usize; 2],
+) -> Result<Vec<u32>> {
     let (words, found) = words(source, name)?;
     expect(name, found, shape).map(|()| words)
 }
 
 /// The values of a float matrix of a known shape.
-fn floats_of(source: &dyn TensorSource, name: &str, shape: [usize; 2]) -> Result<Vec<f32>> {
+pub(super) fn floats_of(
+    source: &dyn TensorSource,
+    name: &str,
+    shape: [usize; 2],
+) -> Result<Vec<f32>> {
     let (tensor, found) = matrix(source, name)?;
     expect(name, found, shape)?;
     tensor.to_f32().map_err(|e| e.at(name))
@@ -148,17 +210,17 @@ fn expect(name: &str, found: [usize; 2], shape: [usize; 2]) -> Result<()> {
 }
 
 /// An error about a file that is not what its config says.
-fn damaged(what: impl Into<String>, at: &str) -> Error {
+pub(super) fn damaged(what: impl Into<String>, at: &str) -> Error {
     Error::failed(what).at(at).fix("export the run again")
 }
 
 /// An unsigned number of a config.
-fn number(config: &Value, key: &str) -> Option<usize> {
+pub(super) fn number(config: &Value, key: &str) -> Option<usize> {
     config.get(key)?.as_u64().and_then(|number| usize::try_from(number).ok())
 }
 
 /// A code width of a config.
-fn width(config: &Value, key: &str, at: &str) -> Result<u8> {
+pub(super) fn width(config: &Value, key: &str, at: &str) -> Result<u8> {
     match number(config, key).map(u8::try_from) {
         Some(Ok(bits @ 1..=8)) => Ok(bits),
         _ => Err(damaged(format!("the config has no usable {key}"), at)),
@@ -166,7 +228,7 @@ fn width(config: &Value, key: &str, at: &str) -> Result<u8> {
 }
 
 /// The length of a group, which has to divide the inputs; -1 or nothing in a config means a row.
-fn group_len(config: &Value, inputs: usize, at: &str) -> Result<usize> {
+pub(super) fn group_len(config: &Value, inputs: usize, at: &str) -> Result<usize> {
     let stated = config.get("group_size").and_then(Value::as_i64).unwrap_or(-1);
     let group = if stated == -1 { inputs } else { usize::try_from(stated).unwrap_or(0) };
     if group > 0 && inputs.is_multiple_of(group) {
@@ -222,9 +284,6 @@ pub(crate) mod memory {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
-    use super::memory::Memory;
     use super::*;
 
     #[test]
@@ -234,40 +293,5 @@ mod tests {
         let stream = Stream { words: &words, start: 0, stride: 2, bits: 3 };
         assert_eq!((stream.code(0), stream.code(1), stream.code(10)), (5, 0, 6));
         assert_eq!(Stream { words: &[u32::MAX], start: 0, stride: 1, bits: 8 }.code(3), 255);
-    }
-
-    #[test]
-    fn damage_is_refused_without_a_panic() {
-        let tensors = || {
-            vec![
-                ("x.weight".to_owned(), HostTensor::u32([2, 4], &[0; 8])),
-                ("x.scales".to_owned(), HostTensor::f32([2, 1], &[1.0; 2])),
-                ("x.biases".to_owned(), HostTensor::f32([2, 1], &[0.0; 2])),
-            ]
-        };
-        let good = json!({"bits": 4, "group_size": 32});
-        assert!(mlx::decode(&good, "x", &Memory::new(tensors())).is_ok());
-        for config in [
-            json!({}),
-            json!({"bits": 9, "group_size": 32}),
-            json!({"bits": 3, "group_size": 32}),
-            json!({"bits": 4, "group_size": 0}),
-            json!({"bits": 4, "group_size": -7}),
-            json!({"bits": 4, "group_size": 16}),
-            json!({"bits": 4, "group_size": 32, "x": false}),
-            json!(null),
-        ] {
-            assert!(mlx::decode(&config, "x", &Memory::new(tensors())).is_err(), "{config}");
-        }
-        for missing in 0..3 {
-            let mut tensors = tensors();
-            tensors.remove(missing);
-            assert!(mlx::decode(&good, "x", &Memory::new(tensors)).is_err());
-        }
-        let empty = Memory::new(Vec::new());
-        assert!(gptq::decode(&json!({}), "x", &empty).is_err());
-        assert!(awq::decode(&json!({}), "x", &empty).is_err());
-        assert!(compressed_tensors::decode(&json!({}), "x", &empty).is_err());
-        assert!(bcq::decode(&json!({}), "x", 2, &empty).is_err());
     }
 }

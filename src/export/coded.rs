@@ -1,53 +1,37 @@
-//! A quantized weight as every packer takes it: plain slices, groups along the inputs.
+//! A coded weight as every packer takes it: plain slices, groups along the inputs.
+
+use std::borrow::Cow;
 
 use half::{bf16, f16};
+use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
-use crate::quant::ZeroKind;
+use crate::quant::{Grid, GroupAxis, QuantizedWeight, Repr, ScaleDType, ZeroKind};
 use crate::store::{DType, HostTensor};
 
 /// Tensors of one linear under the names of the format.
-pub type Tensors = Vec<(String, HostTensor)>;
+pub(super) type Tensors = Vec<(String, HostTensor)>;
 
-/// A weight on a uniform grid: `w = scale * (code - zero)`.
-#[derive(Clone, Copy, Debug)]
-pub struct Affine<'a> {
+/// A coded weight: on a uniform grid `w = scale * (code - shift)`; in binary coding `w = ±scale_0 ±
+/// scale_1 ... + shift`, added in this order in f32, bit `i` of a code set where `scale_i` is added.
+#[derive(Clone, Debug)]
+pub struct Coded<'a> {
     /// Output features (rows).
     pub out: usize,
     /// Input features (columns).
     pub inputs: usize,
     /// Weights of a row that share a scale; divides `inputs`.
     pub group_len: usize,
-    /// Width of a code, 1 to 8.
+    /// Width of a code, or number of planes, 1 to 8.
     pub bits: u8,
     /// `[out, inputs]`, row-major.
-    pub codes: &'a [u8],
-    /// `[out, inputs / group_len]`.
-    pub scale: &'a [f32],
-    /// `[out, inputs / group_len]`, in code units.
-    pub zero: &'a [f32],
-    /// What the zero points are.
-    pub zero_kind: ZeroKind,
-}
-
-/// A weight in binary coding: `w = ±alpha_0 ± alpha_1 ... + offset`, added in this order in f32;
-/// bit `i` of a code is set where `alpha_i` is added.
-#[derive(Clone, Copy, Debug)]
-pub struct Planes<'a> {
-    /// Output features (rows).
-    pub out: usize,
-    /// Input features (columns).
-    pub inputs: usize,
-    /// Weights of a row that share their scales; divides `inputs`.
-    pub group_len: usize,
-    /// Number of planes, 1 to 8.
-    pub bits: u8,
-    /// `[out, inputs]`, row-major.
-    pub codes: &'a [u8],
-    /// `[out, inputs / group_len, bits]`.
-    pub alpha: &'a [f32],
-    /// `[out, inputs / group_len]`.
-    pub offset: &'a [f32],
+    pub codes: Cow<'a, [u8]>,
+    /// `[out, inputs / group_len]`; in binary coding `[out, inputs / group_len, bits]`.
+    pub scale: Cow<'a, [f32]>,
+    /// `[out, inputs / group_len]`: zero points in code units, or offsets.
+    pub shift: Cow<'a, [f32]>,
+    /// What the zero points are; `None` in binary coding.
+    pub zero_kind: Option<ZeroKind>,
 }
 
 /// What a `config.json` has to say about one linear.
@@ -72,7 +56,70 @@ impl Layer {
     }
 }
 
-impl Affine<'_> {
+impl<'a> Coded<'a> {
+    /// The view of linear `name`, checked.
+    ///
+    /// # Errors
+    /// When its groups run along the outputs, or lengths or values cannot be.
+    pub fn new(name: &str, weight: &'a QuantizedWeight) -> Result<Self> {
+        if weight.layout.axis == GroupAxis::Out {
+            return Err(Error::preflight(
+                "its groups run along the outputs, which no other format holds",
+            )
+            .at(name)
+            .fix("format.fewbit or format.dequantized, or a method that groups along the inputs"));
+        }
+        let (scale, shift, zero_kind) = match &weight.grid {
+            Grid::Uniform { scale, zero_point, zero_kind } => (scale, zero_point, Some(*zero_kind)),
+            Grid::BinaryCoding { alpha, offset } => (alpha, offset, None),
+        };
+        let (inputs, group_len) = (weight.layout.inputs, weight.layout.group_len);
+        // A scale for several rows becomes one for each.
+        let copies = group_len.div_ceil(inputs.max(1));
+        let spread = |values: &'a [f32], each: usize| -> Cow<'a, [f32]> {
+            if copies == 1 {
+                return Cow::Borrowed(values);
+            }
+            values.chunks(each.max(1)).flat_map(|group| group.repeat(copies)).collect()
+        };
+        let planes = scale.len() / shift.len().max(1);
+        let view = Self {
+            out: weight.layout.out,
+            inputs,
+            group_len: group_len.min(inputs),
+            bits: weight.bits.get(),
+            codes: Cow::Owned(weight.codes.to_vec()),
+            scale: spread(scale, planes),
+            shift: spread(shift, 1),
+            zero_kind,
+        };
+        view.check().map_err(|e| e.at(name))?;
+        Ok(view)
+    }
+
+    /// As [`Coded::new`], for formats of evenly spaced levels.
+    ///
+    /// # Errors
+    /// As there, and for binary coding.
+    pub fn uniform(name: &str, weight: &'a QuantizedWeight) -> Result<Self> {
+        if weight.grid.repr() == Repr::Uniform || weight.layout.axis == GroupAxis::Out {
+            return Self::new(name, weight);
+        }
+        let what = "the weight is binary-coded, and this format holds evenly spaced levels";
+        let fix = "format.bcq, format.fewbit or format.dequantized";
+        Err(Error::preflight(what).at(name).fix(fix))
+    }
+
+    /// The same view, borrowed.
+    pub fn view(&self) -> Coded<'_> {
+        Coded {
+            codes: Cow::Borrowed(&self.codes),
+            scale: Cow::Borrowed(&self.scale),
+            shift: Cow::Borrowed(&self.shift),
+            ..*self
+        }
+    }
+
     /// Groups in a row.
     pub fn groups(&self) -> usize {
         self.inputs / self.group_len
@@ -81,74 +128,51 @@ impl Affine<'_> {
     /// Checks lengths and values, which the type cannot.
     ///
     /// # Errors
-    /// Says what is wrong with the linear `name`.
-    pub fn check(&self, name: &str) -> Result<()> {
-        let groups = check_codes([self.out, self.inputs], self.group_len, self.bits, self.codes)
-            .map_err(|e| e.at(name))?;
-        if self.scale.len() != groups || self.zero.len() != groups {
-            let what = format!(
-                "{} scales and {} zero points for {groups} groups",
-                self.scale.len(),
-                self.zero.len()
-            );
-            return Err(Error::failed(what).at(name));
+    /// Says what is wrong.
+    pub fn check(&self) -> Result<()> {
+        let groups = check_codes([self.out, self.inputs], self.group_len, self.bits, &self.codes)?;
+        let (scales, shifts) = (self.scale.len(), self.shift.len());
+        let Some(kind) = self.zero_kind else {
+            let bits = self.bits;
+            if scales != groups * usize::from(bits) || shifts != groups {
+                return Err(Error::failed(format!(
+                    "{scales} plane scales and {shifts} offsets for {groups} groups of {bits} bits"
+                )));
+            }
+            let values = self.scale.iter().chain(&*self.shift);
+            return match values.copied().find(|value| !value.is_finite()) {
+                None => Ok(()),
+                Some(value) => Err(Error::failed(format!("plane scale or offset {value}"))),
+            };
+        };
+        if scales != groups || shifts != groups {
+            return Err(Error::failed(format!(
+                "{scales} scales and {shifts} zero points for {groups} groups"
+            )));
         }
         if let Some(scale) = self.scale.iter().find(|s| !(s.is_finite() && **s > 0.0)) {
-            let what = format!("scale {scale} is not a positive number");
-            return Err(Error::failed(what).at(name));
+            return Err(Error::failed(format!("scale {scale} is not a positive number")));
         }
-        let fits = |z: f32| match self.zero_kind {
+        let fits = |z: f32| match kind {
             ZeroKind::Integer => z.fract() == 0.0,
             ZeroKind::Half => (z - 0.5).fract() == 0.0,
             ZeroKind::Real => z.is_finite(),
         };
-        match self.zero.iter().find(|z| !fits(**z)) {
+        match self.shift.iter().find(|z| !fits(**z)) {
             None => Ok(()),
-            Some(zero) => {
-                let what = format!("zero point {zero} is not of kind {:?}", self.zero_kind);
-                Err(Error::failed(what).at(name))
-            }
+            Some(zero) => Err(Error::failed(format!("zero point {zero} is not of kind {kind:?}"))),
         }
     }
 
     /// Whether every zero point is `2^(bits-1)`, what formats call symmetric.
     pub fn is_centred(&self) -> bool {
         let middle = f32::from(1_u8 << (self.bits - 1));
-        self.zero.iter().all(|zero| zero.to_bits() == middle.to_bits())
+        self.shift.iter().all(|zero| zero.to_bits() == middle.to_bits())
     }
 
     /// Zero points as stored integers; meant for grids whose zero points lie in `0..2^bits`.
     pub(super) fn zero_codes(&self) -> Vec<u8> {
-        self.zero.iter().map(|zero| *zero as u8).collect()
-    }
-}
-
-impl Planes<'_> {
-    /// Groups in a row.
-    pub fn groups(&self) -> usize {
-        self.inputs / self.group_len
-    }
-
-    /// Checks lengths and values, which the type cannot.
-    ///
-    /// # Errors
-    /// Says what is wrong with the linear `name`.
-    pub fn check(&self, name: &str) -> Result<()> {
-        let groups = check_codes([self.out, self.inputs], self.group_len, self.bits, self.codes)
-            .map_err(|e| e.at(name))?;
-        if self.alpha.len() != groups * usize::from(self.bits) || self.offset.len() != groups {
-            let what = format!(
-                "{} plane scales and {} offsets for {groups} groups of {} bits",
-                self.alpha.len(),
-                self.offset.len(),
-                self.bits
-            );
-            return Err(Error::failed(what).at(name));
-        }
-        match self.alpha.iter().chain(self.offset).find(|value| !value.is_finite()) {
-            None => Ok(()),
-            Some(value) => Err(Error::failed(format!("plane scale or offset {value}")).at(name)),
-        }
+        self.shift.iter().map(|zero| *zero as u8).collect()
     }
 }
 
@@ -219,6 +243,19 @@ pub(super) fn most_common<K: Copy + Ord>(keys: &[K]) -> Option<K> {
     keys.iter().copied().max_by_key(|key| (count(key), std::cmp::Reverse(*key)))
 }
 
+/// A group length as a config states it.
+pub(super) fn stated(group: Option<usize>) -> Value {
+    group.map_or(json!(-1), |group| json!(group))
+}
+
+/// The type of scales in a file.
+pub(super) fn dtype(scales: ScaleDType) -> DType {
+    match scales {
+        ScaleDType::F32 => DType::F32,
+        ScaleDType::F16 => DType::F16,
+    }
+}
+
 #[cfg(test)]
 pub(crate) mod sample {
     //! Weights for the tests of the packers.
@@ -238,16 +275,16 @@ pub(crate) mod sample {
     }
 
     impl Grid {
-        pub(crate) fn affine(&self) -> Affine<'_> {
-            Affine {
+        pub(crate) fn coded(&self) -> Coded<'_> {
+            Coded {
                 out: self.shape[0],
                 inputs: self.shape[1],
                 group_len: self.group_len,
                 bits: self.bits,
-                codes: &self.codes,
-                scale: &self.scale,
-                zero: &self.zero,
-                zero_kind: self.kind,
+                codes: Cow::Borrowed(&self.codes),
+                scale: Cow::Borrowed(&self.scale),
+                shift: Cow::Borrowed(&self.zero),
+                zero_kind: Some(self.kind),
             }
         }
 
@@ -257,7 +294,16 @@ pub(crate) mod sample {
         }
     }
 
-    impl Affine<'_> {
+    impl Coded<'_> {
+        pub(crate) fn into_owned(self) -> Coded<'static> {
+            Coded {
+                codes: self.codes.into_owned().into(),
+                scale: self.scale.into_owned().into(),
+                shift: self.shift.into_owned().into(),
+                ..self
+            }
+        }
+
         /// What a `config.json` has to say about it.
         pub(crate) fn layer(&self, name: &str) -> Layer {
             Layer {
@@ -269,28 +315,15 @@ pub(crate) mod sample {
             }
         }
 
-        /// The weights, `[out, inputs]`.
+        /// The weights of a uniform grid, `[out, inputs]`.
         pub(crate) fn dequantize(&self) -> Vec<f32> {
             self.codes
                 .chunks_exact(self.group_len)
-                .zip(self.scale.iter().zip(self.zero))
+                .zip(self.scale.iter().zip(&*self.shift))
                 .flat_map(|(codes, (s, z))| {
                     codes.iter().map(move |code| s * (f32::from(*code) - z))
                 })
                 .collect()
-        }
-    }
-
-    impl Planes<'_> {
-        /// What a `config.json` has to say about it.
-        pub(crate) fn layer(&self, name: &str) -> Layer {
-            Layer {
-                name: name.to_owned(),
-                shape: [self.out, self.inputs],
-                bits: self.bits,
-                group_len: self.group_len,
-                centred: false,
-            }
         }
     }
 
@@ -343,13 +376,13 @@ mod tests {
     #[test]
     fn damage_is_refused() {
         let good = sample::grid([2, 4], 2, 3, ZeroKind::Integer, true, 1);
-        good.affine().check("x").unwrap();
+        good.coded().check().unwrap();
         let with = |change: &dyn Fn(&mut sample::Grid)| {
             let mut grid = good.clone();
             change(&mut grid);
-            grid.affine().check("x").unwrap_err().to_string()
+            grid.coded().check().unwrap_err().to_string()
         };
-        assert_eq!(with(&|g| g.codes[3] = 8), "code 8 does not fit in 3 bits\n  at   x");
+        assert_eq!(with(&|g| g.codes[3] = 8), "code 8 does not fit in 3 bits");
         assert!(with(&|g| g.bits = 0).contains("bits = 0"));
         assert!(with(&|g| g.group_len = 3).contains("group length 3 does not divide 4 inputs"));
         assert!(with(&|g| g.scale[0] = -1.0).contains("scale -1 is not"));
@@ -359,7 +392,7 @@ mod tests {
             for zero in [f32::NAN, f32::INFINITY] {
                 let mut grid = sample::grid([2, 4], 2, 3, kind, true, 1);
                 grid.zero[0] = zero;
-                let fault = grid.affine().check("x").unwrap_err().to_string();
+                let fault = grid.coded().check().unwrap_err().to_string();
                 assert!(fault.contains(&format!("zero point {zero} is not of kind {kind:?}")));
             }
         }
