@@ -4,39 +4,25 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::coded::{Coded, Layer, Tensors, stated};
-use super::format::{FileFormat, Kind, PackedFormat, Packer};
-use super::gptq::{self, GptqOptions, Version};
+use super::format::{PackedFormat, Packer};
+use super::gptq::{self, GptqFormatConfig, GptqOptions, Version};
 use super::plan::{Holds, Reason, beyond_f16};
 use super::read::{Reader, section};
 use crate::error::Result;
 
-/// Keys of `format.autoround`.
+/// Keys of `format.autoround`: those of GPTQ.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct AutoroundConfig {
-    /// 1 or 2; what the grids suit unless said otherwise.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub version: Option<u8>,
-    /// Whether weights may change; by how much is reported.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    pub lossy: bool,
-}
+pub struct AutoroundConfig(GptqFormatConfig);
 
-impl FileFormat for AutoroundConfig {
+impl PackedFormat for AutoroundConfig {
     fn about(&self) -> &'static str {
         "AutoRound: GPTQ's tensors under its own config"
     }
 
     fn lossy(&self) -> bool {
-        self.lossy
+        self.0.lossy
     }
 
-    fn kind(&self) -> Kind<'_> {
-        Kind::Packed(self)
-    }
-}
-
-impl PackedFormat for AutoroundConfig {
     fn holds(&self) -> &'static Holds {
         &Holds { rank: 3, ..gptq::HOLDS }
     }
@@ -45,9 +31,8 @@ impl PackedFormat for AutoroundConfig {
         beyond_f16("autoround", weight)
     }
 
-    fn packer(&self, linears: Vec<Layer>, dense: Vec<String>) -> Result<Box<dyn Packer>> {
-        let options = GptqOptions::suited(self.version, false, &linears)?;
-        Ok(Box::new(Autoround { linears, dense, options }))
+    fn packer(&self, linears: &[Layer]) -> Result<Box<dyn Packer>> {
+        Ok(Box::new(Autoround(GptqOptions::suited(self.0.version, false, linears)?)))
     }
 
     fn reader(&self) -> &'static Reader {
@@ -60,19 +45,15 @@ impl PackedFormat for AutoroundConfig {
     }
 }
 
-struct Autoround {
-    linears: Vec<Layer>,
-    dense: Vec<String>,
-    options: GptqOptions,
-}
+struct Autoround(GptqOptions);
 
 impl Packer for Autoround {
     fn pack(&self, name: &str, weight: &Coded<'_>) -> Result<Tensors> {
-        gptq::encode(name, weight, self.options)
+        gptq::encode(name, weight, self.0)
     }
 
-    fn section(&self) -> Result<Value> {
-        Ok(config(&self.linears, &self.dense, self.options))
+    fn section(&self, linears: &[Layer], dense: &[String]) -> Result<Value> {
+        Ok(config(linears, dense, self.0))
     }
 }
 

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::coded::{
     Coded, Layer, Tensors, floats, repeated, stated, stored_group, transposed, words_as_i32,
 };
-use super::format::{FileFormat, Kind, PackedFormat, Packer};
+use super::format::{PackedFormat, Packer};
 use super::plan::{Holds, Reason, beyond_f16};
 use super::read::{Reader, section};
 use crate::error::{Error, Result};
@@ -26,7 +26,7 @@ pub struct AwqConfig {
     pub lossy: bool,
 }
 
-impl FileFormat for AwqConfig {
+impl PackedFormat for AwqConfig {
     fn about(&self) -> &'static str {
         "AWQ: codes of 4 bits, f16 scales"
     }
@@ -35,36 +35,20 @@ impl FileFormat for AwqConfig {
         self.lossy
     }
 
-    fn kind(&self) -> Kind<'_> {
-        Kind::Packed(self)
-    }
-}
-
-impl PackedFormat for AwqConfig {
     fn holds(&self) -> &'static Holds {
-        &Holds {
-            widths: &[4],
-            words: "4",
-            codes_zeros: true,
-            planes: false,
-            group: 32,
-            whole_rows: true,
-            tile: [8, 1],
-            rank: 4,
-        }
+        &Holds { widths: &[4], group: 32, tile: [8, 1], rank: 4, ..Holds::UNLIMITED }
     }
 
     fn wrong_values(&self, weight: &Coded<'_>) -> Option<Reason> {
         beyond_f16("awq", weight)
     }
 
-    fn packer(&self, linears: Vec<Layer>, dense: Vec<String>) -> Result<Box<dyn Packer>> {
-        let group = match group_size(&linears) {
+    fn packer(&self, linears: &[Layer]) -> Result<Box<dyn Packer>> {
+        Ok(Box::new(Awq(match group_size(linears) {
             // Groups that do not fit will be made to.
             Err(_) if self.lossy => Some(32),
             group => group?,
-        };
-        Ok(Box::new(Awq { linears, dense, group }))
+        })))
     }
 
     fn reader(&self) -> &'static Reader {
@@ -77,19 +61,16 @@ impl PackedFormat for AwqConfig {
     }
 }
 
-struct Awq {
-    linears: Vec<Layer>,
-    dense: Vec<String>,
-    group: Option<usize>,
-}
+/// AWQ with the group length of a model.
+struct Awq(Option<usize>);
 
 impl Packer for Awq {
     fn pack(&self, name: &str, weight: &Coded<'_>) -> Result<Tensors> {
-        encode(name, weight, self.group)
+        encode(name, weight, self.0)
     }
 
-    fn section(&self) -> Result<Value> {
-        config(&self.linears, &self.dense)
+    fn section(&self, linears: &[Layer], dense: &[String]) -> Result<Value> {
+        config(linears, dense)
     }
 }
 

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::coded::{Coded, Layer, Tensors, transposed};
-use super::format::{FileFormat, Kind, PackedFormat, Packer};
+use super::format::{PackedFormat, Packer};
 use super::plan::{Holds, Reason};
 use super::planes;
 use super::read::{Reader, section};
@@ -35,7 +35,7 @@ pub struct BcqFormatConfig {
     pub lossy: bool,
 }
 
-impl FileFormat for BcqFormatConfig {
+impl PackedFormat for BcqFormatConfig {
     fn about(&self) -> &'static str {
         "Sign planes of binary coding in LUT-GEMM's word order"
     }
@@ -44,22 +44,14 @@ impl FileFormat for BcqFormatConfig {
         self.lossy
     }
 
-    fn kind(&self) -> Kind<'_> {
-        Kind::Packed(self)
-    }
-}
-
-impl PackedFormat for BcqFormatConfig {
     fn holds(&self) -> &'static Holds {
         &Holds {
             widths: &[1, 2, 3, 4, 5, 6, 7, 8],
-            words: "1 to 8",
             codes_zeros: false,
             planes: true,
             group: 32,
-            whole_rows: true,
-            tile: [1, 1],
             rank: 5,
+            ..Holds::UNLIMITED
         }
     }
 
@@ -76,8 +68,8 @@ impl PackedFormat for BcqFormatConfig {
         })
     }
 
-    fn packer(&self, linears: Vec<Layer>, _dense: Vec<String>) -> Result<Box<dyn Packer>> {
-        Ok(Box::new(Bcq { linears, lower: self.precisions.clone() }))
+    fn packer(&self, _linears: &[Layer]) -> Result<Box<dyn Packer>> {
+        Ok(Box::new(self.clone()))
     }
 
     fn reader(&self) -> &'static Reader {
@@ -94,25 +86,20 @@ impl PackedFormat for BcqFormatConfig {
     }
 }
 
-struct Bcq {
-    linears: Vec<Layer>,
-    lower: Vec<u8>,
-}
-
-impl Packer for Bcq {
+impl Packer for BcqFormatConfig {
     fn pack(&self, name: &str, weight: &Coded<'_>) -> Result<Tensors> {
         let planes = match weight.zero_kind {
             None => weight.view(),
             Some(_) => planes::of_uniform(weight).0,
         };
-        if self.lower.is_empty() {
+        if self.precisions.is_empty() {
             return Ok(encode(name, &planes));
         }
-        encode_nested(name, &planes::precisions(name, &planes, &self.lower)?)
+        encode_nested(name, &planes::precisions(name, &planes, &self.precisions)?)
     }
 
-    fn section(&self) -> Result<Value> {
-        Ok(config(&self.linears, &self.lower))
+    fn section(&self, linears: &[Layer], _dense: &[String]) -> Result<Value> {
+        Ok(config(linears, &self.precisions))
     }
 }
 

@@ -73,9 +73,15 @@ impl<'a> Coded<'a> {
             Grid::Uniform { scale, zero_point, zero_kind } => (scale, zero_point, Some(*zero_kind)),
             Grid::BinaryCoding { alpha, offset } => (alpha, offset, None),
         };
+        weight.check().map_err(|e| e.at(name))?;
         let (inputs, group_len) = (weight.layout.inputs, weight.layout.group_len);
+        let divides = inputs.is_multiple_of(group_len) || group_len.is_multiple_of(inputs);
+        if inputs == 0 || group_len == 0 || !divides {
+            let what = format!("group length {group_len} does not divide {inputs} inputs");
+            return Err(Error::failed(what).at(name));
+        }
         // A scale for several rows becomes one for each.
-        let copies = group_len.div_ceil(inputs.max(1));
+        let copies = group_len.div_ceil(inputs);
         let spread = |values: &'a [f32], each: usize| -> Cow<'a, [f32]> {
             if copies == 1 {
                 return Cow::Borrowed(values);
@@ -83,7 +89,7 @@ impl<'a> Coded<'a> {
             values.chunks(each.max(1)).flat_map(|group| group.repeat(copies)).collect()
         };
         let planes = scale.len() / shift.len().max(1);
-        let view = Self {
+        Ok(Self {
             out: weight.layout.out,
             inputs,
             group_len: group_len.min(inputs),
@@ -92,9 +98,7 @@ impl<'a> Coded<'a> {
             scale: spread(scale, planes),
             shift: spread(shift, 1),
             zero_kind,
-        };
-        view.check().map_err(|e| e.at(name))?;
-        Ok(view)
+        })
     }
 
     /// As [`Coded::new`], for formats of evenly spaced levels.
@@ -125,45 +129,6 @@ impl<'a> Coded<'a> {
         self.inputs / self.group_len
     }
 
-    /// Checks lengths and values, which the type cannot.
-    ///
-    /// # Errors
-    /// Says what is wrong.
-    pub fn check(&self) -> Result<()> {
-        let groups = check_codes([self.out, self.inputs], self.group_len, self.bits, &self.codes)?;
-        let (scales, shifts) = (self.scale.len(), self.shift.len());
-        let Some(kind) = self.zero_kind else {
-            let bits = self.bits;
-            if scales != groups * usize::from(bits) || shifts != groups {
-                return Err(Error::failed(format!(
-                    "{scales} plane scales and {shifts} offsets for {groups} groups of {bits} bits"
-                )));
-            }
-            let values = self.scale.iter().chain(&*self.shift);
-            return match values.copied().find(|value| !value.is_finite()) {
-                None => Ok(()),
-                Some(value) => Err(Error::failed(format!("plane scale or offset {value}"))),
-            };
-        };
-        if scales != groups || shifts != groups {
-            return Err(Error::failed(format!(
-                "{scales} scales and {shifts} zero points for {groups} groups"
-            )));
-        }
-        if let Some(scale) = self.scale.iter().find(|s| !(s.is_finite() && **s > 0.0)) {
-            return Err(Error::failed(format!("scale {scale} is not a positive number")));
-        }
-        let fits = |z: f32| match kind {
-            ZeroKind::Integer => z.fract() == 0.0,
-            ZeroKind::Half => (z - 0.5).fract() == 0.0,
-            ZeroKind::Real => z.is_finite(),
-        };
-        match self.shift.iter().find(|z| !fits(**z)) {
-            None => Ok(()),
-            Some(zero) => Err(Error::failed(format!("zero point {zero} is not of kind {kind:?}"))),
-        }
-    }
-
     /// Whether every zero point is `2^(bits-1)`, what formats call symmetric.
     pub fn is_centred(&self) -> bool {
         let middle = f32::from(1_u8 << (self.bits - 1));
@@ -174,24 +139,6 @@ impl<'a> Coded<'a> {
     pub(super) fn zero_codes(&self) -> Vec<u8> {
         self.shift.iter().map(|zero| *zero as u8).collect()
     }
-}
-
-/// The number of groups.
-fn check_codes([out, inputs]: [usize; 2], group: usize, bits: u8, codes: &[u8]) -> Result<usize> {
-    if !(1..=8).contains(&bits) {
-        return Err(Error::failed(format!("bits = {bits} is not in 1..=8")));
-    }
-    if group == 0 || inputs == 0 || !inputs.is_multiple_of(group) {
-        return Err(Error::failed(format!("group length {group} does not divide {inputs} inputs")));
-    }
-    if out.checked_mul(inputs) != Some(codes.len()) {
-        let what = format!("{} codes for a weight of {out} x {inputs}", codes.len());
-        return Err(Error::failed(what));
-    }
-    if let Some(code) = codes.iter().find(|code| **code > u8::MAX >> (8 - bits)) {
-        return Err(Error::failed(format!("code {code} does not fit in {bits} bits")));
-    }
-    Ok(codes.len() / group)
 }
 
 /// The largest of `sizes` (descending) that divides `group_len`: such groups hold the same grid
@@ -372,32 +319,34 @@ pub(crate) mod sample {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quant::{Bits, GroupLayout, PackedCodes};
 
     #[test]
     fn damage_is_refused() {
-        let good = sample::grid([2, 4], 2, 3, ZeroKind::Integer, true, 1);
-        good.coded().check().unwrap();
-        let with = |change: &dyn Fn(&mut sample::Grid)| {
-            let mut grid = good.clone();
-            change(&mut grid);
-            grid.coded().check().unwrap_err().to_string()
+        let layout = |group_len, axis| {
+            let groups = 8 / group_len;
+            GroupLayout { out: 2, inputs: 4, groups, group_len, axis }
         };
-        assert_eq!(with(&|g| g.codes[3] = 8), "code 8 does not fit in 3 bits");
-        assert!(with(&|g| g.bits = 0).contains("bits = 0"));
-        assert!(with(&|g| g.group_len = 3).contains("group length 3 does not divide 4 inputs"));
-        assert!(with(&|g| g.scale[0] = -1.0).contains("scale -1 is not"));
-        assert!(with(&|g| g.scale[0] = f32::NAN).contains("scale NaN is not"));
-        assert!(with(&|g| g.zero[0] = 0.25).contains("zero point 0.25"));
-        for kind in [ZeroKind::Integer, ZeroKind::Half, ZeroKind::Real] {
-            for zero in [f32::NAN, f32::INFINITY] {
-                let mut grid = sample::grid([2, 4], 2, 3, kind, true, 1);
-                grid.zero[0] = zero;
-                let fault = grid.coded().check().unwrap_err().to_string();
-                assert!(fault.contains(&format!("zero point {zero} is not of kind {kind:?}")));
-            }
-        }
-        assert!(with(&|g| g.shape[0] = usize::MAX).contains("codes for a weight"));
-        assert!(with(&|g| g.scale.truncate(3)).contains("3 scales and 4 zero points for 4 groups"));
+        let weight = |scale: f32, layout: GroupLayout| {
+            let (scale, zero_point) = (vec![scale; layout.groups], vec![1.0; layout.groups]);
+            let grid = Grid::Uniform { scale, zero_point, zero_kind: ZeroKind::Integer };
+            let columns = layout.stored()[1];
+            let codes = PackedCodes::pack(&[1; 8], columns, 2);
+            QuantizedWeight { codes, grid, bits: Bits::new(2).unwrap(), layout }
+        };
+        let fault = |weight: &QuantizedWeight| Coded::new("x", weight).unwrap_err().to_string();
+        let good = weight(0.5, layout(2, GroupAxis::In));
+        assert_eq!(Coded::uniform("x", &good).unwrap().codes[..], [1; 8]);
+        // A scale of the whole matrix is one for each row.
+        let whole = weight(0.5, layout(8, GroupAxis::In));
+        let view = Coded::new("x", &whole).unwrap();
+        assert_eq!((view.group_len, &view.scale[..]), (4, &[0.5; 2][..]));
+        assert!(fault(&weight(f32::NAN, layout(2, GroupAxis::In))).contains("scale NaN is not"));
+        assert!(fault(&weight(0.5, layout(2, GroupAxis::Out))).contains("along the outputs"));
+        let odd = GroupLayout { out: 3, inputs: 4, groups: 4, group_len: 3, axis: GroupAxis::In };
+        let codes = PackedCodes::pack(&[1; 12], 4, 2);
+        let odd = QuantizedWeight { codes, ..weight(0.5, odd) };
+        assert!(fault(&odd).contains("group length 3 does not divide 4 inputs"), "{}", fault(&odd));
     }
 
     #[test]

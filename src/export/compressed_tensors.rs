@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use super::coded::{
     Coded, Layer, Tensors, dtype, floats, is_exact, most_common, transposed, words_as_i32,
 };
-use super::format::{FileFormat, Kind, PackedFormat, Packer};
+use super::format::{PackedFormat, Packer};
 use super::plan::Holds;
 use super::read::{Reader, section};
 use crate::error::{Error, Result};
@@ -30,7 +30,7 @@ pub struct CompressedTensorsConfig {
     pub lossy: bool,
 }
 
-impl FileFormat for CompressedTensorsConfig {
+impl PackedFormat for CompressedTensorsConfig {
     fn about(&self) -> &'static str {
         "compressed-tensors: vLLM, transformers; codes of 1, 2, 4 or 8 bits"
     }
@@ -39,28 +39,13 @@ impl FileFormat for CompressedTensorsConfig {
         self.lossy
     }
 
-    fn kind(&self) -> Kind<'_> {
-        Kind::Packed(self)
-    }
-}
-
-impl PackedFormat for CompressedTensorsConfig {
     fn holds(&self) -> &'static Holds {
-        &Holds {
-            // Its other widths changed their layout, and no release loads all of them.
-            widths: &[1, 2, 4, 8],
-            words: "1, 2, 4 or 8",
-            codes_zeros: true,
-            planes: false,
-            group: 1,
-            whole_rows: true,
-            tile: [1, 1],
-            rank: 1,
-        }
+        // Its other widths changed their layout, and no release loads all of them.
+        &Holds { widths: &[1, 2, 4, 8], rank: 1, ..Holds::UNLIMITED }
     }
 
-    fn packer(&self, linears: Vec<Layer>, dense: Vec<String>) -> Result<Box<dyn Packer>> {
-        Ok(Box::new(CompressedTensors { linears, dense, scales: dtype(self.scales) }))
+    fn packer(&self, _linears: &[Layer]) -> Result<Box<dyn Packer>> {
+        Ok(Box::new(self.clone()))
     }
 
     fn reader(&self) -> &'static Reader {
@@ -73,19 +58,13 @@ impl PackedFormat for CompressedTensorsConfig {
     }
 }
 
-struct CompressedTensors {
-    linears: Vec<Layer>,
-    dense: Vec<String>,
-    scales: DType,
-}
-
-impl Packer for CompressedTensors {
+impl Packer for CompressedTensorsConfig {
     fn pack(&self, name: &str, weight: &Coded<'_>) -> Result<Tensors> {
-        encode(name, weight, self.scales)
+        encode(name, weight, dtype(self.scales))
     }
 
-    fn section(&self) -> Result<Value> {
-        Ok(config(&self.linears, &self.dense))
+    fn section(&self, linears: &[Layer], dense: &[String]) -> Result<Value> {
+        Ok(config(linears, dense))
     }
 }
 

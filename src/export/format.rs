@@ -77,7 +77,13 @@ pub trait OwnFormat {
 }
 
 /// A format of another runtime that packs codes: the planner asks it what it holds.
-pub trait PackedFormat {
+pub trait PackedFormat: Named {
+    /// What it is, in a few words.
+    fn about(&self) -> &'static str;
+
+    /// Whether weights may change; by how much is reported.
+    fn lossy(&self) -> bool;
+
     /// What it holds.
     fn holds(&self) -> &'static Holds;
 
@@ -95,7 +101,7 @@ pub trait PackedFormat {
     ///
     /// # Errors
     /// When the format cannot state what they are.
-    fn packer(&self, linears: Vec<Layer>, dense: Vec<String>) -> Result<Box<dyn Packer>>;
+    fn packer(&self, linears: &[Layer]) -> Result<Box<dyn Packer>>;
 
     /// How its folders are read.
     fn reader(&self) -> &'static Reader;
@@ -114,15 +120,30 @@ pub trait Packer {
         None
     }
 
-    /// The `quantization_config`.
+    /// The `quantization_config` of a model of these linears; `dense` names those that stay as they
+    /// are, the embedding among them.
     ///
     /// # Errors
     /// When the format cannot state what the linears are.
-    fn section(&self) -> Result<Value>;
+    fn section(&self, linears: &[Layer], dense: &[String]) -> Result<Value>;
 
     /// Where else in `config.json` the section stands.
     fn section_name(&self) -> Option<&'static str> {
         None
+    }
+}
+
+impl<T: PackedFormat> FileFormat for T {
+    fn about(&self) -> &'static str {
+        PackedFormat::about(self)
+    }
+
+    fn lossy(&self) -> bool {
+        PackedFormat::lossy(self)
+    }
+
+    fn kind(&self) -> Kind<'_> {
+        Kind::Packed(self)
     }
 }
 
@@ -155,6 +176,8 @@ struct Planned<'a> {
     name: &'static str,
     format: &'a dyn PackedFormat,
     packer: Box<dyn Packer>,
+    /// The linears as they are stored.
+    linears: Vec<Layer>,
     /// The group length of most linears as trained, among those that every format has.
     group: Option<usize>,
     others: &'a [Box<dyn FileFormat>],
@@ -277,13 +300,14 @@ impl<'a> Writing<'a> {
         let trained: Vec<Layer> = trained.collect::<Result<_>>()?;
         let groups = trained.iter().map(|l| stored_group(l.group_len, &approximate::GROUPS));
         let group = most_common(&groups.flatten().collect::<Vec<_>>());
-        let packer = format.packer(trained, self.unquantized())?;
-        self.planned = Some(Planned { name, format, packer, group, others });
+        let packer = format.packer(&trained)?;
+        self.planned = Some(Planned { name, format, packer, linears: trained, group, others });
         if self.format.lossy() || format.embeddings().is_some() {
             let stored =
                 self.linears().map(|name| Ok(holds.layer(name, &self.stored(name)?.weight)));
-            let packer = format.packer(stored.collect::<Result<_>>()?, self.unquantized())?;
-            self.planned = Some(Planned { name, format, packer, group, others });
+            let linears: Vec<Layer> = stored.collect::<Result<_>>()?;
+            let packer = format.packer(&linears)?;
+            self.planned = Some(Planned { name, format, packer, linears, group, others });
         }
         Ok(())
     }
@@ -457,8 +481,8 @@ impl<'a> Writing<'a> {
         if self.unties() {
             config["tie_word_embeddings"] = Value::Bool(false);
         }
-        if let Some(Planned { packer, .. }) = &self.planned {
-            let section = packer.section()?;
+        if let Some(Planned { packer, linears, .. }) = &self.planned {
+            let section = packer.section(linears, &self.unquantized())?;
             if let Some(name) = packer.section_name() {
                 config[name] = section.clone();
             }
@@ -496,14 +520,14 @@ pub(super) mod sample {
 
     /// The tensors of linear `x`, in a model of nothing else.
     pub(in crate::export) fn packed(
-        keys: &(impl FileFormat + PackedFormat),
+        keys: &impl PackedFormat,
         weight: &Coded<'_>,
     ) -> Result<Tensors> {
         if let Some(reason) = refuses(keys, keys.name(), weight) {
             return Err(reason.error("x", std::iter::empty()));
         }
         let stored = keys.holds().stored(weight);
-        keys.packer(vec![stored.layer("x")], Vec::new())?.pack("x", &stored)
+        keys.packer(&[stored.layer("x")])?.pack("x", &stored)
     }
 }
 
@@ -536,9 +560,9 @@ mod tests {
         let weight = QuantizedWeight::new(&vec![1; 64 * 256], grid, bits, layout).unwrap();
         let (plain, others) = (format.plain(), Format::ALL.map(Format::plain));
         let Kind::Packed(keys) = plain.kind() else { panic!("{format:?} packs no codes") };
-        let packer = keys.packer(Vec::new(), Vec::new()).unwrap();
-        let planned =
-            Planned { name: format.name(), format: keys, packer, group: None, others: &others };
+        let packer = keys.packer(&[]).unwrap();
+        let (name, linears) = (format.name(), Vec::new());
+        let planned = Planned { name, format: keys, packer, linears, group: None, others: &others };
         planned.encode("x", &weight).unwrap_err().to_string()
     }
 

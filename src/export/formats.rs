@@ -5,16 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::autoround::AutoroundConfig;
-use super::awq::AwqConfig;
-use super::bcq::BcqFormatConfig;
-use super::compressed_tensors::CompressedTensorsConfig;
-use super::dequantized::DequantizedConfig;
-use super::fewbit::FewbitConfig;
 use super::format::{FileFormat, Kind, Named};
-use super::gguf::model::GgufConfig;
-use super::gptq::GptqFormatConfig;
-use super::mlx::MlxConfig;
 use super::read::{Packed, named_method};
 use crate::error::{Error, Result};
 
@@ -77,23 +68,23 @@ macro_rules! formats {
 
 formats! {
     /// fewbit's own packed folder: the neutral source of truth.
-    fewbit: Fewbit(FewbitConfig),
+    fewbit: Fewbit(super::fewbit::FewbitConfig),
     /// A dense Hugging Face folder of the quantized weights, which any runtime loads.
-    dequantized or "dense": Dequantized(DequantizedConfig),
+    dequantized or "dense": Dequantized(super::dequantized::DequantizedConfig),
     /// MLX's affine layout, as mlx-lm reads it.
-    mlx: Mlx(MlxConfig),
+    mlx: Mlx(super::mlx::MlxConfig),
     /// GPTQ.
-    gptq: Gptq(GptqFormatConfig),
+    gptq: Gptq(super::gptq::GptqFormatConfig),
     /// AutoRound: GPTQ's tensors under another config.
-    autoround: Autoround(AutoroundConfig),
+    autoround: Autoround(super::autoround::AutoroundConfig),
     /// AWQ, 4 bits.
-    awq: Awq(AwqConfig),
+    awq: Awq(super::awq::AwqConfig),
     /// compressed-tensors, packed.
-    compressed_tensors: CompressedTensors(CompressedTensorsConfig),
+    compressed_tensors: CompressedTensors(super::compressed_tensors::CompressedTensorsConfig),
     /// Bit planes in LUT-GEMM's word order.
-    bcq: Bcq(BcqFormatConfig),
+    bcq: Bcq(super::bcq::BcqFormatConfig),
     /// One GGUF file, as llama.cpp reads it.
-    gguf: Gguf(GgufConfig),
+    gguf: Gguf(super::gguf::model::GgufConfig),
 }
 
 impl Format {

@@ -16,7 +16,7 @@ use super::coded::{
     Coded, Layer, Tensors, floats, most_common, repeated, stated, stored_group, transposed,
     words_as_i32,
 };
-use super::format::{FileFormat, Kind, PackedFormat, Packer};
+use super::format::{PackedFormat, Packer};
 use super::plan::{Holds, Reason, beyond_f16};
 use super::read::{Reader, section};
 use crate::error::{Error, Result};
@@ -35,7 +35,11 @@ pub struct GptqFormatConfig {
     pub lossy: bool,
 }
 
-impl FileFormat for GptqFormatConfig {
+/// What the layout holds, AutoRound's too.
+pub(super) const HOLDS: Holds =
+    Holds { widths: &[2, 3, 4, 8], group: 32, tile: [32, 32], rank: 2, ..Holds::UNLIMITED };
+
+impl PackedFormat for GptqFormatConfig {
     fn about(&self) -> &'static str {
         "GPTQ: transformers, gptqmodel, vLLM; 2, 3, 4 and 8 bits, f16 scales"
     }
@@ -44,24 +48,6 @@ impl FileFormat for GptqFormatConfig {
         self.lossy
     }
 
-    fn kind(&self) -> Kind<'_> {
-        Kind::Packed(self)
-    }
-}
-
-/// What the layout holds, AutoRound's too.
-pub(super) const HOLDS: Holds = Holds {
-    widths: &[2, 3, 4, 8],
-    words: "2, 3, 4 or 8",
-    codes_zeros: true,
-    planes: false,
-    group: 32,
-    whole_rows: true,
-    tile: [32, 32],
-    rank: 2,
-};
-
-impl PackedFormat for GptqFormatConfig {
     fn holds(&self) -> &'static Holds {
         &HOLDS
     }
@@ -70,9 +56,8 @@ impl PackedFormat for GptqFormatConfig {
         beyond_f16("gptq", weight)
     }
 
-    fn packer(&self, linears: Vec<Layer>, dense: Vec<String>) -> Result<Box<dyn Packer>> {
-        let options = GptqOptions::suited(self.version, true, &linears)?;
-        Ok(Box::new(Gptq { linears, dense, options }))
+    fn packer(&self, linears: &[Layer]) -> Result<Box<dyn Packer>> {
+        Ok(Box::new(GptqOptions::suited(self.version, true, linears)?))
     }
 
     fn reader(&self) -> &'static Reader {
@@ -85,19 +70,13 @@ impl PackedFormat for GptqFormatConfig {
     }
 }
 
-struct Gptq {
-    linears: Vec<Layer>,
-    dense: Vec<String>,
-    options: GptqOptions,
-}
-
-impl Packer for Gptq {
+impl Packer for GptqOptions {
     fn pack(&self, name: &str, weight: &Coded<'_>) -> Result<Tensors> {
-        encode(name, weight, self.options)
+        encode(name, weight, *self)
     }
 
-    fn section(&self) -> Result<Value> {
-        Ok(config(&self.linears, &self.dense, self.options))
+    fn section(&self, linears: &[Layer], dense: &[String]) -> Result<Value> {
+        Ok(config(linears, dense, *self))
     }
 }
 

@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 use super::coded::{
     Coded, Layer, Tensors, dtype, floats, is_exact, most_common, repeated, stored_group,
 };
-use super::format::{FileFormat, Kind, PackedFormat, Packer};
+use super::format::{PackedFormat, Packer};
 use super::plan::{Holds, Reason};
 use super::read::{Reader, named_method};
 use crate::error::{Error, Result};
@@ -38,7 +38,7 @@ pub struct MlxConfig {
     pub lossy: bool,
 }
 
-impl FileFormat for MlxConfig {
+impl PackedFormat for MlxConfig {
     fn about(&self) -> &'static str {
         "MLX's affine layout: mlx-lm; 2, 3, 4, 5, 6 and 8 bits"
     }
@@ -47,22 +47,14 @@ impl FileFormat for MlxConfig {
         self.lossy
     }
 
-    fn kind(&self) -> Kind<'_> {
-        Kind::Packed(self)
-    }
-}
-
-impl PackedFormat for MlxConfig {
     fn holds(&self) -> &'static Holds {
         &Holds {
             widths: &[2, 3, 4, 5, 6, 8],
-            words: "2, 3, 4, 5, 6 or 8",
             codes_zeros: false,
-            planes: false,
             group: 32,
             whole_rows: false,
-            tile: [1, 1],
             rank: 0,
+            ..Holds::UNLIMITED
         }
     }
 
@@ -77,8 +69,8 @@ impl PackedFormat for MlxConfig {
         self.embeddings
     }
 
-    fn packer(&self, linears: Vec<Layer>, dense: Vec<String>) -> Result<Box<dyn Packer>> {
-        Ok(Box::new(Mlx { linears, dense, scales: dtype(self.scales) }))
+    fn packer(&self, _linears: &[Layer]) -> Result<Box<dyn Packer>> {
+        Ok(Box::new(self.clone()))
     }
 
     fn reader(&self) -> &'static Reader {
@@ -96,23 +88,17 @@ impl PackedFormat for MlxConfig {
     }
 }
 
-struct Mlx {
-    linears: Vec<Layer>,
-    dense: Vec<String>,
-    scales: DType,
-}
-
-impl Packer for Mlx {
+impl Packer for MlxConfig {
     fn pack(&self, name: &str, weight: &Coded<'_>) -> Result<Tensors> {
-        encode(name, weight, self.scales)
+        encode(name, weight, dtype(self.scales))
     }
 
     fn computed(&self, weight: &Coded<'_>) -> Option<Vec<f32>> {
-        Some(arithmetic(weight, self.scales))
+        Some(arithmetic(weight, dtype(self.scales)))
     }
 
-    fn section(&self) -> Result<Value> {
-        Ok(config(&self.linears, &self.dense))
+    fn section(&self, linears: &[Layer], dense: &[String]) -> Result<Value> {
+        Ok(config(linears, dense))
     }
 
     fn section_name(&self) -> Option<&'static str> {

@@ -245,7 +245,15 @@ impl QuantizedWeight {
     /// # Errors
     /// Says which value is wrong; the caller adds the tensor's name.
     pub fn checked(self) -> Result<Self> {
-        let Self { codes, grid, bits, layout } = &self;
+        self.check().map(|()| self)
+    }
+
+    /// As [`QuantizedWeight::checked`], of a borrowed weight.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check(&self) -> Result<()> {
+        let Self { codes, grid, bits, layout } = self;
         if [codes.rows(), codes.columns()] != layout.stored() || codes.bits() != bits.get() {
             return Err(Error::failed(format!(
                 "{} codes of {} bits for a weight of {} x {} in {bits} bits",
@@ -274,7 +282,7 @@ impl QuantizedWeight {
                 }
             }
         }
-        Ok(self)
+        Ok(())
     }
 
     /// The same codes, with scales (and the offsets of binary coding) of this type. Beside short

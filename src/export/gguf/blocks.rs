@@ -73,8 +73,7 @@ impl From<Refusal> for Error {
 /// The bytes of `weight` as `kind`, row after row.
 ///
 /// # Errors
-/// When one weight would not come back as it is, for a type that is only read, and as
-/// `Coded::check`.
+/// When one weight would not come back as it is, and for a type that is only read.
 pub fn encode(weight: &Coded<'_>, kind: BlockType) -> Result<Vec<u8>, Refusal> {
     let mut bytes =
         Vec::with_capacity(kind.tensor_bytes(&[weight.out, weight.inputs]).unwrap_or(0));
@@ -120,18 +119,11 @@ fn refuse_unwritten(kind: BlockType) -> Result<(), Refusal> {
     ))
 }
 
-/// `Coded::check` for callers that name the weight themselves.
-pub(super) fn checked(weight: &Coded<'_>) -> Result<(), Refusal> {
-    let fault = |error: Error| Refusal::new(error.what(), "this is a fault of the caller");
-    weight.check().map_err(fault)
-}
-
 fn each_row(
     weight: &Coded<'_>,
     kind: BlockType,
     mut each: impl FnMut(&[u8]),
 ) -> Result<(), Refusal> {
-    checked(weight)?;
     refuse_unwritten(kind)?;
     let Some(row_bytes) = kind.row_bytes(weight.inputs) else {
         return Err(Refusal::new(
@@ -615,25 +607,6 @@ mod tests {
         assert!(!weight.is_exact(Q4_0));
         weight.scale.fill(2.0 * 5.960_464_5e-8);
         assert!(weight.is_exact(Q4_0));
-    }
-
-    #[test]
-    fn faults_of_the_caller_are_named() {
-        let weight = Owned::new([64, 32], 2, 3, |_| 1.0);
-        let good = || weight.coded();
-        for (bad, part) in [
-            (Coded { group_len: 48, ..good() }, "group length 48"),
-            (Coded { bits: 1, ..good() }, "code"),
-            (Coded { bits: 9, ..good() }, "bits = 9"),
-            (Coded { out: 5, ..good() }, "5 x 64"),
-            (Coded { out: usize::MAX, ..good() }, "x 64"),
-            (Coded { scale: vec![f32::NAN; 8].into(), ..good() }, "NaN"),
-            (Coded { shift: vec![f32::INFINITY; 8].into(), ..good() }, "inf"),
-            (Coded { shift: vec![1.0; 7].into(), ..good() }, "7 zero points"),
-        ] {
-            let refusal = fits(&bad, F32).unwrap_err();
-            assert!(refusal.reason.contains(part), "{refusal}");
-        }
     }
 
     #[test]

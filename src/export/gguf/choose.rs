@@ -1,6 +1,6 @@
 //! Which block type a weight is stored in: the smallest that gives every weight back exactly.
 
-use super::blocks::{Refusal, checked, encode_dense, exact_f16, fits};
+use super::blocks::{Refusal, encode_dense, exact_f16, fits};
 use super::types::BlockType;
 use crate::export::coded::Coded;
 
@@ -18,7 +18,6 @@ const MLX: &str = "export format.mlx, which keeps scales and offsets in f32";
 /// When there is none: says which property of the weight stands against it, what rounding it away
 /// would cost, and what to do instead.
 pub fn choose(weight: &Coded<'_>) -> Result<BlockType, Refusal> {
-    checked(weight)?;
     let mut packed = BlockType::WRITTEN.into_iter().filter(|kind| kind.block_len() > 1);
     packed.find(|kind| fits(weight, *kind).is_ok()).ok_or_else(|| why_none(weight))
 }

@@ -62,7 +62,45 @@ impl SingleFile for GgufConfig {
         dir: &Path,
         done: &mut dyn FnMut(&str, &Stored),
     ) -> Result<f64> {
-        write(writing, dir, done)
+        let config = &writing.config;
+        let tensors = plan(writing)?;
+        let mut header = Header::new();
+        let name = &writing.parts.provenance.model;
+        for (key, value) in llama::metadata(config, name, mostly(&tensors))? {
+            header.set(&key, value)?;
+        }
+        let tokenizer = tokenizer::read(writing.parts.dir, config)?;
+        for (key, value) in tokenizer.entries {
+            header.set(&key, value)?;
+        }
+        for note in tokenizer.notes {
+            tracing::warn!("{note}");
+        }
+        let factors = llama::rope_factors(config);
+        if let Some(factors) = &factors {
+            header.announce(llama::ROPE_FACTORS, &[factors.len()], BlockType::F32)?;
+        }
+        for tensor in &tensors {
+            header.announce(&tensor.stored, &tensor.shape, tensor.kind)?;
+        }
+        let path = dir.join(FILE);
+        let mut bits = 0.0;
+        write_atomic_with(&path, |file: &mut File| {
+            let mut writer = header.start(std::io::BufWriter::new(file), &path)?;
+            if let Some(factors) = &factors {
+                let bytes = blocks::encode_dense(factors, BlockType::F32).map_err(Error::from)?;
+                writer.write(llama::ROPE_FACTORS, &bytes)?;
+            }
+            for tensor in &tensors {
+                let bytes = encode(writing, tensor, done)?;
+                if tensor.linear.is_some() {
+                    bits += 8.0 * bytes.len() as f64;
+                }
+                writer.write(&tensor.stored, &bytes)?;
+            }
+            writer.finish().map(drop)
+        })?;
+        Ok(bits)
     }
 }
 
@@ -76,48 +114,6 @@ struct Planned {
     stored: String,
     shape: Vec<usize>,
     kind: BlockType,
-}
-
-fn write(writing: &Writing<'_>, dir: &Path, done: &mut dyn FnMut(&str, &Stored)) -> Result<f64> {
-    let config = &writing.config;
-    let tensors = plan(writing)?;
-    let mut header = Header::new();
-    let name = &writing.parts.provenance.model;
-    for (key, value) in llama::metadata(config, name, mostly(&tensors))? {
-        header.set(&key, value)?;
-    }
-    let tokenizer = tokenizer::read(writing.parts.dir, config)?;
-    for (key, value) in tokenizer.entries {
-        header.set(&key, value)?;
-    }
-    for note in tokenizer.notes {
-        tracing::warn!("{note}");
-    }
-    let factors = llama::rope_factors(config);
-    if let Some(factors) = &factors {
-        header.announce(llama::ROPE_FACTORS, &[factors.len()], BlockType::F32)?;
-    }
-    for tensor in &tensors {
-        header.announce(&tensor.stored, &tensor.shape, tensor.kind)?;
-    }
-    let path = dir.join(FILE);
-    let mut bits = 0.0;
-    write_atomic_with(&path, |file: &mut File| {
-        let mut writer = header.start(std::io::BufWriter::new(file), &path)?;
-        if let Some(factors) = &factors {
-            let bytes = blocks::encode_dense(factors, BlockType::F32).map_err(Error::from)?;
-            writer.write(llama::ROPE_FACTORS, &bytes)?;
-        }
-        for tensor in &tensors {
-            let bytes = encode(writing, tensor, done)?;
-            if tensor.linear.is_some() {
-                bits += 8.0 * bytes.len() as f64;
-            }
-            writer.write(&tensor.stored, &bytes)?;
-        }
-        writer.finish().map(drop)
-    })?;
-    Ok(bits)
 }
 
 fn plan(writing: &Writing<'_>) -> Result<Vec<Planned>> {
