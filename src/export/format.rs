@@ -1,4 +1,7 @@
 //! What a format is, and a model on its way into one: which tensors, under which names, in which codes.
+//!
+//! Both stand in one file, longer than others, because each asks the other: the model being written asks
+//! its format for what it stores, and a format that is one file asks the model for its tensors.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
