@@ -89,14 +89,18 @@ impl Loaded {
     }
 }
 
-fn close(what: &str, found: &[Vec<f32>], expected: &[Vec<f32>]) {
+/// The largest difference, of the largest logit.
+fn close(what: &str, found: &[Vec<f32>], expected: &[Vec<f32>]) -> f32 {
     assert_eq!(found.len(), expected.len(), "{what}");
     let largest = expected.iter().flatten().fold(0.0_f32, |max, logit| max.max(logit.abs()));
+    let mut most = 0.0f32;
     for (t, (a, b)) in found.iter().zip(expected).enumerate() {
         let gap = a.iter().zip(b).fold(0.0_f32, |max, (a, b)| max.max((a - b).abs()));
         assert!(a.len() == b.len() && gap <= TOLERANCE * largest, "{what}: position {t}, {gap}");
         assert_eq!(argmax(a), argmax(b), "{what}: position {t}");
+        most = most.max(gap / largest);
     }
+    most
 }
 
 fn argmax(logits: &[f32]) -> usize {
@@ -135,6 +139,7 @@ fn tiny_models_of_every_family_agree() {
     assert_eq!(families, known, "a family without a tiny model");
 }
 
+#[allow(clippy::print_stdout)] // `--nocapture` shows the rows of docs/models.md
 fn tiny_model_agrees(dir: &Path) -> String {
     let loaded = Loaded::open(dir);
     // Rotations that depend on the length of the text: a cache holds those of the shorter one.
@@ -150,17 +155,21 @@ fn tiny_model_agrees(dir: &Path) -> String {
     });
     let reference: TinyReference = loaded.reference();
     let file = Checkpoint::open_file(&loaded.dir.join("reference.safetensors")).unwrap();
+    // To transformers, and of the cached to the uncached.
+    let mut gaps = [0.0f32; 2];
     for (which, tokens) in [("logits_a", &reference.tokens_a), ("logits_b", &reference.tokens_b)] {
         let expected = file.read(which).unwrap().to_f32().unwrap();
         let expected: Vec<Vec<f32>> =
             expected.chunks_exact(loaded.model.vocab()).map(<[f32]>::to_vec).collect();
         let found = loaded.logits(tokens);
-        close(which, &found, &expected);
+        let gap = close(which, &found, &expected);
+        gaps[0] = gaps[0].max(gap);
         for pieces in [&[][..], &[3, 2][..]] {
             let pieces: Vec<usize> = first.into_iter().chain(pieces.iter().copied()).collect();
             let whole = longest.is_none_or(|longest| tokens.len() <= longest);
             if whole && pieces.first().is_none_or(|first| *first <= tokens.len()) {
-                close("cached", &loaded.cached_logits(tokens, &pieces), &found);
+                let gap = close("cached", &loaded.cached_logits(tokens, &pieces), &found);
+                gaps[1] = gaps[1].max(gap);
             }
         }
     }
@@ -169,6 +178,8 @@ fn tiny_model_agrees(dir: &Path) -> String {
     if let Ok(old) = std::fs::read_to_string(dir.join("config.old.json")) {
         assert_eq!(ModelConfig::parse(&old).unwrap(), loaded.config);
     }
+    let name = dir.file_name().unwrap().to_str().unwrap();
+    println!("| {name} | {} | {:.1e} | {:.1e} |", loaded.config.model_type, gaps[0], gaps[1]);
     loaded.config.model_type
 }
 

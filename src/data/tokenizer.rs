@@ -137,6 +137,21 @@ impl Tokenizer {
         self.inner.get_vocab_size(true)
     }
 
+    /// Itself, for a model whose embedding has `rows`.
+    ///
+    /// # Errors
+    /// When it has more tokens than that.
+    pub fn fitting(self, rows: usize) -> Result<Self> {
+        let tokens = self.vocab_size();
+        if tokens <= rows {
+            return Ok(self);
+        }
+        Err(Error::preflight(format!(
+            "the tokenizer has {tokens} tokens, the model's embedding {rows}"
+        ))
+        .fix("the tokenizer.json that belongs to this model"))
+    }
+
     /// The id of `tokenizer_config.json`'s `bos_token`; `None` where it names none.
     ///
     /// # Errors

@@ -173,7 +173,7 @@ mod read {
 
     use crate::error::Result;
     use crate::export::read::{
-        Decoded, Shift, Stream, damaged, floats_of, group_len, width, words_of,
+        Decoded, Shift, Stream, damaged, floats_of, group_index, group_len, width, words_of,
     };
     use crate::store::{DType, TensorSource};
 
@@ -209,7 +209,7 @@ mod read {
             }
             None => return Err(damaged("the config does not say whether it is symmetric", name)),
         };
-        Ok(Decoded {
+        let decoded = Decoded {
             out,
             inputs,
             group_len,
@@ -218,8 +218,13 @@ mod read {
             scale,
             shift: Shift::Zero(zero),
             weights: Vec::new(),
-        }
-        .with_weights())
+        };
+        // With act-order each input says which group it is in.
+        let index = group_index(source, &format!("{name}.weight_g_idx"), inputs, groups)?;
+        Ok(match index {
+            Some(index) => decoded.with_scattered(&|input| index[input]),
+            None => decoded.with_weights(),
+        })
     }
 
     /// The weight scheme of the entry that lists the linear, or every linear.

@@ -17,6 +17,7 @@ use crate::data::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::{ModelConfig, ModelTap, WeightSource, open_folder};
 use crate::quant::QuantizedWeight;
+use crate::store::TensorSource;
 use crate::store::safetensors::Checkpoint;
 
 /// A model folder opened for reading: dense, or packed by fewbit.
@@ -79,6 +80,7 @@ pub fn open_model(dir: &Path) -> Result<OpenModel> {
         files: BTreeMap::new(),
         packed_as: packed_as(&config_json(dir)?).map_err(|e| e.at(dir.display()))?,
     };
+    check_packed(&opened)?;
     if let Some(record) = opened.activations() {
         record
             .check(&opened.config)
@@ -87,12 +89,43 @@ pub fn open_model(dir: &Path) -> Result<OpenModel> {
     Ok(opened)
 }
 
-/// A folder's `config.json` as it stands.
+/// A folder's `config.json` as it stands; the settings of GPTQ may lie beside it.
 fn config_json(dir: &Path) -> Result<Value> {
-    let path = dir.join("config.json");
-    let text = std::fs::read_to_string(&path).map_err(|e| Error::io("read", &path, &e))?;
-    serde_json::from_str(&text)
-        .map_err(|e| Error::failed(format!("config.json is not valid: {e}")).at(path.display()))
+    let read = |path: &Path| -> Result<Value> {
+        let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, &e))?;
+        serde_json::from_str(text.strip_prefix('\u{feff}').unwrap_or(&text)).map_err(|e| {
+            let what = format!("{} is not valid: {e}", path.display());
+            Error::preflight(what).fix("the model's own file")
+        })
+    };
+    let mut config = read(&dir.join("config.json"))?;
+    let beside = dir.join("quantize_config.json");
+    if config.get("quantization_config").is_none() && beside.is_file() {
+        let mut settings = read(&beside)?;
+        if settings.is_object() && settings.get("quant_method").is_none() {
+            settings["quant_method"] = Value::from("gptq");
+        }
+        config["quantization_config"] = settings;
+    }
+    Ok(config)
+}
+
+/// Refuses a folder of packed tensors that says nothing of how they are packed.
+fn check_packed(opened: &OpenModel) -> Result<()> {
+    let silent = opened.packed_as.is_none() && opened.manifest.is_none();
+    let names = opened.checkpoint.names();
+    let packed = names.iter().find(|name| {
+        [".qweight", ".weight_packed"].iter().any(|part| name.ends_with(part)) && silent
+    });
+    match packed {
+        None => Ok(()),
+        Some(name) => Err(Error::preflight(
+            "the weights are packed (GPTQ, AWQ or compressed-tensors), and config.json has no \
+             quantization_config",
+        )
+        .at(format!("{}, {name}", opened.dir.display()))
+        .fix("the config.json, or quantize_config.json, that belongs to these weights")),
+    }
 }
 
 impl OpenModel {
@@ -106,16 +139,19 @@ impl OpenModel {
     /// # Errors
     /// When there is none, or it does not load.
     pub fn tokenizer(&self) -> Result<Tokenizer> {
-        match (self.files.get("tokenizer.json"), self.files.is_empty()) {
+        let tokenizer = match (self.files.get("tokenizer.json"), self.files.is_empty()) {
             (Some(json), _) => {
                 let config = self.files.get("tokenizer_config.json").map(String::as_str);
-                Tokenizer::from_texts(json, config, &self.dir)
+                Tokenizer::from_texts(json, config, &self.dir)?
             }
-            (None, true) => Tokenizer::load(&self.dir),
-            (None, false) => Err(Error::preflight("the GGUF file holds no tokenizer")
-                .at(self.dir.display())
-                .fix("a file with tokenizer.ggml.* keys, or the model's Hugging Face folder")),
-        }
+            (None, true) => Tokenizer::load(&self.dir)?,
+            (None, false) => {
+                return Err(Error::preflight("the GGUF file holds no tokenizer")
+                    .at(self.dir.display())
+                    .fix("a file with tokenizer.ggml.* keys, or the model's Hugging Face folder"));
+            }
+        };
+        tokenizer.fitting(self.config.vocab).map_err(|e| e.at(self.dir.display()))
     }
 
     /// A tensor of the GGUF file; `None` where the model is no such file.

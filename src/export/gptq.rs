@@ -243,7 +243,7 @@ pub(super) mod read {
 
     use crate::error::Result;
     use crate::export::read::{
-        Decoded, Shift, Stream, damaged, floats_of, group_len, width, words, words_of,
+        Decoded, Shift, Stream, damaged, floats_of, group_index, group_len, width, words, words_of,
     };
     use crate::store::TensorSource;
 
@@ -271,7 +271,7 @@ pub(super) mod read {
         }
         let group_len = group_len(own.unwrap_or(config), inputs, name)?;
         let groups = inputs / group_len;
-        let index = index(source, name, inputs, groups)?;
+        let index = group_index(source, &format!("{name}.g_idx"), inputs, groups)?;
         let zero_words = (out * usize::from(bits)).div_ceil(32);
         let zeros = words_of(source, &format!("{name}.qzeros"), [groups, zero_words])?;
         let scales = floats_of(source, &format!("{name}.scales"), [groups, out])?;
@@ -324,25 +324,6 @@ pub(super) mod read {
         extra.or_else(|| {
             dynamic.and_then(|map| map.iter().find(|(key, _)| plain(key)).map(|(_, own)| own))
         })
-    }
-
-    /// The group of each input, where the file says so.
-    fn index(
-        source: &dyn TensorSource,
-        name: &str,
-        inputs: usize,
-        groups: usize,
-    ) -> Result<Option<Vec<usize>>> {
-        let name = format!("{name}.g_idx");
-        if source.info(&name).is_none() {
-            return Ok(None);
-        }
-        let index = source.read(&name)?.to_u32().map_err(|e| e.at(&name))?;
-        let index: Vec<usize> = index.iter().filter_map(|own| usize::try_from(*own).ok()).collect();
-        if index.len() == inputs && index.iter().all(|group| *group < groups) {
-            return Ok(Some(index));
-        }
-        Err(damaged(format!("it does not name one of {groups} groups for {inputs} inputs"), &name))
     }
 }
 

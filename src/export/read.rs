@@ -137,6 +137,27 @@ impl Decoded {
     }
 }
 
+/// The group of each input, where the file has such a tensor.
+///
+/// # Errors
+/// When it does not name one of `groups` for each of `inputs`.
+pub(super) fn group_index(
+    source: &dyn TensorSource,
+    name: &str,
+    inputs: usize,
+    groups: usize,
+) -> Result<Option<Vec<usize>>> {
+    if source.info(name).is_none() {
+        return Ok(None);
+    }
+    let index = source.read(name)?.to_u32().map_err(|e| e.at(name))?;
+    let index: Vec<usize> = index.iter().filter_map(|own| usize::try_from(*own).ok()).collect();
+    if index.len() == inputs && index.iter().all(|group| *group < groups) {
+        return Ok(Some(index));
+    }
+    Err(damaged(format!("it does not name one of {groups} groups for {inputs} inputs"), name))
+}
+
 /// A stream of codes in 32-bit words that lie `stride` apart: code `i` occupies bits
 /// `i * bits ..`, the lowest bit of a word first.
 pub(super) struct Stream<'a> {

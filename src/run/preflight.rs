@@ -89,13 +89,6 @@ fn open_model(recipe: &Recipe) -> Result<ModelState> {
     let dir = locate::model(&recipe.model.path).map_err(|e| e.at("model.path"))?;
     let manifest = Manifest::read(&dir)?.filter(|manifest| manifest.format == Format::Fewbit);
     let packed = manifest.is_some().then(|| crate::export::open_model(&dir)).transpose()?;
-    let teacher = match &recipe.model.teacher {
-        Some(teacher) => {
-            let dir = locate::model(teacher).map_err(|e| e.at("model.teacher"))?;
-            Some(open_folder(&dir).map_err(|e| e.at("model.teacher"))?.1)
-        }
-        None => None,
-    };
     let recorded = packed.as_ref().and_then(|packed| packed.manifest.as_ref());
     let recorded = recorded.and_then(|manifest| manifest.activations.clone());
     let name = recipe.model.path.trim_end_matches('/');
@@ -105,6 +98,20 @@ fn open_model(recipe: &Recipe) -> Result<ModelState> {
         _ => error,
     };
     let (config, checkpoint) = open_folder(&dir).map_err(as_preflight)?;
+    let teacher = recipe.model.teacher.as_ref().map(|path| {
+        let at = |error: Error| error.at("model.teacher");
+        let folder = locate::model(path).map_err(at)?;
+        let (own, teacher) = open_folder(&folder).map_err(at)?;
+        match config.differs(&own) {
+            None => Ok(teacher),
+            Some(what) => Err(Error::preflight(format!(
+                "the teacher is another model than the student: {what} differs"
+            ))
+            .at(format!("model.teacher, {}", folder.join("config.json").display()))
+            .fix("the float model that model.path was made from")),
+        }
+    });
+    let teacher = teacher.transpose()?;
     Ok(ModelState {
         config,
         checkpoint,
@@ -150,16 +157,9 @@ fn load_data(plan: &Plan, model: &ModelState) -> Result<Data> {
     if any.iter().all(|config| config.is_none()) {
         return Ok(Data::default());
     }
-    let tokenizer = Tokenizer::load(&model.dir)?;
-    if tokenizer.vocab_size() > model.config.vocab {
-        return Err(Error::preflight(format!(
-            "the tokenizer has {} tokens, the model's embedding {}",
-            tokenizer.vocab_size(),
-            model.config.vocab
-        ))
-        .at(model.dir.display())
-        .fix("the tokenizer.json that belongs to this model"));
-    }
+    let tokenizer = Tokenizer::load(&model.dir)?
+        .fitting(model.config.vocab)
+        .map_err(|e| e.at(model.dir.display()))?;
     let bos = match model.config.bos {
         _ if !section.bos => None,
         Some(bos) => Some(bos),

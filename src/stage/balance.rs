@@ -258,16 +258,19 @@ mod tests {
     use burn::tensor::{DType, Device, Distribution};
 
     use super::*;
-    use crate::model::Loader;
-    use crate::store::safetensors::Checkpoint;
+    use crate::model::{Loader, open_folder};
 
+    /// Of every family that `tests/parity` has a model of.
     #[test]
     fn the_float_block_stays_what_it_is() {
         let device = Device::flex();
-        for model in ["stories260k", "tinystories-656k"] {
-            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("datasets").join(model);
-            let config = ModelConfig::read(&folder).unwrap();
-            let source = Checkpoint::open(&folder).unwrap();
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let tiny = std::fs::read_dir(root.join("tests/parity")).unwrap();
+        let tiny = tiny.map(|entry| entry.unwrap().path()).filter(|dir| dir.is_dir());
+        let stories =
+            ["stories260k", "tinystories-656k"].map(|name| root.join("datasets").join(name));
+        for folder in tiny.chain(stories) {
+            let (config, source) = open_folder(&folder).unwrap();
             let loader =
                 Loader { config: &config, source: &source, device: &device, dtype: DType::F32 };
             let mut block = loader.block(0).unwrap();
@@ -275,8 +278,8 @@ mod tests {
             let x = [2, 16, config.d_model];
             let x = Tensor::<3>::random(x, Distribution::Normal(0.0, 1.0), &device);
             let before = block.forward(x.clone(), &positions);
-            let mut balanced = 0;
-            for group in &groups(&config) {
+            let groups = groups(&config);
+            for group in &groups {
                 let [inputs, _] = block.linears[group.members[0]].weight.dims();
                 let magnitude: Vec<f32> = (0..inputs).map(|c| 0.05 + (c * c % 97) as f32).collect();
                 let values = factors(&magnitude, 0.5);
@@ -284,14 +287,16 @@ mod tests {
                     .fold((f32::INFINITY, 0.0f32), |(low, high), s| (low.min(s), high.max(s)));
                 assert!((low * high - 1.0).abs() < 1e-5);
                 apply(&mut block, group, &Tensor::from_data(values.as_slice(), &device));
-                balanced += 1;
             }
-            // Grouped heads: v's channels are not o's.
-            assert_eq!(balanced, if config.n_kv_heads == config.n_heads { 4 } else { 3 });
+            if config.model_type == "llama" {
+                // Grouped heads: v's channels are not o's.
+                let expected = if config.n_kv_heads == config.n_heads { 4 } else { 3 };
+                assert_eq!(groups.len(), expected);
+            }
             let after = block.forward(x, &positions);
             let largest = before.clone().abs().max().into_scalar::<f32>();
             let change = (after - before).abs().max().into_scalar::<f32>();
-            assert!(change < 1e-5 * largest, "{model}: {change} of {largest}");
+            assert!(change < 2e-5 * largest, "{}: {change} of {largest}", folder.display());
         }
     }
 

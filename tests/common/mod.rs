@@ -146,8 +146,13 @@ pub(crate) fn copy_folder(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     for entry in std::fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
-        // Bytes alone: a read-only source must not make a read-only copy.
-        std::fs::write(to.join(entry.file_name()), std::fs::read(entry.path()).unwrap()).unwrap();
+        let target = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy_folder(&entry.path(), &target);
+        } else {
+            // Bytes alone: a read-only source must not make a read-only copy.
+            std::fs::write(target, std::fs::read(entry.path()).unwrap()).unwrap();
+        }
     }
 }
 

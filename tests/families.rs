@@ -1,0 +1,113 @@
+//! Every family through the main jobs: two bits by blocks and end to end, scales alone, and the folders
+//! that come out. The models are those of `tests/parity`, with a tokenizer of numbered words.
+#![allow(clippy::unwrap_used)] // a test may fail by panicking, its helpers too
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use common::{Place, copy_folder};
+use fewbit::store::TensorSource;
+use fewbit::store::safetensors::Checkpoint;
+use serde_json::{Value, json};
+
+/// One folder for each `model_type`.
+fn families() -> BTreeMap<String, PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity");
+    let folders = std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path());
+    let mut folders: Vec<PathBuf> =
+        folders.filter(|folder| folder.join("config.json").is_file()).collect();
+    folders.sort();
+    let kind = |folder: &PathBuf| config(folder)["model_type"].as_str().unwrap().to_owned();
+    folders.into_iter().rev().map(|folder| (kind(&folder), folder)).collect()
+}
+
+fn config(folder: &Path) -> Value {
+    serde_json::from_str(&std::fs::read_to_string(folder.join("config.json")).unwrap()).unwrap()
+}
+
+/// The model as `model`, text that it can read, and the head of a recipe.
+fn prepared(folder: &Path) -> (Place, String) {
+    let place = Place::new();
+    copy_folder(folder, &place.path("model"));
+    let config = config(folder);
+    let text = config.get("text_config").unwrap_or(&config);
+    let vocab = text["vocab_size"].as_u64().unwrap();
+    let words: BTreeMap<String, u64> = (0..vocab).map(|id| (format!("w{id}"), id)).collect();
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+        "normalizer": null, "pre_tokenizer": { "type": "WhitespaceSplit" },
+        "post_processor": null, "decoder": null,
+        "model": { "type": "WordLevel", "vocab": words, "unk_token": "w0" },
+    });
+    place.write("model/tokenizer.json", tokenizer.to_string());
+    let mut lines = String::new();
+    let mut state = 1u64;
+    for _ in 0..12 {
+        let mut text = String::new();
+        for _ in 0..20 {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let _ = write!(text, "w{} ", (state >> 33) % vocab);
+        }
+        let _ = writeln!(lines, "{}", json!({ "text": text }));
+    }
+    place.write("text.jsonl", lines);
+    let head = "seed = 0\noutput = \"run\"\ndevice = \"cpu\"\n[model]\npath = \"model\"\n\
+                [data.calibration]\npath = \"text.jsonl\"\nsamples = 4\nlength = 16\n\
+                [data.train]\npath = \"text.jsonl\"\nlength = 16\n\
+                [data.validation]\npath = \"text.jsonl\"\n";
+    (place, head.to_owned())
+}
+
+/// Logits of a few tokens, whichever way a model is stored.
+fn logits(place: &Place, model: &str) -> Vec<f32> {
+    place.ok(&["logits", "--model", model, "--tokens", "3,1,4,15,9", "--output", "l.safetensors"]);
+    let file = Checkpoint::open_file(&place.path("l.safetensors")).unwrap();
+    file.read("logits").unwrap().to_f32().unwrap()
+}
+
+fn trains_and_exports(name: &str, folder: &Path, quant: &str, stages: &str) {
+    let (place, head) = prepared(folder);
+    let export = "[[stage]]\n[stage.export]\nallow_worse = true\nformat.fewbit = {}\nformat.dequantized = {}\n";
+    let evaluate =
+        "[[stage]]\n[stage.evaluate]\ntask.ppl = { context = 16 }\nbaselines = [\"float\"]\n";
+    place.write("recipe.toml", format!("{head}{quant}{stages}{evaluate}{export}"));
+    place.ok(&["train", "--recipe", "recipe.toml"]);
+    place.ok(&["verify", "run/export/fewbit"]);
+    let packed = logits(&place, "run/export/fewbit");
+    let dense = logits(&place, "run/export/dequantized");
+    let float = logits(&place, "model");
+    let size = float.iter().fold(0.0f32, |size, x| size.max(x.abs()));
+    let gap = |a: &[f32], b: &[f32]| {
+        a.iter().zip(b).fold(0.0f32, |gap, (a, b)| gap.max((a - b).abs())) / size
+    };
+    assert_eq!(packed.len(), float.len());
+    assert!(gap(&packed, &dense) < 1e-5, "{name}: {}", gap(&packed, &dense));
+    assert!(gap(&packed, &float) > 1e-4, "{name} is not quantized");
+}
+
+#[test]
+fn two_bits_by_blocks_and_end_to_end() {
+    let stages = "[[stage]]\n[stage.reconstruct]\nbits = 4\nmethod.flexround = {}\nsteps = 3\n\
+                  objective.mse = {}\nbatch = 2\nlearning_rate = 1e-3\nallow_worse = true\n\
+                  [[stage]]\n[stage.reconstruct]\nmethod.seq = {}\nsteps = 3\nbatch = 2\n\
+                  objective.mse = {}\nlearning_rate = 1e-3\nallow_worse = true\n\
+                  [[stage]]\n[stage.distill]\nmethod.seq = {}\nobjective.kl_forward = {}\n\
+                  steps = 3\nbatch = 2\nrate_unit = \"grid\"\nlearning_rate = 0.005\n\
+                  allow_worse = true\n";
+    for (name, folder) in families() {
+        trains_and_exports(&name, &folder, "[quant]\nbits = 2\n", stages);
+    }
+}
+
+#[test]
+fn scales_alone_on_balanced_weights() {
+    let stages = "[[stage]]\n[stage.calibrate]\nmethod.awq = {}\n\
+                  [[stage]]\n[stage.tune_scales]\nmethod.peqa = {}\nobjective.cross_entropy = {}\n\
+                  steps = 3\nbatch = 2\nlearning_rate = 1e-3\nallow_worse = true\n";
+    for (name, folder) in families() {
+        trains_and_exports(&name, &folder, "[quant]\nbits = 4\n", stages);
+    }
+}
