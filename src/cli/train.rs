@@ -110,7 +110,7 @@ fn check_json(prepared: &Prepared) -> serde_json::Value {
                 "name": stage.config.name(),
                 "linears": stage.specs.len(),
                 "kept": stage.kept,
-                "steps": stage.config.steps(prepared.model.config.n_blocks),
+                "steps": stage.config.stage().steps(prepared.model.config.n_blocks),
             })
         })
         .collect();

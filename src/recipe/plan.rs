@@ -9,10 +9,9 @@ use wildmatch::WildMatch;
 
 use super::{Override, QuantSection, Recipe};
 use crate::error::{Error, Result};
-use crate::method::MethodConfig;
 use crate::model::{ModelConfig, weight_name};
 use crate::quant::{ActivationQuant, ObserverConfig, QuantSpec, Repr};
-use crate::stage::{BASE, SpecChange, StageConfig};
+use crate::stage::{BASE, Before, Codes, Effect, StageConfig};
 
 /// A recipe that makes sense for a model.
 #[derive(Clone, Debug)]
@@ -99,57 +98,60 @@ impl Plan {
             base.linears.iter().map(|(name, (spec, _))| (name.clone(), *spec)).collect();
         let mut last_spec = quantized.values().next().copied();
         let activations = recipe.quant.of_activations();
-        let mut calibrated = false;
+        let (mut calibrated, mut tuned) = (false, false);
         for (index, config) in recipe.stage.iter().enumerate() {
             let at =
                 |error: Error| error.at(lines.place(&format!("stage.{index}.{}", config.name())));
-            config.check().map_err(at)?;
-            if let StageConfig::Finetune(config) = config {
-                config.fits(model).map_err(at)?;
-            }
-            check_export(config, repr, &stages, base).map_err(at)?;
-            repr = config.leaves(repr).map_err(at)?;
-            if start != Repr::Dense && recipe.model.teacher.is_none() && config.needs_float() {
+            let stage = config.stage();
+            stage.check().map_err(at)?;
+            let before = Before { model, repr, tuned, activations, calibrated };
+            repr = config.leaves(&before).map_err(at)?;
+            if start != Repr::Dense && recipe.model.teacher.is_none() && stage.needs_float() {
                 let error = Error::usage("this needs the float model, and model.path is packed");
                 return Err(at(error.fix("model.teacher = the float model it was made from")));
             }
-            check_activations(config, activations, &mut calibrated).map_err(at)?;
+            calibrated |= stage.calibrates();
             let first_step =
-                stages.last().map_or(0, |s| s.first_step + s.config.steps(model.n_blocks));
-            let change = config.quantizes();
-            let tunes = matches!(config, StageConfig::TuneScales(_));
-            let resolved = if tunes {
+                stages.last().map_or(0, |s| s.first_step + s.config.stage().steps(model.n_blocks));
+            let effect = stage.effect();
+            let codes = effect.codes();
+            let resolved = if matches!(effect, Effect::Grids(_)) {
                 // What the linears are is what they stay; the head does not learn.
                 let mut linears = quantized.clone();
                 linears.remove(model.head());
                 Resolved { linears, ..Resolved::default() }
             } else {
-                Resolved::new(&recipe.quant, change, model, &quantized, &lines)?
+                Resolved::new(&recipe.quant, codes, model, &quantized, &lines)?
             };
             // The head is rounded once, by the first stage that quantizes.
             let head = resolved.head.filter(|_| quantized.is_empty());
-            check_chain(config, &resolved.linears, &quantized, &stages).map_err(at)?;
-            let mut default_spec = default_spec(&recipe.quant, change);
-            if change.is_some() || tunes {
-                latest = config.name();
-                quantized.extend(resolved.linears.clone());
+            check_chain(codes, &resolved.linears, &quantized, &stages).map_err(at)?;
+            let mut default_spec = default_spec(&recipe.quant, codes);
+            match effect {
+                Effect::Nothing => {}
+                Effect::Codes(_) => {
+                    quantized.extend(resolved.linears.clone());
+                    last_spec = Some(default_spec);
+                }
+                Effect::Grids(_) => default_spec = last_spec.unwrap_or(default_spec),
+                Effect::Floats => {
+                    quantized.retain(|name, _| name == model.head());
+                    tuned |= base.linears.is_empty();
+                }
             }
-            if matches!(config, StageConfig::Finetune(_)) {
+            if config.changes_model() {
                 latest = config.name();
-                quantized.retain(|name, _| name == model.head());
-            }
-            if tunes {
-                default_spec = last_spec.unwrap_or(default_spec);
-            } else if change.is_some() {
-                last_spec = Some(default_spec);
             }
             stages.push(PlannedStage {
                 config: config.clone(),
                 specs: resolved.linears,
-                keeps_latents: recipe.stage[index + 1..].iter().any(goes_on),
+                keeps_latents: recipe.stage[index + 1..].iter().any(|s| s.stage().takes_latents()),
                 head,
                 kept: resolved.kept,
-                observer: observer(config).unwrap_or(&recipe.quant.observer).clone(),
+                observer: codes
+                    .and_then(|codes| codes.observer)
+                    .unwrap_or(&recipe.quant.observer)
+                    .clone(),
                 default_spec,
                 activations,
                 latest,
@@ -179,7 +181,7 @@ impl Plan {
 
     /// Optimizer steps in all.
     pub fn steps(&self, blocks: usize) -> u64 {
-        self.stages.iter().map(|stage| stage.config.steps(blocks)).sum()
+        self.stages.iter().map(|stage| stage.config.stage().steps(blocks)).sum()
     }
 }
 
@@ -187,60 +189,27 @@ impl PlannedStage {
     fn summary(&self) -> String {
         let name = self.config.name();
         let spec = format!("{}{}", self.default_spec, self.activations);
-        match &self.config {
-            StageConfig::Calibrate(config) => {
-                format!("{name}({}, {spec})", config.method.name())
-            }
-            StageConfig::Reconstruct(config) => {
-                format!("{name}({}, {spec})", config.method.name())
-            }
-            StageConfig::Distill(config) => {
-                let (method, objective) = (config.method.name(), config.objective.name());
-                format!("{name}({method}, {spec}, {objective})")
-            }
-            StageConfig::TuneScales(config) => {
-                let (method, objective) = (config.method.name(), config.objective.name());
-                format!("{name}({method}, {spec}, {objective})")
-            }
-            StageConfig::Finetune(config) => {
-                let (method, objective) = (config.method.summary(), config.objective.name());
-                format!("{name}({method}, {objective})")
-            }
-            StageConfig::Evaluate(_) => name.to_owned(),
-            StageConfig::Export(config) => {
-                let formats: Vec<&str> =
-                    config.format.formats().iter().map(|format| format.name()).collect();
-                format!("{name}({})", formats.join(", "))
-            }
+        match self.config.stage().summary(&spec) {
+            words if words.is_empty() => name.to_owned(),
+            words => format!("{name}({words})"),
         }
-    }
-}
-
-/// Whether a stage may start from latent weights.
-fn goes_on(stage: &StageConfig) -> bool {
-    match stage {
-        StageConfig::Reconstruct(_) => true,
-        StageConfig::Distill(config) => config.method.tunes().is_none(),
-        StageConfig::Calibrate(_)
-        | StageConfig::TuneScales(_)
-        | StageConfig::Finetune(_)
-        | StageConfig::Evaluate(_)
-        | StageConfig::Export(_) => false,
     }
 }
 
 /// A method that finds its own grid does not follow one of the same kind, bits and groups: what was
 /// learned there would be lost without a word.
 fn check_chain(
-    config: &StageConfig,
+    codes: Option<Codes<'_>>,
     specs: &BTreeMap<String, QuantSpec>,
     quantized: &BTreeMap<String, QuantSpec>,
     earlier: &[PlannedStage],
 ) -> Result<()> {
-    let Some((method, _)) = config.quantizes().filter(|(method, _)| !method.resumes()) else {
+    let Some(Codes { method, .. }) = codes.filter(|codes| !codes.method.resumes()) else {
         return Ok(());
     };
-    let made = |stage: &PlannedStage| stage.config.quantizes().and_then(|(m, _)| m.grid());
+    let made = |stage: &PlannedStage| {
+        stage.config.stage().effect().codes().and_then(|codes| codes.method.grid())
+    };
     let last = earlier.iter().rev().find_map(made);
     let same = |(name, spec): (&String, &QuantSpec)| {
         quantized.get(name).is_some_and(|q| (q.bits, q.group_size) == (spec.bits, spec.group_size))
@@ -258,70 +227,11 @@ fn check_chain(
     ))
 }
 
-/// Dense weights are exported where a stage has changed them, and the source is no packed folder, whose
-/// codes would stay beside them.
-fn check_export(
-    config: &StageConfig,
-    repr: Repr,
-    earlier: &[PlannedStage],
-    base: &Base,
-) -> Result<()> {
-    let tuned = |stage: &PlannedStage| matches!(stage.config, StageConfig::Finetune(_));
-    let export = matches!(config, StageConfig::Export(_)) && repr == Repr::Dense;
-    if export && !(base.linears.is_empty() && earlier.iter().any(tuned)) {
-        return Err(StageConfig::nothing_quantized());
-    }
-    Ok(())
-}
-
-/// What a stage wants of activations is there. `calibrated`: whether an earlier stage has put them on
-/// fixed grids.
-fn check_activations(
-    config: &StageConfig,
-    activations: ActivationQuant,
-    calibrated: &mut bool,
-) -> Result<()> {
-    match config {
-        StageConfig::Reconstruct(stage)
-            if stage.quantize_activations == Some(true) && !activations.is_on() =>
-        {
-            Err(Error::usage("quantize_activations = true, and the recipe leaves them float")
-                .fix("quant.activations.scheme = \"tensor\" or \"token\""))
-        }
-        StageConfig::Distill(_) if activations.fixed().is_some() && !*calibrated => {
-            Err(Error::usage("distill takes fixed grids of activations from an earlier stage")
-                .fix("quant.activations.scheme = \"token\", or a stage.calibrate before it"))
-        }
-        StageConfig::Calibrate(_) | StageConfig::Reconstruct(_) => {
-            *calibrated = true;
-            Ok(())
-        }
-        StageConfig::Distill(_)
-        | StageConfig::TuneScales(_)
-        | StageConfig::Finetune(_)
-        | StageConfig::Evaluate(_)
-        | StageConfig::Export(_) => Ok(()),
-    }
-}
-
-fn observer(config: &StageConfig) -> Option<&ObserverConfig> {
-    match config {
-        StageConfig::Calibrate(config) => config.observer.as_ref(),
-        StageConfig::Reconstruct(config) => config.observer.as_ref(),
-        StageConfig::Distill(config) => config.observer.as_ref(),
-        StageConfig::TuneScales(_)
-        | StageConfig::Finetune(_)
-        | StageConfig::Evaluate(_)
-        | StageConfig::Export(_) => None,
-    }
-}
-
-fn default_spec(quant: &QuantSection, change: Option<(&MethodConfig, SpecChange)>) -> QuantSpec {
-    let change = change.map(|(_, change)| change).unwrap_or_default();
+fn default_spec(quant: &QuantSection, codes: Option<Codes<'_>>) -> QuantSpec {
     QuantSpec {
-        bits: change.bits.unwrap_or(quant.bits),
-        group_size: change.group_size.unwrap_or(quant.group_size),
-        symmetry: change.symmetric.unwrap_or(quant.symmetric),
+        bits: codes.and_then(|codes| codes.bits).unwrap_or(quant.bits),
+        group_size: codes.and_then(|codes| codes.group_size).unwrap_or(quant.group_size),
+        symmetry: codes.and_then(|codes| codes.symmetric).unwrap_or(quant.symmetric),
     }
 }
 
@@ -337,12 +247,12 @@ struct Resolved {
 impl Resolved {
     fn new(
         quant: &QuantSection,
-        change: Option<(&MethodConfig, SpecChange)>,
+        codes: Option<Codes<'_>>,
         model: &ModelConfig,
         quantized: &BTreeMap<String, QuantSpec>,
         lines: &Lines<'_>,
     ) -> Result<Self> {
-        let default = default_spec(quant, change);
+        let default = default_spec(quant, codes);
         let patterns: Vec<WildMatch> =
             quant.overrides.iter().map(|o| WildMatch::new(&o.pattern)).collect();
         let mut used = vec![false; patterns.len()];
@@ -354,7 +264,7 @@ impl Resolved {
             let spec = rule.apply(default_spec(quant, None));
             spec.layout(model.head_shape())
                 .map_err(|error| error.at(model.head()).at(lines.place("quant.group_size")))?;
-            resolved.head = (change.is_some() && !rule.keep).then_some(spec);
+            resolved.head = (codes.is_some() && !rule.keep).then_some(spec);
         }
         for (name, shape) in model.linear_shapes() {
             let mut spec = default;
@@ -366,7 +276,7 @@ impl Resolved {
                     keep = rule.keep;
                 }
             }
-            let Some((method, _)) = change.filter(|_| !keep) else { continue };
+            let Some(Codes { method, .. }) = codes.filter(|_| !keep) else { continue };
             spec.layout(shape).map_err(|error| {
                 error.at(weight_name(&name)).at(lines.place("quant.group_size"))
             })?;

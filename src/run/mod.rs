@@ -125,7 +125,7 @@ fn execute(
             stage: index,
             latest: stage.latest,
             first_step: stage.first_step,
-            steps: stage.config.steps(model_blocks),
+            steps: stage.config.stage().steps(model_blocks),
             left_by: last_change(&plan, index),
             specs: &stage.specs,
             keeps_latents: stage.keeps_latents,
@@ -267,7 +267,7 @@ fn position(prepared: &Prepared, record: &RunRecord, folder: &RunFolder) -> Opti
     let stage = record.stages.iter().position(open)?;
     let begun = record.stages[stage].status != Status::Pending || stage > 0;
     let planned = prepared.plan.stages.get(stage).filter(|_| begun)?;
-    let at = planned.config.saved(&folder.stage_dir(stage, planned.config.name()));
+    let at = planned.config.stage().saved(&folder.stage_dir(stage, planned.config.name()));
     let steps = match at {
         At::Step(step) => step,
         At::Block(_) => 0,

@@ -15,11 +15,11 @@ use crate::data::{Marks, TokenStream, Tokenizer, sha256_of};
 use crate::device::{self, NamedDevice};
 use crate::error::{Error, Kind, Result};
 use crate::export::{ActivationRecord, Format, GridRecord, Manifest, OpenModel};
-use crate::model::{ModelConfig, companions, open_folder};
+use crate::model::{companions, open_folder};
 use crate::quant::{GroupAxis, GroupSize, QuantSpec, Repr, Symmetry};
 use crate::recipe::{self, Base, DataConfig, Paths, Plan, Recipe, to_toml};
 use crate::report::{Event, memory, size};
-use crate::stage::{Corpus, Data, FinetuneConfig, ModelState, StageConfig};
+use crate::stage::{Corpus, Data, ModelState, Scene, Speed, StageConfig};
 use crate::stop::StopFlag;
 use crate::store::folder::{free_bytes, sha256_file};
 use crate::store::{hex, locate};
@@ -217,50 +217,14 @@ fn load_corpus(
 
 /// Every stage finds the data it needs, and enough of it.
 fn check_data(plan: &Plan, model: &ModelState, data: &Data) -> Result<()> {
-    let calibrates = model.activations.quant.fixed().is_some();
-    let mut quantized = model.packed.is_some();
-    for stage in &plan.stages {
-        match &stage.config {
-            StageConfig::Calibrate(config) if !calibrates && !config.reads_text() => {}
-            StageConfig::Calibrate(_) | StageConfig::Reconstruct(_) => {
-                let corpus = Data::need(data.calibration.as_ref(), "calibration")?;
-                let samples = corpus.samples.unwrap_or(1);
-                corpus
-                    .stream
-                    .spread(samples, corpus.length)
-                    .map_err(|e| e.at("data.calibration"))?;
-            }
-            StageConfig::Finetune(_) if quantized && model.activations.quant.is_on() => {
-                return Err(Error::preflight(
-                    "finetune leaves float weights, and an earlier stage has quantized activations",
-                )
-                .at("quant.activations")
-                .fix("stage.finetune before the stage that quantizes, or stage.tune_scales"));
-            }
-            StageConfig::Distill(_) | StageConfig::TuneScales(_) | StageConfig::Finetune(_) => {
-                let corpus = Data::need(data.train.as_ref(), "train")?;
-                corpus.stream.spread(1, corpus.length).map_err(|e| e.at("data.train"))?;
-            }
-            StageConfig::Evaluate(config) => {
-                let corpus = Data::need(data.validation.as_ref(), "validation")?;
-                let crate::stage::TaskConfig::Ppl(task) = &config.task;
-                let packed = corpus.stream.packed;
-                let (context, stride) =
-                    task.protocol(&model.config, packed).map_err(|e| e.at("task.ppl"))?;
-                corpus.stream.strided(context, stride).map_err(|e| e.at("data.validation"))?;
-            }
-            StageConfig::Export(_) => {}
-        }
-        quantized |= stage.config.quantizes().is_some();
-    }
-    Ok(())
+    plan.stages.iter().try_for_each(|stage| stage.config.stage().check_data(model, data))
 }
 
 fn fingerprint(plan: &Plan, model: &ModelState, data: &Data) -> Result<Fingerprint> {
     let mut recipe = plan.recipe.clone();
     recipe.output = PathBuf::new();
     recipe.device = String::new();
-    recipe.stage = recipe.stage.into_iter().map(StageConfig::without_permissions).collect();
+    recipe.stage = recipe.stage.into_iter().map(StageConfig::neutral).collect();
     let mut hash = Sha256::new();
     let mut files = vec![model.dir.join("config.json")];
     files.extend(model.checkpoint.files().iter().cloned());
@@ -297,31 +261,23 @@ impl Prepared {
     }
 }
 
-/// Counts an estimate is made of.
-struct Sizes {
-    /// Weights of all linears.
-    linears: u64,
-    /// Weights of one block's linears.
-    block: u64,
-    /// Embedding and head.
-    rest: u64,
-}
-
 impl Needs {
     fn estimate(plan: &Plan, model: &ModelState, data: &Data, device: &NamedDevice) -> Self {
         let config = &model.config;
         let linears: u64 =
             config.linears().map(|(_, spec)| spec.shape.iter().product::<usize>() as u64).sum();
         let heads = if config.tied { 1 } else { 2 };
-        let sizes = Sizes {
+        let scene = Scene {
+            model,
+            data,
             linears,
             block: linears / config.n_blocks.max(1) as u64,
             rest: (heads * config.head_shape().iter().product::<usize>()) as u64,
+            speed: measure(&device.device),
         };
-        let speed = Speed::measure(&device.device);
         let (mut on_device, mut on_host, mut disk, mut seconds) = (0, linears, 0, 0.0);
         for stage in &plan.stages {
-            let cost = stage_cost(&stage.config, model, data, &sizes, &speed);
+            let cost = stage.config.stage().cost(&scene);
             on_device = on_device.max(cost.device);
             on_host = on_host.max(linears + cost.host);
             disk += cost.disk;
@@ -374,200 +330,31 @@ impl Needs {
     }
 }
 
-#[derive(Default)]
-struct Cost {
-    device: u64,
-    host: u64,
-    disk: u64,
-    seconds: f64,
-}
-
-/// Bytes per learned weight: weight, fake-quantized copies on the tape, gradient, two moments,
-/// and the update's transients.
-const TRAINED_WEIGHT_BYTES: u64 = 4 * 14;
-
-fn stage_cost(
-    stage: &StageConfig,
-    model: &ModelState,
-    data: &Data,
-    sizes: &Sizes,
-    speed: &Speed,
-) -> Cost {
-    let config = &model.config;
-    let tape = |tokens, length| tape(config, tokens, length);
-    match stage {
-        StageConfig::Calibrate(_) => Cost {
-            device: 8 * sizes.block,
-            disk: sizes.linears,
-            seconds: sizes.linears as f64 * 40.0 / speed.bytes,
-            ..Cost::default()
-        },
-        StageConfig::Reconstruct(stage) => {
-            let Some(corpus) = &data.calibration else { return Cost::default() };
-            let length = corpus.length as u64;
-            let samples =
-                corpus.samples.unwrap_or_else(|| corpus.stream.windows(corpus.length)) as u64;
-            let tokens = stage.batch as u64 * length;
-            let steps = (stage.steps * config.n_blocks as u64) as f64;
-            let flops = 6.0 * (sizes.block * tokens) as f64 * steps
-                + 6.0 * (sizes.linears * samples * length) as f64;
-            let moved = steps * (sizes.block * 4 * 40 + tape(tokens, length) * 3) as f64;
-            Cost {
-                device: TRAINED_WEIGHT_BYTES * sizes.block + tape(tokens, length),
-                host: 12 * samples * length * config.d_model as u64,
-                disk: sizes.linears,
-                seconds: speed.seconds(flops, moved, steps),
-            }
+/// What a device reaches in about a tenth of a second of work of the kind that training does.
+fn measure(device: &Device) -> Speed {
+    const SIDE: usize = 384;
+    /// Too large for the caches, as activations are.
+    const WIDE: usize = 1536;
+    let random = |side| Tensor::<2>::random([side, side], Distribution::Default, device);
+    let time = |work: &dyn Fn() -> Tensor<2>, times: u32| {
+        let finish = |tensor: Tensor<2>| tensor.sum().into_scalar::<f32>();
+        finish(work());
+        let start = Instant::now();
+        for _ in 1..times {
+            drop(work());
         }
-        StageConfig::Distill(stage) => {
-            let Some(corpus) = &data.train else { return Cost::default() };
-            let length = corpus.length as u64;
-            let micro = stage.batch as u64 * length;
-            let tokens = micro * stage.accumulate as u64;
-            let blocks = config.n_blocks as u64;
-            let weights = sizes.linears + sizes.rest;
-            let flops = 8.0 * (weights * tokens * stage.steps) as f64;
-            let per_step = sizes.linears * 4 * 40
-                + (tape(micro, length) * 3 * blocks + micro * config.vocab as u64 * 4 * 60)
-                    * stage.accumulate as u64;
-            Cost {
-                device: TRAINED_WEIGHT_BYTES * sizes.linears
-                    + 4 * (sizes.linears + 2 * sizes.rest)
-                    + tape(micro, length) * blocks
-                    + 12 * 4 * (micro * config.vocab as u64).min(1 << 23),
-                host: 0,
-                // The saved state, the best one, and one of them while it is written.
-                disk: sizes.linears * (1 + 36),
-                seconds: speed.seconds(flops, (per_step * stage.steps) as f64, stage.steps as f64),
-            }
-        }
-        StageConfig::TuneScales(stage) => {
-            let Some(corpus) = &data.train else { return Cost::default() };
-            let length = corpus.length as u64;
-            let micro = stage.batch as u64 * length;
-            let tokens = micro * stage.accumulate as u64;
-            let weights = sizes.linears + sizes.rest;
-            let flops = 8.0 * (weights * tokens * stage.steps) as f64;
-            let per_step = (tape(micro, length) * 3 * config.n_blocks as u64
-                + micro * config.vocab as u64 * 4 * 20)
-                * stage.accumulate as u64;
-            let teacher = if stage.objective.needs_teacher() { 4 * weights } else { 0 };
-            Cost {
-                // Codes of at most a byte, their scales, and the tiles that exist as floats.
-                device: sizes.linears
-                    + 4 * sizes.rest
-                    + teacher
-                    + (16 << 20)
-                    + tape(micro, length) * config.n_blocks as u64
-                    + 12 * 4 * (micro * config.vocab as u64).min(1 << 23),
-                host: 0,
-                disk: sizes.linears / 8,
-                seconds: speed.seconds(flops, (per_step * stage.steps) as f64, stage.steps as f64),
-            }
-        }
-        StageConfig::Finetune(stage) => finetune_cost(stage, config, data, sizes, speed),
-        StageConfig::Evaluate(stage) => {
-            let Some(corpus) = &data.validation else { return Cost::default() };
-            let models = 1 + stage.baselines.as_ref().map_or(1, Vec::len) as u64;
-            let weights = sizes.linears + sizes.rest;
-            let tokens = corpus.stream.tokens.len() as u64 * models;
-            Cost {
-                device: 4 * weights + tape(2048, 2048),
-                seconds: speed.seconds(2.0 * (weights * tokens) as f64, 0.0, 0.0),
-                ..Cost::default()
-            }
-        }
-        StageConfig::Export(stage) => {
-            let dense = model.checkpoint.total_bytes();
-            let formats = stage.format.formats().len() as u64;
-            Cost { disk: formats * (dense + 4 * sizes.linears), seconds: 0.2, ..Cost::default() }
-        }
-    }
-}
-
-fn finetune_cost(
-    stage: &FinetuneConfig,
-    config: &ModelConfig,
-    data: &Data,
-    sizes: &Sizes,
-    speed: &Speed,
-) -> Cost {
-    let Some(corpus) = &data.train else { return Cost::default() };
-    let length = corpus.length as u64;
-    let micro = stage.batch as u64 * length;
-    let tokens = micro * stage.accumulate as u64;
-    let blocks = config.n_blocks as u64;
-    let weights = sizes.linears + sizes.rest;
-    let flops = 8.0 * (weights * tokens * stage.steps) as f64;
-    // Weights with their factors merged are made anew, with their gradients.
-    let per_step = (sizes.linears * 4 * 8
-        + tape(config, micro, length) * 3 * blocks
-        + micro * config.vocab as u64 * 4 * 20)
-        * stage.accumulate as u64;
-    let teacher = if stage.objective.needs_teacher() { 4 * weights } else { 0 };
-    let learned = stage.method.trainable(config);
-    Cost {
-        // Weights, merged ones and their gradients; of what learns also two moments.
-        device: 4 * (3 * sizes.linears + sizes.rest)
-            + teacher
-            + 16 * learned
-            + tape(config, micro, length) * blocks
-            + 12 * 4 * (micro * config.vocab as u64).min(1 << 23),
-        host: 4 * sizes.linears,
-        disk: 4 * sizes.linears + 40 * learned,
-        seconds: speed.seconds(flops, (per_step * stage.steps) as f64, stage.steps as f64),
-    }
-}
-
-/// Hidden-sized tensors that one block keeps for its backward pass, per token, and attention.
-fn tape(config: &ModelConfig, tokens: u64, length: u64) -> u64 {
-    4 * tokens * (14 * config.d_model as u64 + 5 * config.d_ff as u64)
-        + 12 * tokens * length * config.n_heads as u64
-}
-
-/// What this device reaches in a quick measurement.
-struct Speed {
-    /// Matrix multiplication, floating-point operations per second.
-    flops: f64,
-    /// Element-wise work, bytes per second.
-    bytes: f64,
-    /// One operation, seconds.
-    launch: f64,
-}
-
-impl Speed {
-    /// About a tenth of a second of work of the kind that training does.
-    fn measure(device: &Device) -> Self {
-        const SIDE: usize = 384;
-        /// Too large for the caches, as activations are.
-        const WIDE: usize = 1536;
-        let random = |side| Tensor::<2>::random([side, side], Distribution::Default, device);
-        let time = |work: &dyn Fn() -> Tensor<2>, times: u32| {
-            let finish = |tensor: Tensor<2>| tensor.sum().into_scalar::<f32>();
-            finish(work());
-            let start = Instant::now();
-            for _ in 1..times {
-                drop(work());
-            }
-            finish(work());
-            start.elapsed().as_secs_f64() / f64::from(times)
-        };
-        let (a, b) = (random(SIDE), random(SIDE));
-        let product = time(&|| a.clone().matmul(b.clone()), 8);
-        let (a, b) = (random(WIDE), random(WIDE));
-        let sum = time(&|| a.clone() + b.clone(), 6);
-        let tiny = random(8);
-        let launch = time(&|| tiny.clone() + 1.0, 64);
-        Self {
-            flops: 2.0 * (SIDE as f64).powi(3) / product,
-            bytes: 12.0 * (WIDE as f64).powi(2) / sum,
-            launch,
-        }
-    }
-
-    fn seconds(&self, flops: f64, bytes: f64, steps: f64) -> f64 {
-        /// Operations in one step, forward and backward, of a block.
-        const OPERATIONS: f64 = 400.0;
-        flops / self.flops + bytes / self.bytes + steps * OPERATIONS * self.launch
+        finish(work());
+        start.elapsed().as_secs_f64() / f64::from(times)
+    };
+    let (a, b) = (random(SIDE), random(SIDE));
+    let product = time(&|| a.clone().matmul(b.clone()), 8);
+    let (a, b) = (random(WIDE), random(WIDE));
+    let sum = time(&|| a.clone() + b.clone(), 6);
+    let tiny = random(8);
+    let launch = time(&|| tiny.clone() + 1.0, 64);
+    Speed {
+        flops: 2.0 * (SIDE as f64).powi(3) / product,
+        bytes: 12.0 * (WIDE as f64).powi(2) / sum,
+        launch,
     }
 }

@@ -21,8 +21,8 @@ impl Activations {
         mut make: impl FnMut(std::ops::Range<usize>) -> Result<Tensor<3>>,
     ) -> Result<Self> {
         let mut all = Self::default();
-        for start in (0..samples).step_by(SAMPLES_PER_PASS) {
-            all.push(make(start..(start + SAMPLES_PER_PASS).min(samples))?);
+        for range in runs(samples) {
+            all.push(make(range)?);
         }
         Ok(all)
     }
@@ -75,6 +75,18 @@ impl Activations {
         Tensor::from_data(TensorData::new(values, [indices.len(), seq, d_model]), device)
     }
 
+    /// Gives every sample to `take`, some at a time, `[n, seq, d_model]`.
+    pub(super) fn each(
+        &self,
+        device: &Device,
+        mut take: impl FnMut(Tensor<3>) -> Result<()>,
+    ) -> Result<()> {
+        runs(self.len()).try_for_each(|range| {
+            let indices: Vec<u32> = range.map(|i| i as u32).collect();
+            take(self.batch(&indices, device))
+        })
+    }
+
     /// Every sample through `forward`.
     pub(super) fn map(
         &self,
@@ -89,8 +101,47 @@ impl Activations {
 
     /// Mean squared difference to another stream, in f64.
     pub(super) fn mse(&self, other: &Self) -> f64 {
-        let pairs = self.samples.iter().flatten().zip(other.samples.iter().flatten());
-        let sum: f64 = pairs.map(|(a, b)| f64::from(a - b).powi(2)).sum();
+        let sum = squares(0.0, self.samples.iter().flatten(), other.samples.iter().flatten());
+        self.mean(sum)
+    }
+
+    /// Mean squared difference between every sample through `forward` and `target`; nothing of the
+    /// outputs is kept.
+    pub(super) fn mse_through(
+        &self,
+        device: &Device,
+        target: &Self,
+        mut forward: impl FnMut(Tensor<3>) -> Result<Tensor<3>>,
+    ) -> Result<f64> {
+        let (mut sum, mut done) = (0.0, 0);
+        self.each(device, |x| {
+            let mut part = Self::default();
+            part.push(forward(x)?);
+            let goal = target.samples[done..][..part.len()].iter().flatten();
+            sum = squares(sum, part.samples.iter().flatten(), goal);
+            done += part.len();
+            Ok(())
+        })?;
+        Ok(target.mean(sum))
+    }
+
+    fn mean(&self, sum: f64) -> f64 {
         sum / (self.len() * self.shape[0] * self.shape[1]).max(1) as f64
     }
+}
+
+/// `sum` and the squared differences of `a` and `b`, added one after the other.
+fn squares<'a>(
+    sum: f64,
+    a: impl Iterator<Item = &'a f32>,
+    b: impl Iterator<Item = &'a f32>,
+) -> f64 {
+    a.zip(b).map(|(a, b)| f64::from(a - b).powi(2)).fold(sum, |sum, square| sum + square)
+}
+
+/// The samples of each forward-only pass.
+fn runs(samples: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+    (0..samples)
+        .step_by(SAMPLES_PER_PASS)
+        .map(move |start| start..(start + SAMPLES_PER_PASS).min(samples))
 }

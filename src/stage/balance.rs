@@ -7,9 +7,9 @@ use std::collections::BTreeMap;
 use burn::module::Param;
 use burn::tensor::{Tensor, TensorData};
 
-use super::StageContext;
 use super::activations::Activations;
-use super::solve_block::{Observed, Reference, observe, replace};
+use super::context::StageContext;
+use super::observed::{Observed, Reference, observe, replace};
 use crate::error::Result;
 use crate::method::{MethodConfig, Problem};
 use crate::model::{

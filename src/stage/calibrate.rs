@@ -12,14 +12,19 @@ use burn::tensor::{Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use super::activations::Activations;
+use super::context::{StageContext, saved_mse, with_mse};
+use super::corpus::Data;
+use super::cost::{Cost, Lever, Scene};
+use super::inputs;
+use super::kind::{Before, Effect, Stage, codes};
 use super::solve_block::solve_block;
+use super::state::ModelState;
 use super::streams::Streams;
-use super::{StageContext, inputs, saved_mse, with_mse};
 use crate::error::{Error, Result};
 use crate::export::fewbit::Saved;
 use crate::method::{self, MethodConfig, Needs};
 use crate::model::{WeightSource, weight_name};
-use crate::quant::{Bits, GroupSize, ObserverConfig, Symmetry};
+use crate::quant::{Bits, GroupSize, ObserverConfig, Repr, Symmetry};
 use crate::report::{Event, Reporter, memory};
 
 /// Keys of `[stage.calibrate]`.
@@ -57,7 +62,14 @@ pub enum InputStream {
 }
 
 impl CalibrateConfig {
-    pub(super) fn check(&self) -> Result<()> {
+    /// Whether the method looks at calibration text.
+    fn reads_text(&self) -> bool {
+        self.method.needs() != Needs::Weight
+    }
+}
+
+impl Stage for CalibrateConfig {
+    fn check(&self) -> Result<()> {
         if self.method.learns() {
             return Err(Error::usage(format!(
                 "calibrate learns nothing, and method.{} learns",
@@ -68,24 +80,88 @@ impl CalibrateConfig {
         Ok(())
     }
 
-    /// Whether the method looks at calibration text.
-    pub fn reads_text(&self) -> bool {
-        self.method.needs() != Needs::Weight
+    fn effect(&self) -> Effect<'_> {
+        codes!(self)
     }
-}
 
-pub(super) fn run(config: &CalibrateConfig, ctx: &mut StageContext<'_>) -> Result<()> {
-    if ctx.data.calibration.is_some() || config.reads_text() {
-        block_by_block(config, ctx)?;
-    } else {
-        let mut quantized = Vec::new();
-        for index in 0..ctx.model.config.n_blocks {
-            quantized.extend(round_block(config, ctx, index)?.linears);
+    fn follows(&self, before: &Before<'_>) -> Result<()> {
+        match before.repr {
+            Repr::Dense => Ok(()),
+            Repr::Uniform | Repr::BinaryCoding => Err(Error::usage(
+                "calibrate needs float weights, and they are quantized already",
+            )
+            .fix("stage.reconstruct or stage.distill here, or a float model and this stage first")),
         }
-        ctx.save_linears(quantized)?;
     }
-    ctx.report_codes();
-    Ok(())
+
+    fn summary(&self, spec: &str) -> String {
+        format!("{}, {spec}", self.method.name())
+    }
+
+    fn calibrates(&self) -> bool {
+        true
+    }
+
+    fn check_data(&self, model: &ModelState, data: &Data) -> Result<()> {
+        if model.activations.quant.fixed().is_none() && !self.reads_text() {
+            return Ok(());
+        }
+        data.check_calibration()
+    }
+
+    fn cost(&self, scene: &Scene<'_>) -> Cost {
+        let config = scene.config();
+        let (d_model, d_ff) = (config.d_model as u64, config.d_ff as u64);
+        let widths = [d_model, (config.n_heads * config.head_dim) as u64, d_model, d_ff];
+        let widest = widths.into_iter().max().unwrap_or(0);
+        // Both streams, and one that is being made.
+        let streams =
+            scene.calibration().map_or(0, |(samples, length)| 12 * samples * length * d_model);
+        // The moments at every site of a block in f64, and what a solver makes of one of them.
+        let moments =
+            8 * (widths.iter().map(|width| width * width).sum::<u64>() + 3 * widest * widest);
+        // The inputs of every site, and a module's output.
+        let per_token = 4 * (widths.iter().sum::<u64>() + d_model);
+        let kept = scene.calibration().map_or(0, |(samples, length)| samples * length * per_token);
+        let (moments, kept) = match self.method.needs() {
+            Needs::Weight => (0, 0),
+            Needs::Moments => (moments, 0),
+            Needs::Outputs => (moments, kept),
+        };
+        let samples = scene.calibration().map_or(0, |(samples, _)| samples);
+        Cost {
+            device: 8 * scene.block,
+            host: streams + moments + kept,
+            disk: scene.linears,
+            seconds: scene.linears as f64 * 40.0 / scene.speed.bytes,
+            lever: (samples > 0).then(|| Lever {
+                key: "data.calibration.samples",
+                value: samples,
+                bytes: (streams + kept) / samples,
+            }),
+        }
+    }
+
+    fn run(&self, ctx: &mut StageContext<'_>) -> Result<()> {
+        if ctx.data.calibration.is_some() || self.reads_text() {
+            block_by_block(self, ctx)?;
+        } else {
+            let blocks = 0..ctx.model.config.n_blocks;
+            let rounded: Vec<Saved> =
+                blocks.map(|index| round_block(self, ctx, index)).collect::<Result<_>>()?;
+            for (index, saved) in rounded.into_iter().enumerate() {
+                if !saved.linears.is_empty() {
+                    ctx.save_block(index, saved)?;
+                }
+            }
+        }
+        ctx.report_codes();
+        Ok(())
+    }
+
+    fn restore(&self, ctx: &mut StageContext<'_>) -> Result<()> {
+        ctx.restore_linears()
+    }
 }
 
 /// With calibration text: methods that look at inputs see them, static grids of activations are
@@ -95,7 +171,7 @@ fn block_by_block(config: &CalibrateConfig, ctx: &mut StageContext<'_>) -> Resul
     for index in 0..ctx.model.config.n_blocks {
         ctx.stop.check()?;
         let start = Instant::now();
-        let target = streams.target(ctx, index, &streams.float)?;
+        let target = streams.target(ctx, index)?;
         let path = ctx.block_file(index);
         if path.exists() {
             let saved = Saved::read(&path)?;
@@ -159,7 +235,7 @@ fn finish_block(
     target: Activations,
     start: Instant,
 ) -> Result<[f64; 2]> {
-    let before = streams.target(ctx, index, &streams.quantized)?.mse(&target);
+    let before = streams.float_error(ctx, index, &target)?;
     streams.advance(ctx, index, target)?;
     let mse = [before, streams.quantized.mse(&streams.float)];
     ctx.report.emit(&Event::Block {

@@ -4,17 +4,26 @@
 //! 6.1): latent weights start at the current (for instance INT4) values, latents and steps learn
 //! together. With `objective.cross_entropy` it is plain quantization-aware training.
 
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
 
-use super::session::{Training, discard_state};
+use super::context::StageContext;
+use super::corpus::Data;
+use super::cost::{Cost, Scene, TRAINED_WEIGHT_BYTES};
+use super::keys::{self, check_rate_unit, keys, neutralize};
+use super::kind::{Before, Effect, Judged, Stage, codes};
+use super::session::{self, Training, discard_state};
+use super::start::StartFrom;
+use super::state::{ModelState, Packed};
 use super::validate::ValidateConfig;
-use super::{Packed, StageContext, StartFrom, check_counts, check_objective, check_rate_unit};
 use crate::error::{Error, Result};
 use crate::export::fewbit::Saved;
 use crate::method::{self, MethodConfig};
 use crate::model::{Block, CausalLm, Loader, WeightSource};
 use crate::objective::ObjectiveConfig;
 use crate::quant::{Bits, GroupAxis, GroupLayout, GroupSize, ObserverConfig, Symmetry};
+use crate::report::At;
 use crate::train::{LearningRate, OptimizerConfig, RateUnit, ScheduleConfig};
 
 /// Keys of `[stage.distill]`.
@@ -43,10 +52,10 @@ pub struct DistillConfig {
     /// Optimizer steps.
     pub steps: u64,
     /// Sequences in a micro-batch.
-    #[serde(default = "super::session::eight")]
+    #[serde(default = "super::keys::eight")]
     pub batch: usize,
     /// Micro-batches in a step.
-    #[serde(default = "super::session::one")]
+    #[serde(default = "super::keys::one")]
     pub accumulate: usize,
     /// Base learning rates.
     pub learning_rate: LearningRate,
@@ -60,10 +69,10 @@ pub struct DistillConfig {
     #[serde(default)]
     pub optimizer: OptimizerConfig,
     /// Steps between saves of the whole training state.
-    #[serde(default = "super::session::hundred")]
+    #[serde(default = "super::keys::hundred")]
     pub checkpoint_every: u64,
     /// Steps between log points.
-    #[serde(default = "super::session::ten")]
+    #[serde(default = "super::keys::ten")]
     pub log_every: u64,
     /// Validation while it trains, the best state, and what is done when the training fails.
     #[serde(default, skip_serializing_if = "ValidateConfig::is_default")]
@@ -74,17 +83,10 @@ pub struct DistillConfig {
     pub allow_worse: bool,
 }
 
-impl DistillConfig {
-    pub(super) fn check(&self) -> Result<()> {
-        check_objective(&self.objective, "distill")?;
+impl Stage for DistillConfig {
+    fn check(&self) -> Result<()> {
+        keys!(self).check("distill")?;
         check_rate_unit(self.rate_unit, &self.optimizer)?;
-        check_counts(&[
-            ("batch", self.batch as u64),
-            ("accumulate", self.accumulate as u64),
-            ("checkpoint_every", self.checkpoint_every),
-            ("log_every", self.log_every),
-        ])?;
-        self.validate.check()?;
         if !self.method.learns() {
             return Err(Error::usage(format!("method.{} learns nothing", self.method.name()))
                 .fix("method.seq = {} here, or [stage.calibrate]"));
@@ -99,31 +101,85 @@ impl DistillConfig {
         }
         Ok(())
     }
-}
 
-pub(super) fn run(config: &DistillConfig, ctx: &mut StageContext<'_>) -> Result<()> {
-    let mut student = student(config, ctx)?;
-    attach_all(&mut student, config, ctx)?;
-    let start = scales(&student)?;
-    let base = config.learning_rate;
-    let training = Training {
-        verb: "distill",
-        objective: &config.objective,
-        steps: config.steps,
-        batch: config.batch,
-        accumulate: config.accumulate,
-        schedule: &config.schedule,
-        optimizer: &config.optimizer,
-        checkpoint_every: config.checkpoint_every,
-        log_every: config.log_every,
-        validate: &config.validate,
-        rate: base.weight.max(base.scale),
-        rate_of: &|path| method::role_of(path).map_or(0.0, |role| base.of(role)),
-        rate_unit: config.rate_unit,
-        fake_quant: config.method.tunes().is_none(),
-    };
-    let student = training.run(student, ctx)?;
-    finish(config, ctx, &student, &start)
+    fn effect(&self) -> Effect<'_> {
+        codes!(self)
+    }
+
+    fn follows(&self, before: &Before<'_>) -> Result<()> {
+        if before.activations.fixed().is_some() && !before.calibrated {
+            return Err(Error::usage(
+                "distill takes fixed grids of activations from an earlier stage",
+            )
+            .fix("quant.activations.scheme = \"token\", or a stage.calibrate before it"));
+        }
+        Ok(())
+    }
+
+    fn summary(&self, spec: &str) -> String {
+        format!("{}, {spec}, {}", self.method.name(), self.objective.name())
+    }
+
+    fn takes_latents(&self) -> bool {
+        self.method.tunes().is_none()
+    }
+
+    fn needs_float(&self) -> bool {
+        self.objective.needs_teacher()
+    }
+
+    fn check_data(&self, _model: &ModelState, data: &Data) -> Result<()> {
+        data.check_train()
+    }
+
+    fn steps(&self, _blocks: usize) -> u64 {
+        self.steps
+    }
+
+    fn cost(&self, scene: &Scene<'_>) -> Cost {
+        let weights = TRAINED_WEIGHT_BYTES * scene.linears + 4 * (scene.linears + 2 * scene.rest);
+        // The saved state, the best one, and one of them while it is written.
+        let disk = scene.linears * (1 + 36);
+        let cost = scene.training(&keys!(self), weights, [0, scene.linears * 4 * 40], 60);
+        cost.map_or_else(Cost::default, |cost| Cost { disk, ..cost })
+    }
+
+    fn judged(&self) -> Option<Judged<'_>> {
+        Some(Judged {
+            validate: Some(&self.validate),
+            allow_worse: self.allow_worse,
+            advice: keys::ADVICE,
+        })
+    }
+
+    fn neutralize(&mut self) {
+        neutralize!(self);
+    }
+
+    fn saved(&self, dir: &Path) -> At {
+        At::Step(session::saved_step(dir).unwrap_or(0))
+    }
+
+    fn run(&self, ctx: &mut StageContext<'_>) -> Result<()> {
+        let mut student = student(self, ctx)?;
+        attach_all(&mut student, self, ctx)?;
+        let start = scales(&student)?;
+        let base = self.learning_rate;
+        let training = Training {
+            verb: "distill",
+            keys: keys!(self),
+            rate: base.weight.max(base.scale),
+            rate_of: &|path| method::role_of(path).map_or(0.0, |role| base.of(role)),
+            rate_unit: self.rate_unit,
+            fake_quant: self.method.tunes().is_none(),
+        };
+        let student = training.run(student, ctx)?;
+        finish(self, ctx, &student, &start)
+    }
+
+    fn restore(&self, ctx: &mut StageContext<'_>) -> Result<()> {
+        ctx.restore_linears()
+    }
 }
 
 /// The current model, its codes packed where the method leaves them as they are.

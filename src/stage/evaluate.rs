@@ -5,7 +5,12 @@ use std::collections::BTreeMap;
 use burn::tensor::{Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use super::{BASE, Corpus, Data, Measured, ModelState, Packed, StageContext};
+use super::context::StageContext;
+use super::corpus::{Corpus, Data};
+use super::cost::{Cost, Scene};
+use super::kind::Stage;
+use super::results::Measured;
+use super::state::{BASE, ModelState, Packed};
 use crate::error::Result;
 use crate::method::{self, MethodConfig, RtnConfig};
 use crate::model::{Loader, ModelTap, WeightSource, weight_name};
@@ -43,33 +48,65 @@ pub enum Baseline {
     Rtn,
 }
 
-pub(super) fn run(config: &EvaluateConfig, ctx: &mut StageContext<'_>) -> Result<()> {
-    let TaskConfig::Ppl(task) = &config.task;
-    // `samples` of the data is what a task measures that says nothing else.
-    let samples = ctx.data.validation.as_ref().and_then(|corpus| corpus.samples);
-    let task = &PplConfig { windows: task.windows.or(samples), ..task.clone() };
-    let baselines = match &config.baselines {
-        Some(baselines) => baselines.clone(),
-        None => ctx.model.float().map_or_else(|_| Vec::new(), |_| vec![Baseline::Float]),
-    };
-    for baseline in &baselines {
-        match baseline {
-            Baseline::Float => float(task, ctx).map(drop)?,
-            Baseline::Rtn => rtn(task, ctx)?,
+impl Stage for EvaluateConfig {
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn needs_float(&self) -> bool {
+        self.baselines.as_ref().is_some_and(|all| !all.is_empty())
+    }
+
+    fn check_data(&self, model: &ModelState, data: &Data) -> Result<()> {
+        let corpus = Data::need(data.validation.as_ref(), "validation")?;
+        let TaskConfig::Ppl(task) = &self.task;
+        let packed = corpus.stream.packed;
+        let (context, stride) =
+            task.protocol(&model.config, packed).map_err(|e| e.at("task.ppl"))?;
+        corpus.stream.strided(context, stride).map_err(|e| e.at("data.validation"))?;
+        Ok(())
+    }
+
+    fn cost(&self, scene: &Scene<'_>) -> Cost {
+        let Some(corpus) = &scene.data.validation else { return Cost::default() };
+        let models = 1 + self.baselines.as_ref().map_or(1, Vec::len) as u64;
+        let weights = scene.linears + scene.rest;
+        let tokens = corpus.stream.tokens.len() as u64 * models;
+        Cost {
+            device: 4 * weights + scene.tape(2048, 2048),
+            seconds: scene.speed.seconds(2.0 * (weights * tokens) as f64, 0.0, 0.0),
+            ..Cost::default()
         }
     }
-    let what = if ctx.model.quantized.is_empty() && ctx.model.tuned.is_empty() {
-        "float".to_owned()
-    } else if ctx.latest == BASE {
-        BASE.to_owned()
-    } else {
-        format!("after {}", ctx.latest)
-    };
-    if what != "float" || baselines.is_empty() {
-        let result = perplexity(ctx, &Packed(ctx.model), ctx.model.tap(), task)?;
-        record(ctx, what, result, task);
+
+    fn run(&self, ctx: &mut StageContext<'_>) -> Result<()> {
+        let TaskConfig::Ppl(task) = &self.task;
+        // `samples` of the data is what a task measures that says nothing else.
+        let samples = ctx.data.validation.as_ref().and_then(|corpus| corpus.samples);
+        let task = &PplConfig { windows: task.windows.or(samples), ..task.clone() };
+        let baselines = match &self.baselines {
+            Some(baselines) => baselines.clone(),
+            None => ctx.model.float().map_or_else(|_| Vec::new(), |_| vec![Baseline::Float]),
+        };
+        for baseline in &baselines {
+            match baseline {
+                Baseline::Float => float(task, ctx).map(drop)?,
+                Baseline::Rtn => rtn(task, ctx)?,
+            }
+        }
+        let what = if ctx.model.quantized.is_empty() && ctx.model.tuned.is_empty() {
+            "float".to_owned()
+        } else if ctx.latest == BASE {
+            BASE.to_owned()
+        } else {
+            format!("after {}", ctx.latest)
+        };
+        if what != "float" || baselines.is_empty() {
+            let result = perplexity(ctx, &Packed(ctx.model), ctx.model.tap(), task)?;
+            record(ctx, what, result, task);
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 /// The float model's perplexity, measured once per protocol and run.

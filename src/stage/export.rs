@@ -3,11 +3,17 @@
 use burn::tensor::DType;
 use serde::{Deserialize, Serialize};
 
-use super::{ExportRecord, Packed, StageContext, gate};
+use super::context::StageContext;
+use super::cost::{Cost, Scene};
+use super::gate;
+use super::kind::{Before, Stage};
+use super::results::ExportRecord;
+use super::state::Packed;
 use crate::data::{TokenStream, Tokenizer};
 use crate::error::{Error, Result};
 use crate::export::{self, Exported, Format, FormatsConfig, Gate, ModelParts};
 use crate::model::WeightSource;
+use crate::quant::Repr;
 use crate::report::{Event, Reporter};
 use crate::task::{Gauge, GaugeText, Gauged, PplConfig};
 
@@ -27,87 +33,116 @@ pub struct ExportConfig {
     pub allow_worse: bool,
 }
 
-impl ExportConfig {
-    pub(super) fn check(&self) -> Result<()> {
+impl Stage for ExportConfig {
+    fn check(&self) -> Result<()> {
         if self.format.formats().is_empty() {
             return Err(Error::usage("stage.export names no format").fix("format.fewbit = {}"));
         }
         Ok(())
     }
-}
 
-pub(super) fn run(config: &ExportConfig, ctx: &mut StageContext<'_>) -> Result<()> {
-    gate::before_export(config.allow_worse, ctx)?;
-    let tokenizer = ctx.model.dir.join("tokenizer.json").is_file();
-    let tokenizer = tokenizer.then(|| Tokenizer::load(&ctx.model.dir)).transpose()?;
-    // Without validation text the gate still compares every code, weight and the prompts.
-    let text = ctx.data.validation.as_ref().map(|corpus| GaugeText {
-        stream: &corpus.stream,
-        task: protocol(ctx, &corpus.stream),
-        sha256: corpus.sha256.clone(),
-        format: corpus.format,
-    });
-    let gauge = Gauge {
-        device: &ctx.device.device,
-        // What `verify` measures in.
-        dtype: DType::F32,
-        prompts: Gauge::prompts(tokenizer.as_ref(), &ctx.model.config),
-        text,
-        stop: ctx.stop,
-    };
-    let mut dense = ctx.model.tuned.clone();
-    dense.extend(ctx.model.dense.clone());
-    // By whether it is computed with codes: formats that compute alike share the numbers.
-    let mut measured: [Option<Gauged>; 2] = [None, None];
-    for format in config.format.formats() {
-        ctx.stop.check()?;
-        // Computed as the folder will be: with codes, or with the weights they stand for.
-        let packed = Packed(ctx.model);
-        let source: &dyn WeightSource = match format {
-            Format::Fewbit => &packed,
-            _ => ctx.model,
-        };
-        let known = &mut measured[usize::from(format == Format::Fewbit)];
-        let trained = match known.take() {
-            Some(trained) => trained,
-            None => gauge.measure(&ctx.model.config, source, ctx.model.tap())?,
-        };
-        let trained = known.insert(trained);
-        let target = ctx.run_dir.join("export").join(format.name());
-        let parts = ModelParts {
-            dir: &ctx.model.dir,
-            source: &ctx.model.checkpoint,
-            quantized: &ctx.model.quantized,
-            dense: &dense,
-            activations: ctx.model.activations.if_on(),
-            provenance: ctx.provenance.clone(),
-        };
-        let gate = Gate { gauge: &gauge, trained };
-        let exported = export::write(&parts, format, &config.format, &target, &gate)?;
-        if format == Format::Dequantized && ctx.model.activations.quant.is_on() {
-            let text = "other runtimes read this folder as a dense model with float activations; \
-                        fewbit quantizes them as manifest.json says";
-            ctx.report.emit(&Event::Note { text: text.to_owned() });
+    fn follows(&self, before: &Before<'_>) -> Result<()> {
+        if before.repr == Repr::Dense && (self.format.fewbit.is_some() || !before.tuned) {
+            return Err(Error::usage(
+                "export needs quantized weights, and no earlier stage makes any",
+            )
+            .fix("a stage.calibrate, stage.reconstruct or stage.distill before it"));
         }
-        let parity = checked(&exported, trained, ctx.model.quantized.is_empty());
-        ctx.report.emit(&Event::Exported {
-            format: format.name().to_owned(),
-            path: exported.path.display().to_string(),
-            bytes: exported.bytes,
-            bits_per_weight: exported.bits_per_weight,
-            parity,
-            seconds: exported.seconds,
-        });
-        ctx.results.exports.retain(|record| record.format != format.name());
-        ctx.results.exports.push(ExportRecord {
-            format: format.name().to_owned(),
-            path: exported.path,
-            bytes: exported.bytes,
-            bits_per_weight: exported.bits_per_weight,
-            lossy: exported.lossy,
-        });
+        Ok(())
     }
-    Ok(())
+
+    fn summary(&self, _spec: &str) -> String {
+        let formats = self.format.formats();
+        formats.iter().map(|format| format.name()).collect::<Vec<_>>().join(", ")
+    }
+
+    fn cost(&self, scene: &Scene<'_>) -> Cost {
+        let dense = scene.model.checkpoint.total_bytes();
+        let formats = self.format.formats().len() as u64;
+        Cost { disk: formats * (dense + 4 * scene.linears), seconds: 0.2, ..Cost::default() }
+    }
+
+    fn exports(&self) -> Option<&FormatsConfig> {
+        Some(&self.format)
+    }
+
+    fn neutralize(&mut self) {
+        self.allow_worse = false;
+    }
+
+    fn run(&self, ctx: &mut StageContext<'_>) -> Result<()> {
+        gate::before_export(self.allow_worse, ctx)?;
+        let tokenizer = ctx.model.dir.join("tokenizer.json").is_file();
+        let tokenizer = tokenizer.then(|| Tokenizer::load(&ctx.model.dir)).transpose()?;
+        // Without validation text the gate still compares every code, weight and the prompts.
+        let text = ctx.data.validation.as_ref().map(|corpus| GaugeText {
+            stream: &corpus.stream,
+            task: protocol(ctx, &corpus.stream),
+            sha256: corpus.sha256.clone(),
+            format: corpus.format,
+        });
+        let gauge = Gauge {
+            device: &ctx.device.device,
+            // What `verify` measures in.
+            dtype: DType::F32,
+            prompts: Gauge::prompts(tokenizer.as_ref(), &ctx.model.config),
+            text,
+            stop: ctx.stop,
+        };
+        let mut dense = ctx.model.tuned.clone();
+        dense.extend(ctx.model.dense.clone());
+        // By whether it is computed with codes: formats that compute alike share the numbers.
+        let mut measured: [Option<Gauged>; 2] = [None, None];
+        for format in self.format.formats() {
+            ctx.stop.check()?;
+            // Computed as the folder will be: with codes, or with the weights they stand for.
+            let packed = Packed(ctx.model);
+            let source: &dyn WeightSource = match format {
+                Format::Fewbit => &packed,
+                _ => ctx.model,
+            };
+            let known = &mut measured[usize::from(format == Format::Fewbit)];
+            let trained = match known.take() {
+                Some(trained) => trained,
+                None => gauge.measure(&ctx.model.config, source, ctx.model.tap())?,
+            };
+            let trained = known.insert(trained);
+            let target = ctx.run_dir.join("export").join(format.name());
+            let parts = ModelParts {
+                dir: &ctx.model.dir,
+                source: &ctx.model.checkpoint,
+                quantized: &ctx.model.quantized,
+                dense: &dense,
+                activations: ctx.model.activations.if_on(),
+                provenance: ctx.provenance.clone(),
+            };
+            let gate = Gate { gauge: &gauge, trained };
+            let exported = export::write(&parts, format, &self.format, &target, &gate)?;
+            if format == Format::Dequantized && ctx.model.activations.quant.is_on() {
+                let text = "other runtimes read this folder as a dense model with float activations; \
+                            fewbit quantizes them as manifest.json says";
+                ctx.report.emit(&Event::Note { text: text.to_owned() });
+            }
+            let parity = checked(&exported, trained, ctx.model.quantized.is_empty());
+            ctx.report.emit(&Event::Exported {
+                format: format.name().to_owned(),
+                path: exported.path.display().to_string(),
+                bytes: exported.bytes,
+                bits_per_weight: exported.bits_per_weight,
+                parity,
+                seconds: exported.seconds,
+            });
+            ctx.results.exports.retain(|record| record.format != format.name());
+            ctx.results.exports.push(ExportRecord {
+                format: format.name().to_owned(),
+                path: exported.path,
+                bytes: exported.bytes,
+                bits_per_weight: exported.bits_per_weight,
+                lossy: exported.lossy,
+            });
+        }
+        Ok(())
+    }
 }
 
 /// The protocol of the last evaluation of this run, so that a folder says the number that the run

@@ -6,20 +6,28 @@
 //! What is left is dense: factors merged into their weights, for a later stage to quantize; activations
 //! are float again.
 
+use std::path::Path;
+
 use burn::module::Param;
 use burn::tensor::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
+use super::context::StageContext;
+use super::corpus::Data;
+use super::cost::{Cost, Scene};
+use super::keys::{check_counts, keys, neutralize};
+use super::kind::{Before, Effect, Judged, Stage};
 use super::lora::{self, Adapters, Targets};
-use super::session::{Training, discard_state};
+use super::session::{self, Training, discard_state};
+use super::state::ModelState;
 use super::validate::ValidateConfig;
-use super::{StageContext, check_counts, check_objective};
 use crate::data;
 use crate::error::{Error, Result};
 use crate::export::fewbit::Saved;
 use crate::model::{CausalLm, LinearSpec, Loader, ModelConfig, weight_name};
 use crate::objective::{CrossEntropyObjective, ObjectiveConfig};
-use crate::report::{Event, Reporter, size};
+use crate::quant::Repr;
+use crate::report::{At, Event, Reporter, size};
 use crate::store::HostTensor;
 use crate::train::{OptimizerConfig, RateUnit, ScheduleConfig};
 
@@ -35,10 +43,10 @@ pub struct FinetuneConfig {
     /// Optimizer steps.
     pub steps: u64,
     /// Sequences in a micro-batch.
-    #[serde(default = "super::session::eight")]
+    #[serde(default = "super::keys::eight")]
     pub batch: usize,
     /// Micro-batches in a step.
-    #[serde(default = "super::session::one")]
+    #[serde(default = "super::keys::one")]
     pub accumulate: usize,
     /// Base learning rate.
     pub learning_rate: f64,
@@ -49,10 +57,10 @@ pub struct FinetuneConfig {
     #[serde(default)]
     pub optimizer: OptimizerConfig,
     /// Steps between saves of the whole training state.
-    #[serde(default = "super::session::hundred")]
+    #[serde(default = "super::keys::hundred")]
     pub checkpoint_every: u64,
     /// Steps between log points.
-    #[serde(default = "super::session::ten")]
+    #[serde(default = "super::keys::ten")]
     pub log_every: u64,
     /// Validation while it trains, the best state, and what is done when the training fails.
     #[serde(default, skip_serializing_if = "ValidateConfig::is_default")]
@@ -191,42 +199,11 @@ impl FinetuneMethod {
 }
 
 impl FinetuneConfig {
-    pub(super) fn check(&self) -> Result<()> {
-        check_objective(&self.objective, "finetune")?;
-        check_counts(&[
-            ("batch", self.batch as u64),
-            ("accumulate", self.accumulate as u64),
-            ("checkpoint_every", self.checkpoint_every),
-            ("log_every", self.log_every),
-        ])?;
-        self.validate.check()?;
-        if !self.learning_rate.is_finite() || self.learning_rate < 0.0 {
-            let what = format!("learning_rate = {} is not a rate", self.learning_rate);
-            return Err(Error::usage(what).fix("learning_rate = 1e-3"));
-        }
-        let Some(adapters) = self.method.adapters() else { return Ok(()) };
-        let name = self.method.name();
-        check_counts(&[("rank", adapters.rank as u64)])
-            .map_err(|e| e.at(format!("method.{name}")))?;
-        if !adapters.alpha.is_finite() || adapters.alpha <= 0.0 {
-            let what = format!("method.{name}.alpha = {} scales by nothing", adapters.alpha);
-            return Err(Error::usage(what).fix("alpha = 8"));
-        }
-        match adapters.base {
-            Some((bits, _)) if bits != 4 && bits != 8 => Err(Error::usage(format!(
-                "method.qlora.bits = {bits}, and it holds weights of 4 or 8"
-            ))
-            .fix("bits = 4; other widths: a stage.calibrate before this one, and method.lora")),
-            Some((_, 0)) => Err(Error::usage("method.qlora.block = 0").fix("block = 32")),
-            _ => Ok(()),
-        }
-    }
-
     /// Refuses factors and blocks that the model's linears have no room for.
     ///
     /// # Errors
     /// A preflight error that names the linear.
-    pub fn fits(&self, model: &ModelConfig) -> Result<()> {
+    fn fits(&self, model: &ModelConfig) -> Result<()> {
         let Some(adapters) = self.method.adapters() else { return Ok(()) };
         for (name, spec) in model.linears() {
             let [out, inputs] = spec.shape;
@@ -253,65 +230,144 @@ impl FinetuneConfig {
     }
 }
 
-pub(super) fn run(config: &FinetuneConfig, ctx: &mut StageContext<'_>) -> Result<()> {
-    // A factor's step is far below what bf16 resolves of it.
-    ctx.compute = DType::F32;
-    note_size(config, ctx);
-    let student = student(config, ctx)?;
-    let training = Training {
-        verb: "finetune",
-        objective: &config.objective,
-        steps: config.steps,
-        batch: config.batch,
-        accumulate: config.accumulate,
-        schedule: &config.schedule,
-        optimizer: &config.optimizer,
-        checkpoint_every: config.checkpoint_every,
-        log_every: config.log_every,
-        validate: &config.validate,
-        rate: config.learning_rate,
-        rate_of: &|_| config.learning_rate,
-        rate_unit: RateUnit::Absolute,
-        fake_quant: false,
-    };
-    let student = training.run(student, ctx)?;
-    // The public copy first: the stage is done once its own is there.
-    write_adapter(config, ctx, &student)?;
-    let all = holds_codes(ctx);
-    for (index, block) in student.blocks.iter().enumerate() {
-        let mut saved = Saved::default();
-        let prefix = block.config.block_prefix(index);
-        for (spec, linear) in block.specs().zip(&block.linears) {
-            let name = format!("{prefix}.{}", spec.name);
-            if all || config.method.changes(spec) {
-                saved.dense.insert(weight_name(&name), merged(&name, &linear.weight)?);
+impl Stage for FinetuneConfig {
+    fn check(&self) -> Result<()> {
+        keys!(self).check("finetune")?;
+        if !self.learning_rate.is_finite() || self.learning_rate < 0.0 {
+            let what = format!("learning_rate = {} is not a rate", self.learning_rate);
+            return Err(Error::usage(what).fix("learning_rate = 1e-3"));
+        }
+        let Some(adapters) = self.method.adapters() else { return Ok(()) };
+        let name = self.method.name();
+        check_counts(&[("rank", adapters.rank as u64)])
+            .map_err(|e| e.at(format!("method.{name}")))?;
+        if !adapters.alpha.is_finite() || adapters.alpha <= 0.0 {
+            let what = format!("method.{name}.alpha = {} scales by nothing", adapters.alpha);
+            return Err(Error::usage(what).fix("alpha = 8"));
+        }
+        match adapters.base {
+            Some((bits, _)) if bits != 4 && bits != 8 => Err(Error::usage(format!(
+                "method.qlora.bits = {bits}, and it holds weights of 4 or 8"
+            ))
+            .fix("bits = 4; other widths: a stage.calibrate before this one, and method.lora")),
+            Some((_, 0)) => Err(Error::usage("method.qlora.block = 0").fix("block = 32")),
+            _ => Ok(()),
+        }
+    }
+
+    fn effect(&self) -> Effect<'_> {
+        Effect::Floats
+    }
+
+    fn follows(&self, before: &Before<'_>) -> Result<()> {
+        if before.repr != Repr::Dense && before.activations.is_on() {
+            return Err(Error::preflight(
+                "finetune leaves float weights, and an earlier stage has quantized activations",
+            )
+            .at("quant.activations")
+            .fix("stage.finetune before the stage that quantizes, or stage.tune_scales"));
+        }
+        self.fits(before.model)
+    }
+
+    fn summary(&self, _spec: &str) -> String {
+        format!("{}, {}", self.method.summary(), self.objective.name())
+    }
+
+    fn needs_float(&self) -> bool {
+        self.objective.needs_teacher()
+    }
+
+    fn check_data(&self, _model: &ModelState, data: &Data) -> Result<()> {
+        data.check_train()
+    }
+
+    fn steps(&self, _blocks: usize) -> u64 {
+        self.steps
+    }
+
+    fn cost(&self, scene: &Scene<'_>) -> Cost {
+        let learned = self.method.trainable(scene.config());
+        let all = scene.linears + scene.rest;
+        let teacher = if self.objective.needs_teacher() { 4 * all } else { 0 };
+        // Weights, merged ones and their gradients; of what learns also two moments.
+        let weights = 4 * (3 * scene.linears + scene.rest) + teacher + 16 * learned;
+        // Weights with their factors merged are made anew, with their gradients.
+        let cost = scene.training(&keys!(self), weights, [scene.linears * 4 * 8, 0], 20);
+        cost.map_or_else(Cost::default, |cost| Cost {
+            host: 4 * scene.linears,
+            disk: 4 * scene.linears + 40 * learned,
+            ..cost
+        })
+    }
+
+    fn judged(&self) -> Option<Judged<'_>> {
+        Some(Judged {
+            validate: Some(&self.validate),
+            allow_worse: self.allow_worse,
+            advice: "a smaller learning_rate or fewer steps; or ",
+        })
+    }
+
+    fn neutralize(&mut self) {
+        neutralize!(self);
+    }
+
+    fn saved(&self, dir: &Path) -> At {
+        At::Step(session::saved_step(dir).unwrap_or(0))
+    }
+
+    fn run(&self, ctx: &mut StageContext<'_>) -> Result<()> {
+        // A factor's step is far below what bf16 resolves of it.
+        ctx.compute = DType::F32;
+        note_size(self, ctx);
+        let student = student(self, ctx)?;
+        let training = Training {
+            verb: "finetune",
+            keys: keys!(self),
+            rate: self.learning_rate,
+            rate_of: &|_| self.learning_rate,
+            rate_unit: RateUnit::Absolute,
+            fake_quant: false,
+        };
+        let student = training.run(student, ctx)?;
+        // The public copy first: the stage is done once its own is there.
+        write_adapter(self, ctx, &student)?;
+        let all = holds_codes(ctx);
+        for (index, block) in student.blocks.iter().enumerate() {
+            let mut saved = Saved::default();
+            let prefix = block.config.block_prefix(index);
+            for (spec, linear) in block.specs().zip(&block.linears) {
+                let name = format!("{prefix}.{}", spec.name);
+                if all || self.method.changes(spec) {
+                    saved.dense.insert(weight_name(&name), merged(&name, &linear.weight)?);
+                }
+            }
+            saved.write(&ctx.block_file(index))?;
+            take(ctx, saved);
+        }
+        finish(ctx);
+        discard_state(ctx)
+    }
+
+    fn restore(&self, ctx: &mut StageContext<'_>) -> Result<()> {
+        let all = holds_codes(ctx);
+        for index in 0..ctx.model.config.n_blocks {
+            let saved = Saved::read(&ctx.block_file(index))?;
+            take(ctx, saved);
+        }
+        finish(ctx);
+        for (name, spec) in ctx.model.config.linears() {
+            let left = ctx.model.tuned.contains_key(&weight_name(&name));
+            if (all || self.method.changes(spec)) && !left {
+                return Err(Error::failed("a finished stage lacks a linear")
+                    .at(ctx.dir.display())
+                    .at(name)
+                    .fix("--fresh to start over"));
             }
         }
-        saved.write(&ctx.block_file(index))?;
-        take(ctx, saved);
+        Ok(())
     }
-    finish(ctx);
-    discard_state(ctx)
-}
-
-/// Brings back the weights a finished stage left.
-pub(super) fn restore(config: &FinetuneConfig, ctx: &mut StageContext<'_>) -> Result<()> {
-    let all = holds_codes(ctx);
-    for index in 0..ctx.model.config.n_blocks {
-        let saved = Saved::read(&ctx.block_file(index))?;
-        take(ctx, saved);
-    }
-    finish(ctx);
-    for (name, spec) in ctx.model.config.linears() {
-        let left = ctx.model.tuned.contains_key(&weight_name(&name));
-        if (all || config.method.changes(spec)) && !left {
-            return Err(Error::failed("a finished stage lacks a linear")
-                .at(ctx.dir.display())
-                .at(name)
-                .fix("--fresh to start over"));
-        }
-    }
-    Ok(())
 }
 
 /// Whether some linear of the blocks is quantized: all of them turn dense then.

@@ -6,57 +6,32 @@
 
 use std::fmt::Write;
 
+use super::context::StageContext;
 use super::evaluate::rounded;
-use super::monitor::Quality;
+use super::kind::Judged;
+use super::results::Quality;
+use super::state::Packed;
 use super::validate::{NOISE_NLL, Slice, ValidateConfig};
-use super::{Packed, StageConfig, StageContext};
 use crate::error::{Error, Result};
 use crate::model::{ByBlock, ModelTap, WeightSource, weight_name};
 use crate::report::{Event, Reporter};
 use crate::store::HostTensor;
-
-/// What the gate asks of a stage's configuration.
-struct Asked<'a> {
-    name: &'static str,
-    validate: Option<&'a ValidateConfig>,
-    allow_worse: bool,
-}
-
-impl<'a> Asked<'a> {
-    fn of(config: &'a StageConfig) -> Option<Self> {
-        let (validate, allow_worse) = match config {
-            StageConfig::Reconstruct(config) => (None, config.allow_worse),
-            StageConfig::Distill(config) => (Some(&config.validate), config.allow_worse),
-            StageConfig::TuneScales(config) => (Some(&config.validate), config.allow_worse),
-            StageConfig::Finetune(config) => (Some(&config.validate), config.allow_worse),
-            StageConfig::Calibrate(_) | StageConfig::Evaluate(_) | StageConfig::Export(_) => {
-                return None;
-            }
-        };
-        Some(Self { name: config.name(), validate, allow_worse })
-    }
-}
-
-/// Whether a stage is followed by the gate.
-pub(super) fn guards(config: &StageConfig) -> bool {
-    Asked::of(config).is_some()
-}
 
 /// Judges what a training stage has left.
 ///
 /// # Errors
 /// A gate error (exit 5) when it is worse than its start or plain rounding and the recipe does not
 /// allow that; whatever measuring gives.
-pub(super) fn after(config: &StageConfig, ctx: &mut StageContext<'_>) -> Result<()> {
-    let Some(Asked { name, validate, allow_worse }) = Asked::of(config) else { return Ok(()) };
+pub(super) fn after(stage: &str, judged: &Judged<'_>, ctx: &mut StageContext<'_>) -> Result<()> {
     let default = ValidateConfig::default();
-    let Some(slice) = slice(validate.unwrap_or(&default), ctx) else { return Ok(()) };
+    let validate = judged.validate.unwrap_or(&default);
+    let Some(slice) = slice(validate, ctx) else { return Ok(()) };
     let left = current(&slice, ctx)?;
     let of_start = |q: &&Quality| q.stage == ctx.stage && q.what == "start";
     let start = ctx.results.quality.iter().rev().find(of_start);
     let start = start.filter(|start| start.compares_with(&left)).cloned();
     let rtn = plain_rounding(&slice, ctx)?;
-    judge(&left, start.as_ref(), rtn.as_ref(), allow_worse, name, ctx)
+    judge(&left, start.as_ref(), rtn.as_ref(), judged, stage, ctx)
 }
 
 /// Judges the model that is about to be exported.
@@ -86,7 +61,8 @@ pub(super) fn before_export(allow_worse: bool, ctx: &mut StageContext<'_>) -> Re
         (Some(left), Some(rtn)) => (left, Some(rtn)),
         _ => (current(&slice, ctx)?, plain_rounding(&slice, ctx)?),
     };
-    judge(&left, None, rtn.as_ref(), allow_worse, "export", ctx)
+    let judged = Judged { validate: None, allow_worse, advice: "" };
+    judge(&left, None, rtn.as_ref(), &judged, "export", ctx)
 }
 
 /// The windows to measure on; without any, that is said once in a run.
@@ -105,7 +81,7 @@ fn slice(config: &ValidateConfig, ctx: &mut StageContext<'_>) -> Option<Slice> {
 /// The current model on the slice.
 fn current(slice: &Slice, ctx: &mut StageContext<'_>) -> Result<Quality> {
     let what = format!("after {}", ctx.latest);
-    let new = |nll| Quality::new(ctx, &what, slice, nll);
+    let new = |nll| slice.quality(ctx, &what, nll);
     let wanted = new(0.0);
     let known = |q: &&Quality| q.stage == ctx.stage && q.what == what && q.compares_with(&wanted);
     if let Some(known) = ctx.results.quality.iter().find(known) {
@@ -123,7 +99,7 @@ fn plain_rounding(slice: &Slice, ctx: &mut StageContext<'_>) -> Result<Option<Qu
         return Ok(None);
     }
     let made_by = fingerprint(ctx);
-    let wanted = Quality { made_by: made_by.clone(), ..Quality::new(ctx, "", slice, 0.0) };
+    let wanted = Quality { made_by: made_by.clone(), ..slice.quality(ctx, "", 0.0) };
     let known = |q: &&Quality| q.made_by == made_by && q.compares_with(&wanted);
     let known = ctx.results.quality.iter().find(known).cloned();
     let rtn = match known {
@@ -133,7 +109,7 @@ fn plain_rounding(slice: &Slice, ctx: &mut StageContext<'_>) -> Result<Option<Qu
         None => {
             let Some((baseline, what)) = rounded(ctx)? else { return Ok(None) };
             let nll = measure(slice, &baseline, ctx.model.tap(), ctx)?;
-            Quality { made_by, ..Quality::new(ctx, &what, slice, nll) }
+            Quality { made_by, ..slice.quality(ctx, &what, nll) }
         }
     };
     ctx.results.quality.push(rtn.clone());
@@ -173,7 +149,7 @@ fn judge(
     left: &Quality,
     start: Option<&Quality>,
     rtn: Option<&Quality>,
-    allow_worse: bool,
+    judged: &Judged<'_>,
     stage: &str,
     ctx: &mut StageContext<'_>,
 ) -> Result<()> {
@@ -211,20 +187,12 @@ fn judge(
         ),
         None => format!("{} the model's loss is not a number", left.what),
     };
-    if allow_worse {
+    if judged.allow_worse {
         ctx.report.emit(&Event::Warning { text: what });
         return Ok(());
     }
     let key = format!("stage.{}.{stage}.allow_worse=true", ctx.stage);
-    let advice = match stage {
-        "export" => String::new(),
-        "reconstruct" => "a smaller learning_rate, more steps; or ".to_owned(),
-        "finetune" => "a smaller learning_rate or fewer steps; or ".to_owned(),
-        _ => "a smaller learning_rate, more steps, objective.adaptive, or a stage.reconstruct at \
-              these bits before it; or "
-            .to_owned(),
-    };
     Err(Error::gate(what)
         .at(format!("stage {}, {stage}", ctx.stage))
-        .fix(format!("{advice}--set {key} to go on from what is saved")))
+        .fix(format!("{}--set {key} to go on from what is saved", judged.advice)))
 }

@@ -5,7 +5,7 @@
 
 use burn::tensor::{Tensor, TensorData};
 
-use super::StageContext;
+use super::context::StageContext;
 use crate::error::Result;
 use crate::export::fewbit::Saved;
 use crate::method::{self, MethodConfig, RtnConfig};

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 
-use super::StageContext;
+use super::context::StageContext;
 use super::streams::{Streams, loader};
 use crate::error::{Error, Result};
 use crate::export::activations::{self, InputGrids};

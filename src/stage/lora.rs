@@ -16,7 +16,7 @@ use serde::de::value::{SeqAccessDeserializer, StrDeserializer};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::json;
 
-use super::ModelState;
+use super::state::ModelState;
 use crate::error::{Error, Result};
 use crate::model::{ModelConfig, Role};
 use crate::store::HostTensor;

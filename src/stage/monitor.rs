@@ -7,7 +7,8 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::StageContext;
+use super::context::StageContext;
+use super::results::{Quality, Setback};
 use super::validate::{Point, Slice, ValidateConfig};
 use super::watch::{self, Failure, Watch};
 use crate::error::{Error, Result};
@@ -15,72 +16,6 @@ use crate::model::CausalLm;
 use crate::objective::ObjectiveConfig;
 use crate::report::{Event, Reporter};
 use crate::stop::StopFlag;
-
-/// A failure of a training, and what was done about it; kept in `run.json`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-pub struct Setback {
-    /// Index of the stage.
-    pub stage: usize,
-    /// Steps that were done.
-    pub step: u64,
-    /// What failed, a sentence with the numbers.
-    pub reason: String,
-    /// The step it went on from; absent where the run ended.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub back_to: Option<u64>,
-    /// The factor of the recipe's learning rate from there on.
-    pub rate_factor: f64,
-}
-
-/// A model measured on a few windows of the validation text; kept in `run.json`, so that nothing is
-/// measured twice.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-pub struct Quality {
-    /// Index of the stage.
-    pub stage: usize,
-    /// `start`, `float`, `rtn w2`, `after distill`.
-    pub what: String,
-    /// Mean negative log-likelihood of a token, nats; absent where it is no number.
-    pub nll_per_token: Option<f64>,
-    /// Tokens that counted.
-    pub tokens: u64,
-    /// Windows.
-    pub windows: usize,
-    /// Tokens in a window.
-    pub length: usize,
-    /// SHA-256 of the text.
-    pub data_sha256: String,
-    /// SHA-256 of what the model was made by, where it may be asked for again.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    pub made_by: String,
-}
-
-impl Quality {
-    pub(super) fn new(ctx: &StageContext<'_>, what: &str, slice: &Slice, nll: f64) -> Self {
-        let corpus = ctx.data.validation.as_ref();
-        Self {
-            stage: ctx.stage,
-            what: what.to_owned(),
-            nll_per_token: nll.is_finite().then_some(nll),
-            tokens: slice.tokens,
-            windows: slice.windows,
-            length: slice.length,
-            data_sha256: corpus.map(|corpus| corpus.sha256.clone()).unwrap_or_default(),
-            made_by: String::new(),
-        }
-    }
-
-    /// Its perplexity; not a number where the model gave none.
-    pub fn perplexity(&self) -> f64 {
-        self.nll_per_token.map_or(f64::NAN, f64::exp)
-    }
-
-    /// Whether it was measured on the same windows as another.
-    pub fn compares_with(&self, other: &Self) -> bool {
-        let windows = |q: &Self| (q.length, q.windows, q.tokens);
-        windows(self) == windows(other) && self.data_sha256 == other.data_sha256
-    }
-}
 
 /// What a saved training state says about how the training went, so that a resumed run goes on alike.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
@@ -144,7 +79,7 @@ impl Monitor {
             monitor.teacher = Some(slice.hidden(teacher, config, device, stop)?);
             if ctx.model.tuned.is_empty() {
                 let point = || slice.measure(teacher, None, config, device, stop);
-                let mut float = Quality::new(ctx, "float", slice, 0.0);
+                let mut float = slice.quality(ctx, "float", 0.0);
                 let known = |q: &Quality| q.what == "float" && q.compares_with(&float);
                 if !ctx.results.quality.iter().any(known) {
                     float.nll_per_token = Some(point()?.nll).filter(|nll| nll.is_finite());
@@ -263,7 +198,7 @@ impl Monitor {
             ctx.report.emit(&event);
         }
         if let (Some(slice), Some(start)) = (&self.slice, self.progress.start) {
-            let start = Quality::new(ctx, "start", slice, start.nll);
+            let start = slice.quality(ctx, "start", start.nll);
             ctx.results.quality.push(start);
         }
     }

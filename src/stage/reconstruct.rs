@@ -15,6 +15,7 @@
 //! weights; grids that are chosen for each token are left out of it (methods-core 4.4).
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Instant;
 
 use burn::module::Module;
@@ -23,9 +24,15 @@ use burn::tensor::{DType, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use super::activations::Activations;
-use super::inputs::{Piece, StaticInputs, Student};
+use super::context::{StageContext, block_file, saved_mse, with_mse};
+use super::corpus::Data;
+use super::cost::{Cost, Lever, Scene, TRAINED_WEIGHT_BYTES};
+use super::inputs::{self, Piece, StaticInputs, Student};
+use super::keys::check_rate_unit;
+use super::kind::{Before, Effect, Judged, Stage, codes};
+use super::start::StartFrom;
+use super::state::ModelState;
 use super::streams::{Streams, float_block, loader};
-use super::{StageContext, StartFrom, check_rate_unit, inputs, saved_mse, with_mse};
 use crate::data::{Order, coin_flips};
 use crate::error::{Error, Result};
 use crate::export::activations::{self, InputGrids};
@@ -35,7 +42,7 @@ use crate::model::Block;
 use crate::objective::{ObjectiveConfig, Reduction, TokenWeight};
 use crate::ops;
 use crate::quant::{ActivationQuant, Bits, GroupSize, ObserverConfig, Symmetry};
-use crate::report::{Event, Reporter, memory};
+use crate::report::{At, Event, Reporter, memory};
 use crate::train::{
     self, LearningRate, Optimizer, OptimizerConfig, RateUnit, Role, ScheduleConfig,
 };
@@ -130,7 +137,27 @@ fn two() -> usize {
 }
 
 impl ReconstructConfig {
-    pub(super) fn check(&self) -> Result<()> {
+    /// What training does to activations when the model does `quant`.
+    fn activations(&self, quant: ActivationQuant) -> ActivationQuant {
+        let quantizes = self.quantize_activations.unwrap_or(quant.fixed().is_some());
+        if quantizes { quant } else { ActivationQuant::default() }
+    }
+
+    fn sum_sequence(&self) -> bool {
+        matches!(&self.objective, ObjectiveConfig::Mse(o) if o.reduction == Reduction::SequenceSum)
+    }
+
+    fn relative_tokens(&self) -> bool {
+        matches!(&self.objective, ObjectiveConfig::Mse(o) if o.tokens == TokenWeight::Relative)
+    }
+
+    fn augmented(&self) -> bool {
+        matches!(&self.objective, ObjectiveConfig::Mse(o) if o.augmented)
+    }
+}
+
+impl Stage for ReconstructConfig {
+    fn check(&self) -> Result<()> {
         if !matches!(self.objective, ObjectiveConfig::Mse(_)) {
             return Err(Error::usage(format!(
                 "reconstruct compares block outputs, and its objective, {}, compares logits",
@@ -155,68 +182,130 @@ impl ReconstructConfig {
         Ok(())
     }
 
-    /// What training does to activations when the model does `quant`.
-    fn activations(&self, quant: ActivationQuant) -> ActivationQuant {
-        let quantizes = self.quantize_activations.unwrap_or(quant.fixed().is_some());
-        if quantizes { quant } else { ActivationQuant::default() }
+    fn effect(&self) -> Effect<'_> {
+        codes!(self)
     }
 
-    fn sum_sequence(&self) -> bool {
-        matches!(&self.objective, ObjectiveConfig::Mse(o) if o.reduction == Reduction::SequenceSum)
+    fn follows(&self, before: &Before<'_>) -> Result<()> {
+        if self.quantize_activations == Some(true) && !before.activations.is_on() {
+            return Err(Error::usage(
+                "quantize_activations = true, and the recipe leaves them float",
+            )
+            .fix("quant.activations.scheme = \"tensor\" or \"token\""));
+        }
+        Ok(())
     }
 
-    fn relative_tokens(&self) -> bool {
-        matches!(&self.objective, ObjectiveConfig::Mse(o) if o.tokens == TokenWeight::Relative)
+    fn summary(&self, spec: &str) -> String {
+        format!("{}, {spec}", self.method.name())
     }
 
-    fn augmented(&self) -> bool {
-        matches!(&self.objective, ObjectiveConfig::Mse(o) if o.augmented)
+    fn calibrates(&self) -> bool {
+        true
     }
-}
 
-pub(super) fn run(config: &ReconstructConfig, ctx: &mut StageContext<'_>) -> Result<()> {
-    let mut streams = Streams::start(ctx)?;
-    let blocks = ctx.model.config.n_blocks;
-    let saved = (0..blocks).take_while(|index| ctx.block_file(*index).exists()).count();
-    if saved > 0 {
-        let (stage, position) = ("reconstruct".to_owned(), format!("block {saved}/{blocks}"));
-        ctx.report.emit(&Event::Resumed { stage, position });
+    fn takes_latents(&self) -> bool {
+        true
     }
-    for index in 0..blocks {
-        ctx.stop.check()?;
-        let start = Instant::now();
-        let target = streams.target(ctx, index, &streams.float)?;
-        let path = ctx.block_file(index);
-        let mse = if path.exists() {
-            let saved = Saved::read(&path)?;
-            let mse = saved_mse(&saved);
-            ctx.take(saved, &path)?;
-            streams.advance(ctx, index, target)?;
-            mse
-        } else {
-            let (mut saved, before) = Fit::new(config, ctx, index, &streams, &target).run(ctx)?;
-            ctx.take(saved.clone(), &path)?;
-            streams.advance(ctx, index, target)?;
-            let mse = [before, streams.quantized.mse(&streams.float)];
-            saved.metadata = with_mse(saved.metadata, mse);
-            saved.write(&path)?;
-            ctx.report.emit(&Event::Block {
-                stage: ctx.stage,
-                index,
-                of: blocks,
-                verb: "reconstruct".to_owned(),
-                mse_before: mse[0],
-                mse_after: mse[1],
-                steps: config.steps * config.within.pieces().len() as u64,
-                seconds: start.elapsed().as_secs_f64(),
-                memory_gib: memory::peak_gib(),
-            });
-            mse
-        };
-        ctx.note_block(index, mse);
+
+    fn needs_float(&self) -> bool {
+        true
     }
-    ctx.report_codes();
-    Ok(())
+
+    fn check_data(&self, _model: &ModelState, data: &Data) -> Result<()> {
+        data.check_calibration()
+    }
+
+    fn steps(&self, blocks: usize) -> u64 {
+        self.steps * blocks as u64
+    }
+
+    fn cost(&self, scene: &Scene<'_>) -> Cost {
+        let Some((samples, length)) = scene.calibration() else { return Cost::default() };
+        let config = scene.config();
+        let tokens = self.batch as u64 * length;
+        let steps = self.steps(config.n_blocks) as f64;
+        let flops = 6.0 * (scene.block * tokens) as f64 * steps
+            + 6.0 * (scene.linears * samples * length) as f64;
+        let moved = steps * (scene.block * 4 * 40 + scene.tape(tokens, length) * 3) as f64;
+        // Both streams and the target; what lies between pieces; the float block's output on the
+        // quantized stream.
+        let pieces = if self.within == Within::Staged { 2 } else { 0 };
+        let streams = 3 + pieces + u64::from(self.augmented());
+        let sample = 4 * streams * length * config.d_model as u64;
+        Cost {
+            device: TRAINED_WEIGHT_BYTES * scene.block + scene.tape(tokens, length),
+            host: samples * sample,
+            disk: scene.linears,
+            seconds: scene.speed.seconds(flops, moved, steps),
+            lever: Some(Lever { key: "data.calibration.samples", value: samples, bytes: sample }),
+        }
+    }
+
+    fn judged(&self) -> Option<Judged<'_>> {
+        Some(Judged {
+            validate: None,
+            allow_worse: self.allow_worse,
+            advice: "a smaller learning_rate, more steps; or ",
+        })
+    }
+
+    fn neutralize(&mut self) {
+        self.allow_worse = false;
+    }
+
+    fn saved(&self, dir: &Path) -> At {
+        At::Block((0..usize::MAX).take_while(|index| block_file(dir, *index).exists()).count())
+    }
+
+    fn run(&self, ctx: &mut StageContext<'_>) -> Result<()> {
+        let mut streams = Streams::start(ctx)?;
+        let blocks = ctx.model.config.n_blocks;
+        let saved = (0..blocks).take_while(|index| ctx.block_file(*index).exists()).count();
+        if saved > 0 {
+            let (stage, position) = ("reconstruct".to_owned(), format!("block {saved}/{blocks}"));
+            ctx.report.emit(&Event::Resumed { stage, position });
+        }
+        for index in 0..blocks {
+            ctx.stop.check()?;
+            let start = Instant::now();
+            let target = streams.target(ctx, index)?;
+            let path = ctx.block_file(index);
+            let mse = if path.exists() {
+                let saved = Saved::read(&path)?;
+                let mse = saved_mse(&saved);
+                ctx.take(saved, &path)?;
+                streams.advance(ctx, index, target)?;
+                mse
+            } else {
+                let (mut saved, before) = Fit::new(self, ctx, index, &streams, &target).run(ctx)?;
+                ctx.take(saved.clone(), &path)?;
+                streams.advance(ctx, index, target)?;
+                let mse = [before, streams.quantized.mse(&streams.float)];
+                saved.metadata = with_mse(saved.metadata, mse);
+                saved.write(&path)?;
+                ctx.report.emit(&Event::Block {
+                    stage: ctx.stage,
+                    index,
+                    of: blocks,
+                    verb: "reconstruct".to_owned(),
+                    mse_before: mse[0],
+                    mse_after: mse[1],
+                    steps: self.steps * self.within.pieces().len() as u64,
+                    seconds: start.elapsed().as_secs_f64(),
+                    memory_gib: memory::peak_gib(),
+                });
+                mse
+            };
+            ctx.note_block(index, mse);
+        }
+        ctx.report_codes();
+        Ok(())
+    }
+
+    fn restore(&self, ctx: &mut StageContext<'_>) -> Result<()> {
+        ctx.restore_linears()
+    }
 }
 
 /// The training of one block.
@@ -274,8 +363,7 @@ impl<'a> Fit<'a> {
         let grids = inputs::observe(ctx, self.streams, &block)?;
         let quant = ctx.model.activations.quant;
         let tap = |site, x| activations::quantize(&quant, &grids, site, x);
-        let before = self.streams.forward(ctx, &block, &self.streams.quantized, &tap)?;
-        let before = before.mse(self.target);
+        let before = self.streams.error(ctx, &block, &tap, self.target)?;
         let device = &ctx.device.device;
         let learned = self.quant.fixed();
         let learned = learned.and_then(|bits| StaticInputs::new(&grids, bits, device));

@@ -10,10 +10,13 @@ use std::time::{Duration, Instant};
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
+use super::context::StageContext;
+use super::corpus::Data;
+use super::keys::Keys;
+use super::logits::{chunks, flat};
 use super::monitor::{Monitor, best_file};
-use super::validate::ValidateConfig;
+use super::training_state;
 use super::watch::{Failure, Seen};
-use super::{Data, StageContext, training_state};
 use crate::data::{Order, TokenStream};
 use crate::error::{Error, Result};
 use crate::method;
@@ -22,56 +25,21 @@ use crate::objective::{ObjectiveConfig, Targets};
 use crate::ops::{self, Closeness};
 use crate::quant::ScaleDigits;
 use crate::report::{Event, Reporter, memory};
-use crate::train::{self, Optimizer, OptimizerConfig, RateUnit, ScheduleConfig, StepStats, Still};
+use crate::train::{self, Optimizer, OptimizerConfig, RateUnit, StepStats, Still};
 
-/// Logits held at once, student's and teacher's each.
-const LOGITS_PER_CHUNK: usize = 1 << 23;
 /// The saved state in a stage's folder.
 const STATE_FILE: &str = "state.safetensors";
-
-/// Defaults that the training stages share.
-pub(super) fn one() -> usize {
-    1
-}
-
-pub(super) fn eight() -> usize {
-    8
-}
-
-pub(super) fn ten() -> u64 {
-    10
-}
-
-pub(super) fn hundred() -> u64 {
-    100
-}
 
 /// How a whole model is trained.
 pub(super) struct Training<'a> {
     /// The stage's verb in reports.
     pub verb: &'static str,
-    /// What is minimized.
-    pub objective: &'a ObjectiveConfig,
-    /// Optimizer steps.
-    pub steps: u64,
-    /// Sequences in a micro-batch.
-    pub batch: usize,
-    /// Micro-batches in a step.
-    pub accumulate: usize,
-    /// How rates move over the steps.
-    pub schedule: &'a ScheduleConfig,
-    /// AdamW's constants and gradient clipping.
-    pub optimizer: &'a OptimizerConfig,
-    /// Steps between saves of the whole training state.
-    pub checkpoint_every: u64,
-    /// Steps between log points.
-    pub log_every: u64,
+    /// What its stage's keys say.
+    pub keys: Keys<'a>,
     /// The base rate that is reported.
     pub rate: f64,
     /// The base rate of a parameter, by its path.
     pub rate_of: &'a dyn Fn(&str) -> f64,
-    /// How it is validated, and what is done when it fails.
-    pub validate: &'a ValidateConfig,
     /// What the rates of latent weights and steps are measured in.
     pub rate_unit: RateUnit,
     /// Whether weights are fake-quantized, once for all micro-batches of a step.
@@ -86,13 +54,15 @@ impl Training<'_> {
     /// Whatever goes wrong; a signal, after a save.
     pub(super) fn run(&self, student: CausalLm, ctx: &mut StageContext<'_>) -> Result<CausalLm> {
         let mut session = Session::start(self, student, ctx)?;
-        while session.step < self.steps {
+        while session.step < self.keys.steps {
             if let Err(stopped) = ctx.stop.check() {
                 session.save(ctx)?;
                 return Err(stopped);
             }
             session.advance(self, ctx)?;
-            if session.step.is_multiple_of(self.checkpoint_every) && session.step < self.steps {
+            if session.step.is_multiple_of(self.keys.checkpoint_every)
+                && session.step < self.keys.steps
+            {
                 session.save(ctx)?;
             }
         }
@@ -157,19 +127,19 @@ impl Session {
             ctx.seed,
             format!("stage {}", ctx.stage),
             windows,
-            training.batch * training.accumulate,
+            training.keys.batch * training.keys.accumulate,
         )?;
         let device = &ctx.device.device;
         let positions = Positions::new(&ctx.model.config, 0, corpus.length, ctx.compute, device);
-        let teacher = training.objective.needs_teacher().then(|| teacher(ctx)).transpose()?;
+        let teacher = training.keys.objective.needs_teacher().then(|| teacher(ctx)).transpose()?;
         let objective = confident(training, ctx, teacher.as_ref(), &order, &positions)?;
-        let watched = (training.verb, training.steps, training.objective);
-        let monitor = Monitor::new(training.validate, watched, ctx, teacher.as_ref())?;
+        let watched = (training.verb, training.keys.steps, training.keys.objective);
+        let monitor = Monitor::new(training.keys.validate, watched, ctx, teacher.as_ref())?;
         let mut session = Self {
             student: Some(student.train()),
             teacher,
             objective,
-            optimizer: Optimizer::new(training.optimizer),
+            optimizer: Optimizer::new(training.keys.optimizer),
             order,
             positions,
             step: 0,
@@ -190,23 +160,24 @@ impl Session {
     /// One optimizer step.
     fn advance(&mut self, training: &Training<'_>, ctx: &mut StageContext<'_>) -> Result<()> {
         let step = self.step;
-        if step >= ctx.shortens_at(training.steps) && !self.shortened {
+        if step >= ctx.shortens_at(training.keys.steps) && !self.shortened {
             self.shorten(ctx.scales)?;
         }
         let corpus = Data::need(ctx.data.train.as_ref(), "train")?;
-        let schedule = training.schedule.resolved(training.rate_unit, training.steps);
-        let scheduled = schedule.factor(step, training.steps);
+        let schedule = training.keys.schedule.resolved(training.rate_unit, training.keys.steps);
+        let scheduled = schedule.factor(step, training.keys.steps);
         let factor = scheduled * self.monitor.rate_factor();
         let rate_of = |path: &str| (training.rate_of)(path) * factor;
         let drawn = self.order.batch(step);
         let student = self.taken()?;
         let (teacher, positions, timer) = (&self.teacher, &self.positions, &mut self.timer);
         let objective = &self.objective;
-        let log_point = (step + 1).is_multiple_of(training.log_every) || step + 1 == training.steps;
+        let log_point =
+            (step + 1).is_multiple_of(training.keys.log_every) || step + 1 == training.keys.steps;
         let mut closeness = None;
         let loss = |student: &CausalLm, part: usize| {
             let waiting = Instant::now();
-            let windows = &drawn[part * training.batch..][..training.batch];
+            let windows = &drawn[part * training.keys.batch..][..training.keys.batch];
             let batch = Batch::new(&corpus.stream, windows, corpus.length, &ctx.device.device);
             timer.data += waiting.elapsed();
             timer.tokens += windows.len() * corpus.length;
@@ -216,7 +187,7 @@ impl Session {
             closeness = closeness.take().or(measured);
             Ok(loss)
         };
-        let (optimizer, accumulate) = (&mut self.optimizer, training.accumulate);
+        let (optimizer, accumulate) = (&mut self.optimizer, training.keys.accumulate);
         if training.rate_unit == RateUnit::Grid {
             let linears = student.blocks.iter().flat_map(Block::linears);
             optimizer.measure_by(linears.flat_map(|(_, l)| method::measures(&l.weight)).collect());
@@ -246,7 +217,7 @@ impl Session {
             ctx.report.emit(&Event::Progress {
                 verb: training.verb.to_owned(),
                 done: self.step,
-                of: training.steps,
+                of: training.keys.steps,
                 detail: format!("loss {:.4}", stats.loss),
             });
         }
@@ -254,7 +225,7 @@ impl Session {
             match self.validate(ctx)? {
                 Err(failure) => return self.go_back(training, &failure, self.step, ctx),
                 // The last state is at hand.
-                Ok(true) if self.step == training.steps => self.monitor.keep(self.step),
+                Ok(true) if self.step == training.keys.steps => self.monitor.keep(self.step),
                 Ok(true) => self.keep(ctx)?,
                 Ok(false) => {}
             }
@@ -302,7 +273,7 @@ impl Session {
         ctx: &mut StageContext<'_>,
     ) -> Result<()> {
         self.monitor.go_back(failure, step, ctx)?;
-        self.take_kept(training.optimizer, ctx)?;
+        self.take_kept(training.keys.optimizer, ctx)?;
         self.timer = Timer::new();
         self.save(ctx)
     }
@@ -327,8 +298,8 @@ impl Session {
     fn leave_best(&mut self, training: &Training<'_>, ctx: &mut StageContext<'_>) -> Result<()> {
         let left = self.monitor.better_than_last();
         if let Some(step) = left {
-            self.take_kept(training.optimizer, ctx)?;
-            if step > ctx.shortens_at(training.steps) {
+            self.take_kept(training.keys.optimizer, ctx)?;
+            if step > ctx.shortens_at(training.keys.steps) {
                 self.shorten(ctx.scales)?;
             }
         }
@@ -378,7 +349,7 @@ impl Session {
             stage: ctx.stage,
             verb: training.verb.to_owned(),
             step: self.step,
-            of: training.steps,
+            of: training.keys.steps,
             global_step: ctx.first_step + self.step,
             values: values.into_iter().map(|(tag, value)| (tag.to_owned(), value)).collect(),
         });
@@ -411,7 +382,7 @@ impl Session {
         self.monitor.restore(&progress, ctx).map_err(damaged)?;
         ctx.report.emit(&Event::Resumed {
             stage: training.verb.to_owned(),
-            position: format!("step {}/{}", self.step, training.steps),
+            position: format!("step {}/{}", self.step, training.keys.steps),
         });
         Ok(true)
     }
@@ -455,14 +426,16 @@ fn confident(
     order: &Order,
     positions: &Positions,
 ) -> Result<ObjectiveConfig> {
-    let batches = training.objective.confidence_batches();
-    let (Some(teacher), 1..) = (teacher, batches) else { return Ok(training.objective.clone()) };
+    let batches = training.keys.objective.confidence_batches();
+    let (Some(teacher), 1..) = (teacher, batches) else {
+        return Ok(training.keys.objective.clone());
+    };
     let corpus = Data::need(ctx.data.train.as_ref(), "train")?;
     let mut sum = 0.0;
     for step in 0..batches {
         ctx.stop.check()?;
         let drawn = order.batch(step);
-        let windows = &drawn[..training.batch];
+        let windows = &drawn[..training.keys.batch];
         let batch = Batch::new(&corpus.stream, windows, corpus.length, &ctx.device.device);
         let hidden = flat(teacher.hidden(batch.tokens.clone(), positions));
         for range in chunks(hidden.dims()[0], teacher.vocab()) {
@@ -471,19 +444,7 @@ fn confident(
             sum += ops::confidence(logits, part(&batch.weights));
         }
     }
-    Ok(training.objective.clone().with_confidence(sum / batches as f64))
-}
-
-/// `[batch, seq, d_model]` as `[tokens, d_model]`.
-pub(super) fn flat(hidden: Tensor<3>) -> Tensor<2> {
-    let [batch, seq, d_model] = hidden.dims();
-    hidden.reshape([batch * seq, d_model])
-}
-
-/// Runs of tokens whose logits are held together.
-pub(super) fn chunks(tokens: usize, vocab: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
-    let chunk = (LOGITS_PER_CHUNK / vocab).clamp(1, tokens.max(1));
-    (0..tokens).step_by(chunk).map(move |start| start..(start + chunk).min(tokens))
+    Ok(training.keys.objective.clone().with_confidence(sum / batches as f64))
 }
 
 /// Token windows on the device.

@@ -4,17 +4,16 @@
 //! its codes, its steps, and its latent weight. With a rate of zero it changes no bit. On another grid
 //! it starts from the latent weight, which knows more than the codes that were made of it.
 
-use std::path::PathBuf;
-
 use burn::module::Param;
 use burn::nn::Linear;
 use burn::tensor::{DType, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use super::StageContext;
+use super::context::StageContext;
+use super::state::LatentFile;
 use crate::data;
 use crate::error::{Error, Result};
-use crate::export::fewbit::{Saved, latent_names};
+use crate::export::fewbit::latent_names;
 use crate::method::{self, FakeQuant, LeftGrid, Method, MethodConfig, Start};
 use crate::model::{WeightSource, weight_name};
 use crate::ops;
@@ -35,10 +34,6 @@ pub enum StartFrom {
     /// The float model's weights.
     Float,
 }
-
-/// Where the latent of a linear lies.
-#[derive(Clone, Debug)]
-pub struct LatentFile(pub(super) PathBuf);
 
 /// What is there of a linear, on the host, row by row.
 struct Found {
@@ -191,18 +186,6 @@ impl StageContext<'_> {
         let names = latent_names(name).into_iter();
         let tensors = [Some(latent.weight), latent.step].into_iter();
         names.zip(tensors).filter_map(|(name, tensor)| Some((name, host(tensor?)))).collect()
-    }
-
-    /// Notes where the latents of what a stage made are: beside it, or nowhere any more.
-    pub(super) fn note_latents(&mut self, saved: &Saved, file: &std::path::Path) {
-        for (name, ..) in &saved.linears {
-            let [latent, _] = latent_names(name);
-            if saved.latents.contains_key(&latent) {
-                self.model.latents.insert(name.clone(), LatentFile(file.to_owned()));
-            } else {
-                self.model.latents.remove(name);
-            }
-        }
     }
 }
 

@@ -4,7 +4,8 @@
 use burn::tensor::{DType, Tensor};
 
 use super::activations::Activations;
-use super::{Data, StageContext};
+use super::context::StageContext;
+use super::corpus::Data;
 use crate::error::Result;
 use crate::model::{Block, CausalLm, Loader, Positions, Tap, WeightSource};
 
@@ -39,15 +40,10 @@ impl Streams {
         Ok(Self { quantized: float.clone(), float, positions })
     }
 
-    /// The float block's output on `input`; the block is gone when this returns.
-    pub(super) fn target(
-        &self,
-        ctx: &StageContext<'_>,
-        index: usize,
-        input: &Activations,
-    ) -> Result<Activations> {
+    /// The float block's output on the float stream; the block is gone when this returns.
+    pub(super) fn target(&self, ctx: &StageContext<'_>, index: usize) -> Result<Activations> {
         let teacher = float_block(ctx, index)?;
-        self.forward(ctx, &teacher, input, &|_, x| x)
+        self.forward(ctx, &teacher, &self.float, &|_, x| x)
     }
 
     /// Moves both streams behind block `index`: the float one is `target`, the quantized one goes
@@ -61,9 +57,34 @@ impl Streams {
         let baked = loader(ctx, ctx.model).block(index)?;
         let tap = ctx.model.tap();
         let tap = |site, x: Tensor<3>| tap.apply(index, site, x);
-        self.quantized = self.forward(ctx, &baked, &self.quantized, &tap)?;
+        // Before a third stream is made, the one that nothing reads any more is gone.
         self.float = target;
+        self.quantized = self.forward(ctx, &baked, &self.quantized, &tap)?;
         Ok(())
+    }
+
+    /// Mean squared difference between `block`'s output on the quantized stream and `target`.
+    pub(super) fn error(
+        &self,
+        ctx: &StageContext<'_>,
+        block: &Block,
+        tap: &Tap<'_>,
+        target: &Activations,
+    ) -> Result<f64> {
+        self.quantized.mse_through(&ctx.device.device, target, |x| {
+            ctx.stop.check()?;
+            Ok(block.forward_tapped(x, &self.positions, None, tap))
+        })
+    }
+
+    /// As [`Streams::error`], of float block `index`: what the blocks before it leave.
+    pub(super) fn float_error(
+        &self,
+        ctx: &StageContext<'_>,
+        index: usize,
+        target: &Activations,
+    ) -> Result<f64> {
+        self.error(ctx, &float_block(ctx, index)?, &|_, x| x, target)
     }
 
     /// `block` on every sample.

@@ -3,20 +3,25 @@
 //! The codes stay as they are, packed and shared; what learns, and what is left, is a few numbers
 //! per output channel or group. They are saved as an adapter, which is this stage's checkpoint too.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::session::{Training, discard_state};
+use super::context::StageContext;
+use super::corpus::Data;
+use super::cost::{Cost, Scene};
+use super::keys::{self, check_rate_unit, keys, neutralize};
+use super::kind::{Effect, Judged, Stage};
+use super::session::{self, Training, discard_state};
+use super::state::{ModelState, Packed};
 use super::validate::ValidateConfig;
-use super::{Packed, StageContext};
 use crate::error::{Error, Result};
 use crate::export::{Adapter, AdapterHead, Tuned};
 use crate::method::{self, MethodConfig};
 use crate::model::{Block, CausalLm, Loader};
 use crate::objective::{CrossEntropyObjective, ObjectiveConfig};
 use crate::quant::{CodedWeight, Learned, QuantizedWeight, SCALE_FLOOR, ScaleDType};
-use crate::report::{Event, Reporter, size};
+use crate::report::{At, Event, Reporter, size};
 use crate::train::{LearningRate, OptimizerConfig, RateUnit, ScheduleConfig};
 
 /// Keys of `[stage.tune_scales]`.
@@ -31,10 +36,10 @@ pub struct TuneScalesConfig {
     /// Optimizer steps.
     pub steps: u64,
     /// Sequences in a micro-batch.
-    #[serde(default = "super::session::eight")]
+    #[serde(default = "super::keys::eight")]
     pub batch: usize,
     /// Micro-batches in a step.
-    #[serde(default = "super::session::one")]
+    #[serde(default = "super::keys::one")]
     pub accumulate: usize,
     /// Base learning rate, in the units of the scales; relative where the method says so.
     pub learning_rate: LearningRate,
@@ -48,10 +53,10 @@ pub struct TuneScalesConfig {
     #[serde(default)]
     pub optimizer: OptimizerConfig,
     /// Steps between saves of the whole training state.
-    #[serde(default = "super::session::hundred")]
+    #[serde(default = "super::keys::hundred")]
     pub checkpoint_every: u64,
     /// Steps between log points.
-    #[serde(default = "super::session::ten")]
+    #[serde(default = "super::keys::ten")]
     pub log_every: u64,
     /// Validation while it trains, the best state, and what is done when the training fails.
     #[serde(default, skip_serializing_if = "ValidateConfig::is_default")]
@@ -86,16 +91,20 @@ fn linear() -> ScheduleConfig {
 }
 
 impl TuneScalesConfig {
-    pub(super) fn check(&self) -> Result<()> {
-        super::check_objective(&self.objective, "tune_scales")?;
-        super::check_rate_unit(self.rate_unit, &self.optimizer)?;
-        super::check_counts(&[
-            ("batch", self.batch as u64),
-            ("accumulate", self.accumulate as u64),
-            ("checkpoint_every", self.checkpoint_every),
-            ("log_every", self.log_every),
-        ])?;
-        self.validate.check()?;
+    /// The adapter's name.
+    pub fn adapter_name(&self) -> &str {
+        self.adapter.name.as_deref().unwrap_or_else(|| self.method.name())
+    }
+
+    fn learned(&self) -> Learned {
+        self.method.tunes().unwrap_or_default()
+    }
+}
+
+impl Stage for TuneScalesConfig {
+    fn check(&self) -> Result<()> {
+        keys!(self).check("tune_scales")?;
+        check_rate_unit(self.rate_unit, &self.optimizer)?;
         if self.method.tunes().is_none() {
             return Err(Error::usage(format!(
                 "tune_scales learns the grids of codes, and method.{} makes codes",
@@ -112,76 +121,103 @@ impl TuneScalesConfig {
         Ok(())
     }
 
-    /// The adapter's name.
-    pub fn adapter_name(&self) -> &str {
-        self.adapter.name.as_deref().unwrap_or_else(|| self.method.name())
+    fn effect(&self) -> Effect<'_> {
+        Effect::Grids(&self.method)
     }
 
-    fn learned(&self) -> Learned {
-        self.method.tunes().unwrap_or_default()
+    fn summary(&self, spec: &str) -> String {
+        format!("{}, {spec}, {}", self.method.name(), self.objective.name())
     }
-}
 
-pub(super) fn run(config: &TuneScalesConfig, ctx: &mut StageContext<'_>) -> Result<()> {
-    let student = student(config, ctx)?;
-    note_size(ctx, &student);
-    let base = config.learning_rate;
-    let training = Training {
-        verb: "tune_scales",
-        objective: &config.objective,
-        steps: config.steps,
-        batch: config.batch,
-        accumulate: config.accumulate,
-        schedule: &config.schedule,
-        optimizer: &config.optimizer,
-        checkpoint_every: config.checkpoint_every,
-        log_every: config.log_every,
-        validate: &config.validate,
-        rate: base.scale,
-        rate_of: &|path| method::role_of(path).map_or(0.0, |role| base.of(role)),
-        rate_unit: config.rate_unit,
-        fake_quant: false,
-    };
-    let student = training.run(student, ctx)?;
-    let mut tuned = Vec::new();
-    for (index, block) in student.blocks.iter().enumerate() {
-        for (name, linear) in block.linears() {
-            let name = format!("{}.{name}", ctx.model.config.block_prefix(index));
-            if ctx.specs.contains_key(&name) {
-                tuned.push((name.clone(), ctx.fold(&name, linear)?));
+    fn needs_float(&self) -> bool {
+        self.objective.needs_teacher()
+    }
+
+    fn check_data(&self, _model: &ModelState, data: &Data) -> Result<()> {
+        data.check_train()
+    }
+
+    fn steps(&self, _blocks: usize) -> u64 {
+        self.steps
+    }
+
+    fn cost(&self, scene: &Scene<'_>) -> Cost {
+        let all = scene.linears + scene.rest;
+        let teacher = if self.objective.needs_teacher() { 4 * all } else { 0 };
+        // Codes of at most a byte, their scales, and the tiles that exist as floats.
+        let weights = scene.linears + 4 * scene.rest + teacher + (16 << 20);
+        let cost = scene.training(&keys!(self), weights, [0; 2], 20);
+        cost.map_or_else(Cost::default, |cost| Cost { disk: scene.linears / 8, ..cost })
+    }
+
+    fn judged(&self) -> Option<Judged<'_>> {
+        Some(Judged {
+            validate: Some(&self.validate),
+            allow_worse: self.allow_worse,
+            advice: keys::ADVICE,
+        })
+    }
+
+    fn neutralize(&mut self) {
+        neutralize!(self);
+    }
+
+    fn saved(&self, dir: &Path) -> At {
+        At::Step(session::saved_step(dir).unwrap_or(0))
+    }
+
+    fn run(&self, ctx: &mut StageContext<'_>) -> Result<()> {
+        let student = student(self, ctx)?;
+        note_size(ctx, &student);
+        let base = self.learning_rate;
+        let training = Training {
+            verb: "tune_scales",
+            keys: keys!(self),
+            rate: base.scale,
+            rate_of: &|path| method::role_of(path).map_or(0.0, |role| base.of(role)),
+            rate_unit: self.rate_unit,
+            fake_quant: false,
+        };
+        let student = training.run(student, ctx)?;
+        let mut tuned = Vec::new();
+        for (index, block) in student.blocks.iter().enumerate() {
+            for (name, linear) in block.linears() {
+                let name = format!("{}.{name}", ctx.model.config.block_prefix(index));
+                if ctx.specs.contains_key(&name) {
+                    tuned.push((name.clone(), ctx.fold(&name, linear)?));
+                }
             }
         }
+        report_changes(ctx, &tuned, ctx.first_step + self.steps);
+        let linears: Vec<Tuned<'_>> = (tuned.iter())
+            .filter_map(|(name, weight)| {
+                let (base, _) = ctx.model.quantized.get(name)?;
+                Some(Tuned { name, base, weight })
+            })
+            .collect();
+        let (head, dtype) = (head(self, ctx), self.adapter.dtype);
+        let adapter = Adapter::new(head, self.learned(), dtype, &linears)?;
+        // The public copy first: the stage is done once its own is there.
+        let dir = ctx.run_dir.join("adapters");
+        std::fs::create_dir_all(&dir).map_err(|e| Error::io("create", &dir, &e))?;
+        let public = dir.join(format!("{}.safetensors", self.adapter_name()));
+        adapter.write(&public)?;
+        adapter.write(&checkpoint(ctx))?;
+        take(ctx, &adapter)?;
+        let bytes = std::fs::metadata(&public).map_or(0, |data| data.len());
+        let text = format!("adapter {}, {}", public.display(), size(bytes));
+        ctx.report.emit(&Event::Note { text });
+        discard_state(ctx)
     }
-    report_changes(ctx, &tuned, ctx.first_step + config.steps);
-    let linears: Vec<Tuned<'_>> = (tuned.iter())
-        .filter_map(|(name, weight)| {
-            let (base, _) = ctx.model.quantized.get(name)?;
-            Some(Tuned { name, base, weight })
-        })
-        .collect();
-    let (head, dtype) = (head(config, ctx), config.adapter.dtype);
-    let adapter = Adapter::new(head, config.learned(), dtype, &linears)?;
-    // The public copy first: the stage is done once its own is there.
-    let dir = ctx.run_dir.join("adapters");
-    std::fs::create_dir_all(&dir).map_err(|e| Error::io("create", &dir, &e))?;
-    let public = dir.join(format!("{}.safetensors", config.adapter_name()));
-    adapter.write(&public)?;
-    adapter.write(&checkpoint(ctx))?;
-    take(ctx, &adapter)?;
-    let bytes = std::fs::metadata(&public).map_or(0, |data| data.len());
-    let text = format!("adapter {}, {}", public.display(), size(bytes));
-    ctx.report.emit(&Event::Note { text });
-    discard_state(ctx)
-}
 
-/// Brings back the scales a finished stage left.
-pub(super) fn restore(ctx: &mut StageContext<'_>) -> Result<()> {
-    let again = |e: Error| e.fix("--fresh to start over");
-    let adapter = Adapter::read(&checkpoint(ctx)).map_err(again)?;
-    let quantized = &ctx.model.quantized;
-    let find = |name: &str| Ok(quantized.get(name).map(|(weight, _)| weight.clone()));
-    adapter.check(find).map_err(again)?;
-    take(ctx, &adapter)
+    fn restore(&self, ctx: &mut StageContext<'_>) -> Result<()> {
+        let again = |e: Error| e.fix("--fresh to start over");
+        let adapter = Adapter::read(&checkpoint(ctx)).map_err(again)?;
+        let quantized = &ctx.model.quantized;
+        let find = |name: &str| Ok(quantized.get(name).map(|(weight, _)| weight.clone()));
+        adapter.check(find).map_err(again)?;
+        take(ctx, &adapter)
+    }
 }
 
 fn checkpoint(ctx: &StageContext<'_>) -> PathBuf {

@@ -4,8 +4,10 @@
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use super::Corpus;
-use super::session::{chunks, flat};
+use super::context::StageContext;
+use super::corpus::Corpus;
+use super::logits::{chunks, flat};
+use super::results::Quality;
 use crate::error::{Error, Result};
 use crate::model::{CausalLm, Forward, ModelConfig, Positions};
 use crate::ops;
@@ -156,6 +158,21 @@ impl Slice {
             .collect();
         let tokens = batches.iter().flat_map(|batch| &batch.counts).filter(|c| **c).count() as u64;
         (tokens > 0).then_some(Self { batches, length, windows: number, tokens })
+    }
+
+    /// A model called `what` with a mean loss of `nll` on these windows.
+    pub(super) fn quality(&self, ctx: &StageContext<'_>, what: &str, nll: f64) -> Quality {
+        let corpus = ctx.data.validation.as_ref();
+        Quality {
+            stage: ctx.stage,
+            what: what.to_owned(),
+            nll_per_token: nll.is_finite().then_some(nll),
+            tokens: self.tokens,
+            windows: self.windows,
+            length: self.length,
+            data_sha256: corpus.map(|corpus| corpus.sha256.clone()).unwrap_or_default(),
+            made_by: String::new(),
+        }
     }
 
     /// The final hidden states of `model`, `[batch * length, d_model]` for each batch: of a teacher, to

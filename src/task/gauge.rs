@@ -3,7 +3,7 @@
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use sha2::{Digest, Sha256};
 
-use super::{Perplexity, PplConfig, measure};
+use super::perplexity::{Perplexity, PplConfig, measure};
 use crate::data::{DataFormat, TokenStream, Tokenizer};
 use crate::error::{Error, Result};
 use crate::model::{ByBlock, CausalLm, Forward, ModelConfig, ModelTap, Positions, WeightSource};
