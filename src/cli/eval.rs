@@ -2,21 +2,22 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
+use clap::builder::PossibleValuesParser;
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{AdaptedArgs, Session, data_format, output};
 use crate::data::{DataFormat, Marks, TokenStream, sha256_of};
 use crate::error::Result;
-use crate::model::ModelConfig;
+use crate::recipe;
 use crate::report::Event;
 use crate::report::Reporter;
 use crate::report::terminal::Terminal;
 use crate::stop::StopFlag;
 use crate::store::folder::sha256_file;
 use crate::store::locate;
-use crate::task::{self, PplConfig};
+use crate::task::{self, Bench, Score, TaskConfig};
 
 /// Arguments of `eval`.
 #[derive(Args, Debug)]
@@ -24,8 +25,8 @@ pub(super) struct EvalArgs {
     #[command(flatten)]
     source: AdaptedArgs,
     /// What to measure
-    #[arg(long, value_enum, default_value = "ppl")]
-    task: Task,
+    #[arg(long, value_name = "TASK", default_value = "ppl", value_parser = PossibleValuesParser::new(task::NAMES))]
+    task: String,
     /// Text (JSONL with "text", a JSON list of strings, or plain text), or examples of the --format;
     /// several are joined in order
     #[arg(long, value_name = "FILE", required = true)]
@@ -44,6 +45,9 @@ pub(super) struct EvalArgs {
     /// Use only this many windows, evenly spread
     #[arg(long)]
     windows: Option<usize>,
+    /// Sets a key of the task, as under task.NAME of a recipe; repeatable
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
     /// Put no BOS token before documents
     #[arg(long)]
     no_bos: bool,
@@ -52,45 +56,37 @@ pub(super) struct EvalArgs {
     json: bool,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Task {
-    /// Perplexity per token
-    Ppl,
-}
-
 pub(super) fn run(args: &EvalArgs, stop: &StopFlag) -> Result<()> {
-    let Task::Ppl = args.task;
     let session = args.source.open()?;
-    let task = PplConfig { context: args.context, stride: args.stride, windows: args.windows };
+    let task = args.task()?;
     let config = &session.opened.config;
-    let (context, stride) = protocol(&task, config, args.format)?;
+    let window = |packed| {
+        let window = task.task().window(config, packed);
+        window.map_err(|refused| refused.error.at(format!("--{}", refused.key)))
+    };
+    let length = window(None)?;
+    window(args.format.is_packed().then_some(length))?;
     let paths: Vec<PathBuf> = args.data.iter().map(|d| locate::data(d)).collect::<Result<_>>()?;
     let tokenizer = session.tokenizer()?;
     let mut marks = session.marks(&tokenizer)?;
     marks.bos = marks.bos.filter(|_| !args.no_bos);
-    let stream = TokenStream::load(&paths, args.format, &tokenizer, marks, context)?;
+    let stream = TokenStream::load(&paths, args.format, &tokenizer, marks, length)?;
     // Before the weights are read.
-    stream.strided(context, stride).map_err(|error| error.at(args.data.join(", ")))?;
+    let check = task.task().check_text(config, &stream);
+    check.map_err(|error| error.at(args.data.join(", ")))?;
     let model = session.load()?;
     let mut terminal = Terminal::new();
     let mut progress = |done, of| {
         let (verb, detail) = ("eval".to_owned(), String::new());
         terminal.emit(&Event::Progress { verb, done, of, detail });
     };
-    let device = &session.device.device;
-    let result = task::measure(&model, config, &stream, &task, device, stop, &mut progress)?;
+    let bench = Bench { config, text: &stream, device: &session.device.device, stop };
+    let score = task.task().measure(&bench, &model, &mut progress)?;
     terminal.flush();
     let data_sha256 = sha256_of(&paths)?;
     let adapter = named_adapter(&session)?;
     if args.json {
-        return output::json(&json!({
-            "task": "ppl",
-            "perplexity": result.perplexity,
-            "nll_per_token": result.nll_per_token,
-            "tokens": result.tokens,
-            "context": result.context,
-            "stride": result.stride,
-            "windows": result.windows,
+        let rest = json!({
             "bos": marks.bos.is_some(),
             "format": args.format,
             "documents": stream.documents,
@@ -99,20 +95,17 @@ pub(super) fn run(args: &EvalArgs, stop: &StopFlag) -> Result<()> {
             "model": args.source.model.model,
             "adapter": adapter,
             "device": session.device.name,
-        }));
+        });
+        return output::json(&json!(Found { task: task.name(), score, rest }));
     }
     output::line(&format!(
-        "perplexity {:.4}   nll {:.5} per token over {} tokens\n\
-         protocol   {} windows of {} tokens, stride {},\n           \
+        "{}\n\
+         protocol   {},\n           \
          {}\n\
          data       {} sha256 {}\n\
          model      {} on {}{}",
-        result.perplexity,
-        result.nll_per_token,
-        result.tokens,
-        result.windows,
-        result.context,
-        result.stride,
+        task.task().result(&score),
+        task.task().protocol(&score),
         counted(&stream, marks),
         args.data.join(" + "),
         &data_sha256[..12],
@@ -120,6 +113,29 @@ pub(super) fn run(args: &EvalArgs, stop: &StopFlag) -> Result<()> {
         session.device.name,
         adapter.map_or_else(String::new, |adapter| adapter.line()),
     ))
+}
+
+impl EvalArgs {
+    /// The task with its keys.
+    fn task(&self) -> Result<TaskConfig> {
+        let lengths =
+            [("context", self.context), ("stride", self.stride), ("windows", self.windows)];
+        let lengths =
+            lengths.into_iter().filter_map(|(key, value)| Some(format!("{key}={}", value?)));
+        let keys = lengths.chain(self.set.iter().cloned());
+        let set: Vec<String> = keys.map(|key| format!("{}.{key}", self.task)).collect();
+        recipe::parse(&format!("[{}]\n", self.task), "--task", &set).map(|(task, _)| task)
+    }
+}
+
+/// The JSON object, in its order.
+#[derive(Serialize)]
+struct Found {
+    task: &'static str,
+    #[serde(flatten)]
+    score: Score,
+    #[serde(flatten)]
+    rest: Value,
 }
 
 /// The adapter that was measured with the model.
@@ -162,15 +178,4 @@ fn counted(stream: &TokenStream, marks: Marks) -> String {
         "completion tokens only, {bos}, {eos},\n           {} examples packed whole{cut}",
         stream.documents
     )
-}
-
-/// Window length and stride; an error names the option to blame, which is why they are tried one
-/// after the other.
-fn protocol(task: &PplConfig, config: &ModelConfig, format: DataFormat) -> Result<(usize, usize)> {
-    let context = PplConfig { context: task.context, ..PplConfig::default() };
-    let (length, _) = context.protocol(config, None).map_err(|error| error.at("--context"))?;
-    let packed = format.is_packed().then_some(length);
-    let stride = PplConfig { stride: task.stride, ..context };
-    stride.protocol(config, packed).map_err(|error| error.at("--stride"))?;
-    task.protocol(config, packed)
 }

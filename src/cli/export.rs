@@ -248,11 +248,11 @@ impl Text {
         };
         let config = &session.opened.config;
         let (context, _) =
-            PplConfig { context: task.context, ..PplConfig::default() }.protocol(config, None)?;
+            PplConfig { context: task.context, ..PplConfig::default() }.windows(config, None)?;
         let tokenizer = session.tokenizer()?;
         let marks = session.marks(&tokenizer)?;
         let stream = TokenStream::load(&[data], format, &tokenizer, marks, context)?;
-        let (context, stride) = task.protocol(config, stream.packed)?;
+        let (context, stride) = task.windows(config, stream.packed)?;
         stream.strided(context, stride).map_err(|e| e.at(data.display()))?;
         Ok(Self { stream, task, sha256, format })
     }

@@ -1,5 +1,6 @@
 //! `fewbit train` and `fewbit check`.
 
+use std::fmt::Write;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
@@ -141,20 +142,21 @@ impl Reporter for Lines {
     }
 }
 
-/// Perplexities in order of measurement, beside the float model's.
+/// Evaluations in order of measurement by their first number, beside the float model's.
 fn results_table(record: &RunRecord) -> String {
     let measured = &record.results.measured;
-    if measured.is_empty() {
-        return String::new();
-    }
-    let mut table = format!("{:<24}{:>12}{:>10}\n", "model", "perplexity", "x float");
-    let rows = measured.iter().map(|m| {
+    // Nothing fails to be written to a string.
+    let mut table = String::new();
+    let mut heading = "";
+    for m in measured {
+        let Some((number, value)) = m.result.numbers.first() else { continue };
+        if number != heading {
+            heading = number;
+            let _ = writeln!(table, "{:<24}{heading:>12}{:>10}", "model", "x float");
+        }
         let float = measured.iter().find(|f| f.what == "float" && f.task == m.task);
-        let ratio = float.map_or(String::new(), |float| {
-            format!("{:.4}", m.result.perplexity / float.result.perplexity)
-        });
-        format!("{:<24}{:>12.4}{ratio:>10}\n", m.what, m.result.perplexity)
-    });
-    table.extend(rows);
+        let ratio = float.map_or(String::new(), |f| format!("{:.4}", value / f.result.first()));
+        let _ = writeln!(table, "{:<24}{value:>12.4}{ratio:>10}", m.what);
+    }
     table
 }

@@ -13,6 +13,7 @@ pub mod terminal;
 
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
+use serde_json::{Map, Value};
 
 /// Something that happened in a run.
 ///
@@ -206,24 +207,24 @@ pub enum Event {
         stage: usize,
         /// Which model: `float`, `rtn w2`, `after reconstruct`.
         what: String,
-        /// Perplexity per token.
-        perplexity: f64,
-        /// Mean negative log likelihood per token, in nats.
-        nll_per_token: f64,
-        /// Tokens predicted.
+        /// The task's name, e.g. `ppl`.
+        task: String,
+        /// What it found, the number that models are compared by first.
+        #[serde(flatten, serialize_with = "by_name")]
+        numbers: Vec<Number>,
+        /// Tokens that counted.
         tokens: u64,
-        /// Window length in tokens.
-        context: usize,
-        /// Tokens between the starts of two windows.
-        stride: usize,
+        /// The task's protocol.
+        #[serde(flatten)]
+        protocol: Map<String, Value>,
+        /// What of it has to stand beside the number, in words and in fewer.
+        #[serde(skip)]
+        marks: Vec<[String; 2]>,
         /// Whether a BOS token opens each document.
         bos: bool,
-        /// Whether only completions of packed examples were counted.
-        #[serde(skip_serializing_if = "std::ops::Not::not")]
-        completions_only: bool,
         /// The text it was measured on.
         data: String,
-        /// Perplexity divided by the float model's.
+        /// The first number divided by the float model's.
         ratio_to_float: Option<f64>,
         /// Step on TensorBoard's axis.
         global_step: u64,
@@ -296,6 +297,17 @@ pub enum Event {
     },
 }
 
+/// A number that an evaluation found.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Number {
+    /// Its name.
+    pub name: String,
+    /// TensorBoard tag.
+    pub tag: String,
+    /// Its value.
+    pub value: f64,
+}
+
 /// How far an unfinished stage is saved.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum At {
@@ -323,6 +335,12 @@ fn as_map<S: Serializer>(pairs: &[(String, f64)], serializer: S) -> Result<S::Ok
         map.serialize_entry(tag, value)?;
     }
     map.end()
+}
+
+/// Numbers as fields.
+fn by_name<S: Serializer>(numbers: &[Number], serializer: S) -> Result<S::Ok, S::Error> {
+    let pairs: Vec<(String, f64)> = numbers.iter().map(|n| (n.name.clone(), n.value)).collect();
+    as_map(&pairs, serializer)
 }
 
 /// Shows or stores events. Never fails; a reporter in trouble warns once and goes on.

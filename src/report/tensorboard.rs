@@ -84,11 +84,8 @@ fn records(event: &Event) -> Vec<Record> {
         Event::Step { global_step, values, .. } => {
             vec![record(*global_step, values.iter().map(|(tag, v)| scalar(tag, *v)))]
         }
-        Event::Evaluation { global_step, perplexity, nll_per_token, track: true, .. } => {
-            vec![record(
-                *global_step,
-                [scalar("eval/perplexity", *perplexity), scalar("eval/loss", *nll_per_token)],
-            )]
+        Event::Evaluation { global_step, numbers, track: true, .. } => {
+            vec![record(*global_step, numbers.iter().map(|n| scalar(&n.tag, n.value)))]
         }
         Event::Validation {
             global_step,
@@ -206,6 +203,7 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::report::Number;
 
     /// Payloads of the records in the only event file of `folder`.
     fn payloads(folder: &Path) -> Vec<Vec<u8>> {
@@ -257,13 +255,14 @@ mod tests {
         let evaluation = |track| Event::Evaluation {
             stage: 0,
             what: "float".into(),
-            perplexity: 10.0,
-            nll_per_token: 2.3,
+            task: "ppl".into(),
+            numbers: ["eval/perplexity", "eval/loss"]
+                .map(|tag| Number { name: tag.into(), tag: tag.into(), value: 2.0 })
+                .into(),
             tokens: 1,
-            context: 1,
-            stride: 1,
+            protocol: serde_json::Map::new(),
+            marks: Vec::new(),
             bos: true,
-            completions_only: false,
             data: String::new(),
             ratio_to_float: None,
             global_step: 0,

@@ -204,33 +204,17 @@ fn result(event: &Event, width: usize) -> Option<String> {
             }));
             Some(fit(&Field::new(&format!("{head}  mse {before:>7} → {after:<7}")), &fields, width))
         }
-        Event::Evaluation {
-            what,
-            perplexity,
-            tokens,
-            context,
-            stride,
-            bos,
-            completions_only,
-            data,
-            ratio_to_float,
-            ..
-        } => {
-            let perplexity = significant(*perplexity, 4);
-            let head = labelled("eval", &format!("{what:<17}  perplexity {perplexity:<6}"));
+        Event::Evaluation { what, numbers, tokens, marks, bos, data, ratio_to_float, .. } => {
+            let first = numbers.first()?;
+            let (name, value) = (&first.name, significant(first.value, 4));
+            let head = labelled("eval", &format!("{what:<17}  {name} {value:<6}"));
             let ratio =
                 ratio_to_float.map_or(String::new(), |r| format!("{}× float", significant(r, 4)));
             let mut fields = vec![
                 Field::new(&format!("{ratio:<12}")),
                 Field::new(&format!("{tokens} tokens")).or(&format!("{} tok", compact(*tokens))),
-                Field::new(&format!("context {context}")).or(&format!("ctx {context}")),
             ];
-            if stride != context {
-                fields.push(Field::new(&format!("stride {stride}")));
-            }
-            if *completions_only {
-                fields.push(Field::new("completions only").or("completions"));
-            }
+            fields.extend(marks.iter().map(|[long, short]| Field::new(long).or(short)));
             if !bos {
                 fields.push(Field::new("no BOS"));
             }
@@ -558,6 +542,7 @@ fn compact(count: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::Number;
 
     fn block(index: usize, of: usize, seconds: f64) -> Event {
         Event::Block {
@@ -601,17 +586,29 @@ mod tests {
         }
     }
 
+    fn numbers(perplexity: f64) -> Vec<Number> {
+        let number =
+            |name: &str, tag: &str, value| Number { name: name.into(), tag: tag.into(), value };
+        vec![
+            number("perplexity", "eval/perplexity", perplexity),
+            number("nll_per_token", "eval/loss", 2.787),
+        ]
+    }
+
+    fn marks(marks: &[[&str; 2]]) -> Vec<[String; 2]> {
+        marks.iter().map(|mark| mark.map(str::to_owned)).collect()
+    }
+
     fn evaluation() -> Event {
         Event::Evaluation {
             stage: 2,
             what: "after reconstruct".into(),
-            perplexity: 16.234,
-            nll_per_token: 2.787,
+            task: "ppl".into(),
+            numbers: numbers(16.234),
             tokens: 128_000,
-            context: 2048,
-            stride: 2048,
+            protocol: serde_json::Map::new(),
+            marks: marks(&[["context 2048", "ctx 2048"]]),
             bos: true,
-            completions_only: false,
             data: "data/validation.jsonl".into(),
             ratio_to_float: Some(1.168),
             global_step: 10,
@@ -711,21 +708,15 @@ mod tests {
             at(&evaluation(), 80),
             "eval      after reconstruct  perplexity 16.23   1.168× float  128k tok  ctx 2048"
         );
-        let Event::Evaluation { stage, perplexity, nll_per_token, tokens, context, .. } =
-            evaluation()
-        else {
-            unreachable!()
-        };
         let float = Event::Evaluation {
-            stage,
+            stage: 2,
             what: "float".into(),
-            perplexity,
-            nll_per_token,
-            tokens,
-            context,
-            stride: 1024,
+            task: "ppl".into(),
+            numbers: numbers(16.234),
+            tokens: 128_000,
+            protocol: serde_json::Map::new(),
+            marks: marks(&[["context 2048", "ctx 2048"], ["stride 1024", "stride 1024"]]),
             bos: false,
-            completions_only: false,
             data: "a.txt".into(),
             ratio_to_float: None,
             global_step: 0,
@@ -737,16 +728,16 @@ mod tests {
              context 2048  stride 1024  no BOS  a.txt"
         );
         let mut hopeless = evaluation();
-        if let Event::Evaluation { perplexity, ratio_to_float, .. } = &mut hopeless {
-            (*perplexity, *ratio_to_float) = (3.7e32, Some(2.17e31));
+        if let Event::Evaluation { numbers: found, ratio_to_float, .. } = &mut hopeless {
+            (*found, *ratio_to_float) = (numbers(3.7e32), Some(2.17e31));
         }
         assert_eq!(
             at(&hopeless, 80),
             "eval      after reconstruct  perplexity 3.70e32  2.17e31× float  128k tok"
         );
         let mut packed = evaluation();
-        if let Event::Evaluation { completions_only, data, .. } = &mut packed {
-            *completions_only = true;
+        if let Event::Evaluation { marks, data, .. } = &mut packed {
+            marks.push(["completions only".into(), "completions".into()]);
             *data = "a.jsonl".into();
         }
         assert_eq!(

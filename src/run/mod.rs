@@ -23,7 +23,7 @@ use crate::report::jsonl::{JsonLines, cut_back};
 use crate::report::log::LogFile;
 use crate::report::tensorboard::TensorBoard;
 use crate::report::{At, Event, Position, Reporter, Reporters, memory};
-use crate::stage::{Quality, Results, StageContext};
+use crate::stage::{Measured, Quality, Results, StageContext};
 use crate::stop::StopFlag;
 
 /// How a recipe is to be run.
@@ -295,7 +295,10 @@ fn done(record: &RunRecord, last_change: Option<usize>, dir: &Path) -> Event {
     let current = |stage: usize| last_change.is_none_or(|change| stage > change);
     let last = results.measured.iter().rev();
     let last = last.filter(|measured| current(measured.stage));
-    let last = last.clone().find(|measured| measured.what.starts_with("after"));
+    let perplexity = |measured: &Measured| measured.result.number("perplexity");
+    let last = last
+        .filter(|measured| measured.what.starts_with("after"))
+        .find(|measured| perplexity(measured).is_some());
     let task = last.map(|measured| &measured.task);
     let float = results.measured.iter().find(|m| m.what == "float" && Some(&m.task) == task);
     let judged =
@@ -310,12 +313,8 @@ fn done(record: &RunRecord, last_change: Option<usize>, dir: &Path) -> Event {
     let export = results.exports.first();
     Event::Done {
         run: dir.display().to_string(),
-        perplexity_float: float
-            .map(|measured| measured.result.perplexity)
-            .or(teacher.map(Quality::perplexity)),
-        perplexity_final: last
-            .map(|measured| measured.result.perplexity)
-            .or(judged.map(Quality::perplexity)),
+        perplexity_float: float.and_then(perplexity).or(teacher.map(Quality::perplexity)),
+        perplexity_final: last.and_then(perplexity).or(judged.map(Quality::perplexity)),
         slice_tokens: judged.map(|judged| judged.tokens),
         bytes: export.map(|export| export.bytes),
         bits_per_weight: export.map(|export| export.bits_per_weight),

@@ -6,17 +6,17 @@ use burn::tensor::{Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use super::context::StageContext;
-use super::corpus::{Corpus, Data};
+use super::corpus::Data;
 use super::cost::{Cost, Scene};
 use super::kind::Stage;
 use super::results::Measured;
 use super::state::{BASE, ModelState, Packed};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::method::{self, MethodConfig, RtnConfig};
 use crate::model::{Loader, ModelTap, WeightSource, weight_name};
 use crate::quant::{GroupAxis, GroupLayout, QuantSpec, QuantizedWeight, Symmetry};
-use crate::report::{Event, Reporter};
-use crate::task::{self, Perplexity, PplConfig};
+use crate::report::{Event, Number, Reporter};
+use crate::task::{Bench, Score, TaskConfig};
 
 /// Keys of `[stage.evaluate]`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -28,14 +28,6 @@ pub struct EvaluateConfig {
     /// said otherwise, where there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub baselines: Option<Vec<Baseline>>,
-}
-
-/// `task.NAME = { ... }`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum TaskConfig {
-    /// Perplexity on `[data.validation]`.
-    Ppl(PplConfig),
 }
 
 /// Something to compare with.
@@ -59,12 +51,10 @@ impl Stage for EvaluateConfig {
 
     fn check_data(&self, model: &ModelState, data: &Data) -> Result<()> {
         let corpus = Data::need(data.validation.as_ref(), "validation")?;
-        let TaskConfig::Ppl(task) = &self.task;
-        let packed = corpus.stream.packed;
-        let (context, stride) =
-            task.protocol(&model.config, packed).map_err(|e| e.at("task.ppl"))?;
-        corpus.stream.strided(context, stride).map_err(|e| e.at("data.validation"))?;
-        Ok(())
+        let at = |e: Error| e.at(format!("task.{}", self.task.name()));
+        let task = self.task.task();
+        task.window(&model.config, corpus.stream.packed).map_err(|refused| at(refused.error))?;
+        task.check_text(&model.config, &corpus.stream).map_err(|e| e.at("data.validation"))
     }
 
     fn cost(&self, scene: &Scene<'_>) -> Cost {
@@ -80,10 +70,12 @@ impl Stage for EvaluateConfig {
     }
 
     fn run(&self, ctx: &mut StageContext<'_>) -> Result<()> {
-        let TaskConfig::Ppl(task) = &self.task;
+        let mut task = self.task.clone();
         // `samples` of the data is what a task measures that says nothing else.
-        let samples = ctx.data.validation.as_ref().and_then(|corpus| corpus.samples);
-        let task = &PplConfig { windows: task.windows.or(samples), ..task.clone() };
+        if let Some(samples) = ctx.data.validation.as_ref().and_then(|corpus| corpus.samples) {
+            task.task_mut().limit(samples);
+        }
+        let task = &task;
         let baselines = match &self.baselines {
             Some(baselines) => baselines.clone(),
             None => ctx.model.float().map_or_else(|_| Vec::new(), |_| vec![Baseline::Float]),
@@ -102,33 +94,33 @@ impl Stage for EvaluateConfig {
             format!("after {}", ctx.latest)
         };
         if what != "float" || baselines.is_empty() {
-            let result = perplexity(ctx, &Packed(ctx.model), ctx.model.tap(), task)?;
+            let result = measure(ctx, &Packed(ctx.model), ctx.model.tap(), task)?;
             record(ctx, what, result, task);
         }
         Ok(())
     }
 }
 
-/// The float model's perplexity, measured once per protocol and run.
-fn float(task: &PplConfig, ctx: &mut StageContext<'_>) -> Result<Perplexity> {
+/// The float model's numbers, measured once per protocol and run.
+fn float(task: &TaskConfig, ctx: &mut StageContext<'_>) -> Result<Score> {
     if let Some(known) = known_float(ctx, task) {
         return Ok(known);
     }
-    let result = perplexity(ctx, ctx.model.float()?, ModelTap::default(), task)?;
+    let result = measure(ctx, ctx.model.float()?, ModelTap::default(), task)?;
     record(ctx, "float".to_owned(), result.clone(), task);
     Ok(result)
 }
 
-fn known_float(ctx: &StageContext<'_>, task: &PplConfig) -> Option<Perplexity> {
+fn known_float(ctx: &StageContext<'_>, task: &TaskConfig) -> Option<Score> {
     let measured = ctx.results.measured.iter();
     measured.filter(|m| m.what == "float" && m.task == *task).map(|m| m.result.clone()).next()
 }
 
 /// What rounding alone would give at these bits, activations treated alike: the price that learning
 /// has to beat.
-fn rtn(task: &PplConfig, ctx: &mut StageContext<'_>) -> Result<()> {
+fn rtn(task: &TaskConfig, ctx: &mut StageContext<'_>) -> Result<()> {
     let Some((baseline, what)) = rounded(ctx)? else { return Ok(()) };
-    let result = perplexity(ctx, &baseline, ctx.model.tap(), task)?;
+    let result = measure(ctx, &baseline, ctx.model.tap(), task)?;
     record(ctx, what, result, task);
     Ok(())
 }
@@ -194,39 +186,44 @@ impl WeightSource for Rounded<'_> {
     }
 }
 
-/// Perplexity of the model that `source` holds, on the validation data; `tap` acts on activations.
-pub(super) fn perplexity(
+/// The task on the model that `source` holds and the validation data; `tap` acts on activations.
+fn measure(
     ctx: &StageContext<'_>,
     source: &dyn WeightSource,
     tap: ModelTap,
-    task: &PplConfig,
-) -> Result<Perplexity> {
-    let corpus = validation(ctx)?;
+    task: &TaskConfig,
+) -> Result<Score> {
+    let corpus = Data::need(ctx.data.validation.as_ref(), "validation")?;
     let config = &ctx.model.config;
     let device = &ctx.device.device;
     let model = Loader { config, source, device, dtype: ctx.compute }.model()?.with_tap(tap);
-    task::measure(&model, config, &corpus.stream, task, device, ctx.stop, &mut |_, _| ())
+    let bench = Bench { config, text: &corpus.stream, device, stop: ctx.stop };
+    task.task().measure(&bench, &model, &mut |_, _| ())
 }
 
-pub(super) fn validation<'a>(ctx: &'a StageContext<'_>) -> Result<&'a Corpus> {
-    Data::need(ctx.data.validation.as_ref(), "validation")
-}
-
-fn record(ctx: &mut StageContext<'_>, what: String, result: Perplexity, task: &PplConfig) {
+fn record(ctx: &mut StageContext<'_>, what: String, result: Score, task: &TaskConfig) {
     let corpus = ctx.data.validation.as_ref();
     let ratio = known_float(ctx, task).filter(|_| what != "float");
+    let tags = task.task().numbers().iter().map(|number| number.tag);
+    let numbers = tags
+        .zip(&result.numbers)
+        .map(|(tag, (name, value))| Number {
+            name: name.clone(),
+            tag: tag.to_owned(),
+            value: *value,
+        })
+        .collect();
     ctx.report.emit(&Event::Evaluation {
         stage: ctx.stage,
         what: what.clone(),
-        perplexity: result.perplexity,
-        nll_per_token: result.nll_per_token,
+        task: task.name().to_owned(),
+        numbers,
         tokens: result.tokens,
-        context: result.context,
-        stride: result.stride,
+        protocol: result.protocol.clone(),
+        marks: task.task().marks(&result),
         bos: ctx.data.bos.is_some(),
-        completions_only: result.completions_only,
         data: corpus.map(|corpus| corpus.name.clone()).unwrap_or_default(),
-        ratio_to_float: ratio.map(|float| result.perplexity / float.perplexity),
+        ratio_to_float: ratio.map(|float| result.first() / float.first()),
         global_step: ctx.first_step,
         track: what.starts_with("after"),
     });

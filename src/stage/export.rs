@@ -7,7 +7,7 @@ use super::context::StageContext;
 use super::cost::{Cost, Scene};
 use super::gate;
 use super::kind::{Before, Stage};
-use super::results::ExportRecord;
+use super::results::{ExportRecord, Measured};
 use super::state::Packed;
 use crate::data::{TokenStream, Tokenizer};
 use crate::error::{Error, Result};
@@ -148,9 +148,9 @@ impl Stage for ExportConfig {
 /// The protocol of the last evaluation of this run, so that a folder says the number that the run
 /// said; but of no more text than tells two models apart.
 fn protocol(ctx: &StageContext<'_>, stream: &TokenStream) -> PplConfig {
-    let last = ctx.results.measured.last().map(|measured| measured.task.clone());
-    let task = last.unwrap_or_default();
-    let Ok((context, _)) = task.protocol(&ctx.model.config, stream.packed) else {
+    let perplexity = |measured: &Measured| measured.task.perplexity().cloned();
+    let task = ctx.results.measured.iter().rev().find_map(perplexity).unwrap_or_default();
+    let Ok((context, _)) = task.windows(&ctx.model.config, stream.packed) else {
         return PplConfig { windows: Some(PARITY_WINDOWS), ..PplConfig::default() };
     };
     let most = (PARITY_TOKENS / context).max(1);

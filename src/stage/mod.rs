@@ -42,7 +42,7 @@ pub use context::StageContext;
 pub use corpus::{Corpus, Data};
 pub use cost::{Cost, Lever, Scene, Speed};
 pub use distill::DistillConfig;
-pub use evaluate::{Baseline, EvaluateConfig, TaskConfig};
+pub use evaluate::{Baseline, EvaluateConfig};
 pub use export::{ExportConfig, PARITY_WINDOWS};
 pub use finetune::{FinetuneConfig, FinetuneMethod, FullConfig, LoraConfig, QloraConfig};
 pub use kind::{Before, Codes, Effect, Judged, Stage};

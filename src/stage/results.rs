@@ -5,21 +5,44 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::task::{Perplexity, PplConfig};
+use serde_json::{Map, Value};
 
-/// A measured perplexity, kept for reports and for the run's last line.
+use crate::task::{Score, TaskConfig, recorded};
+
+/// What a task measured, kept for reports and for the run's last line.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(from = "Recorded")]
 pub struct Measured {
     /// Stage index.
     pub stage: usize,
     /// `float`, `rtn w2`, `after distill`, ...
     pub what: String,
-    /// The number and its protocol.
-    pub result: Perplexity,
+    /// The numbers and their protocol.
+    pub result: Score,
     /// The data's SHA-256.
     pub data_sha256: String,
     /// The protocol asked for.
-    pub task: PplConfig,
+    #[serde(with = "recorded")]
+    pub task: TaskConfig,
+}
+
+/// [`Measured`] as it stands in `run.json`.
+#[derive(Deserialize)]
+struct Recorded {
+    stage: usize,
+    what: String,
+    result: Map<String, Value>,
+    data_sha256: String,
+    #[serde(with = "recorded")]
+    task: TaskConfig,
+}
+
+impl From<Recorded> for Measured {
+    fn from(found: Recorded) -> Self {
+        let Recorded { stage, what, result, data_sha256, task } = found;
+        let result = Score::of_entries(task.task(), result);
+        Self { stage, what, result, data_sha256, task }
+    }
 }
 
 /// What was exported.
@@ -41,7 +64,7 @@ pub struct ExportRecord {
 /// Results that outlive a stage; saved in `run.json`.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 pub struct Results {
-    /// Perplexities in order of measurement.
+    /// Evaluations in order of measurement.
     pub measured: Vec<Measured>,
     /// Exports in order of writing.
     pub exports: Vec<ExportRecord>,

@@ -9,7 +9,9 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
+use super::kind::{Bench, Number, Refused, Score, Task};
 use crate::data::{ScoredWindow, TokenStream};
 use crate::error::{Error, Result};
 use crate::model::{CausalLm, Forward, ModelConfig, Positions};
@@ -64,37 +66,113 @@ impl PplConfig {
     ///
     /// # Errors
     /// A usage error when they make no sense for it, or are not the packed windows.
-    pub fn protocol(&self, config: &ModelConfig, packed: Option<usize>) -> Result<(usize, usize)> {
+    pub fn windows(
+        &self,
+        config: &ModelConfig,
+        packed: Option<usize>,
+    ) -> Result<(usize, usize), Refused> {
+        let refused = |key, error| Err(Refused { key, error });
         for (key, asked) in [("context", self.context), ("stride", self.stride)] {
             if let (Some(asked), Some(packed)) = (asked, packed)
                 && asked != packed
             {
-                return Err(Error::usage(format!(
+                let error = Error::usage(format!(
                     "{key} = {asked}, but the examples are packed into windows of {packed} tokens"
-                ))
-                .fix(format!("{key} = {packed}, or leave it out")));
+                ));
+                return refused(key, error.fix(format!("{key} = {packed}, or leave it out")));
             }
         }
         let default = packed.unwrap_or(config.max_positions.min(DEFAULT_CONTEXT));
         let context = self.context.unwrap_or(default);
         let stride = self.stride.unwrap_or(context);
         if context < 2 || context > config.max_positions {
-            return Err(Error::usage(format!(
+            let error = Error::usage(format!(
                 "context = {context} is not between 2 and the model's {}",
                 config.max_positions
-            ))
-            .fix(format!("context = {}", config.max_positions.min(DEFAULT_CONTEXT))));
+            ));
+            let most = config.max_positions.min(DEFAULT_CONTEXT);
+            return refused("context", error.fix(format!("context = {most}")));
         }
         if stride == 0 || stride > context {
-            return Err(Error::usage(format!("stride = {stride} is not between 1 and {context}"))
-                .fix(format!("stride = {context}")));
+            let error = Error::usage(format!("stride = {stride} is not between 1 and {context}"));
+            return refused("stride", error.fix(format!("stride = {context}")));
         }
         if self.windows == Some(0) {
-            return Err(Error::usage("windows = 0 measures nothing")
-                .at("windows")
-                .fix("windows = 1"));
+            let error = Error::usage("windows = 0 measures nothing");
+            return refused("windows", error.fix("windows = 1"));
         }
         Ok((context, stride))
+    }
+}
+
+impl Task for PplConfig {
+    fn numbers(&self) -> &'static [Number] {
+        const {
+            &[
+                Number { name: "perplexity", tag: "eval/perplexity" },
+                Number { name: "nll_per_token", tag: "eval/loss" },
+            ]
+        }
+    }
+
+    fn window(&self, model: &ModelConfig, packed: Option<usize>) -> Result<usize, Refused> {
+        self.windows(model, packed).map(|(context, _)| context)
+    }
+
+    fn check_text(&self, model: &ModelConfig, text: &TokenStream) -> Result<()> {
+        let (context, stride) = self.windows(model, text.packed)?;
+        text.strided(context, stride).map(drop)
+    }
+
+    fn limit(&mut self, windows: usize) {
+        self.windows.get_or_insert(windows);
+    }
+
+    fn measure(
+        &self,
+        bench: &Bench<'_>,
+        model: &dyn Forward,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Score> {
+        let Bench { config, text, device, stop } = *bench;
+        let found = measure(model, config, text, self, device, stop, progress)?;
+        let mut protocol = Map::new();
+        protocol.insert("context".to_owned(), found.context.into());
+        protocol.insert("stride".to_owned(), found.stride.into());
+        protocol.insert("windows".to_owned(), found.windows.into());
+        if found.completions_only {
+            protocol.insert("completions_only".to_owned(), true.into());
+        }
+        let numbers = [("perplexity", found.perplexity), ("nll_per_token", found.nll_per_token)];
+        let numbers = numbers.map(|(name, value)| (name.to_owned(), value)).into();
+        Ok(Score { numbers, tokens: found.tokens, protocol })
+    }
+
+    fn result(&self, score: &Score) -> String {
+        let nll = score.number("nll_per_token").unwrap_or(f64::NAN);
+        format!(
+            "perplexity {:.4}   nll {nll:.5} per token over {} tokens",
+            score.first(),
+            score.tokens
+        )
+    }
+
+    fn protocol(&self, score: &Score) -> String {
+        let of = |key: &str| score.protocol.get(key).and_then(Value::as_u64).unwrap_or(0);
+        format!("{} windows of {} tokens, stride {}", of("windows"), of("context"), of("stride"))
+    }
+
+    fn marks(&self, score: &Score) -> Vec<[String; 2]> {
+        let of = |key: &str| score.protocol.get(key).and_then(Value::as_u64).unwrap_or(0);
+        let (context, stride) = (of("context"), of("stride"));
+        let mut marks = vec![[format!("context {context}"), format!("ctx {context}")]];
+        if stride != context {
+            marks.push([format!("stride {stride}"), format!("stride {stride}")]);
+        }
+        if score.protocol.contains_key("completions_only") {
+            marks.push(["completions only".to_owned(), "completions".to_owned()]);
+        }
+        marks
     }
 }
 
@@ -104,7 +182,7 @@ impl PplConfig {
 /// When the text is shorter than one window, the protocol does not fit the model, the model gives
 /// a value that is not finite, or a signal came.
 pub fn measure(
-    model: &impl Forward,
+    model: &(impl Forward + ?Sized),
     config: &ModelConfig,
     stream: &TokenStream,
     task: &PplConfig,
@@ -112,7 +190,7 @@ pub fn measure(
     stop: &StopFlag,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Perplexity> {
-    let (context, stride) = task.protocol(config, stream.packed)?;
+    let (context, stride) = task.windows(config, stream.packed)?;
     let mut windows = stream.strided(context, stride)?;
     windows.retain(|window| flags(stream, *window, context).is_none_or(|f| f.contains(&true)));
     if let Some(limit) = task.windows.filter(|limit| *limit < windows.len()) {
@@ -221,7 +299,7 @@ mod tests {
         let config = config();
         let protocol = |context, stride, packed| {
             let task = PplConfig { context, stride, ..PplConfig::default() };
-            task.protocol(&config, packed)
+            task.windows(&config, packed).map_err(Error::from)
         };
         assert_eq!(protocol(None, None, None).unwrap(), (512, 512));
         assert_eq!(protocol(None, None, Some(128)).unwrap(), (128, 128));

@@ -1,0 +1,65 @@
+//! The tasks: one file, one line in the `tasks!` list each.
+
+use serde::{Deserialize, Serialize};
+
+use super::kind::Task;
+use super::perplexity::PplConfig;
+
+/// The enum of the tasks, and which keys each has.
+macro_rules! tasks {
+    ($($(#[$doc:meta])* $name:ident { $key:literal, $config:ty },)*) => {
+        /// `task.NAME = { ... }`.
+        #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+        pub enum TaskConfig {
+            $($(#[$doc])* #[serde(rename = $key)] $name($config),)*
+        }
+
+        /// The name of every task in recipes.
+        pub const NAMES: &[&str] = &[$($key,)*];
+
+        impl TaskConfig {
+            /// The name in recipes and reports.
+            pub fn name(&self) -> &'static str {
+                match self {
+                    $(Self::$name(_) => $key,)*
+                }
+            }
+
+            /// What it says of itself, and measures.
+            pub fn task(&self) -> &dyn Task {
+                match self {
+                    $(Self::$name(config) => config,)*
+                }
+            }
+
+            /// As [`TaskConfig::task`], to change its keys.
+            pub fn task_mut(&mut self) -> &mut dyn Task {
+                match self {
+                    $(Self::$name(config) => config,)*
+                }
+            }
+        }
+    };
+}
+
+tasks! {
+    /// Perplexity on `[data.validation]`.
+    Ppl { "ppl", PplConfig },
+}
+
+impl TaskConfig {
+    /// The protocol of a perplexity, under which exports are checked.
+    pub fn perplexity(&self) -> Option<&PplConfig> {
+        match self {
+            Self::Ppl(config) => Some(config),
+            #[allow(unreachable_patterns)] // as long as it is the only task
+            _ => None,
+        }
+    }
+}
+
+impl Default for TaskConfig {
+    fn default() -> Self {
+        Self::Ppl(PplConfig::default())
+    }
+}
