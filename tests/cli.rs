@@ -368,6 +368,28 @@ mod recipe_errors {
     }
 
     #[test]
+    fn a_format_that_will_not_hold_the_scales() {
+        let place = Place::new();
+        place.write("few.json", few_stories(4));
+        place.write("recipe.toml", TINY.replace("format.dequantized", "format.gptq"));
+        assert_snapshot!(check_refuses(&place, &[]), @r#"
+            exit 3
+            error: format.gptq holds scales of fewer digits than the f32 numbers that this plan leaves
+              at   format.gptq, stage.3.export
+              try  quant.scales = "f16"; or format.gptq.lossy = true, which changes weights
+        "#);
+        let scales = ["check", "--recipe", "recipe.toml", "--set", "quant.scales=f16"];
+        place.ok(&scales);
+        place.ok(&[
+            "check",
+            "--recipe",
+            "recipe.toml",
+            "--set",
+            "stage.3.export.format.gptq.lossy=true",
+        ]);
+    }
+
+    #[test]
     fn a_device_that_is_not_compiled_in() {
         let place = Place::new();
         let args = ["check", "--recipe", "rtn_w4g128", "--device", "abacus"];
@@ -411,6 +433,23 @@ mod data_errors {
             exit 2
             error: there is no such data file
               at   nowhere.json, data.validation
+              try  check the path
+        ");
+    }
+
+    #[test]
+    fn a_file_that_only_the_training_text_names() {
+        let place = Place::new();
+        let text = TINY.replace(
+            "path = \"embedded:tinystories/calibration.json\"\nsamples = 8\n",
+            "samples = 8\n",
+        );
+        place.write("recipe.toml", text.replace("embedded:tinystories/calib", "nowhere/calib"));
+        place.write("few.json", few_stories(4));
+        assert_snapshot!(check_refuses(&place, &[]), @r"
+            exit 2
+            error: there is no such data file
+              at   nowhere/calibration.json, data.train
               try  check the path
         ");
     }

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Place, few_stories};
+use common::{Ended, Place, few_stories};
 use serde_json::Value;
 
 const FORMATS: [&str; 7] = ["mlx", "gptq", "autoround", "awq", "compressed_tensors", "bcq", "gguf"];
@@ -58,15 +58,18 @@ fn run(grid: &Grid, scales: &str) -> Place {
     let place = Place::new();
     place.write("few.json", few_stories(3));
     place.write("text.json", few_stories(8));
-    let recipe = format!(
+    place.write("recipe.toml", recipe(grid, scales));
+    place.ok(&["train", "--recipe", "recipe.toml"]);
+    place
+}
+
+fn recipe(grid: &Grid, scales: &str) -> String {
+    format!(
         "output = \"run\"\ndevice = \"cpu\"\nmodel.path = \"embedded:tinystories-656k\"\n\
          [data]\nvalidation.path = \"few.json\"\ntrain = {{ path = \"text.json\", length = 64 }}\n\
          [quant]\nscales = \"{scales}\"\n{}\n{}[[stage]]\n[stage.export]\nformat.fewbit = {{}}\n",
         grid.quant, grid.stages
-    );
-    place.write("recipe.toml", recipe);
-    place.ok(&["train", "--recipe", "recipe.toml"]);
-    place
+    )
 }
 
 #[test]
@@ -108,6 +111,43 @@ fn scales_of_32_bits_are_refused_where_they_would_be_rounded() {
     // This one stores them as they are.
     let format = "compressed_tensors";
     place.ok(&["export", "--run", "run", "--format", format, "--output", format]);
+}
+
+#[test]
+fn a_check_foresees_what_an_export_would_refuse() {
+    let place = Place::new();
+    place.write("few.json", few_stories(3));
+    place.write("text.json", few_stories(8));
+    let check = |grid: &Grid, format: &str, scales: &str| {
+        let recipe = recipe(grid, scales).replace("format.fewbit", &format!("format.{format}"));
+        place.write("recipe.toml", recipe);
+        place.run(&["check", "--recipe", "recipe.toml"])
+    };
+    for grid in &GRIDS {
+        for format in FORMATS {
+            let Ended { code, err, .. } = check(grid, format, "f16");
+            let expected = if grid.holds.contains(&format) { 0 } else { 3 };
+            assert_eq!(code, expected, "{}, {format}: {err}", grid.name);
+        }
+    }
+    // Scales of 32 bits, which training leaves unless it is told: what the advice says does.
+    for format in ["gptq", "autoround", "awq", "gguf"] {
+        for grid in &GRIDS[..4] {
+            let Ended { code, err, .. } = check(grid, format, "f32");
+            assert_eq!(code, 3, "{}, {format}", grid.name);
+            assert!(err.contains("quant.scales = \"f16\""), "{}, {format}: {err}", grid.name);
+            let loss = format!("format.{format}.lossy = true");
+            assert!(err.contains(&loss), "{}, {format}: {err}", grid.name);
+            let set = format!("stage.1.export.{loss}");
+            let lossy = place.run(&["check", "--recipe", "recipe.toml", "--set", &set]);
+            assert_eq!(lossy.code, 0, "{}, {format}: {}", grid.name, lossy.err);
+        }
+    }
+    assert_eq!(check(&GRIDS[0], "compressed_tensors", "f32").code, 0);
+    // A run asks too, before it trains.
+    check(&GRIDS[3], "gptq", "f32");
+    let text = place.refused(&["train", "--recipe", "recipe.toml"]);
+    assert!(text.starts_with("exit 3\nerror: format.gptq holds scales of fewer digits"), "{text}");
 }
 
 #[test]

@@ -305,6 +305,21 @@ fn a_finished_run_says_so_and_refuses_what_changed() {
     assert!(again.err.contains("already complete"), "{}", again.err);
     assert!(again.err.contains("--fresh") && again.err.contains("\ndone "), "{}", again.err);
 
+    // What only says how closely a run is watched goes on with it.
+    for set in ["log_every=7", "checkpoint_every=9", "validate.windows=2"] {
+        let set = format!("stage.1.distill.{set}");
+        let watched = place.run(&[&TRAIN[..], &["--set", &set]].concat());
+        assert!(watched.code == 0 && watched.err.contains("already complete"), "{}", watched.err);
+    }
+    // So does a record of an older fewbit, whose tasks had no name and whose recipe says how often.
+    let record = place.read("run/run.json");
+    let name = record.find(",\n          \"name\": \"ppl\"").unwrap();
+    let mut old = record;
+    old.replace_range(name..name + ",\n          \"name\": \"ppl\"".len(), "");
+    place.write("run/run.json", old.replacen("log_every = 10", "log_every = 1", 1));
+    let again = place.run(&TRAIN);
+    assert!(again.code == 0 && again.err.contains("already complete"), "{}", again.err);
+
     let changed = |args: &[&str], sentence: &str| {
         let error = place.refused(&[&TRAIN[..], args].concat());
         assert!(error.starts_with("exit 6\n") && error.contains(sentence), "{error}");

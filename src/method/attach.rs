@@ -135,6 +135,23 @@ pub fn fold(weight: &Param<Tensor<2>>) -> Option<Result<QuantizedWeight>> {
     }
 }
 
+/// One positive number per group that says how coarse its levels are, as [`Grid::coarseness`] of what
+/// [`fold`] gives, without the codes; `None` for a dense weight.
+///
+/// # Errors
+/// As [`fold`], of a coded weight.
+pub fn coarseness(weight: &Param<Tensor<2>>) -> Option<Result<Vec<f32>>> {
+    if let Some(coded) = weight.reparameterization::<CodedWeight>() {
+        return Some(coded.fold().map(|weight| weight.grid.coarseness()));
+    }
+    let FakeQuant { method, layout, digits, .. } = attached(weight)?;
+    let grouped = ops::reshape_grouped(weight.base().transpose(), layout.grouped());
+    let scales = method.quantizer(grouped).shortened(*digits).scales();
+    let [_, planes] = scales.dims();
+    let scales: Vec<f32> = scales.into_data().iter::<f32>().collect();
+    Some(Ok(scales.chunks(planes).map(|scales| scales.iter().map(|s| s.abs()).sum()).collect()))
+}
+
 /// The weight after its method's work between steps; `None` for a dense weight.
 pub fn between_steps(weight: &Param<Tensor<2>>, moment: Moment) -> Option<Param<Tensor<2>>> {
     let attached = attached(weight)?.clone();

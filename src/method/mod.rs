@@ -38,8 +38,8 @@ use serde::{Deserialize, Serialize};
 pub use adadim::{AdaDim, AdaDimConfig};
 pub use alphatuning::{AlphaTuning, AlphaTuningConfig, LearnedAlphas};
 pub use attach::{
-    FakeQuant, Latent, attach, attached, between_steps, fold, latent, materialize, measures,
-    quantize, role_of, shorten_all,
+    FakeQuant, Latent, attach, attached, between_steps, coarseness, fold, latent, materialize,
+    measures, quantize, role_of, shorten_all,
 };
 pub use awq::{Awq, AwqConfig};
 pub use bcq::{Bcq, BcqConfig, BcqSolve};
@@ -179,6 +179,15 @@ impl Quantizer {
                 let division = unified.log_division + unified.log_row;
                 off_tape(weight) / off_tape(division).exp()
             }
+        }
+    }
+
+    /// Distances of levels, `[groups, 1]`, or scales of planes, `[groups, bits]`.
+    pub fn scales(&self) -> Tensor<2> {
+        match self {
+            Self::Divided(divided) => divided.scales(),
+            Self::Stepped(stepped, _) => stepped.rule.scales(stepped.step.clone()),
+            Self::Unified { unified, .. } => unified.folded().0,
         }
     }
 

@@ -158,6 +158,15 @@ pub enum ScaleDigits {
 }
 
 impl ScaleDigits {
+    /// The name in recipes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bits7 => "bits7",
+        }
+    }
+
     /// What the planes' scales of binary coding get: nothing is multiplied with them.
     #[must_use]
     pub fn of_planes(self) -> Self {

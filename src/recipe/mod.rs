@@ -46,6 +46,18 @@ pub struct Recipe {
     pub stage: Vec<StageConfig>,
 }
 
+impl Recipe {
+    /// The recipe without what changes no result: where it is written and run, and keys of stages that
+    /// only say how closely a run is watched. Runs of equal ones go on from each other.
+    #[must_use]
+    pub fn neutral(mut self) -> Self {
+        self.output = PathBuf::new();
+        self.device = String::new();
+        self.stage = self.stage.into_iter().map(StageConfig::neutral).collect();
+        self
+    }
+}
+
 fn auto() -> String {
     "auto".to_owned()
 }

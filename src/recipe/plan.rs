@@ -115,7 +115,7 @@ impl Plan {
                 stages.last().map_or(0, |s| s.first_step + s.config.stage().steps(model.n_blocks));
             let effect = stage.effect();
             let codes = effect.codes();
-            let resolved = if matches!(effect, Effect::Grids(_)) {
+            let resolved = if matches!(effect, Effect::Grids { .. }) {
                 // What the linears are is what they stay; the head does not learn.
                 let mut linears = quantized.clone();
                 linears.remove(model.head());
@@ -133,7 +133,7 @@ impl Plan {
                     quantized.extend(resolved.linears.clone());
                     last_spec = Some(default_spec);
                 }
-                Effect::Grids(_) => default_spec = last_spec.unwrap_or(default_spec),
+                Effect::Grids { .. } => default_spec = last_spec.unwrap_or(default_spec),
                 Effect::Floats => {
                     quantized.retain(|name, _| name == model.head());
                     tuned |= base.linears.is_empty();

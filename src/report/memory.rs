@@ -10,9 +10,23 @@ pub fn current_gib() -> Option<f64> {
     status_gib("VmRSS:")
 }
 
-/// Main memory of the machine in bytes; `None` where the system does not tell.
+/// Main memory in bytes that a process may have: the machine's, or what its control group is limited to;
+/// `None` where the system does not tell.
 pub fn total_bytes() -> Option<u64> {
-    let gib = field_gib(&std::fs::read_to_string("/proc/meminfo").ok()?, "MemTotal:")?;
+    let total = machine_bytes("MemTotal:")?;
+    // Version 2, in which a container sees its own group; "max" is no number.
+    let limit = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok();
+    let limit = limit.and_then(|limit| limit.trim().parse().ok());
+    Some(limit.map_or(total, |limit: u64| limit.min(total)))
+}
+
+/// Main memory in bytes that is free without swapping; `None` where the system does not tell.
+pub fn available_bytes() -> Option<u64> {
+    machine_bytes("MemAvailable:")
+}
+
+fn machine_bytes(key: &str) -> Option<u64> {
+    let gib = field_gib(&std::fs::read_to_string("/proc/meminfo").ok()?, key)?;
     Some((gib * f64::from(1 << 30)) as u64)
 }
 

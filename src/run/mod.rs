@@ -204,6 +204,9 @@ pub fn announce(prepared: &Prepared, report: &mut dyn Reporter) {
         kept: prepared.kept(),
     });
     report.emit(&prepared.needs.event(&prepared.device));
+    if let Some(text) = prepared.scarce.clone() {
+        report.emit(&Event::Warning { text });
+    }
     let data = &prepared.data;
     let corpora = [
         ("calibration", &data.calibration),

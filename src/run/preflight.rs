@@ -19,7 +19,7 @@ use crate::model::{companions, open_folder};
 use crate::quant::{GroupAxis, GroupSize, QuantSpec, Repr, Symmetry};
 use crate::recipe::{self, Base, DataConfig, Paths, Plan, Recipe, to_toml};
 use crate::report::{Event, memory, size};
-use crate::stage::{Corpus, Data, ModelState, Scene, Speed, StageConfig};
+use crate::stage::{Corpus, Data, Lever, ModelState, Scene, Speed, StandIns};
 use crate::stop::StopFlag;
 use crate::store::folder::{free_bytes, sha256_file};
 use crate::store::{hex, locate};
@@ -43,6 +43,8 @@ pub struct Prepared {
     pub fingerprint: Fingerprint,
     /// What the run will need.
     pub needs: Needs,
+    /// What is scarce but may do, a sentence.
+    pub scarce: Option<String>,
 }
 
 /// What a run will need: an estimate.
@@ -77,12 +79,14 @@ pub fn prepare(options: &Options, stop: &StopFlag) -> Result<Prepared> {
     stop.check()?;
     let data = load_data(&plan, &model)?;
     check_data(&plan, &model, &data)?;
+    check_exports(&plan, &model, &device)?;
     let fingerprint = fingerprint(&plan, &model, &data)?;
-    let needs = Needs::estimate(&plan, &model, &data, &device);
-    let prepared = Prepared { plan, device, model, data, fingerprint, needs };
+    let (needs, peaks) = Needs::estimate(&plan, &model, &data, &device);
+    let scarce = None;
+    let prepared = Prepared { plan, device, model, data, fingerprint, needs, scarce };
     RunFolder::check(&prepared, options.fresh)?;
-    prepared.needs.check(&prepared.plan.recipe.output)?;
-    Ok(prepared)
+    let scarce = prepared.needs.check(&peaks, &prepared.plan.recipe.output)?;
+    Ok(Prepared { scarce, ..prepared })
 }
 
 fn open_model(recipe: &Recipe) -> Result<ModelState> {
@@ -178,8 +182,9 @@ fn load_data(plan: &Plan, model: &ModelState) -> Result<Data> {
         corpus.map(Some).map_err(|e| e.at(format!("data.{role}")))
     };
     Ok(Data {
-        calibration: load(&section.calibration, "calibration")?,
+        // First: calibration may read the same text, and a fault is this table's then.
         train: load(&section.train, "train")?,
+        calibration: load(&section.calibration, "calibration")?,
         validation: load(&section.validation, "validation")?,
         bos,
     })
@@ -220,11 +225,22 @@ fn check_data(plan: &Plan, model: &ModelState, data: &Data) -> Result<()> {
     plan.stages.iter().try_for_each(|stage| stage.config.stage().check_data(model, data))
 }
 
+/// Every format will hold what the stages before it leave.
+fn check_exports(plan: &Plan, model: &ModelState, device: &NamedDevice) -> Result<()> {
+    let mut linears = StandIns::new(plan.start != Repr::Dense, model.config.head());
+    for (index, planned) in plan.stages.iter().enumerate() {
+        let stage = planned.config.stage();
+        if let Some(formats) = stage.exports() {
+            let digits = plan.recipe.quant.scales;
+            let held = linears.check(formats, digits, model, &device.device);
+            held.map_err(|e| e.at(format!("stage.{index}.{}", planned.config.name())))?;
+        }
+        linears.pass(stage.effect(), &planned.specs, planned.head, &planned.observer);
+    }
+    Ok(())
+}
+
 fn fingerprint(plan: &Plan, model: &ModelState, data: &Data) -> Result<Fingerprint> {
-    let mut recipe = plan.recipe.clone();
-    recipe.output = PathBuf::new();
-    recipe.device = String::new();
-    recipe.stage = recipe.stage.into_iter().map(StageConfig::neutral).collect();
     let mut hash = Sha256::new();
     let mut files = vec![model.dir.join("config.json")];
     files.extend(model.checkpoint.files().iter().cloned());
@@ -238,7 +254,7 @@ fn fingerprint(plan: &Plan, model: &ModelState, data: &Data) -> Result<Fingerpri
         ("validation", &data.validation),
     ];
     Ok(Fingerprint {
-        recipe: to_toml(&recipe)?,
+        recipe: to_toml(&plan.recipe.clone().neutral())?,
         model: hex(&hash.finalize()),
         data: corpora
             .into_iter()
@@ -262,7 +278,13 @@ impl Prepared {
 }
 
 impl Needs {
-    fn estimate(plan: &Plan, model: &ModelState, data: &Data, device: &NamedDevice) -> Self {
+    /// What the run needs, and what of main memory each stage does.
+    fn estimate(
+        plan: &Plan,
+        model: &ModelState,
+        data: &Data,
+        device: &NamedDevice,
+    ) -> (Self, Vec<Peak>) {
         let config = &model.config;
         let linears: u64 =
             config.linears().map(|(_, spec)| spec.shape.iter().product::<usize>() as u64).sum();
@@ -276,20 +298,31 @@ impl Needs {
             speed: measure(&device.device),
         };
         let (mut on_device, mut on_host, mut disk, mut seconds) = (0, linears, 0, 0.0);
-        for stage in &plan.stages {
+        let mut peaks = Vec::new();
+        for (index, stage) in plan.stages.iter().enumerate() {
             let cost = stage.config.stage().cost(&scene);
             on_device = on_device.max(cost.device);
             on_host = on_host.max(linears + cost.host);
             disk += cost.disk;
             seconds += cost.seconds;
+            // A key with dots stands where the recipe has it.
+            let key = |lever: Lever| {
+                let own = !lever.key.contains('.');
+                let table = format!("stage.{index}.{}.", stage.config.name());
+                (if own { table + lever.key } else { lever.key.to_owned() }, lever)
+            };
+            let on_device = if device.discrete { 0 } else { cost.device };
+            let lever = cost.lever.filter(|lever| !device.discrete || lever.key.contains('.'));
+            peaks.push(Peak { bytes: cost.host + on_device, lever: lever.map(key) });
         }
         let host = BASE_BYTES + on_host + if device.discrete { 0 } else { on_device };
-        Self {
+        let needs = Self {
             device_bytes: device.discrete.then_some(on_device),
             host_bytes: host,
             disk_bytes: disk + (1 << 20),
             seconds,
-        }
+        };
+        (needs, peaks)
     }
 
     /// The event that shows it.
@@ -303,20 +336,31 @@ impl Needs {
         }
     }
 
-    /// Refuses a disk or a memory that is too small for the run.
+    /// Refuses a disk or a memory that is too small for the run; says when only what is free now is.
     ///
     /// # Errors
-    /// Exit 3, with both sizes.
-    fn check(&self, output: &Path) -> Result<()> {
+    /// Exit 3, with both sizes and the setting that would fit.
+    fn check(&self, peaks: &[Peak], output: &Path) -> Result<Option<String>> {
+        let setting = |limit: u64| fitting(peaks, self.host_bytes.saturating_sub(limit));
         if let Some(total) = memory::total_bytes().filter(|total| *total < self.host_bytes) {
+            let fix = setting(total).map_or_else(
+                || "smaller ones, or a larger machine".to_owned(),
+                |setting| format!("{setting}, or a larger machine"),
+            );
             return Err(Error::preflight(format!(
                 "the run needs about {} of memory, and this machine has {}",
                 size(self.host_bytes),
                 size(total)
             ))
             .at("batch, length and samples of the recipe")
-            .fix("smaller ones, or a larger machine"));
+            .fix(fix));
         }
+        let free = memory::available_bytes().filter(|free| *free < self.host_bytes);
+        let scarce = free.map(|free| {
+            let fits = setting(free).map_or_else(String::new, |s| format!("; {s} would fit"));
+            let (needed, free) = (size(self.host_bytes), size(free));
+            format!("the run needs about {needed} of memory, and {free} are free now{fits}")
+        });
         match free_bytes(output) {
             Some(free) if free < self.disk_bytes => Err(Error::preflight(format!(
                 "the run needs about {} of disk, and {} are free",
@@ -325,9 +369,30 @@ impl Needs {
             ))
             .at(output.display())
             .fix("free some space, or --output on another disk")),
-            _ => Ok(()),
+            _ => Ok(scarce),
         }
     }
+}
+
+/// What of main memory one stage needs, and the setting it grows with, by its full key.
+struct Peak {
+    bytes: u64,
+    lever: Option<(String, Lever)>,
+}
+
+/// The setting that takes `over` bytes off the largest of the peaks, whichever it is then.
+fn fitting(peaks: &[Peak], over: u64) -> Option<String> {
+    let largest = peaks.iter().max_by_key(|peak| peak.bytes)?;
+    let (key, lever) = largest.lever.as_ref()?;
+    let value = lever.value.checked_sub(over.div_ceil(lever.bytes.max(1))).filter(|v| *v > 0)?;
+    let limit = largest.bytes - over.min(largest.bytes);
+    let with = |peak: &Peak| match &peak.lever {
+        Some((other, lever)) if other == key => {
+            peak.bytes.saturating_sub(lever.value.saturating_sub(value) * lever.bytes)
+        }
+        _ => peak.bytes,
+    };
+    peaks.iter().all(|peak| with(peak) <= limit).then(|| format!("{key} = {value}"))
 }
 
 /// What a device reaches in about a tenth of a second of work of the kind that training does.
@@ -356,5 +421,29 @@ fn measure(device: &Device) -> Speed {
         flops: 2.0 * (SIDE as f64).powi(3) / product,
         bytes: 12.0 * (WIDE as f64).powi(2) / sum,
         launch,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_setting_that_fits_is_that_of_the_largest_stage() {
+        let peak = |bytes, key: &str, value, each| Peak {
+            bytes,
+            lever: Some((key.to_owned(), Lever { key: "", value, bytes: each })),
+        };
+        let samples = |bytes, each| peak(bytes, "data.calibration.samples", 128, each);
+        let batch = peak(500, "stage.1.distill.batch", 8, 50);
+        let peaks = [samples(1400, 10), batch];
+        assert_eq!(fitting(&peaks, 405).as_deref(), Some("data.calibration.samples = 87"));
+        // Then the other one would be too large, or this one cannot be small enough.
+        assert_eq!(fitting(&peaks, 950), None);
+        assert_eq!(fitting(&[samples(2000, 10)], 1280), None);
+        // The same key makes both smaller.
+        let peaks = [samples(1400, 10), samples(1200, 8)];
+        assert_eq!(fitting(&peaks, 300).as_deref(), Some("data.calibration.samples = 98"));
+        assert_eq!(fitting(&[Peak { bytes: 10, lever: None }], 5), None);
     }
 }

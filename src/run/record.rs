@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Needs;
 use crate::error::{Error, Result};
+use crate::recipe::{self, Recipe, to_toml};
 use crate::stage::Results;
 use crate::store::folder::write_atomic;
 
@@ -58,8 +59,9 @@ pub struct Fingerprint {
 impl Fingerprint {
     /// What differs from another one, in words.
     pub fn difference(&self, other: &Self) -> Option<String> {
-        if self.recipe != other.recipe {
-            let mut lines = self.recipe.lines().zip(other.recipe.lines());
+        let (was, is) = (neutral(&self.recipe), neutral(&other.recipe));
+        if was != is {
+            let mut lines = was.lines().zip(is.lines());
             return Some(match lines.find(|(a, b)| a != b) {
                 Some((was, is)) => format!("the recipe changed: `{was}` became `{is}`"),
                 None => "the recipe changed: its list of stages or keys is another".to_owned(),
@@ -72,6 +74,13 @@ impl Fingerprint {
         let mut changed = roles.filter(|role| self.data.get(*role) != other.data.get(*role));
         changed.next().map(|role| format!("the {role} data changed"))
     }
+}
+
+/// A recorded recipe without what changes no result, whichever fewbit wrote it.
+fn neutral(recipe: &str) -> String {
+    let parsed = recipe::parse::<Recipe>(recipe, RECORD_FILE, &[]);
+    let written = parsed.and_then(|(parsed, _)| to_toml(&parsed.neutral()));
+    written.unwrap_or_else(|_| recipe.to_owned())
 }
 
 /// The record.

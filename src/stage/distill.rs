@@ -1,8 +1,8 @@
 //! `distill`: the whole quantized model at once, against a frozen float teacher.
 //!
-//! UPQ's second half is this stage with `method.seq` at 2 bits and `objective.jsd` (methods-core
-//! 6.1): latent weights start at the current (for instance INT4) values, latents and steps learn
-//! together. With `objective.cross_entropy` it is plain quantization-aware training.
+//! UPQ's second half is this stage with `method.seq` at 2 bits and `objective.jsd`: latent weights
+//! start at the current (for instance INT4) values, latents and steps learn together. With
+//! `objective.cross_entropy` it is plain quantization-aware training.
 
 use std::path::Path;
 
@@ -247,8 +247,8 @@ fn attach_all(
 fn scales(model: &CausalLm) -> Result<Vec<f32>> {
     let mut all = Vec::new();
     for (_, linear) in model.blocks.iter().flat_map(Block::linears) {
-        if let Some(folded) = method::fold(&linear.weight) {
-            all.extend(folded?.grid.coarseness());
+        if let Some(coarseness) = method::coarseness(&linear.weight) {
+            all.extend(coarseness?);
         }
     }
     Ok(all)

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::export::FormatsConfig;
 use crate::method::MethodConfig;
 use crate::model::ModelConfig;
-use crate::quant::{ActivationQuant, Bits, GroupSize, ObserverConfig, Repr, Symmetry};
+use crate::quant::{ActivationQuant, Bits, GroupSize, ObserverConfig, Repr, ScaleDType, Symmetry};
 use crate::report::At;
 
 /// A kind of stage: the keys of `[stage.NAME]`, which say what is to be done, and the doing. What is
@@ -114,7 +114,12 @@ pub enum Effect<'a> {
     /// It makes codes of them.
     Codes(Codes<'a>),
     /// It tunes the grids of codes that are there.
-    Grids(&'a MethodConfig),
+    Grids {
+        /// By this method.
+        method: &'a MethodConfig,
+        /// What scales are rounded to.
+        dtype: ScaleDType,
+    },
     /// It leaves floats.
     Floats,
 }
@@ -153,7 +158,7 @@ impl<'a> Effect<'a> {
     pub fn codes(self) -> Option<Codes<'a>> {
         match self {
             Self::Codes(codes) => Some(codes),
-            Self::Nothing | Self::Grids(_) | Self::Floats => None,
+            Self::Nothing | Self::Grids { .. } | Self::Floats => None,
         }
     }
 
@@ -165,7 +170,7 @@ impl<'a> Effect<'a> {
         let method = match self {
             Self::Nothing => return Ok(input),
             Self::Floats => return Ok(Repr::Dense),
-            Self::Codes(Codes { method, .. }) | Self::Grids(method) => method,
+            Self::Codes(Codes { method, .. }) | Self::Grids { method, .. } => method,
         };
         let (takes, name) = (method.takes(), method.name());
         if takes == Repr::Dense || takes == input {

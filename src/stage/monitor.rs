@@ -30,6 +30,12 @@ pub(super) struct Progress {
     best: Option<(u64, Option<Point>)>,
     /// Failures so far.
     setbacks: Vec<Setback>,
+    /// Length, windows and tokens of what the validations were measured on; none in older files.
+    #[serde(default)]
+    slice: Option<[u64; 3]>,
+    /// Whether the recipe has moved to other windows since the start.
+    #[serde(default)]
+    moved: bool,
 }
 
 /// Watches a training.
@@ -74,6 +80,7 @@ impl Monitor {
             teacher: None,
             progress: Progress::default(),
         };
+        monitor.progress.slice = monitor.measured_on();
         if let (Some(slice), Some(teacher)) = (&monitor.slice, teacher) {
             let (config, device, stop) = (&ctx.model.config, &ctx.device.device, ctx.stop);
             monitor.teacher = Some(slice.hidden(teacher, config, device, stop)?);
@@ -88,6 +95,10 @@ impl Monitor {
             }
         }
         Ok(monitor)
+    }
+
+    fn measured_on(&self) -> Option<[u64; 3]> {
+        self.slice.as_ref().map(|s| [s.length as u64, s.windows as u64, s.tokens])
     }
 
     /// The factor of the recipe's learning rate, after the failures so far.
@@ -151,7 +162,9 @@ impl Monitor {
         if let Some(failure) = failure {
             return Ok(Err(failure));
         }
-        self.progress.start.get_or_insert(point);
+        if !self.progress.moved {
+            self.progress.start.get_or_insert(point);
+        }
         self.progress.last = Some(point);
         Ok(Ok(best))
     }
@@ -262,6 +275,16 @@ impl Monitor {
     pub(super) fn restore(&mut self, text: &str, ctx: &mut StageContext<'_>) -> Result<()> {
         self.progress = serde_json::from_str(text).map_err(|e| Error::failed(e.to_string()))?;
         ctx.results.setbacks.extend(self.progress.setbacks.iter().cloned());
+        let (was, is) = (self.progress.slice, self.measured_on());
+        if was.is_some() && was != is {
+            // What was measured on other windows compares with nothing to come.
+            self.progress.start = None;
+            self.progress.last = None;
+            self.progress.best = self.progress.best.map(|(step, _)| (step, None));
+            self.progress.moved = true;
+            self.progress.watch.forget_validations();
+        }
+        self.progress.slice = is;
         Ok(())
     }
 }

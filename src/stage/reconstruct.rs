@@ -4,7 +4,7 @@
 //! block is trained on the quantized stream (the output of the already quantized blocks), or on a
 //! random mixture of both streams; its codes are folded and saved; both streams move on. One block
 //! is resident at a time, and the teacher block is released before the next one is read. Parameters
-//! and losses are f32 whatever the model's type (methods-core 3.3 and 12).
+//! and losses are f32 whatever the model's type.
 //!
 //! With `within = "staged"` a block is fitted in three pieces, one after the other and each with all
 //! the steps: queries and keys by themselves, values and output by the residual stream behind
@@ -12,7 +12,7 @@
 //! cost less than three passes over the block. What it is worth: docs/two-bits.md.
 //!
 //! Activations on fixed grids are quantized in training, and the grids learn together with the
-//! weights; grids that are chosen for each token are left out of it (methods-core 4.4).
+//! weights; grids that are chosen for each token are left out of it.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -624,9 +624,9 @@ fn coarseness(ctx: &StageContext<'_>, prefix: &str, block: &Block) -> Result<Coa
     for (name, linear) in block.linears() {
         let name = format!("{prefix}.{name}");
         if ctx.specs.contains_key(&name)
-            && let Some(folded) = method::fold(&linear.weight)
+            && let Some(coarseness) = method::coarseness(&linear.weight)
         {
-            all.insert(name, folded?.grid.coarseness());
+            all.insert(name, coarseness?);
         }
     }
     Ok(all)

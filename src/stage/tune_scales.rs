@@ -122,7 +122,7 @@ impl Stage for TuneScalesConfig {
     }
 
     fn effect(&self) -> Effect<'_> {
-        Effect::Grids(&self.method)
+        Effect::Grids { method: &self.method, dtype: self.adapter.dtype }
     }
 
     fn summary(&self, spec: &str) -> String {

@@ -189,6 +189,11 @@ impl Watch {
         *self = Self { first, start: self.start, ..Self::default() };
     }
 
+    /// Forgets validations, for a training that goes on with other ones.
+    pub(super) fn forget_validations(&mut self) {
+        (self.start, self.last, self.far_validations) = (None, None, 0);
+    }
+
     /// Whether the means of the last windows stand at the bound.
     fn stands(&mut self, loss: f64, factor: f64, bound: f64) -> bool {
         if factor < SLOW {
