@@ -5,6 +5,7 @@
 //! with a time in `run.log` ([`log`]), and TensorBoard's event files ([`tensorboard`]).
 //! Reporting never fails a run: a reporter that cannot write warns once and goes on.
 
+mod events;
 pub mod jsonl;
 pub mod log;
 pub mod memory;

@@ -1,22 +1,14 @@
 //! Event files for TensorBoard.
 //!
-//! Messages are tensorboard-proto's and records are framed by tensorboard-rs. Its `SummaryWriter`
-//! is left out on purpose: it writes in a thread of its own that panics when the disk is full, and
-//! has no text.
+//! What the events of a run look like in it; the files themselves are `events.rs`.
 
 use std::path::Path;
 use std::process;
 
-use protobuf::Message as _;
-use tensorboard_proto::event::{Event as Record, SessionLog, SessionLog_SessionStatus};
-use tensorboard_proto::summary::{
-    HistogramProto, Summary, Summary_Value, SummaryMetadata, SummaryMetadata_PluginData,
+use super::events::{
+    Dim, Histogram, Metadata, Plugin, Record, SessionLog, Shape, Shown, Summary, Tensor, Value,
+    What, frame,
 };
-use tensorboard_proto::tensor::TensorProto;
-use tensorboard_proto::tensor_shape::{TensorShapeProto, TensorShapeProto_Dim};
-use tensorboard_proto::types::DataType;
-use tensorboard_rs::record_writer::RecordWriter;
-
 use super::log::{Appender, unix_seconds};
 use super::{Event, Reporter};
 
@@ -38,10 +30,8 @@ impl TensorBoard {
             .inspect_err(|error| tracing::warn!("no TensorBoard events: {error}"))
             .ok();
         let mut board = Self { file };
-        let mut record = Record::new();
-        record.set_wall_time(time);
-        record.set_file_version("brain.Event:2".into());
-        board.write(&[record]);
+        let what = Some(What::FileVersion("brain.Event:2".to_owned()));
+        board.write(&[Record { wall_time: time, step: 0, what }]);
         board
     }
 
@@ -54,10 +44,8 @@ impl TensorBoard {
     fn write(&mut self, records: &[Record]) {
         let Some(file) = &mut self.file else { return };
         let mut bytes = Vec::new();
-        let mut framed = RecordWriter::new(&mut bytes);
         for record in records {
-            // Neither encoding a message of ours nor writing to a vector fails.
-            let _ = record.write_to_bytes().map(|message| framed.write(&message));
+            frame(record, &mut bytes);
         }
         if !bytes.is_empty() {
             file.write(&bytes);
@@ -113,36 +101,28 @@ fn records(event: &Event) -> Vec<Record> {
 
 /// The mark from which on TensorBoard drops what it has: events of that step and later ones.
 fn restart(step: u64) -> Record {
-    let mut log = SessionLog::new();
-    log.set_status(SessionLog_SessionStatus::START);
-    let mut record = Record::new();
-    record.set_wall_time(unix_seconds());
-    record.set_step(i64::try_from(step).unwrap_or(i64::MAX));
-    record.set_session_log(log);
-    record
+    at(step, What::SessionLog(SessionLog { status: 1 }))
 }
 
-fn record(step: u64, values: impl IntoIterator<Item = Summary_Value>) -> Record {
-    let mut summary = Summary::new();
-    for value in values {
-        summary.mut_value().push(value);
-    }
-    let mut record = Record::new();
-    record.set_wall_time(unix_seconds());
-    record.set_step(i64::try_from(step).unwrap_or(i64::MAX));
-    record.set_summary(summary);
-    record
+fn record(step: u64, values: impl IntoIterator<Item = Value>) -> Record {
+    at(step, What::Summary(Summary { value: values.into_iter().collect() }))
 }
 
-fn scalar(tag: &str, number: f64) -> Summary_Value {
-    let mut value = Summary_Value::new();
-    value.set_tag(tag.into());
-    value.set_simple_value(number as f32);
-    value
+fn at(step: u64, what: What) -> Record {
+    let step = i64::try_from(step).unwrap_or(i64::MAX);
+    Record { wall_time: unix_seconds(), step, what: Some(what) }
+}
+
+fn value(tag: &str, shown: Shown) -> Value {
+    Value { tag: tag.to_owned(), shown: Some(shown), metadata: None }
+}
+
+fn scalar(tag: &str, number: f64) -> Value {
+    value(tag, Shown::Scalar(number as f32))
 }
 
 /// Sums are taken at the middle of each bucket. Nothing for edges and counts that do not match.
-fn histogram(tag: &str, edges: &[f64], counts: &[u64]) -> Option<Summary_Value> {
+fn histogram(tag: &str, edges: &[f64], counts: &[u64]) -> Option<Value> {
     let (&first, &last) = (edges.first()?, edges.last()?);
     if counts.is_empty() || edges.len() != counts.len() + 1 {
         tracing::warn!(
@@ -157,50 +137,38 @@ fn histogram(tag: &str, edges: &[f64], counts: &[u64]) -> Option<Summary_Value> 
     let (sum, squares) = middles
         .zip(&buckets)
         .fold((0.0, 0.0), |(sum, squares), (x, count)| (sum + x * count, squares + x * x * count));
-    let mut proto = HistogramProto::new();
-    proto.set_min(first);
-    proto.set_max(last);
-    proto.set_num(buckets.iter().sum());
-    proto.set_sum(sum);
-    proto.set_sum_squares(squares);
-    proto.set_bucket_limit(edges[1..].to_vec());
-    proto.set_bucket(buckets);
-    let mut value = Summary_Value::new();
-    value.set_tag(tag.into());
-    value.set_histo(proto);
-    Some(value)
+    let histogram = Histogram {
+        min: first,
+        max: last,
+        num: buckets.iter().sum(),
+        sum,
+        sum_squares: squares,
+        bucket_limit: edges[1..].to_vec(),
+        bucket: buckets,
+    };
+    Some(value(tag, Shown::Histogram(histogram)))
 }
 
 /// TensorBoard reads texts as Markdown; four spaces make each line a line of code.
-fn text(tag: &str, text: &str) -> Summary_Value {
+fn text(tag: &str, text: &str) -> Value {
     let mut code = String::new();
     for line in text.lines() {
         code.push_str("    ");
         code.push_str(line);
         code.push('\n');
     }
-    let mut dim = TensorShapeProto_Dim::new();
-    dim.set_size(1);
-    let mut shape = TensorShapeProto::new();
-    shape.mut_dim().push(dim);
-    let mut tensor = TensorProto::new();
-    tensor.set_dtype(DataType::DT_STRING);
-    tensor.set_tensor_shape(shape);
-    tensor.mut_string_val().push(code.into_bytes());
-    let mut plugin = SummaryMetadata_PluginData::new();
-    plugin.set_plugin_name("text".into());
-    let mut metadata = SummaryMetadata::new();
-    metadata.set_plugin_data(plugin);
-    let mut value = Summary_Value::new();
-    value.set_tag(tag.into());
-    value.set_metadata(metadata);
-    value.set_tensor(tensor);
-    value
+    let shape = Some(Shape { dim: vec![Dim { size: 1 }] });
+    // Strings.
+    let tensor = Tensor { dtype: 7, shape, strings: vec![code.into_bytes()] };
+    let metadata = Metadata { plugin: Some(Plugin { name: "text".to_owned() }) };
+    Value { metadata: Some(metadata), ..value(tag, Shown::Tensor(tensor)) }
 }
 
 #[cfg(test)]
 mod tests {
     use std::fs;
+
+    use prost::Message as _;
 
     use super::*;
     use crate::report::Number;
@@ -226,11 +194,11 @@ mod tests {
     #[test]
     fn encodes_a_scalar() {
         let mut record = record(300, [scalar("a", 1.0)]);
-        record.set_wall_time(2.0);
+        record.wall_time = 2.0;
         let mut expected = vec![0x09, 0, 0, 0, 0, 0, 0, 0, 0x40];
         expected.extend([0x10, 0xac, 0x02]);
         expected.extend([0x2a, 10, 0x0a, 8, 0x0a, 1, b'a', 0x15, 0, 0, 0x80, 0x3f]);
-        assert_eq!(record.write_to_bytes().unwrap(), expected);
+        assert_eq!(record.encode_to_vec(), expected);
     }
 
     #[test]
@@ -269,16 +237,17 @@ mod tests {
             track,
         };
         assert!(records(&evaluation(false)).is_empty());
-        assert_eq!(records(&evaluation(true))[0].get_summary().get_value().len(), 2);
+        let Some(What::Summary(summary)) = &records(&evaluation(true))[0].what else { panic!() };
+        assert_eq!(summary.value.len(), 2);
     }
 
     #[test]
     fn histogram_sums_and_mismatch() {
         let value = histogram("codes/a", &[-0.5, 0.5, 1.5], &[3, 5]).unwrap();
-        let proto = value.get_histo();
-        assert_eq!((proto.get_num(), proto.get_sum()), (8.0, 5.0));
-        assert_eq!((proto.get_min(), proto.get_max()), (-0.5, 1.5));
-        assert_eq!(proto.get_bucket_limit(), [0.5, 1.5]);
+        let Some(Shown::Histogram(found)) = value.shown else { panic!() };
+        assert_eq!((found.num, found.sum), (8.0, 5.0));
+        assert_eq!((found.min, found.max), (-0.5, 1.5));
+        assert_eq!(found.bucket_limit, [0.5, 1.5]);
         assert!(histogram("codes/a", &[0.0, 1.0], &[3, 5]).is_none());
         assert!(histogram("codes/a", &[], &[]).is_none());
     }
