@@ -87,24 +87,13 @@ fn fields<'a>(key: &str, body: &'a str) -> Vec<(&'static str, &'a str)> {
     starts.iter().zip(ends).map(|((field, _, from), to)| (*field, body[*from..to].trim())).collect()
 }
 
-/// A file's head comment: each paragraph one line, without references to the design notes.
+/// A file's head comment: each paragraph one line.
 fn head(key: &str) -> String {
     let text = std::fs::read_to_string(root().join(format!("src/method/{key}.rs"))).unwrap();
     let lines = text.lines().map_while(|line| line.strip_prefix("//!")).map(str::trim);
     let lines: Vec<&str> = lines.collect();
     let paragraphs = lines.split(|line| line.is_empty()).map(|lines| lines.join(" "));
-    let mut head = paragraphs.collect::<Vec<String>>().join("\n\n");
-    while let Some(at) = head.find("methods-core").or_else(|| head.find("methods-peft-bcq")) {
-        // ` (methods-core 1.1)` goes altogether, of ` (some words; methods-core 1.1)` the end.
-        let end = at + head[at..].find(')').unwrap();
-        if let Some(start) = head[..at].strip_suffix(" (").map(str::len) {
-            head.replace_range(start..=end, "");
-        } else {
-            let start = head[..at].strip_suffix("; ").map(str::len).unwrap();
-            head.replace_range(start..end, "");
-        }
-    }
-    head
+    paragraphs.collect::<Vec<String>>().join("\n\n")
 }
 
 /// Recipe keys in the order of the `methods!` list.

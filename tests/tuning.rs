@@ -107,7 +107,7 @@ fn adapters_carry_what_learned() {
     let place = place(&[CALIBRATE, TUNE, END]);
     let events = train(&place, &[]);
     let notes: Vec<&str> = events.iter().filter_map(|event| event["text"].as_str()).collect();
-    // Seven linears of five blocks: 3000 output channels (methods-peft-bcq 1.5's count).
+    // Seven linears of five blocks: 3000 output channels.
     assert!(notes.iter().any(|note| note.starts_with("3000 scales learn")), "{notes:?}");
     let record: Value = serde_json::from_str(&place.read("run/run.json")).unwrap();
     assert_eq!(record["results"]["trainable"]["1"], 3000);

@@ -3,7 +3,7 @@
 //!
 //! *What it learns:* nothing; it compares module outputs on calibration text. *Formula:*
 //! round-to-nearest on groups of consecutive inputs of one output row, or of consecutive outputs of
-//! one input column, where an outlying input channel stays by itself (methods-peft-bcq 7). *Start:*
+//! one input column, where an outlying input channel stays by itself. *Start:*
 //! the observer's grid. *Recipe keys:* none of its own; `inputs = "float"` in the stage is the
 //! paper's stream. *Export:* uniform grid, integer zero; linears grouped along the outputs fit only
 //! formats that say so.
@@ -77,7 +77,7 @@ mod tests {
     use super::*;
     use crate::quant::{Bits, GroupSize, ObserverConfig, Symmetry};
 
-    /// The outlying first column of methods-peft-bcq 7.4.
+    /// An outlying first column.
     const W: [[f32; 4]; 2] = [[10.0, 0.1, 0.2, -0.1], [-8.0, 0.3, -0.2, 0.1]];
 
     fn spec() -> QuantSpec {

@@ -3,7 +3,7 @@
 //!
 //! *What it learns:* the largest scale of each group, or all of them, or all and the offsets; the
 //! sign planes stay as an earlier stage left them, packed. *Formula:* `W_hat = Σ alpha_i B_i + o`,
-//! `d alpha_i = Σ G B_i` over the group, `d o = Σ G` (methods-peft-bcq 2.1, 3.5). *Start:* exactly
+//! `d alpha_i = Σ G B_i` over the group, `d o = Σ G`. *Start:* exactly
 //! the quantized weight. *Recipe keys:* `learn` (`"largest"`, `"all"`, `"all_and_offset"`),
 //! `divide_by_group` (gradients divided by the group's length, the paper's stabilizer: under AdamW
 //! it changes little but global-norm clipping), `relative` (as PEQA's). *Export:* binary coding; the

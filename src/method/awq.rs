@@ -4,7 +4,7 @@
 //! *What it learns:* nothing; it searches on calibration text. *Formula:* per group of linears with
 //! one input, `s = (mean |x|)^ρ` for ρ on a grid, `W·diag(s)` is quantized and `1/s` goes into the
 //! preceding norm or linear; then per group of weights the range is shrunk by up to half, for the
-//! least `Σ (x·(W - W_hat))²` (methods-core 11). *Start:* the observer's grid of the scaled weight.
+//! least `Σ (x·(W - W_hat))²`. *Start:* the observer's grid of the scaled weight.
 //! *Recipe keys:* `ratios`, `clip`. *Export:* uniform grid, integer zero; norms (and linears that
 //! feed others) are changed too.
 

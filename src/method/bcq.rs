@@ -2,7 +2,7 @@
 //! weight.
 //!
 //! *What it learns:* nothing. *Formula:* `W_hat = Σ_i α_i b_i + o` with `b_i ∈ {-1, +1}` per weight,
-//! `α_i` and `o` per group (methods-peft-bcq 3). *Start:* greedy; refined by least squares; or
+//! `α_i` and `o` per group. *Start:* greedy; refined by least squares; or
 //! alternating between least squares and nearest levels, also from the image of the uniform grid,
 //! the better kept. *Recipe keys:* `solve`, `rounds`, `offset`, `uniform_start`. *Export:* binary
 //! coding.

@@ -3,10 +3,10 @@
 //!
 //! *What it learns:* the latent weight, and per group a step and a zero point. *Formula:*
 //! `W_hat = Δ (clamp(round(W/Δ) + z, 0, L) - z)` with `z = clamp(round(zero), 0, L)`; rounding `zero`
-//! and bounding it and the step have gradient 1, the clamp of the codes is a true one
-//! (methods-core 8.1). *Start:* `Δ = (max W - min W) / L` within `1e-4..1e4`,
-//! `zero = round(-min W / Δ)`: EfficientQAT's, without zero in range; or the observer's grid. *Recipe
-//! keys:* `start`. *Export:* uniform grid, integer zero.
+//! and bounding it and the step have gradient 1, the clamp of the codes is a true one. *Start:* `Δ
+//! = (max W - min W) / L` within `1e-4..1e4`, `zero = round(-min W / Δ)`: EfficientQAT's, without
+//! zero in range; or the observer's grid. *Recipe keys:* `start`. *Export:* uniform grid, integer
+//! zero.
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;

@@ -2,10 +2,10 @@
 //! steps of a quantized model learn.
 //!
 //! *What it learns:* one step per group; codes and zero points stay as an earlier stage left them,
-//! and packed. *Formula:* `W_hat = Δ (code - z)`, whose derivative by Δ is `code - z` (methods-core
-//! 8.2). *Start:* exactly the quantized weight. *Recipe keys:* none of its own; in
-//! `[stage.distill]`, `bits` and `group_size` have to be those of the earlier stage. *Export:*
-//! uniform grid with the zero points it came with.
+//! and packed. *Formula:* `W_hat = Δ (code - z)`, whose derivative by Δ is `code - z`. *Start:*
+//! exactly the quantized weight. *Recipe keys:* none of its own; in `[stage.distill]`, `bits` and
+//! `group_size` have to be those of the earlier stage. *Export:* uniform grid with the zero points
+//! it came with.
 
 use serde::{Deserialize, Serialize};
 

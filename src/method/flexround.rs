@@ -3,7 +3,7 @@
 //! *What it learns:* the step `exp(log_scale)`, a division factor for every weight
 //! (`log_division`) and one per group (`log_row`); the weight and the zero point stay frozen.
 //! *Formula:* `W_hat = exp(δ) · clamp(round(W / exp(δ + D + d)), -z, L - z)` with δ = `log_scale`,
-//! D = `log_division`, d = `log_row` (log form of the released code; methods-core 3.1).
+//! D = `log_division`, d = `log_row` (log form of the released code).
 //! *Start:* `D = d = 0`, so the codes are round-to-nearest's; behind a stage of the same grid δ is
 //! relative to the steps it left, and W is its latent weight. *Recipe keys:* none of its own.
 //! *Export:* uniform grid, integer zero; the division factors only chose the integers.

@@ -3,7 +3,7 @@
 //!
 //! *What it learns:* nothing; it looks at the inputs of each linear once. *Formula:* with
 //! `H = 2/N Σ x xᵀ + λI` and `U` the upper factor of `H⁻¹`, column `j` is rounded, and
-//! `(w_j - q_j) / U_jj · U_jk` is taken off every later column `k` (methods-core 11). *Start:* the
+//! `(w_j - q_j) / U_jj · U_jk` is taken off every later column `k`. *Start:* the
 //! observer's grid, per group from the updated weights, or from the original ones with
 //! `static_groups`. *Recipe keys:* `damping`, `act_order`, `static_groups`, `block`. *Export:*
 //! uniform grid, integer zero.

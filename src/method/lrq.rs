@@ -5,7 +5,7 @@
 //! (`log_left`, `log_right`), a division factor for every output row (`log_row`) and every input
 //! column (`log_column`); the weight and the zero point stay frozen. *Formula:*
 //! `W_hat = exp(δ) · clamp(round(W / exp(δ + P·U + r + c)), -z, L - z)` with δ = `log_scale`,
-//! P = `log_left`, U = `log_right`, r = `log_row`, c = `log_column` (methods-core 4.1): for a weight
+//! P = `log_left`, U = `log_right`, r = `log_row`, c = `log_column`: for a weight
 //! `[out, in]` that is `rank · (out + in) + out + in` division factors instead of `out · in`. Over
 //! Llama-2-7B's linears, rank 1024 everywhere learns 39.5 % as many numbers as there are weights;
 //! the released code's rule 83.5 %, for it keeps the whole matrix in the MLP. *Start:* `P = r = c =

@@ -3,7 +3,7 @@
 //!
 //! *What it learns:* the latent weight and one step per group; with `offset = true` a shift β too.
 //! *Formula:* `W_hat = Δ · round(clamp(W/Δ, -Q_n, Q_p))` with `Q_n = 2^(bits-1)`, `Q_p = Q_n - 1`;
-//! shifted `Δ · round(clamp((W - β)/Δ, -Q_n, Q_p)) + β` (methods-core 2). The grid has zero in the
+//! shifted `Δ · round(clamp((W - β)/Δ, -Q_n, Q_p)) + β`. The grid has zero in the
 //! middle whatever `quant.symmetric` says, and the observer is not asked. *Start:* `Δ = max |W| / Q_p`
 //! (ParetoQ), `2 mean |W| / sqrt(Q_p)` (LSQ) or from three standard deviations (LSQ+); β = 0. *Recipe
 //! keys:* `start`, `offset`, `gradient_scale`. *Export:* uniform grid, integer zero `Q_n`; with a

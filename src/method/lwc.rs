@@ -5,7 +5,7 @@
 //! β = sigmoid(`clip_low`), `Δ = (γ max W - β min W) / L`, `z = round(-β min W / Δ)` and
 //! `W_hat = Δ (clamp(round(W/Δ) + z, 0, L) - z)`; on a symmetric grid
 //! `Δ = max(γ max W, β |min W|) / (2^(bits-1) - 1)` (half of L below it for `"full_range"`) and z in
-//! the middle (methods-core 9). z gets no gradient and may lie outside `0..=L`: a one-sided group
+//! the middle. z gets no gradient and may lie outside `0..=L`: a one-sided group
 //! keeps all its levels on its side. *Start:* both at 4, where sigmoid is 0.982: not
 //! round-to-nearest, but a range 2 % shorter. *Recipe keys:* `start`. The observer is not asked.
 //! *Export:* uniform grid, integer zero.

@@ -3,11 +3,10 @@
 //!
 //! *What it learns:* one scale per group; integer codes and zero points stay as an earlier stage
 //! left them, packed, and are shared by every task. *Formula:* `W_hat = s (code - z)`; with one
-//! scale per output channel `ds_j = Σ_n dY Y / s_j`, which needs no gradient of the weight's size
-//! (methods-peft-bcq 1.2). *Start:* exactly the quantized weight. *Recipe keys:* `relative`
-//! (fewbit's own: `s = s_0 exp(δ)` with δ learned, so that a learning rate means the same for scales
-//! of any size). *Export:* uniform grid with the zero points it came with; the scales alone are an
-//! adapter.
+//! scale per output channel `ds_j = Σ_n dY Y / s_j`, which needs no gradient of the weight's size.
+//! *Start:* exactly the quantized weight. *Recipe keys:* `relative` (fewbit's own: `s = s_0 exp(δ)`
+//! with δ learned, so that a learning rate means the same for scales of any size). *Export:*
+//! uniform grid with the zero points it came with; the scales alone are an adapter.
 
 use serde::{Deserialize, Serialize};
 

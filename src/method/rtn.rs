@@ -1,8 +1,8 @@
 //! Round-to-nearest: the baseline, and the reference of the tests.
 //!
-//! *What it learns:* nothing. *Formula:* `W_hat = Δ (clamp(round(W/Δ) + z, 0, L) - z)`
-//! (methods-core 1.1 and 1.2). *Start:* the observer's grid, which is also where it ends. *Recipe
-//! keys:* none of its own; `quant.observer` chooses Δ and z. *Export:* uniform grid, integer zero.
+//! *What it learns:* nothing. *Formula:* `W_hat = Δ (clamp(round(W/Δ) + z, 0, L) - z)`. *Start:*
+//! the observer's grid, which is also where it ends. *Recipe keys:* none of its own;
+//! `quant.observer` chooses Δ and z. *Export:* uniform grid, integer zero.
 
 use burn::module::Module;
 use burn::tensor::Tensor;

@@ -2,7 +2,7 @@
 //!
 //! *What it learns:* the latent weight and one step per group (per output row by default).
 //! *Formula:* `W_hat = (Δ/2) · (round(2 clamp(W/Δ, ±(1-ε)) - 1/2) + 1/2)`: four levels,
-//! ±Δ/4 and ±3Δ/4, none of them zero (methods-core 6.2, 7.1). *Start:* `Δ = max |W|` of the weight
+//! ±Δ/4 and ±3Δ/4, none of them zero. *Start:* `Δ = max |W|` of the weight
 //! being quantized, or the fraction of it with the smallest squared error. *Recipe keys:* `start`,
 //! `ties`, `gradient_scale`. *Export:* uniform grid with half-integer zero point 1.5 and scale Δ/2.
 

@@ -2,7 +2,7 @@
 //!
 //! *What it learns:* the latent weight and one step per group (per output row by default).
 //! *Formula:* `W_hat = Δ sgn(W)` with `sgn(0) = +1`; the latent's gradient passes where `|W| <= Δ`,
-//! the step's is the sum of `sgn(W)` times what arrives (methods-core 7.1). *Start:*
+//! the step's is the sum of `sgn(W)` times what arrives. *Start:*
 //! `Δ = mean |W|`, the best step for given signs. *Recipe keys:* `gradient_scale`. *Export:* uniform
 //! grid in 1-bit codes with half-integer zero point 0.5 and scale 2Δ.
 

@@ -1,10 +1,10 @@
 //! Ternary weights in ParetoQ's form (Liu et al., arXiv 2502.02631; its "1.58 bits").
 //!
 //! *What it learns:* the latent weight and one step per group (per output row by default).
-//! *Formula:* `W_hat = (2Δ/3) · round(3/2 clamp(W/Δ, ±(1-ε)))`: three levels, 0 and ±2Δ/3
-//! (methods-core 7.1). *Start:* `Δ = max |W|`, or the fraction of it with the smallest squared error.
-//! *Recipe keys:* `start`, `gradient_scale`. *Export:* uniform grid in 2-bit codes, of which the
-//! highest is unused, integer zero 1 and scale 2Δ/3.
+//! *Formula:* `W_hat = (2Δ/3) · round(3/2 clamp(W/Δ, ±(1-ε)))`: three levels, 0 and ±2Δ/3. *Start:*
+//! `Δ = max |W|`, or the fraction of it with the smallest squared error. *Recipe keys:* `start`,
+//! `gradient_scale`. *Export:* uniform grid in 2-bit codes, of which the highest is unused, integer
+//! zero 1 and scale 2Δ/3.
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;

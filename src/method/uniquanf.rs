@@ -4,7 +4,7 @@
 //! *What it learns:* the step `exp(log_scale)`, a division factor for every weight
 //! (`log_division`) and one per group (`log_row`), and the levels of each group through the scales
 //! of its sign planes (`alpha`). *Formula:* `w~ = W / exp(δ + D + d) + z_U`; the nearest level
-//! `ℓ ∈ {Σ ±α_i}` to `w~ - c`, `c = (2^k - 1)/2`; `W_hat = exp(δ) (ℓ + c - z_U)` (methods-core 5.2).
+//! `ℓ ∈ {Σ ±α_i}` to `w~ - c`, `c = (2^k - 1)/2`; `W_hat = exp(δ) (ℓ + c - z_U)`.
 //! The unification theorem folds it into plain binary coding with `exp(δ) α_i` and the offset
 //! `exp(δ) (c - z_U)`, and that folded form is what every forward evaluates. *Start:* unified: for
 //! each of `grid_points` shrunken ranges anchored at the minimum, `alternations` rounds of
@@ -177,7 +177,7 @@ struct GroupStart {
     error: f64,
 }
 
-/// The unified start of every group (methods-core 5.3, the "min" strategy).
+/// The unified start of every group (the paper's "min" strategy).
 fn unified_start(config: &UniQuanFConfig, start: &Start<'_>, values: &[f32]) -> Vec<GroupStart> {
     let bits = start.spec.bits;
     let top = f32::from(bits.max_code());

@@ -127,7 +127,7 @@ impl Unified {
 
     /// The weights on the levels of `codes`, `[groups, group_len]`.
     ///
-    /// The value is that of the folded grid. Gradients (methods-core 5.2): straight through the
+    /// The value is that of the folded grid. Gradients: straight through the
     /// mapping to the position, and to `alpha` through the chosen level, both dropped with `filter`
     /// where the position lies further from its level than the smallest plane; and to the outer
     /// step through the value.

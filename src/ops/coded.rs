@@ -1,7 +1,7 @@
 //! Linears whose weight is frozen codes, held packed, on a grid that may learn.
 //!
 //! `W_hat` is linear in the grid's parameters, so every gradient is exact and needs no
-//! straight-through estimate (methods-peft-bcq 1.2, 2.1, 3.5): with one step per output channel,
+//! straight-through estimate: with one step per output channel,
 //! `ds_j = Σ_n dY[n, j] Y[n, j] / s_j`, which never forms a gradient of the weight's size; with
 //! groups, or with several planes, tiles of `dYᵀ X` are reduced as they are made.
 

@@ -331,7 +331,7 @@ impl DividedRows {
 }
 
 /// Which way the stretched elastic grid sends an exact tie. A zero weight is such a tie, and
-/// INT4 weights are full of zeros, so the rule moves a sixth of them (methods-core 6.2).
+/// INT4 weights are full of zeros, so the rule moves a sixth of them.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TieRule {
@@ -357,7 +357,7 @@ pub enum Rule {
         /// `m = 2^(bits - 1)`.
         middle: f32,
     },
-    /// Stretched elastic quantization's four levels (ParetoQ; methods-core 6.2 and 7.1):
+    /// Stretched elastic quantization's four levels (ParetoQ):
     /// `round(2 clamp(u, ±(1 - ε)) - 1/2) + 2`, scale Δ/2, zero 3/2. No level is zero.
     Seq {
         /// ε.
@@ -365,13 +365,13 @@ pub enum Rule {
         /// Where ties go.
         ties: TieRule,
     },
-    /// ParetoQ's three levels (methods-core 7.1): `round(3/2 clamp(u, ±(1 - ε))) + 1`, scale 2Δ/3,
+    /// ParetoQ's three levels: `round(3/2 clamp(u, ±(1 - ε))) + 1`, scale 2Δ/3,
     /// zero 1.
     Ternary {
         /// ε.
         margin: f32,
     },
-    /// One bit (methods-core 7.1): 1 where the weight is not negative, else 0; scale 2Δ, zero 1/2.
+    /// One bit: 1 where the weight is not negative, else 0; scale 2Δ, zero 1/2.
     /// The weight's gradient passes where `|u| <= 1`; the step's comes through the value alone.
     Sign,
 }

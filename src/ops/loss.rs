@@ -2,9 +2,9 @@
 //!
 //! Value and gradient are computed on plain tensors and joined to the tape by [`with_gradient`]:
 //! nothing of size `[tokens, vocab]` stays on the tape but the gradient itself. (With m = βp +
-//! (1-β)q the terms that flow through `ln m` cancel, because both distributions sum to one;
-//! methods-core 6.3.) On this machine's processor a loss reads each row of logits once and writes
-//! the gradient over the student's.
+//! (1-β)q the terms that flow through `ln m` cancel, because both distributions sum to one.) On
+//! this machine's processor a loss reads each row of logits once and writes the gradient over the
+//! student's.
 
 use burn::tensor::{Int, Tensor, activation};
 

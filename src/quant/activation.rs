@@ -1,6 +1,6 @@
 //! Activations and the KV cache on integer grids, simulated in float arithmetic.
 //!
-//! Two schemes (LRQ's settings, arXiv 2407.11534; methods-core 4.4): a grid for each token, chosen
+//! Two schemes (LRQ's settings, arXiv 2407.11534): a grid for each token, chosen
 //! on the spot from that token's extremes, and one fixed grid for a whole site, calibrated on text
 //! and possibly learned like LSQ's steps. Arithmetic is f32 whatever the type of the activations.
 

@@ -1,7 +1,7 @@
 //! Observers: from a weight to the grid it starts on.
 //!
-//! Sources: methods-core 1.1 to 1.3 (the LRQ code's min-max and its clip search; OmniQuant's and
-//! EfficientQAT's min-max without zero in range).
+//! Sources: the LRQ code's min-max and its clip search; OmniQuant's and
+//! EfficientQAT's min-max without zero in range.
 
 use burn::tensor::{Bool, Tensor};
 use serde::{Deserialize, Serialize};
@@ -23,8 +23,7 @@ pub struct QuantParams {
 }
 
 impl QuantParams {
-    /// The grid with zero in the middle that reaches `reach`, the largest magnitude, `[groups, 1]`
-    /// (methods-core 1.2).
+    /// The grid with zero in the middle that reaches `reach`, the largest magnitude, `[groups, 1]`.
     pub fn symmetric(reach: &Tensor<2>, bits: Bits, symmetry: Symmetry) -> Self {
         let middle = (bits.levels() / 2) as f32;
         let scale = if symmetry == Symmetry::FullRange {
@@ -141,7 +140,7 @@ fn min_max(weight: &Tensor<2>, bits: Bits, zero_in_range: bool) -> QuantParams {
     }
 }
 
-/// methods-core 1.1: a range that holds zero to a step and a zero point in `0..=L`.
+/// A range that holds zero to a step and a zero point in `0..=L`.
 fn from_range(low: Tensor<2>, high: Tensor<2>, bits: Bits) -> QuantParams {
     let scale = step(low.clone(), high, bits);
     let zero_point = (low / scale.clone()).round().neg().clamp(0.0, f32::from(bits.max_code()));
@@ -221,7 +220,7 @@ fn one_pass(
     found.map(|(scale, zero_point)| QuantParams { scale, zero_point })
 }
 
-/// methods-core 1.3: thresholds times zero points. A one-sided group only counts candidates
+/// Thresholds times zero points. A one-sided group only counts candidates
 /// whose range starts (or ends) at zero, which is the 1-D search of the source.
 fn mse_asymmetric(config: &MseConfig, weight: &Tensor<2>, bits: Bits) -> QuantParams {
     let max_code = bits.max_code();

@@ -131,10 +131,10 @@ pub enum Symmetry {
     /// Zero point chosen from the data.
     Asymmetric,
     /// Zero point fixed at `2^(bits-1)`, step `max|W| / (2^(bits-1) - 1)`: never clips
-    /// (OmniQuant's and ParetoQ's "AbsMax"; methods-core 1.2, S2).
+    /// (OmniQuant's and ParetoQ's "AbsMax").
     AbsMax,
     /// Zero point fixed at `2^(bits-1)`, step `2 max|W| / (2^bits - 1)`: uses every code and
-    /// clips the positive extreme by half a step (the LRQ code's; methods-core 1.2, S1).
+    /// clips the positive extreme by half a step (the LRQ code's).
     FullRange,
 }
 

@@ -1,5 +1,5 @@
 //! The inputs of a block's linears on fixed grids: where the grids start, and the student of block
-//! reconstruction that learns them together with its weights (methods-core 4.4 and 15, row 4).
+//! reconstruction that learns them together with its weights.
 //!
 //! A grid starts on the extremes of its site over the calibration text and moves like LSQ's steps.
 

@@ -1,4 +1,4 @@
-//! Learned rounding on one layer with few, correlated inputs (methods-core 4.6): it must beat
+//! Learned rounding on one layer with few, correlated inputs: it must beat
 //! round-to-nearest on inputs it has not known, and the low rank must not overfit more.
 
 use burn::nn::Linear;

@@ -1,4 +1,4 @@
-//! UniQuanF: the unification theorem, the mapping, and the filter (methods-core 5).
+//! UniQuanF: the unification theorem, the mapping, and the filter.
 
 use burn::module::Param;
 use burn::tensor::{Device, Tensor};

@@ -51,7 +51,7 @@ impl Levels<'_> {
     }
 }
 
-/// UniQuanF's mapping with frozen codes (methods-core 5.2).
+/// UniQuanF's mapping with frozen codes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Mapped<'a> {
     /// `[groups, group_len]`.
