@@ -162,3 +162,42 @@ fn act_order_of_compressed_tensors() {
         assert!((f64::from(*found) - expected).abs() <= 1e-4 * size, "{found} {expected}");
     }
 }
+
+/// A recipe starts from whatever holds a model: the float model is what its packed weights stand for.
+#[test]
+fn training_starts_from_packed_folders_and_bare_files() {
+    let place = Place::new();
+    place.copy_model("tinystories-656k", "model");
+    place.write("text.json", common::few_stories(12));
+    let head = |path: &str, output: &str| {
+        format!(
+            "output = \"{output}\"\ndevice = \"cpu\"\nmodel.path = \"{path}\"\n\
+             [data.validation]\npath = \"text.json\"\n[quant]\nscales = \"f16\"\n"
+        )
+    };
+    let exports = "[[stage]]\n[stage.export]\nformat.gguf = {}\nformat.mlx = {}\nformat.gptq = {}\n\
+                   format.awq = {}\nformat.autoround = {}\nformat.compressed_tensors = {}\n";
+    let quant = "bits = 4\ngroup_size = 32\nsymmetric = true\n[[stage]]\n[stage.calibrate]\nmethod.rtn = {}\n";
+    place.write("pack.toml", format!("{}{quant}{exports}", head("model", "packed")));
+    place.ok(&["train", "--recipe", "pack.toml"]);
+    let eval = |model: &str| {
+        let args = ["eval", "--model", model, "--data", "text.json", "--context", "64", "--json"];
+        place.json(&args)["perplexity"].as_f64().unwrap()
+    };
+    let float = eval("packed/export/mlx");
+    for source in
+        ["gguf", "gguf/model.gguf", "mlx", "gptq", "awq", "autoround", "compressed_tensors"]
+    {
+        let path = format!("packed/export/{source}");
+        let again = "bits = 8\n[[stage]]\n[stage.calibrate]\nmethod.rtn = {}\n\
+                     [[stage]]\n[stage.export]\nformat.fewbit = {}\nformat.dequantized = {}\n";
+        let output = format!("from_{}", source.replace(['/', '.'], "_"));
+        place.write("again.toml", format!("{}{again}", head(&path, &output)));
+        place.ok(&["check", "--recipe", "again.toml"]);
+        place.ok(&["train", "--recipe", "again.toml"]);
+        for export in ["fewbit", "dequantized"] {
+            let found = eval(&format!("{output}/export/{export}"));
+            assert!((found / float - 1.0).abs() < 0.01, "{source} {export}: {found} {float}");
+        }
+    }
+}

@@ -1,9 +1,11 @@
 //! Opening any model folder: dense, packed by fewbit, or in another runtime's format.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use super::activations::ActivationRecord;
 use super::adapter::Adapter;
@@ -15,10 +17,11 @@ use super::read::Packed;
 use super::record::{LinearRecord, MANIFEST_FILE};
 use crate::data::Tokenizer;
 use crate::error::{Error, Result};
-use crate::model::{ModelConfig, ModelTap, WeightSource, open_folder};
+use crate::model::{ModelConfig, ModelTap, Place, Places, WeightSource, open_folder};
 use crate::quant::QuantizedWeight;
-use crate::store::TensorSource;
-use crate::store::safetensors::Checkpoint;
+use crate::store::folder::write_atomic;
+use crate::store::safetensors::{Checkpoint, Decode};
+use crate::store::{TensorSource, hex};
 
 /// A model folder opened for reading: dense, or packed by fewbit.
 pub struct OpenModel {
@@ -87,6 +90,73 @@ pub fn open_model(dir: &Path) -> Result<OpenModel> {
             .map_err(|e| e.at(dir.join(MANIFEST_FILE).display()).fix("export the run again"))?;
     }
     Ok(opened)
+}
+
+/// The float model that a folder or file stands for, whichever way its weights are packed: they are
+/// decoded one at a time. Gives the folder of its small files too, which for a GGUF file that stands
+/// alone is a temporary one.
+///
+/// # Errors
+/// As [`open_model`], and when the small files cannot be written.
+pub fn open_float(path: &Path) -> Result<(ModelConfig, Checkpoint, PathBuf)> {
+    let opened = open_model(path)?;
+    if opened.gguf.is_none() && opened.packed_as.is_none() {
+        return Ok((opened.config, opened.checkpoint, opened.dir));
+    }
+    let config = opened.config.clone();
+    let dir = if opened.files.is_empty() { opened.dir.clone() } else { unpacked(&opened)? };
+    let file = match (&opened.gguf, opened.files.is_empty()) {
+        (Some(_), true) => opened.dir.join(gguf::FILE),
+        _ => opened.dir.clone(),
+    };
+    let tensors = config.tensors();
+    let packed = |name: &str| {
+        let linear = name.strip_suffix(".weight").unwrap_or(name);
+        opened.gguf.is_some() || opened.packed_elsewhere(linear).is_some()
+    };
+    let decoded: Vec<(String, Vec<usize>)> =
+        tensors.iter().filter(|(name, _)| packed(name)).cloned().collect();
+    let used: BTreeSet<String> = tensors.into_iter().map(|(name, _)| name).collect();
+    let places = Places::new(&config);
+    let keep = |name: &str| used.contains(name) || places.of(name) == Place::Beside;
+    let checkpoint = opened.checkpoint.clone();
+    let source = Arc::new(Decoder(opened));
+    let checkpoint = checkpoint.decoding(keep, decoded.into_iter(), &file, source);
+    Ok((config, checkpoint, dir))
+}
+
+/// Decodes what is packed in a folder or file.
+struct Decoder(OpenModel);
+
+impl std::fmt::Debug for Decoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Decoder({})", self.0.dir.display())
+    }
+}
+
+impl Decode for Decoder {
+    fn decode(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        self.0.weight(name, shape)
+    }
+}
+
+/// A temporary folder with the small files of a GGUF file that stands alone; the same for the same.
+fn unpacked(opened: &OpenModel) -> Result<PathBuf> {
+    let mut hash = Sha256::new();
+    for (name, text) in &opened.files {
+        hash.update(name.as_bytes());
+        hash.update(text.as_bytes());
+    }
+    let name = hex(&hash.finalize());
+    let dir = std::env::temp_dir().join("fewbit").join(&name[..16]);
+    std::fs::create_dir_all(&dir).map_err(|e| Error::io("create", &dir, &e))?;
+    for (name, text) in &opened.files {
+        let path = dir.join(name);
+        if !path.is_file() {
+            write_atomic(&path, text.as_bytes())?;
+        }
+    }
+    Ok(dir)
 }
 
 /// A folder's `config.json` as it stands; the settings of GPTQ may lie beside it.

@@ -38,7 +38,7 @@ pub use adapted::write_opened;
 pub use adapter::{Adapter, AdapterHead, AdapterPart, AdapterRecord, Tuned};
 pub use approximate::Loss;
 pub use difference::{Change, Difference, differences};
-pub use folder::{OpenModel, open_model};
+pub use folder::{OpenModel, open_float, open_model};
 pub use foresee::holds;
 pub use formats::{Format, FormatsConfig};
 pub use gate::Gate;

@@ -208,8 +208,17 @@ fn write_companions(
     let source = writing.parts.dir;
     let path = source.join("config.json");
     let text = std::fs::read_to_string(&path).map_err(|e| Error::io("read", &path, &e))?;
-    let config: Value = serde_json::from_str(&text)
+    let mut config: Value = serde_json::from_str(text.strip_prefix('\u{feff}').unwrap_or(&text))
         .map_err(|e| Error::failed(format!("config.json is not valid: {e}")).at(path.display()))?;
+    // How the source was packed is no longer true of what is written.
+    let elsewhere = |section: &Value| section["quant_method"] != "fewbit";
+    if let Some(map) = config.as_object_mut() {
+        for key in ["quantization", "quantization_config"] {
+            if map.get(key).is_some_and(elsewhere) {
+                map.shift_remove(key);
+            }
+        }
+    }
     let config = writing.configured(config)?;
     let path = dir.join("config.json");
     std::fs::write(&path, format!("{config:#}\n")).map_err(|e| Error::io("write", &path, &e))?;

@@ -14,7 +14,7 @@ use super::{Fingerprint, Options, RunFolder};
 use crate::data::{Marks, TokenStream, Tokenizer, sha256_of};
 use crate::device::{self, NamedDevice};
 use crate::error::{Error, Kind, Result};
-use crate::export::{ActivationRecord, Format, GridRecord, Manifest, OpenModel};
+use crate::export::{ActivationRecord, Format, GridRecord, Manifest, OpenModel, open_float};
 use crate::model::{companions, open_folder};
 use crate::quant::{GroupAxis, GroupSize, QuantSpec, Repr, Symmetry};
 use crate::recipe::{self, Base, DataConfig, Paths, Plan, Recipe, to_toml};
@@ -101,11 +101,16 @@ fn open_model(recipe: &Recipe) -> Result<ModelState> {
         Kind::Failed => error.with_kind(Kind::Preflight),
         _ => error,
     };
-    let (config, checkpoint) = open_folder(&dir).map_err(as_preflight)?;
+    let (config, checkpoint, dir) = if packed.is_some() {
+        let (config, checkpoint) = open_folder(&dir).map_err(as_preflight)?;
+        (config, checkpoint, dir)
+    } else {
+        open_float(&dir).map_err(as_preflight)?
+    };
     let teacher = recipe.model.teacher.as_ref().map(|path| {
         let at = |error: Error| error.at("model.teacher");
         let folder = locate::model(path).map_err(at)?;
-        let (own, teacher) = open_folder(&folder).map_err(at)?;
+        let (own, teacher, _) = open_float(&folder).map_err(at)?;
         match config.differs(&own) {
             None => Ok(teacher),
             Some(what) => Err(Error::preflight(format!(

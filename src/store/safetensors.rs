@@ -10,6 +10,7 @@ use std::fmt::Display;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -36,6 +37,18 @@ pub struct Checkpoint {
     metadata: BTreeMap<String, String>,
     /// Matrices that are given with rows for columns.
     transposed: BTreeSet<String>,
+    /// Tensors that are computed, not read, and by what.
+    decoded: BTreeSet<String>,
+    decoder: Option<Arc<dyn Decode>>,
+}
+
+/// Computes tensors of a checkpoint that its files hold in another form.
+pub trait Decode: std::fmt::Debug + Send + Sync {
+    /// The values of a tensor, row-major.
+    ///
+    /// # Errors
+    /// When the files are damaged.
+    fn decode(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>>;
 }
 
 impl Checkpoint {
@@ -69,6 +82,8 @@ impl Checkpoint {
             tensors: BTreeMap::new(),
             metadata: BTreeMap::new(),
             transposed: BTreeSet::new(),
+            decoded: BTreeSet::new(),
+            decoder: None,
         }
     }
 
@@ -83,6 +98,8 @@ impl Checkpoint {
             tensors: header.tensors,
             metadata: header.metadata,
             transposed: BTreeSet::new(),
+            decoded: BTreeSet::new(),
+            decoder: None,
         })
     }
 
@@ -105,7 +122,7 @@ impl Checkpoint {
             files.push(path);
         }
         match weight_map.pop_first() {
-            None => Ok(Self { files, tensors, metadata, transposed: BTreeSet::new() }),
+            None => Ok(Self { files, tensors, metadata, ..Self::empty() }),
             Some((name, shard)) => {
                 Err(damaged("the index names a tensor that its shard does not have", name)
                     .at(dir.join(shard).display()))
@@ -122,6 +139,36 @@ impl Checkpoint {
                 self.transposed.insert(name);
             }
         }
+        self
+    }
+
+    /// With other tensors than its files name: those that `keep` are read as before, and those of
+    /// `computed`, by name and shape, are computed in f32 from `file`.
+    #[must_use]
+    pub fn decoding(
+        mut self,
+        keep: impl Fn(&str) -> bool,
+        computed: impl Iterator<Item = (String, Vec<usize>)>,
+        file: &Path,
+        decoder: Arc<dyn Decode>,
+    ) -> Self {
+        self.tensors.retain(|name, _| keep(name));
+        for (name, shape) in computed {
+            let bytes = DType::F32.bytes_for(&shape).unwrap_or_default() as u64;
+            let info = TensorInfo {
+                dtype: DType::F32,
+                shape,
+                file: file.to_owned(),
+                start: 0,
+                end: bytes,
+            };
+            self.tensors.insert(name.clone(), info);
+            self.decoded.insert(name);
+        }
+        if self.files.is_empty() {
+            self.files.push(file.to_owned());
+        }
+        self.decoder = Some(decoder);
         self
     }
 
@@ -159,6 +206,11 @@ impl TensorSource for Checkpoint {
                 None => error,
             });
         };
+        if let Some(decoder) = self.decoder.as_ref().filter(|_| self.decoded.contains(name)) {
+            let shape = info.shape.clone();
+            let values = decoder.decode(name, &shape)?;
+            return Ok(HostTensor::f32(shape, &values));
+        }
         let bytes = read_range(info).map_err(|error| error.at(name))?;
         let mut tensor = HostTensor { dtype: info.dtype, shape: info.shape.clone(), bytes };
         if self.transposed.contains(name) {
