@@ -201,3 +201,8 @@ fn training_starts_from_packed_folders_and_bare_files() {
         }
     }
 }
+#[test]
+fn a_gguf_of_a_model_without_a_tokenizer() {
+    let place = case("gguf_of_a_model_without_a_tokenizer");
+    refuses(&place, &CHECK, &["tokenizer.json", "format.gguf"]);
+}

@@ -748,9 +748,9 @@ mod results {
         join_safetensors(&file, &header, &values);
         assert_snapshot!(work.refused(&["verify", "packed"]), @r"
             exit 5
-            error: a tensor is missing
-              at   packed, model.layers.0.mlp.up_proj.scales
-              try  export the run again
+            error: a llama has no such tensor, and it would be left out
+              at   a.stranger, packed
+              try  the config.json that belongs to these weights
         ");
 
         for (from, to) in [("\"bits\": 2", "\"bits\": 3"), ("\"weights_sha256\": \"", "$0f")] {

@@ -394,7 +394,7 @@ mod command {
             exit 3
             error: config.json is not valid: invalid type: sequence, expected a map at line 1 column 0
               at   ./config.json
-              try  a complete config.json of: llama, mistral, qwen2, qwen3, gemma, gemma2, gptj, gpt_neo, gpt2, opt
+              try  the model's own config.json
         ");
         assert_snapshot!(place.refused(&["check", "--config", "none"]), @r"
             exit 1

@@ -21,6 +21,9 @@ pub fn holds(
     let (plain, all) = (format.plain(), Format::ALL.map(Format::plain));
     let keys = options.keys(format).unwrap_or(&*plain);
     let writing = Writing::new(parts, keys, &all, device)?;
+    if let Kind::File(file) = keys.kind() {
+        file.fits(&writing)?;
+    }
     for linear in parts.quantized.names() {
         let stored = writing.stored(linear)?;
         match keys.kind() {

@@ -161,6 +161,12 @@ pub trait SingleFile {
     /// Why not.
     fn accepts(&self, name: &str, weight: &QuantizedWeight, model: &ModelConfig) -> Result<()>;
 
+    /// Whether it has a name for every tensor of a model, and all else that it needs of its folder.
+    ///
+    /// # Errors
+    /// What is missing.
+    fn fits(&self, writing: &Writing<'_>) -> Result<()>;
+
     /// Writes the file into `dir`; `done` hears of each linear. Gives the bits that the quantized
     /// weights take.
     ///

@@ -33,10 +33,16 @@ pub fn generate(
     let mut rng = ChaCha8Rng::seed_from_u64(sampler.seed);
     let mut caches = vec![KvCache::default(); model.blocks.len()];
     let mut past = 0;
+    let mut all: Vec<u32> = prompt.to_vec();
     let mut next: Vec<u32> = prompt.to_vec();
     for _ in 0..max_new {
         if past + next.len() > config.max_positions {
             break;
+        }
+        if config.rotates_anew(past, past + next.len()) {
+            // Keys in the cache were rotated for a shorter text.
+            caches.fill(KvCache::default());
+            (past, next) = (0, all.clone());
         }
         let positions = Positions::new(config, past, next.len(), model.dtype(), device);
         past += next.len();
@@ -45,6 +51,7 @@ pub fn generate(
         if config.eos.contains(&token) || !each(token) {
             break;
         }
+        all.push(token);
         next = vec![token];
     }
 }

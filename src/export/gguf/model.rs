@@ -55,6 +55,22 @@ impl SingleFile for GgufConfig {
         choose(name, weight, model).map(drop)
     }
 
+    fn fits(&self, writing: &Writing<'_>) -> Result<()> {
+        llama::family(&writing.config)?;
+        for name in writing.dense_names() {
+            stored_name(name, writing).ok_or_else(|| nameless(name))?;
+        }
+        let dir = writing.parts.dir;
+        if !dir.join("tokenizer.json").is_file() {
+            return Err(Error::preflight(
+                "format.gguf holds the tokenizer too, and the model's folder has no tokenizer.json",
+            )
+            .at(dir.display())
+            .fix("the model's tokenizer.json in its folder, or another format"));
+        }
+        tokenizer::read(dir, &writing.config).map(drop)
+    }
+
     /// Every tensor is chosen first, then written one by one.
     fn write(
         &self,
@@ -123,7 +139,7 @@ fn plan(writing: &Writing<'_>) -> Result<Vec<Planned>> {
     let mut tensors = Vec::new();
     for (name, linear) in all {
         let Some(stored) = stored_name(&name, writing) else {
-            return Err(Error::preflight("format.gguf has no name for this tensor").at(name));
+            return Err(nameless(&name));
         };
         if stored.is_empty() {
             continue;
@@ -154,6 +170,12 @@ fn plan(writing: &Writing<'_>) -> Result<Vec<Planned>> {
 fn choose(linear: &str, weight: &QuantizedWeight, config: &ModelConfig) -> Result<BlockType> {
     let weight = coded(linear, weight, config)?;
     choose::choose(&weight).map_err(|refusal| Error::from(refusal).at(linear))
+}
+
+fn nameless(name: &str) -> Error {
+    Error::preflight("format.gguf has no name for this tensor")
+        .at(name)
+        .fix("another format, or a model without this tensor")
 }
 
 /// The name in the file; empty for a tensor that the file does not repeat.

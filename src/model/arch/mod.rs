@@ -437,6 +437,19 @@ impl ModelConfig {
         self
     }
 
+    /// Whether a text that grows from `past` to `total` positions gets other rotations from its first
+    /// position on.
+    pub fn rotates_anew(&self, past: usize, total: usize) -> bool {
+        let ropes = self.arch.spans.iter().filter_map(|span| span.rope.as_ref());
+        let long = |rope: &Rope| match rope.scaling {
+            RopeScaling::Long { original, .. } => {
+                past > 0 && past as f64 <= original && total as f64 > original
+            }
+            _ => false,
+        };
+        ropes.into_iter().any(long)
+    }
+
     /// The token embedding's name.
     pub fn embedding(&self) -> String {
         self.outside(self.arch.names.embedding, "weight")

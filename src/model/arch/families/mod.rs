@@ -107,6 +107,7 @@ impl Default for Defaults {
 /// [`gated`] or the family.
 fn llama_like(keys: &Keys<'_>, defaults: &Defaults) -> Result<ModelConfig> {
     let d_model = keys.width(&["hidden_size"])?;
+    let d_ff = keys.width(&["intermediate_size"])?;
     let n_heads = keys.width(&["num_attention_heads"])?;
     let n_blocks = keys.needed(&["num_hidden_layers"], MAX_BLOCKS)?;
     let vocab = keys.needed(&["vocab_size"], MAX_ROWS)?;
@@ -130,7 +131,7 @@ fn llama_like(keys: &Keys<'_>, defaults: &Defaults) -> Result<ModelConfig> {
     Ok(ModelConfig {
         model_type: keys.text(&["model_type"])?.unwrap_or_default().to_owned(),
         d_model,
-        d_ff: keys.width(&["intermediate_size"])?,
+        d_ff,
         n_blocks,
         n_heads,
         n_kv_heads,
