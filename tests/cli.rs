@@ -343,7 +343,7 @@ mod recipe_errors {
             exit 2
             error: the override `*.down_prj` matches no linear
               at   quant.override.0.match (recipe line 24)
-              try  a pattern such as "*.down_proj", "model.layers.0.*" or "lm_head"
+              try  "attention", "mlp", or a pattern such as "*.down_proj", "model.layers.0.*" or "lm_head"
         "#);
     }
 

@@ -225,7 +225,8 @@ fn asymmetric() -> Symmetry {
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Override {
-    /// Shell-style pattern on full names such as `model.layers.0.mlp.down_proj`.
+    /// `attention` or `mlp`, or a shell-style pattern on full names such as
+    /// `model.layers.0.mlp.down_proj`.
     #[serde(rename = "match")]
     pub pattern: String,
     /// Bits.

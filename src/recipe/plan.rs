@@ -13,6 +13,10 @@ use crate::model::{ModelConfig, weight_name};
 use crate::quant::{ActivationQuant, ObserverConfig, QuantSpec, Repr};
 use crate::stage::{BASE, Before, Codes, Effect, StageConfig};
 
+/// Patterns of overrides that mean every linear of attention, or of the MLP, whatever a family calls them.
+const ATTENTION: &str = "attention";
+const MLP: &str = "mlp";
+
 /// A recipe that makes sense for a model.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -266,11 +270,13 @@ impl Resolved {
                 .map_err(|error| error.at(model.head()).at(lines.place("quant.group_size")))?;
             resolved.head = (codes.is_some() && !rule.keep).then_some(spec);
         }
-        for (name, shape) in model.linear_shapes() {
+        for (name, linear) in model.linears() {
+            let shape = linear.shape;
+            let part = if linear.role.in_attention() { ATTENTION } else { MLP };
             let mut spec = default;
             let mut keep = false;
             for (index, (pattern, rule)) in patterns.iter().zip(&quant.overrides).enumerate() {
-                if pattern.matches(&name) {
+                if rule.pattern == part || pattern.matches(&name) {
                     used[index] = true;
                     spec = rule.apply(spec);
                     keep = rule.keep;
@@ -297,10 +303,20 @@ impl Resolved {
             let pattern = &quant.overrides[index].pattern;
             return Err(Error::usage(format!("the override `{pattern}` matches no linear"))
                 .at(lines.place(&format!("quant.override.{index}.match")))
-                .fix("a pattern such as \"*.down_proj\", \"model.layers.0.*\" or \"lm_head\""));
+                .fix(patterns_of(model)));
         }
         Ok(resolved)
     }
+}
+
+/// Patterns that match something of a model.
+fn patterns_of(model: &ModelConfig) -> String {
+    let last = model.arch.linears.last().map_or("", |spec| spec.name);
+    let (last, block) = (last.rsplit('.').next().unwrap_or(last), model.block_prefix(0));
+    let head = model.head();
+    format!(
+        "\"{ATTENTION}\", \"{MLP}\", or a pattern such as \"*.{last}\", \"{block}.*\" or \"{head}\""
+    )
 }
 
 impl Override {
