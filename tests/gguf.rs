@@ -6,11 +6,12 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{Place, few_stories};
+use common::{Place, copy_folder, few_stories};
 use fewbit::export::open_model;
+use fewbit::model::ModelConfig;
 use fewbit::store::TensorSource;
 use fewbit::store::safetensors::Checkpoint;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/gguf").join(name)
@@ -84,4 +85,139 @@ fn an_exported_file_needs_no_folder() {
     assert!(cut.contains("end beyond the file"), "{cut}");
     let other = place.refused(&["eval", "--model", "few.json", "--data", "few.json"]);
     assert!(other.starts_with("exit 2") && other.contains(".gguf"), "{other}");
+}
+
+/// A model of `tests/parity` with some settings changed, as `model`, and a tokenizer of single bytes.
+fn changed(place: &Place, name: &str, changes: &Value) {
+    let parity = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity").join(name);
+    copy_folder(&parity, &place.path("model"));
+    let text = std::fs::read_to_string(place.path("model/config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&text).unwrap();
+    for (key, value) in changes.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    place.write("model/config.json", config.to_string());
+    let vocab = config["vocab_size"].as_u64().unwrap() as u32;
+    let pieces: serde_json::Map<String, Value> = (0..vocab)
+        .map(|id| (char::from_u32(33 + id + id / 94 * 67).unwrap().to_string(), json!(id)))
+        .collect();
+    let bytes = json!({
+        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true,
+    });
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+        "normalizer": null, "pre_tokenizer": bytes, "post_processor": null, "decoder": bytes,
+        "model": { "type": "BPE", "vocab": pieces, "merges": [] },
+    });
+    place.write("model/tokenizer.json", tokenizer.to_string());
+    let lines = "{\"text\": \"abcdefghijklmnopqrstuvwxyzabcdefghijklmnop\"}\n".repeat(4);
+    place.write("text.jsonl", lines);
+    place.write(
+        "recipe.toml",
+        "seed = 0\noutput = \"run\"\ndevice = \"cpu\"\nmodel.path = \"model\"\n\
+         data.validation.path = \"text.jsonl\"\n[quant]\nbits = 8\n\
+         [[quant.override]]\nmatch = \"*\"\nkeep = true\n\
+         [[stage]]\n[stage.calibrate]\nmethod.rtn = {}\n\
+         [[stage]]\n[stage.export]\nformat.gguf = {}\n",
+    );
+}
+
+/// Weights of a model that has none of its own in `tests/parity`.
+fn random_weights(place: &Place) {
+    let config = ModelConfig::read(&place.path("model")).unwrap();
+    let (mut header, mut bytes) = (serde_json::Map::new(), Vec::new());
+    let mut state = 1u64;
+    for (name, shape) in config.tensors() {
+        let start = bytes.len();
+        let gain = if shape.len() == 1 { 1.0 } else { 0.0 };
+        for _ in 0..shape.iter().product::<usize>() {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let value = (state >> 40) as f32 / 16_777_216.0 - 0.5 + gain;
+            bytes.extend(value.to_le_bytes());
+        }
+        let place = json!({ "dtype": "F32", "shape": shape, "data_offsets": [start, bytes.len()] });
+        header.insert(name, place);
+    }
+    let header = Value::Object(header).to_string();
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header.into_bytes());
+    file.extend(bytes);
+    place.write("model/model.safetensors", file);
+}
+
+/// Without its folder a file describes the same model, and gives the same logits.
+#[test]
+fn every_family_that_is_written_is_read() {
+    let full =
+        json!({ "sliding_window": null, "head_dim": 8, "layer_types": vec!["full_attention"; 4] });
+    for (name, architecture, changes) in [
+        ("exaone4", "exaone4", full),
+        ("gemma", "gemma", json!({})),
+        ("gemma2", "gemma2", json!({ "query_pre_attn_scalar": 12 })),
+        ("gemma3_text", "gemma3", json!({ "query_pre_attn_scalar": 10 })),
+        ("gpt2", "gpt2", json!({})),
+        ("gpt_neox", "gptneox", json!({})),
+        ("gpt_neox_seq", "gptneox", json!({})),
+        ("granite", "granite", json!({})),
+        ("llama_bias", "llama", json!({})),
+        ("llama_linear", "llama", json!({})),
+        ("ministral3", "mistral3", json!({})),
+        ("mistral", "llama", json!({ "sliding_window": null })),
+        ("olmo2", "olmo2", json!({ "tie_word_embeddings": false })),
+        ("phi", "phi2", json!({})),
+        ("phi3", "phi3", json!({})),
+        ("qwen2", "qwen2", json!({})),
+        ("qwen3", "qwen3", json!({})),
+        ("smollm3", "smollm3", json!({ "no_rope_layers": [1, 1, 1] })),
+    ] {
+        let place = Place::new();
+        changed(&place, name, &changes);
+        let stored = Checkpoint::open_file(&place.path("model/model.safetensors")).unwrap();
+        let config = ModelConfig::read(&place.path("model")).unwrap();
+        let suits = |(name, shape): &(String, Vec<usize>)| {
+            stored
+                .info(name)
+                .is_some_and(|info| info.shape == *shape || config.arch.linears[0].columns)
+        };
+        if !config.tensors().iter().all(suits) {
+            random_weights(&place);
+        }
+        place.ok(&["train", "--recipe", "recipe.toml"]);
+        std::fs::rename(place.path("run/export/gguf/model.gguf"), place.path("alone.gguf"))
+            .unwrap();
+        let opened = open_model(&place.path("alone.gguf")).unwrap();
+        assert_eq!(config.computes(&opened.config), None, "{name}");
+        assert_eq!(opened.config.arch.gguf.unwrap().architecture, architecture, "{name}");
+        let ids: Vec<String> = (0..36).map(|at| (at * 31 % 90).to_string()).collect();
+        let [folder, alone] =
+            ["model", "alone.gguf"].map(|model| logits(&place, model, &ids.join(",")));
+        if name == "ministral3" {
+            // Its factor of attention goes through 32 bits.
+            let apart = folder.iter().zip(&alone).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(apart < 1e-4, "{name}: {apart}");
+        } else {
+            assert!(folder == alone, "{name}");
+        }
+    }
+}
+
+#[test]
+fn what_llama_cpp_cannot_compute_is_not_written() {
+    for (name, changes, part) in [
+        ("gemma2", json!({}), "the scale of its scores"),
+        ("llama_dynamic", json!({}), "its rotations"),
+        ("mistral", json!({}), "its windows of attention"),
+        ("olmo2", json!({ "tie_word_embeddings": true }), "a head of its own"),
+        ("olmo3", json!({}), "does not know models of type olmo3"),
+        ("opt", json!({}), "does not know models of type opt"),
+        ("phi3_window", json!({}), "its windows of attention"),
+        ("phi_qk", json!({}), "has no self_attn.q_layernorm"),
+        ("smollm3", json!({ "no_rope_layers": [1, 0, 1] }), "its rotations"),
+        ("exaone4", json!({ "sliding_window": null }), "as wide as the model"),
+    ] {
+        let place = Place::new();
+        changed(&place, name, &changes);
+        let said = place.failed(&["train", "--recipe", "recipe.toml"]);
+        assert!(said.contains(part), "{name}: {said}");
+    }
 }

@@ -1,42 +1,32 @@
 //! The small files of a Hugging Face folder, out of a GGUF file that another program wrote.
 //!
-//! Nothing is guessed: what a plain Llama does not have (experts, other norms, tensors of unknown
-//! names, scalings that no `config.json` of the family expresses) is refused in a sentence.
+//! Nothing is guessed: what a family does not have (experts, other norms, tensors of unknown names,
+//! scalings that no `config.json` of the family expresses) is refused in a sentence. What the families
+//! have of their own stands in `model::Gguf`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Seek};
 
-use serde_json::{Value as Json, json};
+use serde_json::{Map, Value as Json, json};
 
 use super::keys::{Keys, missing};
-use super::llama::ROPE_FACTORS;
-use super::reader::{Reader, TensorInfo};
-use super::rotation;
+use super::llama::tensor_name;
+use super::reader::Reader;
+use super::scaling::{Scaled, scaling};
 use super::special::Special;
+use super::value::Value;
 use super::vocabulary::Vocabulary;
 use crate::error::{Error, Result};
-use crate::model::RopeScaling;
+use crate::model::{Gguf, GgufKeys, LONG_FACTORS, ModelConfig, ROPE_FACTORS};
 
+const ARCHITECTURE: &str = "general.architecture";
 const EMBEDDING: &str = "token_embd.weight";
 const HEAD: &str = "output.weight";
-/// Parts of a block that may carry biases: attention's, then the MLP's.
-const ATTENTION: [&str; 4] = ["attn_q", "attn_k", "attn_v", "attn_output"];
-const MLP: [&str; 3] = ["ffn_gate", "ffn_up", "ffn_down"];
-/// Names of a block's parts.
-const BLOCK_NAMES: [&str; 9] = [
-    "attn_q",
-    "attn_k",
-    "attn_v",
-    "attn_output",
-    "ffn_gate",
-    "ffn_up",
-    "ffn_down",
-    "attn_norm",
-    "ffn_norm",
+/// Parts of a block that may carry biases: attention's, then the MLP's. All of a row, or none.
+const BIASES: [&[&str]; 2] = [
+    &["attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output"],
+    &["ffn_gate", "ffn_up", "ffn_down"],
 ];
-const EPS: &str = "llama.attention.layer_norm_rms_epsilon";
-const THETA: &str = "llama.rope.freq_base";
-const PLAIN: &str = "a file of a plain Llama model";
 
 /// The texts of `config.json`, `generation_config.json` and, where the file has a tokenizer,
 /// `tokenizer.json` and `tokenizer_config.json`, by name. Which names stand in the map tells whether
@@ -45,9 +35,9 @@ const PLAIN: &str = "a file of a plain Llama model";
 /// The reader is mutable because a scaling of rotations may be stored as a tensor.
 ///
 /// # Errors
-/// When the model is not of llama.cpp's architecture `llama` or has something that a plain Llama
-/// does not have, the tokenizer is of another kind than byte-pair encoding, or a metadata key is
-/// missing or unusable: the key or the tensor is named.
+/// When the model is of an architecture that no family has, or has something that its family does not
+/// have, the tokenizer is of another kind than byte-pair encoding, or a metadata key is missing or
+/// unusable: the key or the tensor is named.
 pub fn folder_files<R: Read + Seek>(reader: &mut Reader<R>) -> Result<BTreeMap<String, String>> {
     let path = reader.path().to_owned();
     files(reader).map_err(|error| error.at(path.display()))
@@ -55,42 +45,25 @@ pub fn folder_files<R: Read + Seek>(reader: &mut Reader<R>) -> Result<BTreeMap<S
 
 fn files<R: Read + Seek>(reader: &mut Reader<R>) -> Result<BTreeMap<String, String>> {
     check_kind(Keys(reader.metadata()))?;
-    let has_factors = reader.tensors().contains_key(ROPE_FACTORS);
-    let factors = has_factors.then(|| reader.read_f32(ROPE_FACTORS)).transpose()?;
-    let (keys, tensors) = (Keys(reader.metadata()), reader.tensors());
-    let sizes = Sizes::read(keys, tensors)?;
-    let biases = check_tensors(tensors, sizes.blocks)?;
-    let special = Special::read(keys, sizes.vocab)?;
-    let scaling = scaling(keys, factors.as_deref(), &sizes)?;
-    let tokenizer = Vocabulary::read(keys, &special, sizes.vocab)?;
-    let mut config = json!({
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "hidden_size": sizes.width,
-        "intermediate_size": sizes.inner,
-        "num_hidden_layers": sizes.blocks,
-        "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.kv_heads,
-        "head_dim": sizes.head_dim,
-        "vocab_size": sizes.vocab,
-        "max_position_embeddings": sizes.context,
-        "rms_norm_eps": sizes.eps,
-        "rope_theta": sizes.theta,
-        "rope_scaling": scaling_json(&scaling),
-        "attention_bias": biases.attention,
-        "mlp_bias": biases.mlp,
-        "tie_word_embeddings": !tensors.contains_key(HEAD),
-        "torch_dtype": "float32",
-    });
+    let mut divisors = Vec::new();
+    for name in [ROPE_FACTORS, LONG_FACTORS[0], LONG_FACTORS[1]] {
+        if reader.tensors().contains_key(name) {
+            divisors.push((name, reader.read_f32(name)?));
+        }
+    }
+    let keys = Keys(reader.metadata());
+    let shapes = reader.tensors().iter().map(|(name, info)| (name.clone(), info.shape.clone()));
+    let described = describe(keys, &shapes.collect(), &divisors)?;
+    let tokenizer = Vocabulary::read(keys, &described.special, described.vocab)?;
+    let mut config = described.config();
     let mut generation = json!({});
     for file in [&mut config, &mut generation] {
-        file["bos_token_id"] = json!(special.bos);
-        file["eos_token_id"] = special.ends();
+        file["bos_token_id"] = json!(described.special.bos);
+        file["eos_token_id"] = described.special.ends();
     }
     let mut files = vec![("config.json", config), ("generation_config.json", generation)];
     if let Some(tokenizer) = tokenizer {
-        files.push(("tokenizer_config.json", tokenizer.settings(keys, sizes.context)?));
+        files.push(("tokenizer_config.json", tokenizer.settings(keys, described.context)?));
         files.push(("tokenizer.json", tokenizer.tokenizer()));
     }
     Ok(files.into_iter().map(|(name, file)| (name.to_owned(), pretty(name, &file))).collect())
@@ -101,23 +74,60 @@ fn pretty(name: &str, file: &Json) -> String {
     if name == "tokenizer.json" { file.to_string() } else { format!("{file:#}\n") }
 }
 
-/// Whether the file is a whole language model of the one supported architecture.
-fn check_kind(keys: Keys<'_>) -> Result<()> {
-    const ARCHITECTURE: &str = "general.architecture";
-    let architecture = keys.text(ARCHITECTURE)?.ok_or_else(|| missing(ARCHITECTURE))?;
-    if architecture != "llama" {
-        return Err(Error::preflight(format!(
-            "the file is of architecture `{}` ({ARCHITECTURE}); fewbit reads `llama`",
-            architecture.escape_debug()
-        ))
-        .fix(PLAIN));
+/// The shapes of a file's tensors by name.
+pub(super) type Shapes = BTreeMap<String, Vec<usize>>;
+
+/// What a file says of its model.
+pub(super) struct Described {
+    config: Map<String, Json>,
+    special: Special,
+    vocab: usize,
+    context: usize,
+}
+
+impl Described {
+    /// The `config.json`, without the tokens at the ends of a text.
+    pub(super) fn config(&self) -> Json {
+        Json::Object(self.config.clone())
     }
+}
+
+/// The model of a file with this metadata and tensors; `divisors` are the values of those that scale
+/// its rotations.
+///
+/// # Errors
+/// As [`folder_files`].
+pub(super) fn describe(
+    keys: Keys<'_>,
+    shapes: &Shapes,
+    divisors: &[(&str, Vec<f32>)],
+) -> Result<Described> {
+    let file = File::of(keys, shapes)?;
+    file.check_settings()?;
+    let sizes = Sizes::read(&file)?;
+    let biased = file.check_parts(sizes.blocks)?;
+    let special = Special::read(keys, sizes.vocab)?;
+    let scaled = Scaled { theta: sizes.theta, dims: sizes.rotated, context: sizes.context as f64 };
+    let scaling = scaling(&file, divisors, &scaled)?;
+    let mut config = sizes.config(&file);
+    config.insert("rope_scaling".to_owned(), scaling);
+    let said = Said { file: &file, biased, blocks: sizes.blocks };
+    (file.gguf.read)(&said, &mut config)?;
+    let model = ModelConfig::parse(&Json::Object(config.clone()).to_string())?;
+    file.check_names(&model)?;
+    Ok(Described { config, special, vocab: sizes.vocab, context: sizes.context })
+}
+
+/// Whether the file is a whole language model of a known architecture.
+fn check_kind(keys: Keys<'_>) -> Result<()> {
+    let gguf = architecture(keys)?;
+    let plain = plain(gguf);
     if let Some(kind) = keys.text("general.type")?.filter(|kind| *kind != "model") {
         return Err(Error::preflight(format!(
             "the file is no model but of type `{}` (general.type)",
             kind.escape_debug()
         ))
-        .fix(PLAIN));
+        .fix(plain));
     }
     if let Some(parts) = keys.count_or_zero("split.count")?.filter(|parts| *parts > 1) {
         return Err(Error::preflight(format!("the file is one of {parts} parts (split.count)"))
@@ -125,34 +135,227 @@ fn check_kind(keys: Keys<'_>) -> Result<()> {
                 "join the parts with llama.cpp: llama-gguf-split --merge FIRST_PART JOINED_FILE",
             ));
     }
-    // Settings that change what the model computes, with the value that changes nothing.
-    for (key, neutral) in [
-        ("expert_count", 0.0),
-        ("attention.scale", 0.0),
-        ("attention.sliding_window", 0.0),
-        ("attention.clamp_kqv", 0.0),
-        ("attention.max_alibi_bias", 0.0),
-        ("logit_scale", 1.0),
-        ("embedding_scale", 1.0),
-        ("residual_scale", 1.0),
-        ("rope.scaling.attn_factor", 1.0),
-    ] {
-        let key = format!("llama.{key}");
-        // llama.cpp takes 0 as absent for every one of them.
-        let changes = |value: &f64| *value != 0.0 && (value - neutral).abs() > 0.0;
-        if let Some(value) = keys.number(&key)?.filter(changes) {
-            return Err(Error::preflight(format!(
-                "`{key}` is {value}, which a plain Llama does not have"
-            ))
-            .fix(PLAIN));
+    Ok(())
+}
+
+fn architecture(keys: Keys<'_>) -> Result<&'static Gguf> {
+    let architecture = keys.text(ARCHITECTURE)?.ok_or_else(|| missing(ARCHITECTURE))?;
+    Gguf::of(architecture).ok_or_else(|| {
+        let known: Vec<String> = Gguf::architectures().map(|name| format!("`{name}`")).collect();
+        Error::preflight(format!(
+            "the file is of architecture `{}` ({ARCHITECTURE}); fewbit reads {}",
+            architecture.escape_debug(),
+            known.join(", ")
+        ))
+        .fix("a file of one of these")
+    })
+}
+
+/// A family's name in a sentence.
+fn title(gguf: &Gguf) -> String {
+    let mut letters = gguf.architecture.chars();
+    letters.next().map_or(String::new(), |first| first.to_uppercase().chain(letters).collect())
+}
+
+fn plain(gguf: &Gguf) -> String {
+    format!("a file of a plain {} model", title(gguf))
+}
+
+/// Settings that change what a model computes, with the value that changes nothing.
+const SETTINGS: [(&str, f64); 14] = [
+    ("expert_count", 0.0),
+    ("attention.scale", 0.0),
+    ("attention.sliding_window", 0.0),
+    ("attention.clamp_kqv", 0.0),
+    ("attention.max_alibi_bias", 0.0),
+    ("attention.temperature_scale", 0.0),
+    ("attn_logit_softcapping", 0.0),
+    ("final_logit_softcapping", 0.0),
+    ("nextn_predict_layers", 0.0),
+    ("logit_scale", 1.0),
+    ("embedding_scale", 1.0),
+    ("residual_scale", 1.0),
+    ("rope.scaling.yarn_log_multiplier", 0.0),
+    ("rope.scaling.alpha", 0.0),
+];
+
+/// A file's metadata under the keys of its architecture, and its tensors.
+pub(super) struct File<'a> {
+    keys: Keys<'a>,
+    shapes: &'a Shapes,
+    /// Its family.
+    pub(super) gguf: &'static Gguf,
+}
+
+impl<'a> File<'a> {
+    fn of(keys: Keys<'a>, shapes: &'a Shapes) -> Result<Self> {
+        Ok(Self { keys, shapes, gguf: architecture(keys)? })
+    }
+
+    /// A key with its prefix.
+    pub(super) fn key(&self, key: &str) -> String {
+        format!("{}.{key}", self.gguf.architecture)
+    }
+
+    /// A number.
+    pub(super) fn number(&self, key: &str) -> Result<Option<f64>> {
+        self.keys.number(&self.key(key))
+    }
+
+    /// A number of a key that only some families read.
+    pub(super) fn own_number(&self, key: &str) -> Result<Option<f64>> {
+        if self.gguf.keys.contains(&key) { self.number(key) } else { Ok(None) }
+    }
+
+    /// A text.
+    pub(super) fn text(&self, key: &str) -> Result<Option<&'a str>> {
+        self.keys.text(&self.key(key))
+    }
+
+    fn count(&self, key: &str) -> Result<Option<usize>> {
+        self.keys.count(&self.key(key))
+    }
+
+    fn needed_count(&self, key: &str) -> Result<usize> {
+        self.keys.needed_count(&self.key(key))
+    }
+
+    /// A family that is refused something; `what` is the end of a sentence.
+    fn refused(&self, what: String) -> Error {
+        Error::preflight(what).fix(plain(self.gguf))
+    }
+
+    fn check_settings(&self) -> Result<()> {
+        for (name, neutral) in SETTINGS {
+            if self.gguf.keys.contains(&name) {
+                continue;
+            }
+            // llama.cpp takes 0 as absent for every one of them.
+            let changes = |value: &f64| *value != 0.0 && (value - neutral).abs() > 0.0;
+            if let Some(value) = self.number(name)?.filter(changes) {
+                return Err(self.refused(format!(
+                    "`{}` is {value}, which a plain {} does not have",
+                    self.key(name),
+                    title(self.gguf)
+                )));
+            }
+        }
+        let causal = self.key("attention.causal");
+        match self.keys.truth(&causal)? {
+            Some(false) => {
+                Err(self.refused(format!("`{causal}` is false: the file is no language model")))
+            }
+            _ => Ok(()),
         }
     }
-    match keys.truth("llama.attention.causal")? {
-        Some(false) => Err(Error::preflight(
-            "`llama.attention.causal` is false: the file is no language model",
-        )
-        .fix(PLAIN)),
-        _ => Ok(()),
+
+    /// Every part of every block must be there; gives the linears that carry biases.
+    fn check_parts(&self, blocks: usize) -> Result<BTreeSet<&'static str>> {
+        for name in [EMBEDDING, "output_norm.weight"] {
+            self.shapes.get(name).ok_or_else(|| self.lacks(name))?;
+        }
+        // Ends at the first missing one, however many blocks are claimed.
+        for block in 0..blocks {
+            for (_, inner) in self.gguf.blocks {
+                let name = format!("blk.{block}.{inner}.weight");
+                self.shapes.get(&name).ok_or_else(|| self.lacks(&name))?;
+            }
+        }
+        let mut biased = BTreeSet::new();
+        for group in BIASES {
+            let parts: Vec<&str> =
+                group.iter().copied().filter(|part| self.gguf.biased.contains(part)).collect();
+            let holds =
+                |part: &str, block| self.shapes.contains_key(&format!("blk.{block}.{part}.bias"));
+            let found = parts.iter().map(|part| (0..blocks).filter(|b| holds(part, *b)).count());
+            let (found, all) = (found.sum::<usize>(), parts.len() * blocks);
+            if found != 0 && found != all {
+                return Err(self.refused(format!(
+                    "{found} of {all} biases of {} are there; fewbit's {} has all of them or none",
+                    parts.join(", "),
+                    title(self.gguf)
+                )));
+            }
+            biased.extend(parts.into_iter().filter(|_| found > 0));
+        }
+        Ok(biased)
+    }
+
+    fn lacks(&self, name: &str) -> Error {
+        self.refused(format!("the file lacks this tensor, which every {} has", title(self.gguf)))
+            .at(name)
+    }
+
+    /// Every tensor of the model must be there, and no other.
+    fn check_names(&self, model: &ModelConfig) -> Result<()> {
+        let names = model.tensors().into_iter();
+        let mut known: BTreeSet<String> =
+            names.filter_map(|(name, _)| tensor_name(&name, model)).collect();
+        for name in &known {
+            self.shapes.get(name).ok_or_else(|| self.lacks(name))?;
+        }
+        known.extend(self.gguf.divisors.iter().map(|name| (*name).to_owned()));
+        match self.shapes.keys().find(|name| !known.contains(*name)) {
+            None => Ok(()),
+            Some(name) => Err(self
+                .refused(format!(
+                    "a plain {} of {} blocks has no such tensor, and fewbit does not know what it \
+                     does",
+                    title(self.gguf),
+                    model.n_blocks
+                ))
+                .at(name)),
+        }
+    }
+}
+
+/// What a family reads of a file.
+struct Said<'a> {
+    file: &'a File<'a>,
+    biased: BTreeSet<&'static str>,
+    blocks: usize,
+}
+
+impl GgufKeys for Said<'_> {
+    fn number(&self, key: &str) -> Result<Option<f64>> {
+        self.file.number(key)
+    }
+
+    fn count(&self, key: &str) -> Result<Option<usize>> {
+        let count = self.file.keys.count_or_zero(&self.file.key(key))?;
+        Ok(count.and_then(|count| usize::try_from(count).ok()).filter(|count| *count > 0))
+    }
+
+    fn truth(&self, key: &str) -> Result<Option<bool>> {
+        self.file.keys.truth(&self.file.key(key))
+    }
+
+    fn pattern(&self, key: &str) -> Result<Option<Vec<bool>>> {
+        let key = self.file.key(key);
+        let Some(Value::List(_, values)) = self.file.keys.get(&key) else {
+            let every = self.file.keys.count_or_zero(&key)?;
+            let slides = |every: u64| {
+                (0..self.blocks as u64).map(|b| every == 0 || b % every < every - 1).collect()
+            };
+            return Ok(every.map(slides));
+        };
+        let truth = |value: &Value| match value {
+            Value::Bool(truth) => Some(*truth),
+            other => other.as_u64().map(|number| number != 0),
+        };
+        let all: Option<Vec<bool>> = values.iter().map(truth).collect();
+        match all.filter(|all| all.len() == self.blocks) {
+            Some(all) => Ok(Some(all)),
+            None => Err(Error::preflight(format!(
+                "`{key}` is a list of {} values; a truth value for each of the {} blocks is needed",
+                values.len(),
+                self.blocks
+            ))),
+        }
+    }
+
+    fn biased(&self, part: &str) -> bool {
+        self.biased.contains(part)
     }
 }
 
@@ -163,6 +366,7 @@ struct Sizes {
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
+    rotated: usize,
     vocab: usize,
     context: usize,
     eps: f64,
@@ -170,206 +374,120 @@ struct Sizes {
 }
 
 impl Sizes {
-    fn read(keys: Keys<'_>, tensors: &BTreeMap<String, TensorInfo>) -> Result<Self> {
-        let width = keys.needed_count("llama.embedding_length")?;
-        let heads = keys.needed_count("llama.attention.head_count")?;
-        let kv_heads = keys.count("llama.attention.head_count_kv")?.unwrap_or(heads);
+    fn read(file: &File<'_>) -> Result<Self> {
+        let key = |key: &str| file.key(key);
+        let width = file.needed_count("embedding_length")?;
+        let heads = file.needed_count("attention.head_count")?;
+        let kv_heads = file.count("attention.head_count_kv")?.unwrap_or(heads);
         if !heads.is_multiple_of(kv_heads) {
             return Err(Error::preflight(format!(
-                "`llama.attention.head_count_kv` is {kv_heads}, which does not divide the {heads} \
-                 heads of `llama.attention.head_count`"
+                "`{}` is {kv_heads}, which does not divide the {heads} heads of `{}`",
+                key("attention.head_count_kv"),
+                key("attention.head_count")
             )));
         }
-        let head_dim = match keys.count("llama.attention.key_length")? {
+        let head_dim = match file.count("attention.key_length")? {
             Some(size) => size,
             None if width.is_multiple_of(heads) => width / heads,
             None => {
                 return Err(Error::preflight(format!(
-                    "`llama.embedding_length` is {width}, no multiple of the {heads} heads of \
-                     `llama.attention.head_count`, and there is no `llama.attention.key_length`"
+                    "`{}` is {width}, no multiple of the {heads} heads of `{}`, and there is no `{}`",
+                    key("embedding_length"),
+                    key("attention.head_count"),
+                    key("attention.key_length")
                 )));
             }
         };
-        for key in ["llama.attention.value_length", "llama.rope.dimension_count"] {
-            if let Some(other) = keys.count(key)?.filter(|other| *other != head_dim) {
-                return Err(Error::preflight(format!(
-                    "`{key}` is {other}, but heads are {head_dim} wide; a Llama's are the same"
-                ))
-                .fix(PLAIN));
+        let rotated = file.count("rope.dimension_count")?.unwrap_or(head_dim);
+        // Reordered rows are those of whole heads.
+        let whole =
+            [("attention.value_length", true), ("rope.dimension_count", file.gguf.neighbours)];
+        for (name, _) in whole.into_iter().filter(|(_, whole)| *whole) {
+            if let Some(other) = file.count(name)?.filter(|other| *other != head_dim) {
+                return Err(file.refused(format!(
+                    "`{}` is {other}, but heads are {head_dim} wide; a {}'s are the same",
+                    key(name),
+                    title(file.gguf)
+                )));
             }
         }
-        let [vocab, columns] = matrix(tensors, EMBEDDING)?;
+        let [vocab, columns] = matrix(file, EMBEDDING)?;
         if columns != width {
             return Err(Error::preflight(format!(
-                "the tensor has rows of {columns}, but `llama.embedding_length` is {width}"
+                "the tensor has rows of {columns}, but `{}` is {width}",
+                key("embedding_length")
             ))
             .at(EMBEDDING));
         }
-        let inner = match keys.count("llama.feed_forward_length")? {
+        let inner = match file.count("feed_forward_length")? {
             Some(inner) => inner,
-            None => matrix(tensors, "blk.0.ffn_up.weight")?[0],
+            None => matrix(file, "blk.0.ffn_down.weight")?[1],
         };
+        let epsilon = if file.gguf.layer_norms { "layer_norm" } else { "layer_norm_rms" };
+        let epsilon = key(&format!("attention.{epsilon}_epsilon"));
+        let theta = "rope.freq_base";
         Ok(Self {
             width,
             inner,
-            blocks: keys.needed_count("llama.block_count")?,
+            blocks: file.needed_count("block_count")?,
             heads,
             kv_heads,
             head_dim,
+            rotated,
             vocab,
-            context: keys.needed_count("llama.context_length")?,
-            eps: positive(EPS, keys.number(EPS)?.ok_or_else(|| missing(EPS))?)?,
-            theta: positive(THETA, keys.number(THETA)?.unwrap_or(10_000.0))?,
+            context: file.needed_count("context_length")?,
+            eps: positive(&epsilon, file.keys.number(&epsilon)?.ok_or_else(|| missing(&epsilon))?)?,
+            theta: positive(&key(theta), file.number(theta)?.unwrap_or(10_000.0))?,
         })
+    }
+
+    /// A config with the keys of Llama's.
+    fn config(&self, file: &File<'_>) -> Map<String, Json> {
+        let epsilon = if file.gguf.layer_norms { "layer_norm_eps" } else { "rms_norm_eps" };
+        let mut config = Map::new();
+        for (key, value) in [
+            ("model_type", json!("")),
+            ("hidden_act", json!("silu")),
+            ("hidden_size", json!(self.width)),
+            ("intermediate_size", json!(self.inner)),
+            ("num_hidden_layers", json!(self.blocks)),
+            ("num_attention_heads", json!(self.heads)),
+            ("num_key_value_heads", json!(self.kv_heads)),
+            ("head_dim", json!(self.head_dim)),
+            ("vocab_size", json!(self.vocab)),
+            ("max_position_embeddings", json!(self.context)),
+            (epsilon, json!(self.eps)),
+            ("rope_theta", json!(self.theta)),
+            ("rope_scaling", Json::Null),
+            ("tie_word_embeddings", json!(!file.shapes.contains_key(HEAD))),
+            ("torch_dtype", json!("float32")),
+        ] {
+            config.insert(key.to_owned(), value);
+        }
+        if self.rotated != self.head_dim {
+            // The share that gives back this count when it is cut to a whole one.
+            let mut share = self.rotated as f64 / self.head_dim as f64;
+            if ((self.head_dim as f64 * share) as usize) < self.rotated {
+                share = share.next_up();
+            }
+            config.insert("partial_rotary_factor".to_owned(), json!(share));
+        }
+        config
     }
 }
 
-fn positive(key: &str, value: f64) -> Result<f64> {
+pub(super) fn positive(key: &str, value: f64) -> Result<f64> {
     if value > 0.0 {
         return Ok(value);
     }
     Err(Error::preflight(format!("`{key}` is {value}; a number above 0 is needed")))
 }
 
-fn matrix(tensors: &BTreeMap<String, TensorInfo>, name: &str) -> Result<[usize; 2]> {
-    let info = tensors.get(name).ok_or_else(|| lacks(name))?;
-    <[usize; 2]>::try_from(info.shape.as_slice()).map_err(|_| {
-        Error::preflight(format!("the tensor has shape {:?}, which is no matrix", info.shape))
-            .at(name)
+fn matrix(file: &File<'_>, name: &str) -> Result<[usize; 2]> {
+    let shape = file.shapes.get(name).ok_or_else(|| file.lacks(name))?;
+    <[usize; 2]>::try_from(shape.as_slice()).map_err(|_| {
+        Error::preflight(format!("the tensor has shape {shape:?}, which is no matrix")).at(name)
     })
-}
-
-fn lacks(name: &str) -> Error {
-    Error::preflight("the file lacks this tensor, which every Llama has").at(name).fix(PLAIN)
-}
-
-/// Which linear layers have biases.
-struct Biases {
-    attention: bool,
-    mlp: bool,
-}
-
-/// Every tensor of a plain Llama must be there, and no other.
-fn check_tensors(tensors: &BTreeMap<String, TensorInfo>, blocks: usize) -> Result<Biases> {
-    for name in [EMBEDDING, "output_norm.weight"] {
-        tensors.get(name).ok_or_else(|| lacks(name))?;
-    }
-    // Ends at the first missing one, however many blocks are claimed.
-    for block in 0..blocks {
-        for inner in BLOCK_NAMES {
-            let name = format!("blk.{block}.{inner}.weight");
-            tensors.get(&name).ok_or_else(|| lacks(&name))?;
-        }
-    }
-    let (mut attention, mut mlp) = (0, 0);
-    for name in tensors.keys() {
-        match place(name, blocks) {
-            Some(Place::Weight) => {}
-            Some(Place::AttentionBias) => attention += 1,
-            Some(Place::MlpBias) => mlp += 1,
-            None => {
-                return Err(Error::preflight(format!(
-                    "a plain Llama of {blocks} blocks has no such tensor, and fewbit does not know \
-                     what it does"
-                ))
-                .at(name)
-                .fix(PLAIN));
-            }
-        }
-    }
-    let all_or_none = |parts: &[&str], found: usize| {
-        let all = parts.len() * blocks;
-        if found != 0 && found != all {
-            return Err(Error::preflight(format!(
-                "{found} of {all} biases of {} are there; fewbit's Llama has all of them or none",
-                parts.join(", ")
-            ))
-            .fix(PLAIN));
-        }
-        Ok(found > 0)
-    };
-    Ok(Biases { attention: all_or_none(&ATTENTION, attention)?, mlp: all_or_none(&MLP, mlp)? })
-}
-
-enum Place {
-    Weight,
-    AttentionBias,
-    MlpBias,
-}
-
-fn place(name: &str, blocks: usize) -> Option<Place> {
-    if [EMBEDDING, HEAD, "output_norm.weight", ROPE_FACTORS].contains(&name) {
-        return Some(Place::Weight);
-    }
-    let (block, inner) = name.strip_prefix("blk.")?.split_once('.')?;
-    // Written back, so that 007 is no block.
-    let known = block.parse::<usize>().is_ok_and(|b| b < blocks && b.to_string() == block);
-    let (inner, part) = inner.split_once('.').filter(|_| known)?;
-    match part {
-        "weight" if BLOCK_NAMES.contains(&inner) => Some(Place::Weight),
-        "bias" if ATTENTION.contains(&inner) => Some(Place::AttentionBias),
-        "bias" if MLP.contains(&inner) => Some(Place::MlpBias),
-        _ => None,
-    }
-}
-
-fn scaling(keys: Keys<'_>, factors: Option<&[f32]>, sizes: &Sizes) -> Result<RopeScaling> {
-    const KIND: &str = "llama.rope.scaling.type";
-    const FACTOR: &str = "llama.rope.scaling.factor";
-    const OLD_FACTOR: &str = "llama.rope.scale_linear";
-    let stretch = match keys.number(FACTOR)? {
-        Some(factor) => (FACTOR, factor),
-        None => (OLD_FACTOR, keys.number(OLD_FACTOR)?.unwrap_or(0.0)),
-    };
-    let linear = match keys.text(KIND)? {
-        // llama.cpp reads a factor without a kind as linear, and a factor of 0 as none.
-        None | Some("linear") if matches!(stretch.1, 0.0 | 1.0) => RopeScaling::Default,
-        None | Some("linear") => RopeScaling::Linear { factor: positive(stretch.0, stretch.1)? },
-        Some("none") => RopeScaling::Default,
-        Some(other) => {
-            return Err(Error::preflight(format!(
-                "the file scales its rotations by `{}` ({KIND}); fewbit knows none, linear, and \
-                 Llama 3.1's",
-                other.escape_debug()
-            ))
-            .fix("a model with one of these"));
-        }
-    };
-    let Some(factors) = factors else { return Ok(linear) };
-    if linear != RopeScaling::Default {
-        return Err(Error::preflight(format!(
-            "the file scales its rotations twice, by `{}` and by this tensor",
-            stretch.0
-        ))
-        .at(ROPE_FACTORS));
-    }
-    rotation::scaling(factors, sizes.theta, sizes.head_dim).map_err(|error| error.at(ROPE_FACTORS))
-}
-
-fn scaling_json(scaling: &RopeScaling) -> Json {
-    match scaling {
-        RopeScaling::Default
-        | RopeScaling::Dynamic { .. }
-        | RopeScaling::Yarn { .. }
-        | RopeScaling::Long { .. } => Json::Null,
-        RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
-        RopeScaling::Llama3 { factor, low, high, original } => json!({
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": low,
-            "high_freq_factor": high,
-            "original_max_position_embeddings": whole(*original),
-        }),
-    }
-}
-
-/// A number of positions is written without a point where it is whole.
-fn whole(value: f64) -> Json {
-    if value.fract() == 0.0 && (0.0..9e15).contains(&value) {
-        json!(value as u64)
-    } else {
-        json!(value)
-    }
 }
 
 #[cfg(test)]
@@ -407,8 +525,8 @@ mod tests {
         let mut shapes = vec![("token_embd.weight".to_owned(), vec![12, 8])];
         shapes.push(("output_norm.weight".to_owned(), vec![8]));
         for block in 0..2 {
-            for inner in BLOCK_NAMES {
-                let shape = match inner {
+            for (_, inner) in Gguf::of("llama").unwrap().blocks {
+                let shape = match *inner {
                     "attn_norm" | "ffn_norm" => vec![8],
                     "ffn_gate" | "ffn_up" => vec![16, 8],
                     "ffn_down" => vec![8, 16],
@@ -558,7 +676,7 @@ mod tests {
     #[test]
     fn keys_that_are_refused() {
         for (key, value, part) in [
-            ("general.architecture", Some("qwen2".into()), "`qwen2` (general.architecture)"),
+            ("general.architecture", Some("mamba".into()), "`mamba` (general.architecture)"),
             ("general.architecture", None, "`general.architecture`"),
             ("general.type", Some("adapter".into()), "`adapter`"),
             ("split.count", Some(Value::U16(3)), "one of 3 parts"),

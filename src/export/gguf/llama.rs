@@ -1,16 +1,17 @@
-//! A model as llama.cpp wants it: metadata keys, tensor names, and the order of q and k rows.
+//! A model as llama.cpp wants it: metadata keys, tensor names, and the order of rows.
 //!
-//! Hugging Face rotates a head's first half against its second, ggml's `llama` rotates neighbours.
-//! Rows of q and k (and their biases) are therefore reordered within each head. That permutes whole
-//! rows, codes with their scales and zero points, so nothing is lost. Other families keep their rows.
+//! Hugging Face rotates a head's first half against its second, some of ggml's families rotate
+//! neighbours. Rows of q and k (and their biases) are reordered within each head there. GPT-NeoX has
+//! query, key and value of each head in turn, ggml all queries first. Both permute whole rows, codes
+//! with their scales and zero points, so nothing is lost. What a family has of its own stands in its
+//! file, behind `model::Gguf`.
 
+use super::folder::describe;
+use super::keys::Keys;
 use super::types::BlockType;
-use super::value::Value;
+use super::value::{Value, ValueKind};
 use crate::error::{Error, Result};
-use crate::model::{Gguf, ModelConfig, NormKind, Role, RopeScaling};
-
-/// The tensor of rotation factors, `[head_dim / 2]`, F32; written for Llama 3.1's scaling only.
-pub const ROPE_FACTORS: &str = "rope_freqs.weight";
+use crate::model::{Gguf, GgufValue, LONG_FACTORS, ModelConfig, ROPE_FACTORS, Role, RopeScaling};
 
 /// Version of ggml's block layouts.
 const QUANTIZATION_VERSION: u32 = 2;
@@ -18,29 +19,44 @@ const QUANTIZATION_VERSION: u32 = 2;
 /// How llama.cpp knows the model's family.
 ///
 /// # Errors
-/// When it does not, or the model has something that its metadata cannot say.
+/// When it does not, or the model has something that a file of the family cannot say: its metadata,
+/// read back, must describe what the model computes.
 pub fn family(config: &ModelConfig) -> Result<&'static Gguf> {
     let kind = &config.model_type;
     let refused = |what: String| Error::preflight(what).fix("format.fewbit or format.dequantized");
     let Some(gguf) = config.arch.gguf else {
         return Err(refused(format!("format.gguf does not know models of type {kind} yet")));
     };
-    for span in &config.arch.spans {
-        if span.window.is_some() {
-            return Err(refused(format!("format.gguf has no window of attention for {kind}")));
-        }
-        match span.rope.as_ref().map(|rope| &rope.scaling) {
-            None
-            | Some(
-                RopeScaling::Default | RopeScaling::Linear { .. } | RopeScaling::Llama3 { .. },
-            ) => {}
-            Some(_) => {
-                let what = "format.gguf holds rotations that are plain, linear or Llama 3.1's";
-                return Err(refused(what.to_owned()));
-            }
+    let within = format!("llama.cpp's `{}`", gguf.architecture);
+    let theirs = |name: &str| gguf.blocks.iter().find(|(ours, _)| *ours == name);
+    let linears = config.arch.linears.iter().map(|linear| (linear.name, linear.bias));
+    for (name, bias) in linears.chain(config.block_norms().map(|(name, _)| (name, false))) {
+        let Some((_, stored)) = theirs(name) else {
+            return Err(refused(format!("{within} has no {name}")));
+        };
+        if bias && !gguf.biased.contains(stored) {
+            return Err(refused(format!("{within} has no bias on {name}")));
         }
     }
-    Ok(gguf)
+    let wrong_head = gguf.tied.filter(|tied| *tied != config.tied);
+    if let Some(tied) = wrong_head {
+        let head = if tied { "the embedding as its head" } else { "a head of its own" };
+        return Err(refused(format!("{within} has {head}; this {kind} has not")));
+    }
+    if gguf.square && config.n_heads * config.head_dim != config.d_model {
+        return Err(refused(format!("{within} has heads that are as wide as the model together")));
+    }
+    let entries = entries(config, gguf)?;
+    let divisors = rope_factors(config);
+    let shapes = config.tensors().into_iter();
+    let shapes = shapes.filter_map(|(name, shape)| Some((tensor_name(&name, config)?, shape)));
+    let factors = divisors.iter().map(|(name, values)| ((*name).to_owned(), vec![values.len()]));
+    let shapes = shapes.chain(factors).collect();
+    let described = describe(Keys(&entries), &shapes, &divisors)?;
+    match config.computes(&ModelConfig::parse(&described.config().to_string())?) {
+        None => Ok(gguf),
+        Some(what) => Err(refused(format!("{within} cannot say this of a {kind}: {what}"))),
+    }
 }
 
 /// The model's metadata, without the tokenizer's; `mostly` is what most weights are stored in.
@@ -52,13 +68,21 @@ pub fn metadata(
     name: &str,
     mostly: BlockType,
 ) -> Result<Vec<(String, Value)>> {
-    let Gguf { architecture, .. } = family(config)?;
+    let mut all = entries(config, family(config)?)?;
+    let more: [(&str, Value); 3] = [
+        ("general.name", name.into()),
+        ("general.file_type", mostly.file_type().into()),
+        ("general.quantization_version", QUANTIZATION_VERSION.into()),
+    ];
+    all.splice(2..2, more.map(|(key, value)| (key.to_owned(), value)));
+    Ok(all)
+}
+
+fn entries(config: &ModelConfig, gguf: &Gguf) -> Result<Vec<(String, Value)>> {
+    let architecture = gguf.architecture;
     let mut all: Vec<(String, Value)> = vec![
-        ("general.architecture".to_owned(), (*architecture).into()),
+        ("general.architecture".to_owned(), architecture.into()),
         ("general.type".to_owned(), "model".into()),
-        ("general.name".to_owned(), name.into()),
-        ("general.file_type".to_owned(), mostly.file_type().into()),
-        ("general.quantization_version".to_owned(), QUANTIZATION_VERSION.into()),
     ];
     let rope = config.arch.spans[0].rope.as_ref();
     let heads = rope.map(|_| config.head_dim);
@@ -75,37 +99,100 @@ pub fn metadata(
         ("rope.dimension_count", rope.map(|rope| rope.dims)),
     ] {
         let Some(count) = count else { continue };
-        let count = u32::try_from(count).map_err(|_| {
-            Error::preflight(format!("{key} is {count}, more than GGUF's 32 bits hold"))
-        })?;
-        all.push((format!("{architecture}.{key}"), count.into()));
+        all.push((format!("{architecture}.{key}"), counted(key, count)?));
     }
-    let epsilon = match config.arch.norm {
-        NormKind::Rms | NormKind::RmsPlusOne => "layer_norm_rms_epsilon",
-        NormKind::Layer | NormKind::LayerPlain => "layer_norm_epsilon",
-    };
+    let epsilon = if gguf.layer_norms { "layer_norm_epsilon" } else { "layer_norm_rms_epsilon" };
     let key = format!("{architecture}.attention.{epsilon}");
     all.push((key, (config.arch.norm_eps as f32).into()));
     if let Some(rope) = rope {
         all.push((format!("{architecture}.rope.freq_base"), (rope.theta as f32).into()));
-        if let RopeScaling::Linear { factor } = rope.scaling {
-            all.push((format!("{architecture}.rope.scaling.type"), "linear".into()));
-            all.push((format!("{architecture}.rope.scaling.factor"), (factor as f32).into()));
+        for (key, value) in scaling(&rope.scaling, gguf) {
+            all.push((format!("{architecture}.rope.scaling.{key}"), value));
         }
+    }
+    for (key, value) in (gguf.write)(config) {
+        let value = match value {
+            GgufValue::Count(count) => counted(key, count)?,
+            GgufValue::Number(number) => (number as f32).into(),
+            GgufValue::Truth(truth) => truth.into(),
+            GgufValue::Truths(truths) => {
+                Value::List(ValueKind::Bool, truths.into_iter().map(Value::Bool).collect())
+            }
+        };
+        all.push((format!("{architecture}.{key}"), value));
     }
     Ok(all)
 }
 
-/// By what each rotation frequency is divided, `[head_dim / 2]`: the values of [`ROPE_FACTORS`].
-/// `None` for scalings that metadata keys express.
-pub fn rope_factors(config: &ModelConfig) -> Option<Vec<f32>> {
-    let rope = config.arch.spans[0].rope.as_ref()?;
-    let RopeScaling::Llama3 { .. } = rope.scaling else { return None };
-    let mut plain = rope.clone();
-    plain.scaling = RopeScaling::Default;
-    let total = config.max_positions;
-    let (frequencies, scaled) = (plain.inverse_frequencies(total), rope.inverse_frequencies(total));
-    Some(frequencies.iter().zip(scaled).map(|(plain, scaled)| plain / scaled).collect())
+fn counted(key: &str, count: usize) -> Result<Value> {
+    let count = u32::try_from(count).map_err(|_| {
+        Error::preflight(format!("{key} is {count}, more than GGUF's 32 bits hold"))
+    })?;
+    Ok(count.into())
+}
+
+/// What a scaling of rotations adds below `rope.scaling`.
+fn scaling(scaling: &RopeScaling, gguf: &Gguf) -> Vec<(&'static str, Value)> {
+    let number = |number: f64| Value::from(number as f32);
+    let context = |original: f64| Value::from(original as u32);
+    match scaling {
+        RopeScaling::Default | RopeScaling::Dynamic { .. } | RopeScaling::Llama3 { .. } => {
+            Vec::new()
+        }
+        RopeScaling::Linear { factor } => {
+            vec![("type", "linear".into()), ("factor", number(*factor))]
+        }
+        RopeScaling::Yarn { factor, original, turns, attention, .. } => {
+            let mut all = vec![
+                ("type", "yarn".into()),
+                ("factor", number(*factor)),
+                ("original_context_length", context(*original)),
+            ];
+            // llama.cpp multiplies its own factor with this one.
+            let more = attention / yarn_attention(*factor);
+            if (more - 1.0).abs() > 1e-9 {
+                all.push(("attn_factor", number(more)));
+            }
+            let [fast, slow] = turns.map(number);
+            for (key, value) in [("yarn_beta_fast", fast), ("yarn_beta_slow", slow)] {
+                if gguf.keys.contains(&format!("rope.scaling.{key}").as_str()) {
+                    all.push((key, value));
+                }
+            }
+            all
+        }
+        RopeScaling::Long { original, attention, .. } => vec![
+            ("type", "longrope".into()),
+            ("original_context_length", context(*original)),
+            ("attn_factor", number(*attention)),
+        ],
+    }
+}
+
+/// By what YaRN multiplies cosines and sines where nothing else is said.
+pub(super) fn yarn_attention(factor: f64) -> f64 {
+    if factor > 1.0 { 0.1 * factor.ln() + 1.0 } else { 1.0 }
+}
+
+/// By what each rotation frequency is divided, `[dims / 2]`, by the names of the tensors; none for
+/// scalings that metadata keys express.
+pub fn rope_factors(config: &ModelConfig) -> Vec<(&'static str, Vec<f32>)> {
+    let Some(rope) = config.arch.spans[0].rope.as_ref() else { return Vec::new() };
+    match &rope.scaling {
+        RopeScaling::Llama3 { .. } => {
+            let mut plain = rope.clone();
+            plain.scaling = RopeScaling::Default;
+            let total = config.max_positions;
+            let both = [&plain, rope].map(|rope| rope.inverse_frequencies(total));
+            let divisors = both[0].iter().zip(&both[1]).map(|(plain, scaled)| plain / scaled);
+            vec![(ROPE_FACTORS, divisors.collect())]
+        }
+        RopeScaling::Long { long, short, .. } => {
+            let narrow = |divisors: &[f64]| divisors.iter().map(|d| *d as f32).collect();
+            vec![(LONG_FACTORS[0], narrow(long)), (LONG_FACTORS[1], narrow(short))]
+        }
+        _ => Vec::new(),
+    }
 }
 
 /// The name in a GGUF file of a tensor of the Hugging Face layout; `None` for one that the family does
@@ -138,17 +225,69 @@ pub fn tensor_name(name: &str, config: &ModelConfig) -> Option<String> {
     Some(format!("blk.{block}.{theirs}.{part}"))
 }
 
-/// The number of heads whose rows must be reordered in a tensor of the Hugging Face layout: q and k
-/// projections, weight and bias, of a family that ggml rotates by neighbours. `None` for every other.
-pub fn rotated_heads(name: &str, config: &ModelConfig) -> Option<usize> {
-    let (base, _) = name.rsplit_once('.')?;
-    let spec = config.arch.gguf.filter(|gguf| gguf.neighbours)?;
-    let (_, inner) = config.inner(base).filter(|_| spec.neighbours)?;
-    match config.linear(inner)?.role {
-        Role::Query => Some(config.n_heads),
-        Role::Key => Some(config.n_kv_heads),
-        _ => None,
+/// How a file orders the rows of a linear, weight and bias.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Rows {
+    /// Queries or keys of so many heads, rotated by neighbours.
+    Neighbours(usize),
+    /// Queries, keys and values of so many heads, which the model has head by head.
+    ByHead(usize),
+}
+
+impl Rows {
+    /// The order of rows that a tensor of the Hugging Face layout has in a file; `None` where it is
+    /// the same.
+    pub fn of(name: &str, config: &ModelConfig) -> Option<Self> {
+        let (base, _) = name.rsplit_once('.')?;
+        let gguf = config.arch.gguf?;
+        let (_, inner) = config.inner(base)?;
+        match config.linear(inner)?.role {
+            Role::Query if gguf.neighbours => Some(Self::Neighbours(config.n_heads)),
+            Role::Key if gguf.neighbours => Some(Self::Neighbours(config.n_kv_heads)),
+            Role::QueryKeyValueByHead => Some(Self::ByHead(config.n_heads)),
+            _ => None,
+        }
     }
+
+    /// Into the order of a file. `values` is `[rows, any width]`, so that weights, codes, scales, zero
+    /// points and biases (of width 1) go through the same function.
+    ///
+    /// # Errors
+    /// When `rows` are not those of so many heads, or do not divide `values`.
+    pub fn stored<T: Copy>(self, values: &[T], rows: usize) -> Result<Vec<T>> {
+        match self {
+            Self::Neighbours(heads) => interleave(values, rows, heads),
+            Self::ByHead(heads) => turned(values, rows, [heads, 3]),
+        }
+    }
+
+    /// The inverse of [`Rows::stored`].
+    ///
+    /// # Errors
+    /// As [`Rows::stored`].
+    pub fn ours<T: Copy>(self, values: &[T], rows: usize) -> Result<Vec<T>> {
+        match self {
+            Self::Neighbours(heads) => split_halves(values, rows, heads),
+            Self::ByHead(heads) => turned(values, rows, [3, heads]),
+        }
+    }
+}
+
+/// `[outer, inner, rows of a head]` as `[inner, outer, rows of a head]`.
+fn turned<T: Copy>(values: &[T], rows: usize, [outer, inner]: [usize; 2]) -> Result<Vec<T>> {
+    let parts = outer * inner;
+    if parts == 0 || rows == 0 || !rows.is_multiple_of(parts) || !values.len().is_multiple_of(rows)
+    {
+        return Err(Error::failed(format!(
+            "{} values in {rows} rows are not {outer} times {inner} heads",
+            values.len()
+        )));
+    }
+    let head = rows / parts;
+    Ok(reordered(values, rows, |row| {
+        let (part, within) = (row / head, row % head);
+        (part % outer * inner + part / outer) * head + within
+    }))
 }
 
 /// Rows for rotating neighbours from rows for rotating halves. `values` is `[rows, any width]`, so
@@ -243,10 +382,23 @@ mod tests {
     #[test]
     fn only_q_and_k_turn() {
         let config = config("null");
-        let heads = |inner| rotated_heads(&format!("model.layers.0.self_attn.{inner}"), &config);
-        assert_eq!(heads("q_proj.weight"), Some(2));
-        assert_eq!(heads("k_proj.bias"), Some(1));
-        assert_eq!(heads("v_proj.weight"), None);
+        let rows = |inner| Rows::of(&format!("model.layers.0.self_attn.{inner}"), &config);
+        assert_eq!(rows("q_proj.weight"), Some(Rows::Neighbours(2)));
+        assert_eq!(rows("k_proj.bias"), Some(Rows::Neighbours(1)));
+        assert_eq!(rows("v_proj.weight"), None);
+    }
+
+    #[test]
+    fn heads_are_sorted_by_part() {
+        // Two heads of two rows: q q k k v v | q q k k v v.
+        let rows: Vec<u8> = (0..12).collect();
+        let stored = Rows::ByHead(2).stored(&rows, 12).unwrap();
+        assert_eq!(stored, [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]);
+        assert_eq!(Rows::ByHead(2).ours(&stored, 12).unwrap(), rows);
+        let wide: Vec<u16> = (0..90).collect();
+        let stored = Rows::ByHead(5).stored(&wide, 30).unwrap();
+        assert_eq!(Rows::ByHead(5).ours(&stored, 30).unwrap(), wide);
+        assert!(Rows::ByHead(5).stored(&rows, 12).is_err());
     }
 
     #[test]
@@ -259,14 +411,14 @@ mod tests {
         assert_eq!(get(&plain, "general.file_type"), Some(Value::U32(2)));
         assert_eq!(get(&plain, "llama.attention.head_count_kv"), Some(Value::U32(1)));
         assert_eq!(get(&plain, "llama.rope.scaling.type"), None);
-        assert_eq!(rope_factors(&plain), None);
+        assert_eq!(rope_factors(&plain), []);
         let linear = config(r#"{"rope_type": "linear", "factor": 2.0}"#);
         assert_eq!(get(&linear, "llama.rope.scaling.factor"), Some(Value::F32(2.0)));
-        assert_eq!(rope_factors(&linear), None);
+        assert_eq!(rope_factors(&linear), []);
         // Wavelengths 6.3 and 628: the first is kept, the second divided.
         let llama3 = r#"{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 32}"#;
-        assert_eq!(rope_factors(&config(llama3)).unwrap(), [1.0, 8.0]);
+        assert_eq!(rope_factors(&config(llama3)), [(ROPE_FACTORS, vec![1.0, 8.0])]);
         let mut huge = plain;
         huge.vocab = 1 << 33;
         assert!(metadata(&huge, "m", BlockType::F32).is_err());

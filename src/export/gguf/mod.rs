@@ -18,6 +18,7 @@ mod pieces;
 mod pretokenizer;
 pub mod reader;
 mod rotation;
+mod scaling;
 mod special;
 pub mod tokenizer;
 pub mod types;

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::file::Header;
 use super::folder::folder_files;
+use super::llama::Rows;
 use super::reader::Reader;
 use super::types::BlockType;
 use super::{blocks, choose, llama, tokenizer};
@@ -78,7 +79,10 @@ impl SingleFile for GgufConfig {
         dir: &Path,
         done: &mut dyn FnMut(&str, &Stored),
     ) -> Result<f64> {
-        let config = &writing.config;
+        let mut config = writing.config.clone();
+        config.tied &= !writing.unties();
+        let config = &config;
+        llama::family(config)?;
         let tensors = plan(writing)?;
         let mut header = Header::new();
         let name = &writing.parts.provenance.model;
@@ -93,8 +97,8 @@ impl SingleFile for GgufConfig {
             tracing::warn!("{note}");
         }
         let factors = llama::rope_factors(config);
-        if let Some(factors) = &factors {
-            header.announce(llama::ROPE_FACTORS, &[factors.len()], BlockType::F32)?;
+        for (name, divisors) in &factors {
+            header.announce(name, &[divisors.len()], BlockType::F32)?;
         }
         for tensor in &tensors {
             header.announce(&tensor.stored, &tensor.shape, tensor.kind)?;
@@ -103,9 +107,9 @@ impl SingleFile for GgufConfig {
         let mut bits = 0.0;
         write_atomic_with(&path, |file: &mut File| {
             let mut writer = header.start(std::io::BufWriter::new(file), &path)?;
-            if let Some(factors) = &factors {
-                let bytes = blocks::encode_dense(factors, BlockType::F32).map_err(Error::from)?;
-                writer.write(llama::ROPE_FACTORS, &bytes)?;
+            for (name, divisors) in &factors {
+                let bytes = blocks::encode_dense(divisors, BlockType::F32).map_err(Error::from)?;
+                writer.write(name, &bytes)?;
             }
             for tensor in &tensors {
                 let bytes = encode(writing, tensor, done)?;
@@ -206,18 +210,18 @@ fn mostly(tensors: &[Planned]) -> BlockType {
 /// A linear's weight with its rows as the file holds them.
 fn coded<'w>(name: &str, weight: &'w QuantizedWeight, model: &ModelConfig) -> Result<Coded<'w>> {
     let coded = Coded::uniform(name, weight)?;
-    match llama::rotated_heads(&weight_name(name), model) {
-        Some(heads) => interleaved(&coded, heads),
+    match Rows::of(&weight_name(name), model) {
+        Some(rows) => reordered(&coded, rows),
         None => Ok(coded),
     }
 }
 
-/// [`llama::interleave`] on codes, scales and zero points.
-fn interleaved<'w>(coded: &Coded<'_>, heads: usize) -> Result<Coded<'w>> {
+/// [`Rows::stored`] on codes, scales and zero points.
+fn reordered<'w>(coded: &Coded<'_>, rows: Rows) -> Result<Coded<'w>> {
     Ok(Coded {
-        codes: llama::interleave(&coded.codes, coded.out, heads)?.into(),
-        scale: llama::interleave(&coded.scale, coded.out, heads)?.into(),
-        shift: llama::interleave(&coded.shift, coded.out, heads)?.into(),
+        codes: rows.stored(&coded.codes, coded.out)?.into(),
+        scale: rows.stored(&coded.scale, coded.out)?.into(),
+        shift: rows.stored(&coded.shift, coded.out)?.into(),
         ..*coded
     })
 }
@@ -235,8 +239,12 @@ fn encode(
         return blocks::encode(&weight, *kind).map_err(|e| Error::from(e).at(linear));
     }
     let mut values = writing.dense(name)?.to_f32().map_err(|e| e.at(name))?;
-    if let Some(heads) = llama::rotated_heads(name, &writing.config) {
-        values = llama::interleave(&values, tensor.shape[0], heads)?;
+    if let Some(rows) = Rows::of(name, &writing.config) {
+        values = rows.stored(&values, tensor.shape[0])?;
+    }
+    let offset = writing.config.gain_offset(name);
+    for value in &mut values {
+        *value += offset;
     }
     blocks::encode_dense(&values, *kind).map_err(|refusal| Error::from(refusal).at(name))
 }
@@ -298,12 +306,13 @@ impl Weights {
             }
             reader.read_f32(&stored)?
         };
-        let values = match llama::rotated_heads(name, &self.config) {
-            Some(heads) => llama::split_halves(&values, shape[0], heads)?,
+        let values = match Rows::of(name, &self.config) {
+            Some(rows) => rows.ours(&values, shape[0])?,
             None => values,
         };
+        let offset = self.config.gain_offset(name);
         // A block with a negative step gives its zero a sign.
-        Ok(values.into_iter().map(|value| value + 0.0).collect())
+        Ok(values.into_iter().map(|value| value - offset + 0.0).collect())
     }
 }
 
@@ -363,12 +372,12 @@ mod tests {
             shift: vec![5.0, 6.0, 7.0, 8.0].into(),
             zero_kind: Some(crate::quant::ZeroKind::Integer),
         };
-        let turned = interleaved(&weight, 1).unwrap();
+        let turned = reordered(&weight, Rows::Neighbours(1)).unwrap();
         assert_eq!(turned.codes[..], [0, 1, 4, 5, 2, 3, 6, 7]);
         assert_eq!(
             (&turned.scale[..], &turned.shift[..]),
             (&[1.0, 3.0, 2.0, 4.0][..], &[5.0, 7.0, 6.0, 8.0][..])
         );
-        assert!(interleaved(&weight, 4).is_err());
+        assert!(reordered(&weight, Rows::Neighbours(4)).is_err());
     }
 }

@@ -5,6 +5,7 @@
 //! source names a projection, a norm or the prefix of a block.
 
 mod families;
+mod gguf;
 mod keys;
 mod rope;
 
@@ -14,6 +15,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 pub use families::model_types;
+pub use gguf::{Gguf, GgufKeys, GgufValue, LONG_FACTORS, ROPE_FACTORS};
 pub use rope::{Rope, RopeScaling};
 
 use crate::error::{Error, Result};
@@ -359,17 +361,6 @@ impl Names {
         projections: None,
         beside: &[],
     };
-}
-
-/// How llama.cpp knows a family.
-#[derive(Debug, PartialEq)]
-pub struct Gguf {
-    /// `general.architecture`, and the prefix of its keys.
-    pub architecture: &'static str,
-    /// Names of a block's parts, ours and theirs.
-    pub blocks: &'static [(&'static str, &'static str)],
-    /// Whether rows of queries and keys are reordered: ggml rotates neighbours there.
-    pub neighbours: bool,
 }
 
 impl ModelConfig {

@@ -50,6 +50,10 @@ pub enum RopeScaling {
     Yarn {
         /// The divisor of low frequencies.
         factor: f64,
+        /// Context of pre-training.
+        original: f64,
+        /// Turns in it that a frequency makes at the ends of the ramp.
+        turns: [f64; 2],
         /// The ramp over pairs of features, from kept to divided.
         ramp: [f64; 2],
         /// By what cosines and sines are multiplied.
@@ -216,15 +220,18 @@ impl Rope {
                 let at = |turns: f64| {
                     dims as f64 * (original / (turns * 2.0 * PI)).ln() / (2.0 * theta.ln())
                 };
-                let fast = at(own.positive("beta_fast")?.unwrap_or(32.0));
-                let slow = at(own.positive("beta_slow")?.unwrap_or(1.0));
+                let turns = [
+                    own.positive("beta_fast")?.unwrap_or(32.0),
+                    own.positive("beta_slow")?.unwrap_or(1.0),
+                ];
+                let [fast, slow] = turns.map(at);
                 let whole = own.flag("truncate", true)?;
                 let [fast, slow] = if whole { [fast.floor(), slow.ceil()] } else { [fast, slow] };
                 let (start, mut end) = (fast.max(0.0), slow.min(dims as f64 - 1.0));
                 if end <= start {
                     end = start + 0.001;
                 }
-                RopeScaling::Yarn { factor, ramp: [start, end], attention }
+                RopeScaling::Yarn { factor, original, turns, ramp: [start, end], attention }
             }
             "longrope" | "su" => {
                 let original = original(own)?.unwrap_or(context);

@@ -4,6 +4,25 @@
 use super::qwen3::norm_heads;
 use super::{Defaults, Keys, MAX_ROWS, ModelConfig, Result, gated, llama_like, windows};
 use crate::model::arch::QueryNorm;
+use crate::model::arch::gguf::{ROPE_FACTORS, Gguf, PATTERN, WINDOW, read_windows, set, write_windows};
+
+pub(super) static GGUF: Gguf = Gguf {
+    architecture: "exaone4",
+    blocks: super::olmo2::NAMES,
+    square: true,
+    divisors: &[ROPE_FACTORS],
+    keys: &[WINDOW, PATTERN],
+    write: |config| write_windows(config, 4),
+    read: |keys, config| {
+        set(config, [("model_type", "exaone4".into()), ("sliding_window", serde_json::Value::Null)]);
+        // llama.cpp has windows in the model of 64 blocks, and in no other.
+        if config["num_hidden_layers"] == 64 {
+            read_windows(keys, config, Some(4096), 4)?;
+        }
+        Ok(())
+    },
+    ..Gguf::PLAIN
+};
 
 pub(super) fn read(keys: &Keys<'_>) -> Result<ModelConfig> {
     let defaults = Defaults { norm_eps: 1e-5, kv_heads: Some(32), ..Defaults::default() };
@@ -31,5 +50,6 @@ pub(super) fn read(keys: &Keys<'_>) -> Result<ModelConfig> {
         let spans = config.arch.spans.clone();
         config.without_rope(|index| spans[span_of[index]].window.is_none());
     }
+    config.arch.gguf = Some(&GGUF);
     Ok(config)
 }

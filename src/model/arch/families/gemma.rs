@@ -2,7 +2,22 @@
 //! tanh-approximated GELU.
 
 use super::{Defaults, Keys, ModelConfig, Result, gated, llama_like};
+use crate::model::arch::gguf::{Gguf, set};
 use crate::model::arch::{Activation, NormKind};
+
+pub(super) static GGUF: Gguf = Gguf {
+    architecture: "gemma",
+    blocks: super::llama::NAMES,
+    tied: Some(true),
+    read: |_, config| {
+        set(config, [("model_type", "gemma".into()), ("hidden_act", TANH.into())]);
+        Ok(())
+    },
+    ..Gguf::PLAIN
+};
+
+/// The activation of all Gemmas.
+pub(super) const TANH: &str = "gelu_pytorch_tanh";
 
 pub(super) fn read(keys: &Keys<'_>) -> Result<ModelConfig> {
     let defaults = Defaults { kv_heads: Some(16), ..Defaults::gemma() };
@@ -13,6 +28,7 @@ pub(super) fn read(keys: &Keys<'_>) -> Result<ModelConfig> {
     if keys.text(&["hidden_activation"])?.is_none() {
         config.arch.activation = Activation::GeluTanh;
     }
+    config.arch.gguf = Some(&GGUF);
     Ok(config)
 }
 

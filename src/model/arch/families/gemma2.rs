@@ -1,7 +1,70 @@
 //! Gemma 2 (arXiv 2408.00118): norms on both sides of attention and MLP, capped scores and logits, a
 //! window in every other layer.
 
-use super::{Defaults, Keys, MAX_ROWS, ModelConfig, Result, gated, llama_like, windows};
+use serde_json::json;
+
+use super::gemma::TANH;
+use super::{Defaults, GgufValue, Keys, MAX_ROWS, ModelConfig, Result, gated, llama_like, windows};
+use crate::model::arch::gguf::{Gguf, PATTERN, WINDOW, read_windows, rename, set, write_windows};
+
+pub(super) static GGUF: Gguf = Gguf {
+    architecture: "gemma2",
+    blocks: NAMES,
+    tied: Some(true),
+    keys: &[WINDOW, PATTERN, SCORE_CAP, LOGIT_CAP],
+    write: |config| {
+        let mut all = write_windows(config, 2);
+        for (key, cap) in [(SCORE_CAP, config.arch.score_cap), (LOGIT_CAP, config.arch.logit_cap)] {
+            all.extend(cap.map(|cap| (key, GgufValue::Number(cap))));
+        }
+        all
+    },
+    read: |keys, config| {
+        rename(config, &[("hidden_act", "hidden_activation")]);
+        set(
+            config,
+            [
+                ("model_type", "gemma2".into()),
+                ("hidden_activation", TANH.into()),
+                ("query_pre_attn_scalar", scalar(config, 46)),
+                // llama.cpp's own where a file is silent.
+                ("attn_logit_softcapping", json!(keys.number(SCORE_CAP)?.unwrap_or(50.0))),
+                ("final_logit_softcapping", json!(keys.number(LOGIT_CAP)?.unwrap_or(30.0))),
+            ],
+        );
+        read_windows(keys, config, Some(4096), 2)
+    },
+    ..Gguf::PLAIN
+};
+
+const SCORE_CAP: &str = "attn_logit_softcapping";
+pub(super) const LOGIT_CAP: &str = "final_logit_softcapping";
+
+/// The scale of scores is in no key: it follows from the width of a head, and in the largest model,
+/// which llama.cpp tells by its blocks, from the model's.
+pub(super) fn scalar(config: &serde_json::Map<String, serde_json::Value>, largest: u64) -> serde_json::Value {
+    let count = |key: &str| config[key].as_u64().unwrap_or(1);
+    json!(if count("num_hidden_layers") == largest {
+        count("hidden_size") / count("num_attention_heads")
+    } else {
+        count("head_dim")
+    })
+}
+
+/// llama.cpp's names where norms stand on both sides, and on queries and keys.
+pub(super) const NAMES: &[(&str, &str)] = &[
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "post_attention_norm"),
+    ("pre_feedforward_layernorm", "ffn_norm"),
+    ("post_feedforward_layernorm", "post_ffw_norm"),
+];
 
 pub(super) fn read(keys: &Keys<'_>) -> Result<ModelConfig> {
     let defaults = Defaults { kv_heads: Some(4), ..Defaults::gemma() };
@@ -21,6 +84,7 @@ pub(super) fn read(keys: &Keys<'_>) -> Result<ModelConfig> {
     config.arch.attention_scale = Some(scalar.powf(-0.5));
     let window = keys.count(&["sliding_window"], MAX_ROWS)?.unwrap_or(4096);
     windows(keys, &mut config, Some(window), |index| index % 2 == 0)?;
+    config.arch.gguf = Some(&GGUF);
     Ok(config)
 }
 

@@ -1,12 +1,65 @@
 //! Gemma 3's text model (arXiv 2503.19786), alone or inside `Gemma3ForConditionalGeneration`: norms
 //! on queries and keys, five layers with a window and a base of their own to one without.
 
-use super::gemma2::SANDWICH;
+use serde_json::json;
+
+use super::gemma::TANH;
+use super::gemma2::{LOGIT_CAP, SANDWICH, scalar};
 use super::qwen3::norm_heads;
 use super::{
-    Defaults, Keys, MAX_BLOCKS, MAX_ROWS, ModelConfig, Result, gated, llama_like, local_rope, windows,
+    Defaults, GgufValue, Keys, MAX_BLOCKS, MAX_ROWS, ModelConfig, Result, gated, llama_like, local_rope, windows,
 };
+use crate::model::arch::gguf::{Gguf, PATTERN, WINDOW, read_windows, rename, set, write_windows};
 use crate::model::arch::{Names, QueryNorm};
+
+pub(super) static GGUF: Gguf = Gguf {
+    architecture: "gemma3",
+    blocks: NAMES,
+    keys: &[WINDOW, PATTERN, LOGIT_CAP, LOCAL_BASE],
+    write: |config| {
+        let mut all = write_windows(config, 6);
+        let local = config.spans().find(|span| span.window.is_some());
+        if let Some(rope) = local.and_then(|span| span.rope.as_ref()) {
+            all.push((LOCAL_BASE, GgufValue::Number(rope.theta)));
+        }
+        all.extend(config.arch.logit_cap.map(|cap| (LOGIT_CAP, GgufValue::Number(cap))));
+        all
+    },
+    read: |keys, config| {
+        rename(config, &[("hidden_act", "hidden_activation")]);
+        set(
+            config,
+            [
+                ("model_type", "gemma3_text".into()),
+                ("hidden_activation", TANH.into()),
+                ("query_pre_attn_scalar", scalar(config, 62)),
+                ("final_logit_softcapping", json!(keys.number(LOGIT_CAP)?)),
+                ("rope_local_base_freq", json!(keys.number(LOCAL_BASE)?.unwrap_or(10_000.0))),
+            ],
+        );
+        read_windows(keys, config, None, 6)
+    },
+    ..Gguf::PLAIN
+};
+
+/// Base of the rotations of blocks with a window.
+const LOCAL_BASE: &str = "rope.freq_base_swa";
+
+const NAMES: &[(&str, &str)] = &[
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("self_attn.q_norm", "attn_q_norm"),
+    ("self_attn.k_norm", "attn_k_norm"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "post_attention_norm"),
+    ("pre_feedforward_layernorm", "ffn_norm"),
+    ("post_feedforward_layernorm", "post_ffw_norm"),
+];
 
 /// What the text model's names start with: it depends on the release that saved the folder.
 const ROOTS: &[&str] = &["language_model.model.", "model.language_model."];
@@ -60,5 +113,6 @@ fn read_text(keys: &Keys<'_>) -> Result<ModelConfig> {
     windows(keys, &mut config, Some(window), |index| (index + 1) % pattern != 0)?;
     let local = keys.positive("rope_local_base_freq")?.unwrap_or(10_000.0);
     local_rope(keys, &mut config, local)?;
+    config.arch.gguf = Some(&GGUF);
     Ok(config)
 }

@@ -2,9 +2,10 @@
 //! matrices are stored as `[in, out]`.
 
 use super::{Keys, MAX_ROWS, MAX_WIDTH, ModelConfig, Result, Role, Sizes, activation, linear, plain};
-use crate::model::arch::{BlockNorms, Gguf, LearnedPositions, LinearSpec, Names};
+use crate::model::arch::gguf::{Gguf, rename, set};
+use crate::model::arch::{BlockNorms, LearnedPositions, LinearSpec, Names};
 
-static GGUF: Gguf = Gguf {
+pub(super) static GGUF: Gguf = Gguf {
     architecture: "gpt2",
     blocks: &[
         ("attn.c_attn", "attn_qkv"),
@@ -14,7 +15,29 @@ static GGUF: Gguf = Gguf {
         ("ln_1", "attn_norm"),
         ("ln_2", "ffn_norm"),
     ],
-    neighbours: false,
+    biased: &["attn_qkv", "attn_output", "ffn_up", "ffn_down"],
+    layer_norms: true,
+    square: true,
+    read: |_, config| {
+        rename(
+            config,
+            &[
+                ("hidden_size", "n_embd"),
+                ("num_attention_heads", "n_head"),
+                ("num_hidden_layers", "n_layer"),
+                ("max_position_embeddings", "n_positions"),
+                ("intermediate_size", "n_inner"),
+                ("layer_norm_eps", "layer_norm_epsilon"),
+            ],
+        );
+        // Heads and positions are not of Llama's kind.
+        for key in ["hidden_act", "num_key_value_heads", "head_dim", "rope_theta", "rope_scaling"] {
+            config.shift_remove(key);
+        }
+        set(config, [("model_type", "gpt2".into()), ("activation_function", "gelu_new".into())]);
+        Ok(())
+    },
+    ..Gguf::PLAIN
 };
 
 pub(super) fn read(keys: &Keys<'_>) -> Result<ModelConfig> {

@@ -1,8 +1,52 @@
 //! GPT-NeoX and Pythia (arXiv 2204.06745): attention and MLP side by side behind a layer norm each,
 //! queries, keys and values in one matrix head by head, a quarter of each head rotated.
 
-use super::{Defaults, Keys, ModelConfig, Result, Role, activation, linear, llama_like};
+use serde_json::json;
+
+use super::{Defaults, GgufValue, Keys, ModelConfig, Result, Role, activation, linear, llama_like};
+use crate::model::arch::gguf::{Gguf, rename, set};
 use crate::model::arch::{BlockNorms, Names, NormKind, Residual};
+
+pub(super) static GGUF: Gguf = Gguf {
+    architecture: "gptneox",
+    blocks: &[
+        ("attention.query_key_value", "attn_qkv"),
+        ("attention.dense", "attn_output"),
+        ("mlp.dense_h_to_4h", "ffn_up"),
+        ("mlp.dense_4h_to_h", "ffn_down"),
+        ("input_layernorm", "attn_norm"),
+        ("post_attention_layernorm", "ffn_norm"),
+    ],
+    biased: &["attn_qkv", "attn_output", "ffn_up", "ffn_down"],
+    tied: Some(false),
+    layer_norms: true,
+    square: true,
+    keys: &[PARALLEL],
+    write: |config| {
+        vec![(PARALLEL, GgufValue::Truth(config.arch.residual == Residual::Parallel))]
+    },
+    read: |keys, config| {
+        // A whole head where no share is said.
+        config.entry("partial_rotary_factor").or_insert(json!(1.0));
+        rename(
+            config,
+            &[("partial_rotary_factor", "rotary_pct"), ("rope_theta", "rotary_emb_base")],
+        );
+        set(
+            config,
+            [
+                ("model_type", "gpt_neox".into()),
+                ("hidden_act", "gelu".into()),
+                ("attention_bias", json!(keys.biased("attn_qkv"))),
+                ("use_parallel_residual", json!(keys.truth(PARALLEL)?.unwrap_or(true))),
+            ],
+        );
+        Ok(())
+    },
+    ..Gguf::PLAIN
+};
+
+const PARALLEL: &str = "use_parallel_residual";
 
 pub(super) fn read(keys: &Keys<'_>) -> Result<ModelConfig> {
     let partial = keys.positive("rotary_pct")?.unwrap_or(0.25);
@@ -36,5 +80,6 @@ pub(super) fn read(keys: &Keys<'_>) -> Result<ModelConfig> {
         head: "embed_out",
         ..Names::LLAMA
     };
+    arch.gguf = Some(&GGUF);
     Ok(config)
 }

@@ -1,13 +1,25 @@
 //! Llama 2 and 3 (arXiv 2307.09288, 2407.21783), and the many models that are saved as it.
 
 use super::{Defaults, Keys, ModelConfig, Result, gated, llama_like};
-use crate::model::arch::Gguf;
+use crate::model::arch::gguf::{ALL_FACTORS, Gguf, read_biases, set};
 
-static GGUF: Gguf = Gguf {
+pub(super) static GGUF: Gguf = Gguf {
     architecture: "llama",
     blocks: NAMES,
+    biased: BIASED,
     neighbours: true,
+    divisors: ALL_FACTORS,
+    read: |keys, config| {
+        read_biases(keys, config);
+        set(config, [("model_type", "llama".into())]);
+        Ok(())
+    },
+    ..Gguf::PLAIN
 };
+
+/// Linears that may carry biases, by llama.cpp's names.
+pub(super) const BIASED: &[&str] =
+    &["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"];
 
 /// llama.cpp's names of the parts that most families share.
 pub(super) const NAMES: &[(&str, &str)] = &[

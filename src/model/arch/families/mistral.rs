@@ -10,5 +10,7 @@ pub(super) fn read(keys: &Keys<'_>) -> Result<ModelConfig> {
         None if !keys.has("sliding_window") => Some(4096),
         window => window,
     };
+    // llama.cpp has it as a Llama, which has no windows.
+    config.arch.gguf = Some(&super::llama::GGUF);
     Ok(config)
 }

@@ -4,6 +4,7 @@
 
 use serde_json::{Map, Value};
 
+use super::gguf::{Gguf, GgufValue};
 use super::keys::{Keys, MAX_BLOCKS, MAX_ROWS, MAX_WIDTH};
 use super::rope::{Rope, RopeDefaults};
 use super::{
@@ -46,6 +47,25 @@ families! {
     qwen3: "qwen3";
     smollm3: "smollm3";
 }
+
+/// The families that llama.cpp knows, each under an architecture of its own.
+pub(super) const GGUF: &[&Gguf] = &[
+    &exaone4::GGUF,
+    &gemma::GGUF,
+    &gemma2::GGUF,
+    &gemma3::GGUF,
+    &gpt2::GGUF,
+    &gpt_neox::GGUF,
+    &granite::GGUF,
+    &llama::GGUF,
+    &ministral3::GGUF,
+    &olmo2::GGUF,
+    &phi::GGUF,
+    &phi3::GGUF,
+    &qwen2::GGUF,
+    &qwen3::GGUF,
+    &smollm3::GGUF,
+];
 
 /// Every `model_type` that is known.
 pub fn model_types() -> impl Iterator<Item = &'static str> {

@@ -3,7 +3,35 @@
 
 use super::qwen3::norm_heads;
 use super::{Defaults, Keys, ModelConfig, Result, gated, llama_like};
+use crate::model::arch::gguf::{Gguf, set};
 use crate::model::arch::{BlockNorms, QueryNorm};
+
+pub(super) static GGUF: Gguf = Gguf {
+    architecture: "olmo2",
+    blocks: NAMES,
+    tied: Some(false),
+    square: true,
+    read: |_, config| {
+        set(config, [("model_type", "olmo2".into())]);
+        Ok(())
+    },
+    ..Gguf::PLAIN
+};
+
+/// llama.cpp's names where norms stand on outputs, and on queries and keys.
+pub(super) const NAMES: &[(&str, &str)] = &[
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("self_attn.q_norm", "attn_q_norm"),
+    ("self_attn.k_norm", "attn_k_norm"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+    ("post_attention_layernorm", "post_attention_norm"),
+    ("post_feedforward_layernorm", "post_ffw_norm"),
+];
 
 /// Norms on outputs only.
 pub(super) const OUTPUTS: BlockNorms = BlockNorms {
@@ -25,5 +53,6 @@ pub(super) fn read_with(keys: &Keys<'_>, theta: f64) -> Result<ModelConfig> {
     let mut config = gated(llama_like(keys, &defaults)?, [bias, bias, false]);
     config.arch.norms = OUTPUTS;
     norm_heads(&mut config, QueryNorm::Width);
+    config.arch.gguf = Some(&GGUF);
     Ok(config)
 }

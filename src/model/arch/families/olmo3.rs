@@ -11,5 +11,6 @@ pub(super) fn read(keys: &Keys<'_>) -> Result<ModelConfig> {
     windows(keys, &mut config, Some(window), |index| (index + 1) % 4 != 0)?;
     let theta = config.arch.spans[0].rope.as_ref().map_or(THETA, |rope| rope.theta);
     local_rope(keys, &mut config, theta)?;
+    config.arch.gguf = None;
     Ok(config)
 }

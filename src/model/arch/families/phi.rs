@@ -2,7 +2,32 @@
 //! everywhere, half of each head rotated.
 
 use super::{Defaults, Keys, ModelConfig, Result, Role, activation, linear, llama_like};
+use crate::model::arch::gguf::{Gguf, set};
 use crate::model::arch::{BlockNorms, Names, NormKind, QueryNorm, Residual};
+
+pub(super) static GGUF: Gguf = Gguf {
+    architecture: "phi2",
+    blocks: &[
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("self_attn.v_proj", "attn_v"),
+        ("self_attn.dense", "attn_output"),
+        ("mlp.fc1", "ffn_up"),
+        ("mlp.fc2", "ffn_down"),
+        ("input_layernorm", "attn_norm"),
+    ],
+    biased: &["attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down"],
+    tied: Some(false),
+    layer_norms: true,
+    square: true,
+    read: |_, config| {
+        // A whole head where no share is said.
+        config.entry("partial_rotary_factor").or_insert(1.0.into());
+        set(config, [("model_type", "phi".into()), ("hidden_act", "gelu_new".into())]);
+        Ok(())
+    },
+    ..Gguf::PLAIN
+};
 
 pub(super) fn read(keys: &Keys<'_>) -> Result<ModelConfig> {
     let mut config = llama_like(keys, &Defaults { partial: 0.5, ..Defaults::default() })?;
@@ -29,5 +54,6 @@ pub(super) fn read(keys: &Keys<'_>) -> Result<ModelConfig> {
         arch.norms.key = Some("self_attn.k_layernorm");
     }
     arch.names = Names { norm: Some("final_layernorm"), head_bias: true, ..Names::LLAMA };
+    arch.gguf = Some(&GGUF);
     Ok(config)
 }

@@ -2,12 +2,17 @@
 
 use super::qwen2::late_windows;
 use super::{Defaults, Keys, ModelConfig, Result, gated, llama_like};
-use crate::model::arch::{Gguf, QueryNorm};
+use crate::model::arch::QueryNorm;
+use crate::model::arch::gguf::{Gguf, set};
 
-static GGUF: Gguf = Gguf {
+pub(super) static GGUF: Gguf = Gguf {
     architecture: "qwen3",
     blocks: NAMES,
-    neighbours: false,
+    read: |_, config| {
+        set(config, [("model_type", "qwen3".into())]);
+        Ok(())
+    },
+    ..Gguf::PLAIN
 };
 
 /// llama.cpp's names where queries and keys are normed.

@@ -3,6 +3,20 @@
 use super::qwen2::late_windows;
 use super::{Defaults, Keys, MAX_BLOCKS, ModelConfig, Result, gated, llama_like};
 use crate::model::arch::Span;
+use crate::model::arch::gguf::{Gguf, read_biases, set};
+
+pub(super) static GGUF: Gguf = Gguf {
+    architecture: "smollm3",
+    blocks: super::llama::NAMES,
+    neighbours: true,
+    read: |keys, config| {
+        read_biases(keys, config);
+        // llama.cpp knows no other.
+        set(config, [("model_type", "smollm3".into()), ("no_rope_layer_interval", 4.into())]);
+        Ok(())
+    },
+    ..Gguf::PLAIN
+};
 
 pub(super) fn read(keys: &Keys<'_>) -> Result<ModelConfig> {
     let defaults = Defaults {
@@ -26,6 +40,7 @@ pub(super) fn read(keys: &Keys<'_>) -> Result<ModelConfig> {
         _ => (0..config.n_blocks).map(|index| (index + 1) % interval != 0).collect(),
     };
     config.without_rope(|index| !rotates[index]);
+    config.arch.gguf = Some(&GGUF);
     Ok(config)
 }
 
