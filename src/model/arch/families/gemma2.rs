@@ -5,6 +5,7 @@ use serde_json::json;
 
 use super::gemma::TANH;
 use super::{Defaults, GgufValue, Keys, MAX_ROWS, ModelConfig, Result, gated, llama_like, windows};
+use crate::model::arch::BlockNorms;
 use crate::model::arch::gguf::{Gguf, PATTERN, WINDOW, read_windows, rename, set, write_windows};
 
 pub(super) static GGUF: Gguf = Gguf {
@@ -87,8 +88,6 @@ pub(super) fn read(keys: &Keys<'_>) -> Result<ModelConfig> {
     config.arch.gguf = Some(&GGUF);
     Ok(config)
 }
-
-use crate::model::arch::BlockNorms;
 
 /// Norms on both sides of attention and MLP.
 pub(super) const SANDWICH: BlockNorms = BlockNorms {
