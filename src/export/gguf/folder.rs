@@ -10,16 +10,16 @@ use std::io::{Read, Seek};
 use serde_json::{Map, Value as Json, json};
 
 use super::keys::{Keys, missing};
-use super::llama::tensor_name;
+use super::names::tensor_name;
+use super::own::{File, Shapes, architecture, plain, positive, title};
 use super::reader::Reader;
 use super::scaling::{Scaled, scaling};
 use super::special::Special;
 use super::value::Value;
 use super::vocabulary::Vocabulary;
 use crate::error::{Error, Result};
-use crate::model::{Gguf, GgufKeys, LONG_FACTORS, ModelConfig, ROPE_FACTORS};
+use crate::model::{GgufKeys, LONG_FACTORS, ModelConfig, ROPE_FACTORS};
 
-const ARCHITECTURE: &str = "general.architecture";
 const EMBEDDING: &str = "token_embd.weight";
 const HEAD: &str = "output.weight";
 /// Parts of a block that may carry biases: attention's, then the MLP's. All of a row, or none.
@@ -73,9 +73,6 @@ fn files<R: Read + Seek>(reader: &mut Reader<R>) -> Result<BTreeMap<String, Stri
 fn pretty(name: &str, file: &Json) -> String {
     if name == "tokenizer.json" { file.to_string() } else { format!("{file:#}\n") }
 }
-
-/// The shapes of a file's tensors by name.
-pub(super) type Shapes = BTreeMap<String, Vec<usize>>;
 
 /// What a file says of its model.
 pub(super) struct Described {
@@ -138,29 +135,6 @@ fn check_kind(keys: Keys<'_>) -> Result<()> {
     Ok(())
 }
 
-fn architecture(keys: Keys<'_>) -> Result<&'static Gguf> {
-    let architecture = keys.text(ARCHITECTURE)?.ok_or_else(|| missing(ARCHITECTURE))?;
-    Gguf::of(architecture).ok_or_else(|| {
-        let known: Vec<String> = Gguf::architectures().map(|name| format!("`{name}`")).collect();
-        Error::preflight(format!(
-            "the file is of architecture `{}` ({ARCHITECTURE}); fewbit reads {}",
-            architecture.escape_debug(),
-            known.join(", ")
-        ))
-        .fix("a file of one of these")
-    })
-}
-
-/// A family's name in a sentence.
-fn title(gguf: &Gguf) -> String {
-    let mut letters = gguf.architecture.chars();
-    letters.next().map_or(String::new(), |first| first.to_uppercase().chain(letters).collect())
-}
-
-fn plain(gguf: &Gguf) -> String {
-    format!("a file of a plain {} model", title(gguf))
-}
-
 /// Settings that change what a model computes, with the value that changes nothing.
 const SETTINGS: [(&str, f64); 14] = [
     ("expert_count", 0.0),
@@ -179,52 +153,7 @@ const SETTINGS: [(&str, f64); 14] = [
     ("rope.scaling.alpha", 0.0),
 ];
 
-/// A file's metadata under the keys of its architecture, and its tensors.
-pub(super) struct File<'a> {
-    keys: Keys<'a>,
-    shapes: &'a Shapes,
-    /// Its family.
-    pub(super) gguf: &'static Gguf,
-}
-
-impl<'a> File<'a> {
-    fn of(keys: Keys<'a>, shapes: &'a Shapes) -> Result<Self> {
-        Ok(Self { keys, shapes, gguf: architecture(keys)? })
-    }
-
-    /// A key with its prefix.
-    pub(super) fn key(&self, key: &str) -> String {
-        format!("{}.{key}", self.gguf.architecture)
-    }
-
-    /// A number.
-    pub(super) fn number(&self, key: &str) -> Result<Option<f64>> {
-        self.keys.number(&self.key(key))
-    }
-
-    /// A number of a key that only some families read.
-    pub(super) fn own_number(&self, key: &str) -> Result<Option<f64>> {
-        if self.gguf.keys.contains(&key) { self.number(key) } else { Ok(None) }
-    }
-
-    /// A text.
-    pub(super) fn text(&self, key: &str) -> Result<Option<&'a str>> {
-        self.keys.text(&self.key(key))
-    }
-
-    fn count(&self, key: &str) -> Result<Option<usize>> {
-        self.keys.count(&self.key(key))
-    }
-
-    fn needed_count(&self, key: &str) -> Result<usize> {
-        self.keys.needed_count(&self.key(key))
-    }
-
-    /// A family that is refused something; `what` is the end of a sentence.
-    fn refused(&self, what: String) -> Error {
-        Error::preflight(what).fix(plain(self.gguf))
-    }
-
+impl File<'_> {
     fn check_settings(&self) -> Result<()> {
         for (name, neutral) in SETTINGS {
             if self.gguf.keys.contains(&name) {
@@ -476,13 +405,6 @@ impl Sizes {
     }
 }
 
-pub(super) fn positive(key: &str, value: f64) -> Result<f64> {
-    if value > 0.0 {
-        return Ok(value);
-    }
-    Err(Error::preflight(format!("`{key}` is {value}; a number above 0 is needed")))
-}
-
 fn matrix(file: &File<'_>, name: &str) -> Result<[usize; 2]> {
     let shape = file.shapes.get(name).ok_or_else(|| file.lacks(name))?;
     <[usize; 2]>::try_from(shape.as_slice()).map_err(|_| {
@@ -499,6 +421,7 @@ mod tests {
     use super::super::types::BlockType;
     use super::super::value::{Value, ValueKind};
     use super::*;
+    use crate::model::Gguf;
 
     type Entries = Vec<(String, Value)>;
     type Shapes = Vec<(String, Vec<usize>)>;

@@ -8,6 +8,8 @@
 
 use super::folder::describe;
 use super::keys::Keys;
+use super::names::tensor_name;
+use super::scaling::yarn_attention;
 use super::types::BlockType;
 use super::value::{Value, ValueKind};
 use crate::error::{Error, Result};
@@ -169,11 +171,6 @@ fn scaling(scaling: &RopeScaling, gguf: &Gguf) -> Vec<(&'static str, Value)> {
     }
 }
 
-/// By what YaRN multiplies cosines and sines where nothing else is said.
-pub(super) fn yarn_attention(factor: f64) -> f64 {
-    if factor > 1.0 { 0.1 * factor.ln() + 1.0 } else { 1.0 }
-}
-
 /// By what each rotation frequency is divided, `[dims / 2]`, by the names of the tensors; none for
 /// scalings that metadata keys express.
 pub fn rope_factors(config: &ModelConfig) -> Vec<(&'static str, Vec<f32>)> {
@@ -193,36 +190,6 @@ pub fn rope_factors(config: &ModelConfig) -> Vec<(&'static str, Vec<f32>)> {
         }
         _ => Vec::new(),
     }
-}
-
-/// The name in a GGUF file of a tensor of the Hugging Face layout; `None` for one that the family does
-/// not have.
-pub fn tensor_name(name: &str, config: &ModelConfig) -> Option<String> {
-    let (base, part) = name.rsplit_once('.')?;
-    if part != "weight" && part != "bias" {
-        return None;
-    }
-    let (gguf, names) = (config.arch.gguf?, &config.arch.names);
-    let biased = config.arch.norm.vectors() == 2;
-    if base == config.head() {
-        return (part == "weight" || names.head_bias).then(|| format!("output.{part}"));
-    }
-    let Some((block, inner)) = config.inner(base) else {
-        let top = base.strip_prefix(names.root)?;
-        let positions = config.arch.positions.as_ref().map(|table| table.name);
-        return match top {
-            _ if top == names.embedding && part == "weight" => Some("token_embd.weight".to_owned()),
-            _ if Some(top) == positions && part == "weight" => {
-                Some("position_embd.weight".to_owned())
-            }
-            _ if Some(top) == names.norm && (part == "weight" || biased) => {
-                Some(format!("output_norm.{part}"))
-            }
-            _ => None,
-        };
-    };
-    let (_, theirs) = gguf.blocks.iter().find(|(ours, _)| *ours == inner)?;
-    Some(format!("blk.{block}.{theirs}.{part}"))
 }
 
 /// How a file orders the rows of a linear, weight and bias.

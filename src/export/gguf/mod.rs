@@ -14,6 +14,8 @@ pub mod folder;
 mod keys;
 pub mod llama;
 pub mod model;
+mod names;
+mod own;
 mod pieces;
 mod pretokenizer;
 pub mod reader;

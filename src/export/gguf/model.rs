@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::file::Header;
 use super::folder::folder_files;
 use super::llama::Rows;
+use super::names::tensor_name;
 use super::reader::Reader;
 use super::types::BlockType;
 use super::{blocks, choose, llama, tokenizer};
@@ -57,7 +58,7 @@ impl SingleFile for GgufConfig {
     }
 
     fn fits(&self, writing: &Writing<'_>) -> Result<()> {
-        llama::family(&writing.config)?;
+        llama::family(&meant(writing))?;
         for name in writing.dense_names() {
             stored_name(name, writing).ok_or_else(|| nameless(name))?;
         }
@@ -79,9 +80,7 @@ impl SingleFile for GgufConfig {
         dir: &Path,
         done: &mut dyn FnMut(&str, &Stored),
     ) -> Result<f64> {
-        let mut config = writing.config.clone();
-        config.tied &= !writing.unties();
-        let config = &config;
+        let config = &meant(writing);
         llama::family(config)?;
         let tensors = plan(writing)?;
         let mut header = Header::new();
@@ -176,6 +175,13 @@ fn choose(linear: &str, weight: &QuantizedWeight, config: &ModelConfig) -> Resul
     choose::choose(&weight).map_err(|refusal| Error::from(refusal).at(linear))
 }
 
+/// The model that is written: a head of its own makes it an untied one.
+fn meant(writing: &Writing<'_>) -> ModelConfig {
+    let mut config = writing.config.clone();
+    config.tied &= !writing.unties();
+    config
+}
+
 fn nameless(name: &str) -> Error {
     Error::preflight("format.gguf has no name for this tensor")
         .at(name)
@@ -191,10 +197,10 @@ fn stored_name(name: &str, writing: &Writing<'_>) -> Option<String> {
         return if writing.contains(&embedding) {
             Some(String::new())
         } else {
-            llama::tensor_name(&embedding, config)
+            tensor_name(&embedding, config)
         };
     }
-    llama::tensor_name(name, config)
+    tensor_name(name, config)
 }
 
 /// The type that most quantized weights are stored in.
@@ -282,7 +288,7 @@ impl Weights {
         let name = if head { &embedding } else { name };
         let reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
         let holds = |stored: &String| reader.tensors().contains_key(stored);
-        llama::tensor_name(name, &self.config).filter(holds)
+        tensor_name(name, &self.config).filter(holds)
     }
 
     /// Whether the file holds a tensor.

@@ -2,11 +2,15 @@
 
 use serde_json::{Value as Json, json};
 
-use super::folder::{File, positive};
-use super::llama::yarn_attention;
+use super::own::{File, positive};
 use super::rotation;
 use crate::error::{Error, Result};
 use crate::model::{LONG_FACTORS, ROPE_FACTORS, RopeScaling};
+
+/// By what YaRN multiplies cosines and sines where nothing else is said.
+pub(super) fn yarn_attention(factor: f64) -> f64 {
+    if factor > 1.0 { 0.1 * factor.ln() + 1.0 } else { 1.0 }
+}
 
 /// What is scaled.
 pub(super) struct Scaled {
