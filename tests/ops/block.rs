@@ -330,7 +330,8 @@ proptest! {
         let wide = |x: &[f32]| alike(x.iter().map(|x| f64::from(*x)).collect());
         close("output", &a.values, &wide(&b.values), 1e-5);
         for (i, name) in ["of q", "of k", "of v"].iter().enumerate() {
-            close(name, &a.gradients[i], &wide(&b.gradients[i]), 1e-5);
+            // Where a gradient is a difference of products that cancel, their rounding is left of it.
+            close(name, &a.gradients[i], &wide(&b.gradients[i]), 1e-4);
         }
     }
 }
