@@ -87,7 +87,7 @@ fn tables_that_are_computed_are_left_out() {
 fn a_teacher_that_is_another_model() {
     let place = case("teacher_with_another_config");
     for args in [&CHECK[..], &TRAIN] {
-        refuses(&place, args, &["teacher", "rope_theta", "teacher/config.json"]);
+        refuses(&place, args, &["teacher", "its rotations", "teacher/config.json"]);
     }
     place.ok(&["train", "--recipe", "recipe.toml", "--set", "model.teacher=student"]);
 }

@@ -113,3 +113,20 @@ fn scales_alone_on_balanced_weights() {
         trains_and_exports(&name, &folder, quant, stages);
     }
 }
+
+/// Pieces of a block follow each other, or the recipe is refused; a fused matrix is one of them.
+#[test]
+fn staging_is_for_blocks_with_one_after_the_other() {
+    let stages = "[[stage]]\n[stage.reconstruct]\nmethod.seq = {}\nwithin = \"staged\"\nsteps = 3\n\
+                  objective.mse = {}\nbatch = 2\nlearning_rate = 1e-3\nallow_worse = true\n";
+    for (name, folder) in families() {
+        if ["phi", "gptj", "gpt_neox"].contains(&name.as_str()) {
+            let (place, head) = prepared(&folder);
+            place.write("recipe.toml", format!("{head}[quant]\nbits = 2\n{stages}"));
+            let told = place.refused(&["check", "--recipe", "recipe.toml"]);
+            assert!(told.contains("side by side") && told.contains("within = "), "{told}");
+        } else if ["gpt2", "phi3", "opt", "olmo2", "gemma3_text"].contains(&name.as_str()) {
+            trains_and_exports(&name, &folder, "[quant]\nbits = 2\n", stages);
+        }
+    }
+}

@@ -19,9 +19,8 @@ use crate::data::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::{ModelConfig, ModelTap, Place, Places, WeightSource, open_folder};
 use crate::quant::QuantizedWeight;
-use crate::store::folder::write_atomic;
 use crate::store::safetensors::{Checkpoint, Decode};
-use crate::store::{TensorSource, hex};
+use crate::store::{TensorSource, embedded, hex};
 
 /// A model folder opened for reading: dense, or packed by fewbit.
 pub struct OpenModel {
@@ -94,7 +93,7 @@ pub fn open_model(dir: &Path) -> Result<OpenModel> {
 
 /// The float model that a folder or file stands for, whichever way its weights are packed: they are
 /// decoded one at a time. Gives the folder of its small files too, which for a GGUF file that stands
-/// alone is a temporary one.
+/// alone is one of the cache.
 ///
 /// # Errors
 /// As [`open_model`], and when the small files cannot be written.
@@ -140,23 +139,16 @@ impl Decode for Decoder {
     }
 }
 
-/// A temporary folder with the small files of a GGUF file that stands alone; the same for the same.
+/// A folder of the cache with the small files of a GGUF file that stands alone; the same for the same.
 fn unpacked(opened: &OpenModel) -> Result<PathBuf> {
+    let files = || opened.files.iter().map(|(name, text)| (name.as_str(), text.as_bytes()));
     let mut hash = Sha256::new();
-    for (name, text) in &opened.files {
+    for (name, text) in files() {
         hash.update(name.as_bytes());
-        hash.update(text.as_bytes());
+        hash.update(text);
     }
     let name = hex(&hash.finalize());
-    let dir = std::env::temp_dir().join("fewbit").join(&name[..16]);
-    std::fs::create_dir_all(&dir).map_err(|e| Error::io("create", &dir, &e))?;
-    for (name, text) in &opened.files {
-        let path = dir.join(name);
-        if !path.is_file() {
-            write_atomic(&path, text.as_bytes())?;
-        }
-    }
-    Ok(dir)
+    embedded::cached(&format!("gguf/{}", &name[..16]), files())
 }
 
 /// A folder's `config.json` as it stands; the settings of GPTQ may lie beside it.

@@ -22,8 +22,9 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 pub use arch::{
     Activation, Arch, BlockNorms, Gguf, GgufKeys, GgufValue, LONG_FACTORS, LearnedPositions,
-    LinearSpec, ModelConfig, Multipliers, Names, NormKind, Place, Places, QueryNorm, QueryScaling,
-    ROPE_FACTORS, Residual, Role, Rope, RopeScaling, Site, Span, model_types, weight_name,
+    LinearSpec, ModelConfig, Multipliers, Names, NormKind, PartNames, Place, Places, QueryNorm,
+    QueryScaling, ROPE_FACTORS, Residual, Role, Rope, RopeScaling, Site, Span, model_types,
+    weight_name,
 };
 pub use block::{Block, KvCache, Norm, Norms, Tap};
 pub use by_block::{ByBlock, Forward};

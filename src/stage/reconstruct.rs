@@ -38,7 +38,7 @@ use crate::error::{Error, Result};
 use crate::export::activations::{self, InputGrids};
 use crate::export::fewbit::Saved;
 use crate::method::{self, MethodConfig, Moment};
-use crate::model::Block;
+use crate::model::{Block, LinearSpec, Residual};
 use crate::objective::{ObjectiveConfig, Reduction, TokenWeight};
 use crate::ops;
 use crate::quant::{ActivationQuant, Bits, GroupSize, ObserverConfig, Symmetry};
@@ -192,6 +192,14 @@ impl Stage for ReconstructConfig {
                 "quantize_activations = true, and the recipe leaves them float",
             )
             .fix("quant.activations.scheme = \"tensor\" or \"token\""));
+        }
+        let beside = before.model.arch.residual == Residual::Parallel;
+        if self.within == Within::Staged && beside {
+            return Err(Error::usage(format!(
+                "within = \"staged\" fits attention before the MLP, and in a {} they stand side by side",
+                before.model.model_type
+            ))
+            .fix("within = \"block\""));
         }
         Ok(())
     }
@@ -372,6 +380,12 @@ impl<'a> Fit<'a> {
         // What lies between the pieces, on the float stream.
         let mut attended = Activations::default();
         for piece in config.within.pieces() {
+            let quantized =
+                |spec: &LinearSpec| ctx.specs.contains_key(&format!("{prefix}.{}", spec.name));
+            // Queries and keys of a fused matrix are fitted with the values.
+            if !student.block.specs().any(|spec| piece.holds(spec.role) && quantized(spec)) {
+                continue;
+            }
             student = self.fit(ctx, *piece, student, &grids, &mut attended)?;
             self.keep(ctx, *piece, &mut student.block, &mut saved)?;
         }

@@ -49,9 +49,25 @@ pub fn extract(name: &str) -> Result<PathBuf> {
             .fix(format!("one of: {}", known.join(", "))));
     }
     let root = cache_root();
-    for (path, bytes) in wanted {
+    write_out(&root, wanted.into_iter().map(|(path, bytes)| (*path, *bytes)))?;
+    Ok(root.join(name))
+}
+
+/// The cache's folder `name` with these files in it, by name; what is there already and differs is
+/// written anew.
+///
+/// # Errors
+/// When the cache folder cannot be written.
+pub fn cached<'a>(name: &str, files: impl Iterator<Item = (&'a str, &'a [u8])>) -> Result<PathBuf> {
+    let root = cache_root().join(name);
+    write_out(&root, files)?;
+    Ok(root)
+}
+
+fn write_out<'a>(root: &Path, files: impl Iterator<Item = (&'a str, &'a [u8])>) -> Result<()> {
+    for (path, bytes) in files {
         let target = root.join(path);
-        if std::fs::read(&target).is_ok_and(|found| found == *bytes) {
+        if std::fs::read(&target).is_ok_and(|found| found == bytes) {
             continue;
         }
         if let Some(parent) = target.parent() {
@@ -59,7 +75,7 @@ pub fn extract(name: &str) -> Result<PathBuf> {
         }
         write_atomic(&target, bytes)?;
     }
-    Ok(root.join(name))
+    Ok(())
 }
 
 /// `$XDG_CACHE_HOME/fewbit/VERSION`, or under `~/.cache`, or under the temporary folder.

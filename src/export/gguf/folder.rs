@@ -185,7 +185,7 @@ impl File<'_> {
         }
         // Ends at the first missing one, however many blocks are claimed.
         for block in 0..blocks {
-            for (_, inner) in self.gguf.blocks {
+            for (_, inner) in self.gguf.parts() {
                 let name = format!("blk.{block}.{inner}.weight");
                 self.shapes.get(&name).ok_or_else(|| self.lacks(&name))?;
             }
@@ -448,8 +448,8 @@ mod tests {
         let mut shapes = vec![("token_embd.weight".to_owned(), vec![12, 8])];
         shapes.push(("output_norm.weight".to_owned(), vec![8]));
         for block in 0..2 {
-            for (_, inner) in Gguf::of("llama").unwrap().blocks {
-                let shape = match *inner {
+            for (_, inner) in Gguf::of("llama").unwrap().parts() {
+                let shape = match inner {
                     "attn_norm" | "ffn_norm" => vec![8],
                     "ffn_gate" | "ffn_up" => vec![16, 8],
                     "ffn_down" => vec![8, 16],

@@ -30,13 +30,13 @@ pub fn family(config: &ModelConfig) -> Result<&'static Gguf> {
         return Err(refused(format!("format.gguf does not know models of type {kind} yet")));
     };
     let within = format!("llama.cpp's `{}`", gguf.architecture);
-    let theirs = |name: &str| gguf.blocks.iter().find(|(ours, _)| *ours == name);
+    let theirs = |name: &str| gguf.parts().find(|(ours, _)| *ours == name);
     let linears = config.arch.linears.iter().map(|linear| (linear.name, linear.bias));
     for (name, bias) in linears.chain(config.block_norms().map(|(name, _)| (name, false))) {
         let Some((_, stored)) = theirs(name) else {
             return Err(refused(format!("{within} has no {name}")));
         };
-        if bias && !gguf.biased.contains(stored) {
+        if bias && !gguf.biased.contains(&stored) {
             return Err(refused(format!("{within} has no bias on {name}")));
         }
     }

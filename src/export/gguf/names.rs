@@ -28,6 +28,6 @@ pub(super) fn tensor_name(name: &str, config: &ModelConfig) -> Option<String> {
             _ => None,
         };
     };
-    let (_, theirs) = gguf.blocks.iter().find(|(ours, _)| *ours == inner)?;
+    let (_, theirs) = gguf.parts().find(|(ours, _)| *ours == inner)?;
     Some(format!("blk.{block}.{theirs}.{part}"))
 }

@@ -9,13 +9,16 @@ use serde_json::{Map, Value, json};
 use super::{ModelConfig, QueryNorm, Rope, RopeScaling, Span, families};
 use crate::error::Result;
 
+/// Names of parts of a block, ours and theirs.
+pub type PartNames = &'static [(&'static str, &'static str)];
+
 /// How llama.cpp knows a family.
 #[derive(Debug)]
 pub struct Gguf {
     /// `general.architecture`, and the prefix of its keys.
     pub architecture: &'static str,
     /// Names of a block's parts, ours and theirs.
-    pub blocks: &'static [(&'static str, &'static str)],
+    pub blocks: &'static [PartNames],
     /// Their names of the linears that may carry biases.
     pub biased: &'static [&'static str],
     /// Whether rows of queries and keys are reordered: ggml rotates neighbours there.
@@ -51,6 +54,11 @@ impl Gguf {
         write: |_| Vec::new(),
         read: |_, _| Ok(()),
     };
+
+    /// Names of a block's parts, ours and theirs.
+    pub fn parts(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
+        self.blocks.iter().copied().flatten().copied()
+    }
 
     /// The family that reads files of an architecture.
     pub fn of(architecture: &str) -> Option<&'static Self> {

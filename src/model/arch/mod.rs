@@ -15,7 +15,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 pub use families::model_types;
-pub use gguf::{Gguf, GgufKeys, GgufValue, LONG_FACTORS, ROPE_FACTORS};
+pub use gguf::{Gguf, GgufKeys, GgufValue, LONG_FACTORS, PartNames, ROPE_FACTORS};
 pub use places::{Place, Places};
 pub use rope::{Rope, RopeScaling};
 
@@ -391,25 +391,11 @@ impl ModelConfig {
 
     /// The first thing in which two models compute differently, or have other names for the same.
     pub fn differs(&self, other: &Self) -> Option<&'static str> {
-        let (a, b) = (&self.arch, &other.arch);
-        let rotations = |arch: &Arch| arch.spans.iter().map(|s| s.rope.clone()).collect::<Vec<_>>();
-        let parts = [
-            ("model_type", self.model_type != other.model_type),
-            ("hidden_size", self.d_model != other.d_model),
-            ("intermediate_size", self.d_ff != other.d_ff),
-            ("num_hidden_layers", self.n_blocks != other.n_blocks),
-            ("num_attention_heads", self.n_heads != other.n_heads),
-            ("num_key_value_heads", self.n_kv_heads != other.n_kv_heads),
-            ("head_dim", self.head_dim != other.head_dim),
-            ("vocab_size", self.vocab != other.vocab),
-            ("tie_word_embeddings", self.tied != other.tied),
-            ("rope_theta or rope_scaling", rotations(a) != rotations(b)),
-            ("rms_norm_eps", (a.norm_eps - b.norm_eps).abs() > 0.0),
-            ("hidden_act", a.activation != b.activation),
-            ("biases", a.linears != b.linears),
-            ("another option of the architecture", a != b),
-        ];
-        parts.into_iter().find_map(|(what, differs)| differs.then_some(what))
+        let rotations = self.arch.spans == other.arch.spans;
+        let names = self.tensors() == other.tensors();
+        let exact = [("its rotations", rotations), ("the names of its tensors", names)];
+        self.computes(other)
+            .or_else(|| exact.into_iter().find_map(|(what, same)| (!same).then_some(what)))
     }
 
     /// With the names that a checkpoint has: some were saved with another root.

@@ -2,13 +2,13 @@
 //! with a window to one that sees everything and is not rotated.
 
 use super::qwen3::norm_heads;
-use super::{Defaults, Keys, MAX_ROWS, ModelConfig, Result, gated, llama_like, windows};
+use super::{Defaults, HEAD_NORMS, Keys, LINEARS, MAX_ROWS, ModelConfig, OUTPUT_NORMS, Result, gated, llama_like, windows};
 use crate::model::arch::QueryNorm;
 use crate::model::arch::gguf::{ROPE_FACTORS, Gguf, PATTERN, WINDOW, read_windows, set, write_windows};
 
 pub(super) static GGUF: Gguf = Gguf {
     architecture: "exaone4",
-    blocks: super::olmo2::NAMES,
+    blocks: &[LINEARS, HEAD_NORMS, OUTPUT_NORMS],
     square: true,
     divisors: &[ROPE_FACTORS],
     keys: &[WINDOW, PATTERN],

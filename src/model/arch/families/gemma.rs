@@ -1,13 +1,13 @@
 //! Gemma (arXiv 2403.08295): gains of one more than stored, embeddings times the root of the width,
 //! tanh-approximated GELU.
 
-use super::{Defaults, Keys, ModelConfig, Result, gated, llama_like};
+use super::{Defaults, INPUT_NORMS, Keys, LINEARS, ModelConfig, Result, gated, llama_like};
 use crate::model::arch::gguf::{Gguf, set};
 use crate::model::arch::{Activation, NormKind};
 
 pub(super) static GGUF: Gguf = Gguf {
     architecture: "gemma",
-    blocks: super::llama::NAMES,
+    blocks: &[LINEARS, INPUT_NORMS],
     tied: Some(true),
     read: |_, config| {
         set(config, [("model_type", "gemma".into()), ("hidden_act", TANH.into())]);

@@ -4,13 +4,13 @@
 use serde_json::json;
 
 use super::gemma::TANH;
-use super::{Defaults, GgufValue, Keys, MAX_ROWS, ModelConfig, Result, gated, llama_like, windows};
+use super::{Defaults, GgufValue, Keys, LINEARS, MAX_ROWS, ModelConfig, Result, SANDWICH_NORMS, gated, llama_like, windows};
 use crate::model::arch::BlockNorms;
 use crate::model::arch::gguf::{Gguf, PATTERN, WINDOW, read_windows, rename, set, write_windows};
 
 pub(super) static GGUF: Gguf = Gguf {
     architecture: "gemma2",
-    blocks: NAMES,
+    blocks: &[LINEARS, SANDWICH_NORMS],
     tied: Some(true),
     keys: &[WINDOW, PATTERN, SCORE_CAP, LOGIT_CAP],
     write: |config| {
@@ -51,21 +51,6 @@ pub(super) fn scalar(config: &serde_json::Map<String, serde_json::Value>, larges
         count("head_dim")
     })
 }
-
-/// llama.cpp's names where norms stand on both sides, and on queries and keys.
-pub(super) const NAMES: &[(&str, &str)] = &[
-    ("self_attn.q_proj", "attn_q"),
-    ("self_attn.k_proj", "attn_k"),
-    ("self_attn.v_proj", "attn_v"),
-    ("self_attn.o_proj", "attn_output"),
-    ("mlp.gate_proj", "ffn_gate"),
-    ("mlp.up_proj", "ffn_up"),
-    ("mlp.down_proj", "ffn_down"),
-    ("input_layernorm", "attn_norm"),
-    ("post_attention_layernorm", "post_attention_norm"),
-    ("pre_feedforward_layernorm", "ffn_norm"),
-    ("post_feedforward_layernorm", "post_ffw_norm"),
-];
 
 pub(super) fn read(keys: &Keys<'_>) -> Result<ModelConfig> {
     let defaults = Defaults { kv_heads: Some(4), ..Defaults::gemma() };

@@ -6,15 +6,13 @@ use serde_json::json;
 use super::gemma::TANH;
 use super::gemma2::{LOGIT_CAP, SANDWICH, scalar};
 use super::qwen3::norm_heads;
-use super::{
-    Defaults, GgufValue, Keys, MAX_BLOCKS, MAX_ROWS, ModelConfig, Result, gated, llama_like, local_rope, windows,
-};
+use super::{Defaults, GgufValue, HEAD_NORMS, Keys, LINEARS, MAX_BLOCKS, MAX_ROWS, ModelConfig, Result, SANDWICH_NORMS, gated, llama_like, local_rope, windows};
 use crate::model::arch::gguf::{Gguf, PATTERN, WINDOW, read_windows, rename, set, write_windows};
 use crate::model::arch::{Names, QueryNorm};
 
 pub(super) static GGUF: Gguf = Gguf {
     architecture: "gemma3",
-    blocks: NAMES,
+    blocks: &[LINEARS, HEAD_NORMS, SANDWICH_NORMS],
     keys: &[WINDOW, PATTERN, LOGIT_CAP, LOCAL_BASE],
     write: |config| {
         let mut all = write_windows(config, 6);
@@ -44,22 +42,6 @@ pub(super) static GGUF: Gguf = Gguf {
 
 /// Base of the rotations of blocks with a window.
 const LOCAL_BASE: &str = "rope.freq_base_swa";
-
-const NAMES: &[(&str, &str)] = &[
-    ("self_attn.q_proj", "attn_q"),
-    ("self_attn.k_proj", "attn_k"),
-    ("self_attn.v_proj", "attn_v"),
-    ("self_attn.o_proj", "attn_output"),
-    ("self_attn.q_norm", "attn_q_norm"),
-    ("self_attn.k_norm", "attn_k_norm"),
-    ("mlp.gate_proj", "ffn_gate"),
-    ("mlp.up_proj", "ffn_up"),
-    ("mlp.down_proj", "ffn_down"),
-    ("input_layernorm", "attn_norm"),
-    ("post_attention_layernorm", "post_attention_norm"),
-    ("pre_feedforward_layernorm", "ffn_norm"),
-    ("post_feedforward_layernorm", "post_ffw_norm"),
-];
 
 /// What the text model's names start with: it depends on the release that saved the folder.
 const ROOTS: &[&str] = &["language_model.model.", "model.language_model."];

@@ -7,14 +7,14 @@ use crate::model::arch::{BlockNorms, LearnedPositions, LinearSpec, Names};
 
 pub(super) static GGUF: Gguf = Gguf {
     architecture: "gpt2",
-    blocks: &[
+    blocks: &[&[
         ("attn.c_attn", "attn_qkv"),
         ("attn.c_proj", "attn_output"),
         ("mlp.c_fc", "ffn_up"),
         ("mlp.c_proj", "ffn_down"),
         ("ln_1", "attn_norm"),
         ("ln_2", "ffn_norm"),
-    ],
+    ]],
     biased: &["attn_qkv", "attn_output", "ffn_up", "ffn_down"],
     layer_norms: true,
     square: true,

@@ -9,14 +9,14 @@ use crate::model::arch::{BlockNorms, Names, NormKind, Residual};
 
 pub(super) static GGUF: Gguf = Gguf {
     architecture: "gptneox",
-    blocks: &[
+    blocks: &[&[
         ("attention.query_key_value", "attn_qkv"),
         ("attention.dense", "attn_output"),
         ("mlp.dense_h_to_4h", "ffn_up"),
         ("mlp.dense_4h_to_h", "ffn_down"),
         ("input_layernorm", "attn_norm"),
         ("post_attention_layernorm", "ffn_norm"),
-    ],
+    ]],
     biased: &["attn_qkv", "attn_output", "ffn_up", "ffn_down"],
     tied: Some(false),
     layer_norms: true,

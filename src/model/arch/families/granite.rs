@@ -2,13 +2,13 @@
 
 use serde_json::json;
 
-use super::{Defaults, GgufValue, Keys, ModelConfig, Result, gated, llama_like};
+use super::{Defaults, GgufValue, INPUT_NORMS, Keys, LINEARS, ModelConfig, Result, gated, llama_like};
 use crate::model::arch::Multipliers;
 use crate::model::arch::gguf::{ALL_FACTORS, Gguf, read_biases, set};
 
 pub(super) static GGUF: Gguf = Gguf {
     architecture: "granite",
-    blocks: super::llama::NAMES,
+    blocks: &[LINEARS, INPUT_NORMS],
     biased: super::llama::BIASED,
     neighbours: true,
     divisors: ALL_FACTORS,

@@ -1,12 +1,12 @@
 //! Ministral 3: Mistral with YaRN and queries that grow with their position.
 
-use super::{Defaults, GgufValue, Keys, MAX_ROWS, ModelConfig, Result, gated, llama_like};
+use super::{Defaults, GgufValue, INPUT_NORMS, Keys, LINEARS, MAX_ROWS, ModelConfig, Result, gated, llama_like};
 use crate::model::arch::QueryScaling;
 use crate::model::arch::gguf::{ALL_FACTORS, Gguf, set};
 
 pub(super) static GGUF: Gguf = Gguf {
     architecture: "mistral3",
-    blocks: super::llama::NAMES,
+    blocks: &[LINEARS, INPUT_NORMS],
     neighbours: true,
     divisors: ALL_FACTORS,
     keys: &[

@@ -4,7 +4,7 @@
 
 use serde_json::{Map, Value};
 
-use super::gguf::{Gguf, GgufValue};
+use super::gguf::{Gguf, GgufValue, PartNames};
 use super::keys::{Keys, MAX_BLOCKS, MAX_ROWS, MAX_WIDTH};
 use super::rope::{Rope, RopeDefaults};
 use super::{
@@ -295,6 +295,39 @@ fn local_rope(keys: &Keys<'_>, config: &mut ModelConfig, theta: f64) -> Result<(
     });
     Ok(())
 }
+
+/// llama.cpp's names of the linears that [`gated`] makes.
+const LINEARS: PartNames = &[
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+];
+
+/// Of norms before attention and the MLP.
+const INPUT_NORMS: PartNames =
+    &[("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm")];
+
+/// Of norms on what they add.
+const OUTPUT_NORMS: PartNames = &[
+    ("post_attention_layernorm", "post_attention_norm"),
+    ("post_feedforward_layernorm", "post_ffw_norm"),
+];
+
+/// Of norms on both sides.
+const SANDWICH_NORMS: PartNames = &[
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "post_attention_norm"),
+    ("pre_feedforward_layernorm", "ffn_norm"),
+    ("post_feedforward_layernorm", "post_ffw_norm"),
+];
+
+/// Of norms on queries and keys.
+const HEAD_NORMS: PartNames =
+    &[("self_attn.q_norm", "attn_q_norm"), ("self_attn.k_norm", "attn_k_norm")];
 
 /// Sizes of families that name them differently.
 struct Sizes {

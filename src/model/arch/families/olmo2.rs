@@ -2,13 +2,13 @@
 //! whole width of queries and keys.
 
 use super::qwen3::norm_heads;
-use super::{Defaults, Keys, ModelConfig, Result, gated, llama_like};
+use super::{Defaults, HEAD_NORMS, Keys, LINEARS, ModelConfig, OUTPUT_NORMS, Result, gated, llama_like};
 use crate::model::arch::gguf::{Gguf, set};
 use crate::model::arch::{BlockNorms, QueryNorm};
 
 pub(super) static GGUF: Gguf = Gguf {
     architecture: "olmo2",
-    blocks: NAMES,
+    blocks: &[LINEARS, HEAD_NORMS, OUTPUT_NORMS],
     tied: Some(false),
     square: true,
     read: |_, config| {
@@ -17,21 +17,6 @@ pub(super) static GGUF: Gguf = Gguf {
     },
     ..Gguf::PLAIN
 };
-
-/// llama.cpp's names where norms stand on outputs, and on queries and keys.
-pub(super) const NAMES: &[(&str, &str)] = &[
-    ("self_attn.q_proj", "attn_q"),
-    ("self_attn.k_proj", "attn_k"),
-    ("self_attn.v_proj", "attn_v"),
-    ("self_attn.o_proj", "attn_output"),
-    ("self_attn.q_norm", "attn_q_norm"),
-    ("self_attn.k_norm", "attn_k_norm"),
-    ("mlp.gate_proj", "ffn_gate"),
-    ("mlp.up_proj", "ffn_up"),
-    ("mlp.down_proj", "ffn_down"),
-    ("post_attention_layernorm", "post_attention_norm"),
-    ("post_feedforward_layernorm", "post_ffw_norm"),
-];
 
 /// Norms on outputs only.
 pub(super) const OUTPUTS: BlockNorms = BlockNorms {

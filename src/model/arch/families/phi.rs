@@ -7,7 +7,7 @@ use crate::model::arch::{BlockNorms, Names, NormKind, QueryNorm, Residual};
 
 pub(super) static GGUF: Gguf = Gguf {
     architecture: "phi2",
-    blocks: &[
+    blocks: &[&[
         ("self_attn.q_proj", "attn_q"),
         ("self_attn.k_proj", "attn_k"),
         ("self_attn.v_proj", "attn_v"),
@@ -15,7 +15,7 @@ pub(super) static GGUF: Gguf = Gguf {
         ("mlp.fc1", "ffn_up"),
         ("mlp.fc2", "ffn_down"),
         ("input_layernorm", "attn_norm"),
-    ],
+    ]],
     biased: &["attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down"],
     tied: Some(false),
     layer_norms: true,

@@ -8,14 +8,14 @@ use crate::model::arch::gguf::{LONG_FACTORS, Gguf, WINDOW, set};
 
 pub(super) static GGUF: Gguf = Gguf {
     architecture: "phi3",
-    blocks: &[
+    blocks: &[&[
         ("self_attn.qkv_proj", "attn_qkv"),
         ("self_attn.o_proj", "attn_output"),
         ("mlp.gate_up_proj", "ffn_up"),
         ("mlp.down_proj", "ffn_down"),
         ("input_layernorm", "attn_norm"),
         ("post_attention_layernorm", "ffn_norm"),
-    ],
+    ]],
     square: true,
     divisors: &LONG_FACTORS,
     // A window stands in files, but llama.cpp looks at everything: none is written.

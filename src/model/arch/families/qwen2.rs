@@ -1,11 +1,11 @@
 //! Qwen2 and 2.5 (arXiv 2407.10671): Llama with biases on queries, keys and values.
 
-use super::{Defaults, Keys, MAX_BLOCKS, MAX_ROWS, ModelConfig, Result, gated, llama_like, windows};
+use super::{Defaults, INPUT_NORMS, Keys, LINEARS, MAX_BLOCKS, MAX_ROWS, ModelConfig, Result, gated, llama_like, windows};
 use crate::model::arch::gguf::{Gguf, set};
 
 pub(super) static GGUF: Gguf = Gguf {
     architecture: "qwen2",
-    blocks: super::llama::NAMES,
+    blocks: &[LINEARS, INPUT_NORMS],
     biased: &["attn_q", "attn_k", "attn_v"],
     read: |_, config| {
         set(config, [("model_type", "qwen2".into())]);

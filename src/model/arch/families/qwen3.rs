@@ -1,34 +1,19 @@
 //! Qwen3 (arXiv 2505.09388): Llama with heads of a width of their own, and norms on queries and keys.
 
 use super::qwen2::late_windows;
-use super::{Defaults, Keys, ModelConfig, Result, gated, llama_like};
+use super::{Defaults, HEAD_NORMS, INPUT_NORMS, Keys, LINEARS, ModelConfig, Result, gated, llama_like};
 use crate::model::arch::QueryNorm;
 use crate::model::arch::gguf::{Gguf, set};
 
 pub(super) static GGUF: Gguf = Gguf {
     architecture: "qwen3",
-    blocks: NAMES,
+    blocks: &[LINEARS, HEAD_NORMS, INPUT_NORMS],
     read: |_, config| {
         set(config, [("model_type", "qwen3".into())]);
         Ok(())
     },
     ..Gguf::PLAIN
 };
-
-/// llama.cpp's names where queries and keys are normed.
-pub(super) const NAMES: &[(&str, &str)] = &[
-    ("self_attn.q_proj", "attn_q"),
-    ("self_attn.k_proj", "attn_k"),
-    ("self_attn.v_proj", "attn_v"),
-    ("self_attn.o_proj", "attn_output"),
-    ("self_attn.q_norm", "attn_q_norm"),
-    ("self_attn.k_norm", "attn_k_norm"),
-    ("mlp.gate_proj", "ffn_gate"),
-    ("mlp.up_proj", "ffn_up"),
-    ("mlp.down_proj", "ffn_down"),
-    ("input_layernorm", "attn_norm"),
-    ("post_attention_layernorm", "ffn_norm"),
-];
 
 pub(super) fn read(keys: &Keys<'_>) -> Result<ModelConfig> {
     let defaults = Defaults {

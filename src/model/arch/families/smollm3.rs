@@ -1,13 +1,13 @@
 //! SmolLM3: Llama without rotary positions in every fourth layer.
 
 use super::qwen2::late_windows;
-use super::{Defaults, Keys, MAX_BLOCKS, ModelConfig, Result, gated, llama_like};
+use super::{Defaults, INPUT_NORMS, Keys, LINEARS, MAX_BLOCKS, ModelConfig, Result, gated, llama_like};
 use crate::model::arch::Span;
 use crate::model::arch::gguf::{Gguf, read_biases, set};
 
 pub(super) static GGUF: Gguf = Gguf {
     architecture: "smollm3",
-    blocks: super::llama::NAMES,
+    blocks: &[LINEARS, INPUT_NORMS],
     neighbours: true,
     read: |keys, config| {
         read_biases(keys, config);
