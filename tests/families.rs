@@ -9,8 +9,8 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use common::{Place, copy_folder};
-use fewbit::store::TensorSource;
-use fewbit::store::safetensors::Checkpoint;
+use fewbit::store::safetensors::{Checkpoint, write_file};
+use fewbit::store::{HostTensor, TensorSource};
 use serde_json::{Value, json};
 
 /// One folder for each `model_type`.
@@ -129,4 +129,65 @@ fn staging_is_for_blocks_with_one_after_the_other() {
             trains_and_exports(&name, &folder, "[quant]\nbits = 2\n", stages);
         }
     }
+}
+
+/// A block with experts: the router stays as it is, every expert is quantized, those that saw too few
+/// tokens are named, and what cannot hold them says so.
+#[test]
+fn experts_are_quantized_and_their_router_is_not() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/qwen3_moe");
+    let (place, head) = prepared(&folder);
+    // Five tokens for five experts, two each: some of them see none.
+    let head = head.replace("samples = 4\nlength = 16", "samples = 1\nlength = 5");
+    for method in ["gptq = {}", "awq = {}", "adadim = {}"] {
+        let quant = format!(
+            "[quant]\nbits = 4\n[[stage]]\n[stage.calibrate]\nmethod.{method}\n\
+             [[stage]]\n[stage.export]\nallow_worse = true\nformat.fewbit = {{}}\n\
+             format.dequantized = {{}}\n"
+        );
+        place.write("recipe.toml", format!("{head}{quant}"));
+        let ended = place.run(&["train", "--recipe", "recipe.toml", "--fresh"]);
+        assert_eq!(ended.code, 0, "{}", ended.err);
+        let told = (ended.out + &ended.err).replace('\n', " ");
+        assert!(told.contains("model.layers.1") && told.contains("of 5 experts saw"), "{told}");
+        place.ok(&["verify", "run/export/fewbit"]);
+        let read = |dir: &str| Checkpoint::open(&place.path(dir)).unwrap();
+        let (float, dense) = (read("model"), read("run/export/dequantized"));
+        let values = |file: &Checkpoint, name: &str| file.read(name).unwrap().to_f32().unwrap();
+        let router = "model.layers.1.mlp.gate.weight";
+        assert_eq!(values(&float, router), values(&dense, router));
+        for expert in 0..5 {
+            let name = format!("model.layers.1.mlp.experts.{expert}.down_proj.weight");
+            assert_ne!(values(&float, &name), values(&dense, &name), "{method}, {expert}");
+        }
+    }
+    for (format, says) in [("mlx", "one tensor"), ("gguf", "qwen3_moe")] {
+        let told = place
+            .refused_briefly(&["export", "--run", "run", "--format", format, "--output", "out"]);
+        assert!(told.starts_with("exit 3") && told.contains(says), "{told}");
+    }
+    let grids = "[quant]\nbits = 4\nactivations = { bits = 8, scheme = \"tensor\" }\n\
+                 [[stage]]\n[stage.calibrate]\nmethod.rtn = {}\n";
+    place.write("recipe.toml", format!("{head}{grids}"));
+    let told = place.refused(&["check", "--recipe", "recipe.toml"]);
+    assert!(told.contains("fixed grids") && told.contains("scheme = \"token\""), "{told}");
+    place.write("recipe.toml", format!("{head}{grids}").replace("tensor", "token"));
+    place.ok(&["train", "--recipe", "recipe.toml", "--fresh", "--set", "output=tokens"]);
+}
+
+/// All experts of a block in one tensor, as some programs save them.
+#[test]
+fn stacked_experts_are_refused_by_name() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/qwen3_moe");
+    let (place, _) = prepared(&folder);
+    let source = Checkpoint::open(&folder).unwrap();
+    let names = source.names();
+    let kept = names.iter().filter(|name| !name.contains(".experts."));
+    let mut tensors: Vec<(String, HostTensor)> =
+        kept.map(|name| ((*name).to_owned(), source.read(name).unwrap())).collect();
+    let stacked = "model.layers.1.mlp.experts.gate_up_proj";
+    tensors.push((stacked.to_owned(), HostTensor::f32([5, 14, 28], &[0.5; 5 * 14 * 28])));
+    write_file(&place.path("model/model.safetensors"), &tensors, &BTreeMap::new()).unwrap();
+    let told = place.refused(&["logits", "--model", "model", "--tokens", "3,1", "--output", "l"]);
+    assert!(told.starts_with("exit 3") && told.contains(stacked), "{told}");
 }

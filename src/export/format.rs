@@ -90,6 +90,11 @@ pub trait PackedFormat: Named {
     /// What it holds.
     fn holds(&self) -> &'static Holds;
 
+    /// Whether its readers want the experts of a block as one tensor, which fewbit does not write.
+    fn stacks_experts(&self) -> bool {
+        false
+    }
+
     /// Why it cannot hold the values of a weight that [`Holds`] has nothing against.
     fn wrong_values(&self, _weight: &Coded<'_>) -> Option<Reason> {
         None
@@ -296,6 +301,14 @@ impl<'a> Writing<'a> {
             self.embeddings = self.embedding_names();
         }
         let name = self.format.name();
+        if format.stacks_experts() && self.config.arch.experts.is_some() {
+            let what = format!(
+                "format.{name} holds the experts of a block as one tensor, and fewbit does not write that yet"
+            );
+            return Err(Error::preflight(what).fix(
+                "format.fewbit, format.dequantized, or a format with a tensor for each expert",
+            ));
+        }
         if self.linears().next().is_none() {
             return Err(Error::preflight(format!(
                 "nothing of this model is quantized, and format.{name} holds quantized weights"

@@ -65,6 +65,10 @@ impl PackedFormat for MlxConfig {
             .or_else(|| if self.lossy { None } else { wrong_arithmetic(weight, dtype) })
     }
 
+    fn stacks_experts(&self) -> bool {
+        true
+    }
+
     fn embeddings(&self) -> Option<Bits> {
         self.embeddings
     }

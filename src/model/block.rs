@@ -112,11 +112,22 @@ pub struct Norms {
     pub key: Option<Norm>,
 }
 
+/// What a linear computes, and of which expert.
+pub(super) struct Part(pub(super) Role, pub(super) Option<usize>);
+
+impl From<Role> for Part {
+    fn from(role: Role) -> Self {
+        Self(role, None)
+    }
+}
+
 /// One decoder layer.
 #[derive(Debug, Module)]
 pub struct Block {
     /// The linears, in the order of the description's.
     pub linears: Vec<Linear>,
+    /// The router to its experts, `[experts, d_model]`; absent where it has an MLP.
+    pub router: Option<Param<Tensor<2>>>,
     /// The norms.
     pub norms: Norms,
     /// Its place in the model.
@@ -248,6 +259,9 @@ impl Block {
     /// # Shapes
     /// - x, result: `[batch, seq, d_model]`
     pub fn mlp(&self, x: Tensor<3>, tap: &Tap<'_>) -> Tensor<3> {
+        if let (Some(experts), Some(router)) = (self.config.experts(self.index), &self.router) {
+            return self.mix_experts(experts, router.val(), x, tap);
+        }
         let x = tap(Site::Mlp, x);
         let kind = self.config.arch.activation;
         let inner = if self.find(Role::GateUp).is_some() {
@@ -273,14 +287,15 @@ impl Block {
         Tensor::cat(vec![q, k], 2)
     }
 
-    fn find(&self, role: Role) -> Option<&Linear> {
-        let place = self.config.arch.linears.iter().position(|spec| spec.role == role)?;
+    fn find(&self, part: impl Into<Part>) -> Option<&Linear> {
+        let Part(role, expert) = part.into();
+        let place = self.specs().position(|spec| spec.role == role && spec.expert == expert)?;
         self.linears.get(place)
     }
 
     /// The output of a linear that the family has; nothing happens for one that it has not.
-    fn project(&self, role: Role, x: Tensor<3>) -> Tensor<3> {
-        match self.find(role) {
+    pub(super) fn project(&self, part: impl Into<Part>, x: Tensor<3>) -> Tensor<3> {
+        match self.find(part) {
             Some(linear) => project(linear, x),
             None => x,
         }
@@ -293,13 +308,13 @@ impl Block {
 
     /// As [`Block::linears`], to change them.
     pub fn linears_mut(&mut self) -> impl ExactSizeIterator<Item = (&'static str, &mut Linear)> {
-        let specs = self.config.arch.linears.iter();
+        let specs = self.config.specs(self.index).iter();
         specs.zip(&mut self.linears).map(|(spec, linear)| (spec.name, linear))
     }
 
     /// The description of its linears.
     pub fn specs(&self) -> std::slice::Iter<'_, LinearSpec> {
-        self.config.arch.linears.iter()
+        self.config.specs(self.index).iter()
     }
 }
 
@@ -323,7 +338,8 @@ pub(super) fn times<const D: usize>(x: Tensor<D>, factor: f64) -> Tensor<D> {
     if (factor - 1.0).abs() > 0.0 { x * factor } else { x }
 }
 
-fn gated(kind: Activation, gate: Tensor<3>, up: Tensor<3>) -> Tensor<3> {
+/// `f(gate) * up`.
+pub(super) fn gated(kind: Activation, gate: Tensor<3>, up: Tensor<3>) -> Tensor<3> {
     match kind {
         Activation::Silu => ops::swiglu(gate, up),
         kind => activate(kind, gate) * up,

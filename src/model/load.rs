@@ -107,6 +107,19 @@ fn check_tensors(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<()> {
                 .fix("check that config.json belongs to these weights"));
             }
         } else if !packed {
+            let stacked = |at: &&&str| {
+                at.contains(".experts.")
+                    && checkpoint.info(at).is_some_and(|info| info.shape.len() == 3)
+            };
+            if name.contains(".experts.")
+                && let Some(at) = names.iter().find(stacked)
+            {
+                return Err(Error::preflight(
+                    "the experts of a block are one tensor here, and fewbit reads one for each",
+                )
+                .at(at)
+                .fix("a checkpoint with mlp.experts.0.gate_proj.weight and so on"));
+            }
             return Err(Error::preflight(
                 "the checkpoint lacks a tensor that config.json asks for",
             )
@@ -261,8 +274,8 @@ impl Loader<'_> {
     pub fn block(&self, index: usize) -> Result<Block> {
         let (config, arch) = (self.config, &self.config.arch);
         let prefix = config.block_prefix(index);
-        let linears = arch
-            .linears
+        let linears = config
+            .specs(index)
             .iter()
             .map(|spec| self.linear(&format!("{prefix}.{}", spec.name), spec.shape, spec.bias));
         let widths: BTreeMap<&str, usize> = config.block_norms().collect();
@@ -270,8 +283,13 @@ impl Loader<'_> {
             name.map(|name| self.norm(&format!("{prefix}.{name}"), widths[name])).transpose()
         };
         let names = arch.norms;
+        let router = config.experts(index).map(|experts| {
+            let name = weight_name(&format!("{prefix}.{}", experts.router));
+            self.tensor(&name, [experts.count, config.d_model]).map(frozen)
+        });
         Ok(Block {
             linears: linears.collect::<Result<_>>()?,
+            router: router.transpose()?,
             norms: Norms {
                 attention_input: norm(names.attention_input)?,
                 attention_output: norm(names.attention_output)?,

@@ -8,6 +8,7 @@
 mod arch;
 mod block;
 mod by_block;
+mod experts;
 mod generate;
 mod load;
 mod positions;
@@ -21,10 +22,10 @@ use burn::nn::Linear;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 pub use arch::{
-    Activation, Arch, BlockNorms, Gguf, GgufKeys, GgufValue, LONG_FACTORS, LearnedPositions,
-    LinearSpec, ModelConfig, Multipliers, Names, NormKind, PartNames, Place, Places, QueryNorm,
-    QueryScaling, ROPE_FACTORS, Residual, Role, Rope, RopeScaling, Site, Span, model_types,
-    weight_name,
+    Activation, Arch, BlockNorms, Experts, Gguf, GgufKeys, GgufValue, LONG_FACTORS,
+    LearnedPositions, LinearSpec, ModelConfig, Multipliers, Names, NormKind, PartNames, Place,
+    Places, QueryNorm, QueryScaling, ROPE_FACTORS, Residual, Role, Rope, RopeScaling, Site, Span,
+    model_types, weight_name,
 };
 pub use block::{Block, KvCache, Norm, Norms, Tap};
 pub use by_block::{ByBlock, Forward};

@@ -89,20 +89,20 @@ impl ModelShape {
         self.0.n_blocks as u64
     }
 
-    /// The linears of one block.
+    /// The linears of the last block, which has experts where some blocks do.
     pub fn linears(&self) -> &[LinearSpec] {
-        &self.0.arch.linears
+        self.0.specs(self.0.n_blocks - 1)
     }
 
     /// Weights of the linears of all decoder blocks, biases aside.
     pub fn linear_weights(&self) -> u64 {
-        self.blocks() * self.linears().iter().map(|spec| product(&spec.shape)).sum::<u64>()
+        self.0.linears().map(|(_, spec)| product(&spec.shape)).sum()
     }
 
     /// Biases of the linears of all decoder blocks.
     pub fn biases(&self) -> u64 {
-        let biases = self.linears().iter().filter(|spec| spec.bias);
-        self.blocks() * biases.map(|spec| spec.shape[0] as u64).sum::<u64>()
+        let biases = self.0.linears().filter(|(_, spec)| spec.bias);
+        biases.map(|(_, spec)| spec.shape[0] as u64).sum()
     }
 
     /// Parameters of the embeddings of tokens and, where they are learned, positions.
@@ -129,10 +129,12 @@ impl ModelShape {
         self.parameters() - linears - self.embeddings() - self.head() - self.rest()
     }
 
-    /// Everything outside the blocks that is none of these: projections of tokens of another width.
+    /// Everything that is none of these: projections of tokens of another width, routers to experts.
     pub fn rest(&self) -> u64 {
-        let width = self.0.arch.token_width.map_or(0, |width| width as u64);
-        2 * width * self.0.d_model as u64
+        let width = self.0.arch.token_width.unwrap_or(0);
+        let experts = (0..self.0.n_blocks).filter_map(|index| self.0.experts(index));
+        let routed: usize = experts.map(|experts| experts.count).sum();
+        ((2 * width + routed) * self.0.d_model) as u64
     }
 
     /// `[out, in]` of the projections of queries and of values, alone or as parts of a fused one.
@@ -154,10 +156,11 @@ impl ModelShape {
             }
             Trainable::Alphas { bits, group_size } => Ok(bits * self.groups(group_size)?),
             Trainable::LoraQueryValue { rank } => {
-                self.lora(rank, self.queries_and_values().into_iter())
+                let blocks = 0..self.0.n_blocks;
+                self.lora(rank, blocks.flat_map(|_| self.queries_and_values()))
             }
             Trainable::LoraAll { rank } => {
-                self.lora(rank, self.linears().iter().map(|spec| (spec.name, spec.shape)))
+                self.lora(rank, self.0.linears().map(|(_, spec)| (spec.name, spec.shape)))
             }
             Trainable::BlockLinears => Ok(self.linear_weights()),
             Trainable::Everything => Ok(self.parameters()),
@@ -203,13 +206,13 @@ impl ModelShape {
     /// Groups of all block linears.
     fn groups(&self, group_size: Option<u64>) -> Result<u64> {
         let mut groups = 0;
-        for linear in self.linears() {
+        for (_, linear) in self.0.linears() {
             let [out, inputs] = linear.shape.map(|side| side as u64);
             groups += match group_size {
                 None => out,
                 Some(size) if size > 0 && inputs.is_multiple_of(size) => out * (inputs / size),
                 Some(size) => {
-                    let common = self.linears().iter().fold(size, |a, l| gcd(a, l.shape[1] as u64));
+                    let common = self.0.linears().fold(size, |a, (_, l)| gcd(a, l.shape[1] as u64));
                     let what = format!("group size {size} does not divide in_features {inputs}");
                     return Err(Error::preflight(what).at(linear.name).fix(format!(
                         "{common}, which divides those of every linear, or one scale per channel"
@@ -217,7 +220,7 @@ impl ModelShape {
                 }
             };
         }
-        Ok(self.blocks() * groups)
+        Ok(groups)
     }
 
     fn lora(
@@ -236,7 +239,7 @@ impl ModelShape {
             }
             adapters += rank * (out + inputs);
         }
-        Ok(self.blocks() * adapters)
+        Ok(adapters)
     }
 }
 

@@ -102,6 +102,12 @@ impl Plan {
             base.linears.iter().map(|(name, (spec, _))| (name.clone(), *spec)).collect();
         let mut last_spec = quantized.values().next().copied();
         let activations = recipe.quant.of_activations();
+        if activations.fixed().is_some() && model.arch.experts.is_some() {
+            let what = "experts take no fixed grids of activations: some see hardly a token";
+            return Err(Error::usage(what)
+                .at(lines.place("quant.activations"))
+                .fix("scheme = \"token\" there"));
+        }
         let (mut calibrated, mut tuned) = (false, false);
         for (index, config) in recipe.stage.iter().enumerate() {
             let at =
@@ -311,7 +317,7 @@ impl Resolved {
 
 /// Patterns that match something of a model.
 fn patterns_of(model: &ModelConfig) -> String {
-    let last = model.arch.linears.last().map_or("", |spec| spec.name);
+    let last = model.specs(0).last().map_or("", |spec| spec.name);
     let (last, block) = (last.rsplit('.').next().unwrap_or(last), model.block_prefix(0));
     let head = model.head();
     format!(

@@ -9,7 +9,7 @@ use burn::tensor::{Tensor, TensorData};
 
 use super::activations::Activations;
 use super::context::StageContext;
-use super::observed::{Observed, Reference, observe, replace};
+use super::observed::{Observed, Reference, judged_alone, observe, replace};
 use crate::error::Result;
 use crate::method::{MethodConfig, Problem};
 use crate::model::{
@@ -36,11 +36,14 @@ enum Feeder {
     Rows(usize, usize),
 }
 
-/// What of a family's block can be balanced: where nothing but one norm, or rows of one linear, produces
+/// What of a block can be balanced: where nothing but one norm, or rows of one linear, produces
 /// an input, and factors pass through what stands between.
-fn groups(config: &ModelConfig) -> Vec<Group> {
-    let arch = &config.arch;
-    let place = |role: Role| arch.linears.iter().position(|spec| spec.role == role);
+fn groups(config: &ModelConfig, index: usize) -> Vec<Group> {
+    let (arch, specs) = (&config.arch, config.specs(index));
+    let part = |role: Role, expert: Option<usize>| {
+        specs.iter().position(|spec| spec.role == role && spec.expert == expert)
+    };
+    let place = |role: Role| part(role, None);
     let norm = |norm: Option<&'static str>| norm.map(Feeder::Norm);
     let [q, kv] = [config.n_heads, config.n_kv_heads].map(|heads| heads * config.head_dim);
     // With grouped heads a value feeds several inputs of the output.
@@ -51,18 +54,23 @@ fn groups(config: &ModelConfig) -> Vec<Group> {
     let up = up.or(place(Role::GateUp).map(|place| Feeder::Rows(place, config.d_ff)));
     // A norm that attention and MLP share has two readers.
     let shared = arch.residual == Residual::Parallel && arch.norms.mlp_input.is_none();
+    // The norm before experts has the router as a reader, too.
+    let experts = config.experts(index).map_or(0, |experts| experts.count);
     let feeders = [
         (Site::Attention, norm(arch.norms.attention_input).filter(|_| !shared)),
         (Site::AttentionOutput, values.filter(|_| q == kv)),
-        (Site::Mlp, norm(arch.norms.mlp_input)),
+        (Site::Mlp, norm(arch.norms.mlp_input).filter(|_| experts == 0)),
         (Site::MlpOutput, up),
     ];
+    let of_experts = (0..experts).map(|expert| {
+        let up = part(Role::Up, Some(expert)).map(|place| Feeder::Rows(place, 0));
+        (Site::ExpertOutput(expert), up)
+    });
     let group = |(site, feeder): (Site, Option<Feeder>)| {
-        let members = arch.linears.iter().enumerate();
-        let members = members.filter(|(_, spec)| spec.role.site() == site);
+        let members = specs.iter().enumerate().filter(|(_, spec)| spec.site() == site);
         Some(Group { site, members: members.map(|(place, _)| place).collect(), feeder: feeder? })
     };
-    feeders.into_iter().filter_map(group).collect()
+    feeders.into_iter().chain(of_experts).filter_map(group).collect()
 }
 
 /// Balances `block` in place; gives every dense tensor that changed, by full name.
@@ -75,7 +83,7 @@ pub(super) fn balance(
     positions: &Positions,
 ) -> Result<BTreeMap<String, HostTensor>> {
     let mut changed = BTreeMap::new();
-    for group in groups(&ctx.model.config) {
+    for group in groups(&ctx.model.config, block.index) {
         ctx.stop.check()?;
         let quantized: Vec<usize> = (group.members.iter().copied())
             .filter(|place| ctx.specs.contains_key(&full_name(prefix, block, *place)))
@@ -84,7 +92,9 @@ pub(super) fn balance(
             continue;
         }
         let sites = [group.site];
-        let observed = &observe(ctx, block, input, positions, &sites, true)?[&group.site];
+        let observed = observe(ctx, block, input, positions, &sites, true)?;
+        // An expert that no token went to stays as it is.
+        let Some(observed) = observed.get(&group.site) else { continue };
         let search = Search { method, ctx, prefix, positions, observed, group: &group, quantized };
         if let Some(factors) = search.best(block)? {
             apply(block, &group, &factors);
@@ -95,7 +105,7 @@ pub(super) fn balance(
 }
 
 fn full_name(prefix: &str, block: &Block, place: usize) -> String {
-    format!("{prefix}.{}", block.config.arch.linears[place].name)
+    format!("{prefix}.{}", block.config.specs(block.index)[place].name)
 }
 
 struct Search<'a> {
@@ -151,16 +161,16 @@ impl Search<'_> {
             let solved = self.method.solve(&problem).map_err(|e| e.at(&name))?;
             let values = TensorData::new(solved.dequantize(), [out, inputs]);
             let replaced = Tensor::<2>::from_data(values, &self.ctx.device.device) / row;
-            if matches!(self.group.site, Site::AttentionOutput | Site::MlpOutput) {
+            if judged_alone(self.group.site) {
                 own += reference.error(self.ctx, block, *position, &replaced)?;
             } else {
                 replace(&mut rounded.linears[*position], replaced);
             }
         }
-        match self.group.site {
-            Site::AttentionOutput | Site::MlpOutput => Ok(own),
-            _ => reference.block_error(self.ctx, &rounded),
+        if judged_alone(self.group.site) {
+            return Ok(own);
         }
+        reference.block_error(self.ctx, &rounded)
     }
 }
 
@@ -235,7 +245,7 @@ fn note(
             }
         }
         Feeder::Rows(place, _) => {
-            let name = block.config.arch.linears[place].name;
+            let name = block.config.specs(block.index)[place].name;
             if let Some(bias) = &block.linears[place].bias {
                 vector(&format!("{name}.bias"), bias.val());
             }
@@ -278,7 +288,7 @@ mod tests {
             let x = [2, 16, config.d_model];
             let x = Tensor::<3>::random(x, Distribution::Normal(0.0, 1.0), &device);
             let before = block.forward(x.clone(), &positions);
-            let groups = groups(&config);
+            let groups = groups(&config, 0);
             for group in &groups {
                 let [inputs, _] = block.linears[group.members[0]].weight.dims();
                 let magnitude: Vec<f32> = (0..inputs).map(|c| 0.05 + (c * c % 97) as f32).collect();

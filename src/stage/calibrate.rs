@@ -6,6 +6,7 @@
 //! activations are taken from each block with its quantized weights. A method that looks at the
 //! weight alone needs no text; where the recipe has some, its block errors are reported too.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use burn::tensor::{Tensor, TensorData};
@@ -20,6 +21,7 @@ use super::kind::{Before, Effect, Stage, codes};
 use super::solve_block::solve_block;
 use super::state::ModelState;
 use super::streams::Streams;
+use super::visits::Visits;
 use crate::error::{Error, Result};
 use crate::export::fewbit::Saved;
 use crate::method::{self, MethodConfig, Needs};
@@ -111,17 +113,26 @@ impl Stage for CalibrateConfig {
 
     fn cost(&self, scene: &Scene<'_>) -> Cost {
         let config = scene.config();
-        let (d_model, d_ff) = (config.d_model as u64, config.d_ff as u64);
-        let widths = [d_model, (config.n_heads * config.head_dim) as u64, d_model, d_ff];
-        let widest = widths.into_iter().max().unwrap_or(0);
+        let d_model = config.d_model as u64;
+        // Those of the block with the most, each site once.
+        let sites = |index| {
+            let specs = config.specs(index).iter();
+            specs.map(|spec| (spec.site(), spec.shape[1] as u64)).collect::<BTreeMap<_, _>>()
+        };
+        let all = (0..config.n_blocks).map(sites).max_by_key(BTreeMap::len).unwrap_or_default();
+        let widest = all.values().copied().max().unwrap_or(0);
+        // A token goes to some of the experts only.
+        let read = config.arch.experts.as_ref().map_or(usize::MAX, |experts| experts.active);
+        let seen = all.iter().filter(|(site, _)| site.expert().is_none_or(|at| at < read));
+        let inputs: u64 = seen.map(|(_, width)| *width).sum();
         // Both streams, and one that is being made.
         let streams =
             scene.calibration().map_or(0, |(samples, length)| 12 * samples * length * d_model);
         // The moments at every site of a block in f64, and what a solver makes of one of them.
         let moments =
-            8 * (widths.iter().map(|width| width * width).sum::<u64>() + 3 * widest * widest);
+            8 * (all.values().map(|width| width * width).sum::<u64>() + 3 * widest * widest);
         // The inputs of every site, and a module's output.
-        let per_token = 4 * (widths.iter().sum::<u64>() + d_model);
+        let per_token = 4 * (inputs + d_model);
         let kept = scene.calibration().map_or(0, |(samples, length)| samples * length * per_token);
         let (moments, kept) = match self.method.needs() {
             Needs::Weight => (0, 0),
@@ -235,7 +246,9 @@ fn finish_block(
     target: Activations,
     start: Instant,
 ) -> Result<[f64; 2]> {
-    let before = streams.float_error(ctx, index, &target)?;
+    let visits = Visits::default();
+    let before = streams.float_error(ctx, index, &target, &visits)?;
+    visits.report(ctx, index);
     streams.advance(ctx, index, target)?;
     let mse = [before, streams.quantized.mse(&streams.float)];
     ctx.report.emit(&Event::Block {

@@ -80,7 +80,7 @@ impl Scene<'_> {
     /// Bytes that one block keeps for its backward pass: hidden-sized tensors, and attention.
     pub(super) fn tape(&self, tokens: u64, length: u64) -> u64 {
         let config = self.config();
-        4 * tokens * (14 * config.d_model as u64 + 5 * config.d_ff as u64)
+        4 * tokens * (14 * config.d_model as u64 + 5 * config.inner_width() as u64)
             + 12 * tokens * length * config.n_heads as u64
     }
 

@@ -398,7 +398,7 @@ fn student(config: &FinetuneConfig, ctx: &StageContext<'_>) -> Result<CausalLm> 
     let adapters = config.method.adapters();
     for (index, block) in student.blocks.iter_mut().enumerate() {
         let prefix = model.config.block_prefix(index);
-        for (spec, linear) in model.config.arch.linears.iter().zip(&mut block.linears) {
+        for (spec, linear) in model.config.specs(index).iter().zip(&mut block.linears) {
             let name = format!("{prefix}.{}", spec.name);
             let weight = linear.weight.clone();
             let seed = data::seed_of(ctx.seed, &format!("stage {} {name}", ctx.stage));

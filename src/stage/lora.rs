@@ -92,8 +92,15 @@ impl Targets {
 
     /// Their names in a model, in the order of execution.
     fn names(&self, model: &ModelConfig) -> Vec<&'static str> {
-        let chosen = model.arch.linears.iter().filter(|spec| self.contains(spec.role));
-        chosen.map(|spec| spec.name.rsplit('.').next().unwrap_or(spec.name)).collect()
+        let chosen = model.linears().filter(|(_, spec)| self.contains(spec.role));
+        let mut names = Vec::new();
+        for (_, spec) in chosen {
+            let name = spec.name.rsplit('.').next().unwrap_or(spec.name);
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+        names
     }
 }
 
@@ -259,7 +266,7 @@ pub(super) fn write_folder(
         "target_modules": adapters.targets.names(&model.config),
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": model.config.arch.linears.iter().any(|spec| spec.columns),
+        "fan_in_fan_out": model.config.linears().any(|(_, spec)| spec.columns),
         "inference_mode": true,
     });
     write_atomic(&dir.join("adapter_config.json"), format!("{config:#}\n").as_bytes())?;

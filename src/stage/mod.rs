@@ -35,6 +35,7 @@ mod streams;
 mod training_state;
 mod tune_scales;
 mod validate;
+mod visits;
 mod watch;
 
 pub use calibrate::{CalibrateConfig, InputStream};

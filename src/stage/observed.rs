@@ -21,6 +21,13 @@ pub(super) struct Observed {
     pub inputs: Activations,
 }
 
+impl Observed {
+    /// Nothing yet, at a site of this width.
+    pub(super) fn none(width: usize) -> Self {
+        Self { hessian: Hessian::new(width), inputs: Activations::default() }
+    }
+}
+
 /// Inputs at some `sites`, over the whole stream; `keep` keeps them besides their moments.
 pub(super) fn observe(
     ctx: &StageContext<'_>,
@@ -37,10 +44,7 @@ pub(super) fn observe(
             let rows = part.push(x.clone());
             let [_, _, width] = x.dims();
             let mut all = all.borrow_mut();
-            let observed = all.entry(site).or_insert_with(|| Observed {
-                hessian: Hessian::new(width),
-                inputs: Activations::default(),
-            });
+            let observed = all.entry(site).or_insert_with(|| Observed::none(width));
             observed.hessian.add(&rows);
             if keep {
                 observed.inputs.append(part);
@@ -75,7 +79,7 @@ impl<'a> Reference<'a> {
         positions: &'a Positions,
     ) -> Result<Self> {
         let mut reference = Self { site, observed, positions, output: None };
-        if !observed.inputs.is_empty() && matches!(site, Site::Attention | Site::Mlp) {
+        if !observed.inputs.is_empty() && !judged_alone(site) {
             let output =
                 observed.inputs.map(&ctx.device.device, |x| reference.forward(ctx, block, x))?;
             reference.output = Some(output);
@@ -87,6 +91,7 @@ impl<'a> Reference<'a> {
         ctx.stop.check()?;
         Ok(match self.site {
             Site::Attention => block.attention(x, self.positions, None, &|_, x| x),
+            Site::Expert(expert) => block.expert(expert, x, &|_, x| x),
             _ => block.mlp(x, &|_, x| x),
         })
     }
@@ -121,6 +126,11 @@ impl<'a> Reference<'a> {
         // The Hessian is twice the mean outer product.
         Ok(self.observed.hessian.weighted_error(&change, out) / (2.0 * out as f64))
     }
+}
+
+/// Whether the linear that reads a site is judged by its own output.
+pub(super) fn judged_alone(site: Site) -> bool {
+    matches!(site, Site::AttentionOutput | Site::MlpOutput | Site::ExpertOutput(_))
 }
 
 /// Puts a weight, `[out, in]`, into a linear.

@@ -33,6 +33,7 @@ use super::kind::{Before, Effect, Judged, Stage, codes};
 use super::start::StartFrom;
 use super::state::ModelState;
 use super::streams::{Streams, float_block, loader};
+use super::visits::Visits;
 use crate::data::{Order, coin_flips};
 use crate::error::{Error, Result};
 use crate::export::activations::{self, InputGrids};
@@ -369,9 +370,13 @@ impl<'a> Fit<'a> {
         }
         let start = coarseness(ctx, &prefix, &block)?;
         let grids = inputs::observe(ctx, self.streams, &block)?;
-        let quant = ctx.model.activations.quant;
-        let tap = |site, x| activations::quantize(&quant, &grids, site, x);
+        let (quant, visits) = (ctx.model.activations.quant, Visits::default());
+        let tap = |site, x| {
+            visits.count(site, &x);
+            activations::quantize(&quant, &grids, site, x)
+        };
         let before = self.streams.error(ctx, &block, &tap, self.target)?;
+        visits.report(ctx, self.index);
         let device = &ctx.device.device;
         let learned = self.quant.fixed();
         let learned = learned.and_then(|bits| StaticInputs::new(&grids, bits, device));
@@ -460,7 +465,7 @@ impl<'a> Fit<'a> {
     ) -> Result<()> {
         let prefix = ctx.model.config.block_prefix(self.index);
         let config = block.config.clone();
-        for (spec, linear) in config.arch.linears.iter().zip(&mut block.linears) {
+        for (spec, linear) in config.specs(self.index).iter().zip(&mut block.linears) {
             let full = format!("{prefix}.{}", spec.name);
             if piece.holds(spec.role) && ctx.specs.contains_key(&full) {
                 let folded = ctx.fold(&full, linear)?;
@@ -600,7 +605,7 @@ impl<'a> Fit<'a> {
 
 /// The linears of a piece of a block.
 fn piece_mut(piece: Piece, block: &mut Block) -> impl Iterator<Item = &mut Linear> {
-    let specs = block.config.arch.linears.iter();
+    let specs = block.config.specs(block.index).iter();
     let linears = specs.zip(&mut block.linears);
     linears.filter(move |(spec, _)| piece.holds(spec.role)).map(|(_, linear)| linear)
 }

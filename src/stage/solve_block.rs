@@ -5,13 +5,13 @@ use burn::tensor::{DType, Tensor, TensorData};
 use super::activations::Activations;
 use super::balance::balance;
 use super::context::StageContext;
-use super::observed::{Reference, observe, replace};
+use super::observed::{Observed, Reference, observe, replace};
 use super::streams::loader;
 use crate::error::Result;
 use crate::export::fewbit::Saved;
-use crate::method::{MethodConfig, Needs, Problem};
-use crate::model::{Positions, Site};
-use crate::quant::QuantizedWeight;
+use crate::method::{MethodConfig, Needs, Problem, RtnConfig};
+use crate::model::{LinearSpec, Positions, Site};
+use crate::quant::{QuantizedWeight, Repr};
 
 /// The quantized linears of block `index`, and the dense tensors that balancing changed.
 pub(super) fn solve_block(
@@ -29,28 +29,33 @@ pub(super) fn solve_block(
         saved.dense = balance(method, ctx, &prefix, &mut block, input, positions)?;
     }
     let compares = method.needs() == Needs::Outputs;
-    let sites = observe(ctx, &block, input, positions, &Site::INPUTS, compares)?;
-    for position in 0..block.linears.len() {
+    let specs = config.specs(index);
+    let fed: Vec<Site> = specs.iter().map(LinearSpec::site).collect();
+    let sites = observe(ctx, &block, input, positions, &fed, compares)?;
+    for (position, linear) in specs.iter().enumerate() {
         ctx.stop.check()?;
-        let (short, role) =
-            (config.arch.linears[position].name, config.arch.linears[position].role);
-        let name = format!("{prefix}.{short}");
+        let name = format!("{prefix}.{}", linear.name);
         let Some(spec) = ctx.specs.get(&name) else { continue };
         let weight = block.linears[position].weight.val().transpose();
         let [out, inputs] = weight.dims();
         let layout = spec.layout([out, inputs]).map_err(|e| e.at(&name))?;
-        let observed = &sites[&role.site()];
-        let reference = Reference::new(ctx, &block, role.site(), observed, positions)?;
+        let unseen = Observed::none(inputs);
+        let observed = sites.get(&linear.site()).unwrap_or(&unseen);
+        let reference = Reference::new(ctx, &block, linear.site(), observed, positions)?;
         let error = |replaced: &Tensor<2>| reference.error(ctx, &block, position, replaced);
         let problem = Problem {
             spec,
             layout,
             observer: ctx.observer,
             weight: &weight,
-            feeds_scores: role.feeds_scores(),
+            feeds_scores: linear.role.feeds_scores(),
             inputs: Some(&observed.hessian),
             output_error: if compares { Some(&error) } else { None },
         };
+        // What no token entered has nothing but its weights to be judged by.
+        let plain = MethodConfig::Rtn(RtnConfig {});
+        let blind = observed.hessian.tokens() == 0 && method.leaves() == Repr::Uniform;
+        let method = if blind { &plain } else { method };
         let solved = method
             .solve(&problem)
             .and_then(|weight| weight.with_scales(ctx.scales))

@@ -6,6 +6,7 @@ use burn::tensor::{DType, Tensor};
 use super::activations::Activations;
 use super::context::StageContext;
 use super::corpus::Data;
+use super::visits::Visits;
 use crate::error::Result;
 use crate::model::{Block, CausalLm, Loader, Positions, Tap, WeightSource};
 
@@ -77,14 +78,20 @@ impl Streams {
         })
     }
 
-    /// As [`Streams::error`], of float block `index`: what the blocks before it leave.
+    /// As [`Streams::error`], of float block `index`: what the blocks before it leave. Counts the tokens
+    /// of its experts.
     pub(super) fn float_error(
         &self,
         ctx: &StageContext<'_>,
         index: usize,
         target: &Activations,
+        visits: &Visits,
     ) -> Result<f64> {
-        self.error(ctx, &float_block(ctx, index)?, &|_, x| x, target)
+        let tap = |site, x| {
+            visits.count(site, &x);
+            x
+        };
+        self.error(ctx, &float_block(ctx, index)?, &tap, target)
     }
 
     /// `block` on every sample.

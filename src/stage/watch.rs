@@ -72,7 +72,7 @@ impl fmt::Display for Failure {
             Self::AtBound([loss, bound]) => write!(
                 f,
                 "the loss stands at {loss:.3}, and the objective cannot be above {bound:.3}: the \
-                 student has nothing of its teacher"
+                 student has nothing of its teacher, and the objective no slope to find it by"
             ),
             Self::LossDiverged([loss, first]) => {
                 write!(f, "the loss diverged: {loss:.3}, {first:.3} at the start")
@@ -136,6 +136,8 @@ pub(super) struct Watch {
     last: Option<f64>,
     /// Validations in a row far above the start's.
     far_validations: u64,
+    /// Loss and bound of the last step, where they are near each other.
+    near_bound: Option<[f64; 2]>,
 }
 
 impl Watch {
@@ -156,6 +158,8 @@ impl Watch {
         let learned = loss < NOTHING_LEFT || loss < LEARNED * first_loss;
         count(&mut self.dead, none && !learned);
         count(&mut self.far, loss > 2.0 * first_loss.abs() + FAR_LOSS);
+        let near = bound.filter(|bound| loss > NEAR_BOUND * bound);
+        self.near_bound = near.map(|bound| [loss, bound]);
         let stands = bound.filter(|bound| self.stands(loss, factor, *bound));
         if step <= GRACE {
             return None;
@@ -178,7 +182,9 @@ impl Watch {
         count(&mut self.far_validations, nll > start + FAR_NLL);
         let recovers = self.last.replace(nll).is_some_and(|last| nll < last - RECOVERY);
         let far = step > GRACE && self.far_validations >= FAR_VALIDATIONS && !recovers;
-        far.then(|| Failure::ValidationDiverged([nll.exp(), start.exp()]))
+        // An objective that is flat where the student is has no other rate that would help.
+        let diverged = Failure::ValidationDiverged([nll.exp(), start.exp()]);
+        far.then(|| self.near_bound.map_or(diverged, Failure::AtBound))
     }
 
     /// Forgets what led to a failure, for a training that goes on from an earlier state; what the
@@ -351,6 +357,12 @@ mod tests {
         assert_eq!([at(0, 5.0), at(20, 11.0), at(40, 9.4), at(60, 7.8), at(80, 7.4)], [None; 5]);
         let failure = at(100, 7.3).unwrap().to_string();
         assert!(failure.ends_with("perplexity 1480, 148.4 at the start"), "{failure}");
+        // Farther and farther where the objective is flat: the flatness is what to change.
+        let mut watch = Watch::default();
+        watch.step(&Seen { step: 60, loss: 0.67, grad_norm: 1e-8, factor: 1.0 }, Some(BOUND));
+        let mut at = |step, nll| watch.validation(step, nll);
+        assert_eq!([at(0, 70.0), at(40, 74.2), at(50, 74.3)], [None; 3]);
+        assert!(matches!(at(60, 74.3), Some(Failure::AtBound(_))));
         let mut watch = Watch::default();
         let mut at = |step, nll| watch.validation(step, nll);
         assert_eq!([at(0, 15.8), at(50, 8.0), at(99, 4.0), at(150, 15.0)], [None; 4]);

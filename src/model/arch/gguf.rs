@@ -217,8 +217,8 @@ impl ModelConfig {
         let scale =
             |c: &Self| c.arch.attention_scale.unwrap_or_else(|| 1.0 / (c.head_dim as f64).sqrt());
         let linears = |c: &Self| {
-            let linear = |l: &super::LinearSpec| (l.role, l.shape, l.bias);
-            c.arch.linears.iter().map(linear).collect::<Vec<_>>()
+            let linear = |l: &super::LinearSpec| (l.role, l.shape, l.bias, l.expert);
+            (0..c.n_blocks).flat_map(|at| c.specs(at).iter().map(linear)).collect::<Vec<_>>()
         };
         // Where it stands does not say what it is normed over, except for queries and keys.
         let norms = |c: &Self| {
@@ -226,6 +226,7 @@ impl ModelConfig {
             [n.attention_input, n.attention_output, n.mlp_input, n.mlp_output, n.query, n.key]
                 .map(|name| name.is_some())
         };
+        let routing = |c: &Self| c.arch.experts.as_ref().map(|e| (e.active, e.normalized));
         let factors = |c: &Self| {
             let m = c.arch.multipliers;
             [m.embedding, m.residual, m.logits]
@@ -251,6 +252,7 @@ impl ModelConfig {
             ("norms on queries and keys", heads(self) == heads(other)),
             ("the order of its parts", a.residual == b.residual),
             ("its linears or their biases", linears(self) == linears(other)),
+            ("how its tokens find their experts", routing(self) == routing(other)),
             ("the bias of its head", a.names.head_bias == b.names.head_bias),
             ("the scale of its scores", same(scale(self), scale(other))),
             ("the cap of its scores", same(cap(a.score_cap), cap(b.score_cap))),

@@ -4,6 +4,7 @@
 //! A family is one file here: it reads its `config.json` and fills an [`Arch`]. Nothing else in the
 //! source names a projection, a norm or the prefix of a block.
 
+mod experts;
 mod families;
 mod gguf;
 mod keys;
@@ -14,6 +15,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+pub use experts::Experts;
 pub use families::model_types;
 pub use gguf::{Gguf, GgufKeys, GgufValue, LONG_FACTORS, PartNames, ROPE_FACTORS};
 pub use places::{Place, Places};
@@ -63,8 +65,10 @@ pub struct Arch {
     pub residual: Residual,
     /// A block's norms by the names they have in it.
     pub norms: BlockNorms,
-    /// A block's linears, in the order of execution.
+    /// A block's linears, in the order of execution; of one without experts.
     pub linears: Vec<LinearSpec>,
+    /// What some blocks, or all, have in place of an MLP.
+    pub experts: Option<Experts>,
     /// What scores are multiplied by; absent: one over the root of `head_dim`.
     pub attention_scale: Option<f64>,
     /// Scores become `c tanh(score / c)`.
@@ -168,6 +172,19 @@ pub struct LinearSpec {
     pub bias: bool,
     /// Whether checkpoints hold it as `[in, out]` (GPT-2's Conv1D).
     pub columns: bool,
+    /// The expert that it is a part of.
+    pub expert: Option<usize>,
+}
+
+impl LinearSpec {
+    /// The site that feeds it.
+    pub fn site(&self) -> Site {
+        match (self.role.site(), self.expert) {
+            (Site::Mlp, Some(expert)) => Site::Expert(expert),
+            (Site::MlpOutput, Some(expert)) => Site::ExpertOutput(expert),
+            (site, _) => site,
+        }
+    }
 }
 
 /// What a linear of a block computes.
@@ -196,8 +213,8 @@ pub enum Role {
 }
 
 impl Role {
-    /// The site that feeds it.
-    pub fn site(self) -> Site {
+    /// The site that feeds it in a block without experts.
+    fn site(self) -> Site {
         match self {
             Self::Query
             | Self::Key
@@ -237,20 +254,23 @@ pub enum Site {
     Mlp,
     /// Input of down.
     MlpOutput,
+    /// Input of an expert's gate and up: its tokens of the whole batch, `[1, tokens, d_model]`. An
+    /// expert without any is not visited.
+    Expert(usize),
+    /// Input of an expert's down.
+    ExpertOutput(usize),
 }
 
 impl Site {
-    /// Every site, in the order of execution.
-    pub const ALL: [Self; 6] = [
-        Self::Attention,
-        Self::Keys,
-        Self::Values,
-        Self::AttentionOutput,
-        Self::Mlp,
-        Self::MlpOutput,
-    ];
+    /// The expert that it is a part of.
+    pub fn expert(self) -> Option<usize> {
+        match self {
+            Self::Expert(expert) | Self::ExpertOutput(expert) => Some(expert),
+            _ => None,
+        }
+    }
 
-    /// The sites that feed linears.
+    /// The sites that feed linears of a block without experts.
     pub const INPUTS: [Self; 4] =
         [Self::Attention, Self::AttentionOutput, Self::Mlp, Self::MlpOutput];
 
@@ -263,6 +283,8 @@ impl Site {
             Self::AttentionOutput => "attention_output",
             Self::Mlp => "mlp",
             Self::MlpOutput => "mlp_output",
+            Self::Expert(_) => "expert",
+            Self::ExpertOutput(_) => "expert_output",
         }
     }
 }
@@ -469,7 +491,25 @@ impl ModelConfig {
 
     /// A block's linear by its name within it.
     pub fn linear(&self, inner: &str) -> Option<&LinearSpec> {
-        self.arch.linears.iter().find(|spec| spec.name == inner)
+        let experts = self.arch.experts.iter().flat_map(|experts| &experts.linears);
+        self.arch.linears.iter().chain(experts).find(|spec| spec.name == inner)
+    }
+
+    /// Width of what a token is to the MLP between its linears, over all experts that it goes to.
+    pub fn inner_width(&self) -> usize {
+        let experts = self.arch.experts.as_ref();
+        experts.map_or(self.d_ff, |experts| self.d_ff.max(experts.active * experts.width))
+    }
+
+    /// The experts of block `index`.
+    pub fn experts(&self, index: usize) -> Option<&Experts> {
+        let experts = self.arch.experts.as_ref()?;
+        experts.blocks.get(index).copied().unwrap_or(false).then_some(experts)
+    }
+
+    /// The linears of block `index`, in the order of execution.
+    pub fn specs(&self, index: usize) -> &[LinearSpec] {
+        self.experts(index).map_or(&self.arch.linears, |experts| &experts.linears)
     }
 
     /// Every linear of the decoder blocks by full name, in the order of execution.
@@ -477,7 +517,7 @@ impl ModelConfig {
         (0..self.n_blocks).flat_map(move |index| {
             let prefix = self.block_prefix(index);
             let full = move |spec: &'_ LinearSpec| format!("{prefix}.{}", spec.name);
-            self.arch.linears.iter().map(move |spec| (full(spec), spec))
+            self.specs(index).iter().map(move |spec| (full(spec), spec))
         })
     }
 
@@ -507,7 +547,11 @@ impl ModelConfig {
             for (norm, width) in self.block_norms() {
                 all.extend(self.norm_vectors(&format!("{prefix}.{norm}"), width));
             }
-            for spec in &arch.linears {
+            if let Some(experts) = self.experts(index) {
+                let router = format!("{prefix}.{}.weight", experts.router);
+                all.push((router, vec![experts.count, d]));
+            }
+            for spec in self.specs(index) {
                 all.push((format!("{prefix}.{}.weight", spec.name), spec.shape.to_vec()));
                 if spec.bias {
                     all.push((format!("{prefix}.{}.bias", spec.name), vec![spec.shape[0]]));

@@ -45,6 +45,7 @@ families! {
     phi3: "phi3";
     qwen2: "qwen2";
     qwen3: "qwen3";
+    qwen3_moe: "qwen3_moe";
     smollm3: "smollm3";
 }
 
@@ -143,6 +144,10 @@ fn llama_like(keys: &Keys<'_>, defaults: &Defaults) -> Result<ModelConfig> {
         None => d_model / n_heads,
     };
     check_heads(d_model, [n_heads, n_kv_heads], head_dim)?;
+    if !head_dim.is_multiple_of(2) {
+        return Err(Error::preflight(format!("head_dim {head_dim} is not even"))
+            .fix("heads of an even width, which rotations need"));
+    }
     let max_positions =
         keys.count(&["max_position_embeddings"], MAX_ROWS)?.unwrap_or(defaults.max_positions);
     let rope =
@@ -171,6 +176,7 @@ fn llama_like(keys: &Keys<'_>, defaults: &Defaults) -> Result<ModelConfig> {
                 ..BlockNorms::default()
             },
             linears: Vec::new(),
+            experts: None,
             attention_scale: None,
             score_cap: None,
             query_norm: None,
@@ -200,10 +206,6 @@ fn check_heads(d_model: usize, [heads, kv_heads]: [usize; 2], head_dim: usize) -
         return Err(Error::preflight(what)
             .at("num_attention_heads, head_dim")
             .fix(format!("heads that together are from 1 to {MAX_WIDTH} wide")));
-    }
-    if !head_dim.is_multiple_of(2) {
-        return Err(Error::preflight(format!("head_dim {head_dim} is not even"))
-            .fix("heads of an even width"));
     }
     Ok(())
 }
@@ -242,7 +244,7 @@ fn gated(mut config: ModelConfig, biases: Biases) -> ModelConfig {
 }
 
 fn linear(name: &'static str, role: Role, shape: [usize; 2], bias: bool) -> LinearSpec {
-    LinearSpec { name, role, shape, bias, columns: false }
+    LinearSpec { name, role, shape, bias, columns: false, expert: None }
 }
 
 /// The kinds of attention of a model whose `layer_types` say which blocks look at a window only;
@@ -368,6 +370,7 @@ fn plain(keys: &Keys<'_>, sizes: &Sizes, blocks: &[&str]) -> Result<ModelConfig>
             residual: Residual::Sequential,
             norms: BlockNorms::default(),
             linears: Vec::new(),
+            experts: None,
             attention_scale: None,
             score_cap: None,
             query_norm: None,
