@@ -90,6 +90,11 @@ impl Error {
     /// An I/O error on `path` while doing `verb` ("read", "write", ...).
     /// A full disk becomes [`Kind::Resources`].
     pub fn io(verb: &str, path: &Path, source: &std::io::Error) -> Self {
+        Self::of_io(format!("cannot {verb} the file: {source}"), source).at(path.display())
+    }
+
+    /// An I/O error in words of its own; `source` decides the kind and what to do.
+    pub(crate) fn of_io(what: impl Into<String>, source: &std::io::Error) -> Self {
         use std::io::ErrorKind as Io;
         let (kind, fix) = match source.kind() {
             Io::StorageFull | Io::QuotaExceeded | Io::FileTooLarge => {
@@ -100,7 +105,7 @@ impl Error {
             Io::PermissionDenied => (Kind::Failed, Some("check the permissions")),
             _ => (Kind::Failed, None),
         };
-        let error = Self::new(kind, format!("cannot {verb} the file: {source}")).at(path.display());
+        let error = Self::new(kind, what);
         match fix {
             Some(fix) => error.fix(fix),
             None => error,

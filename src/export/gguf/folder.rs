@@ -7,15 +7,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Seek};
 
+use fewbit_gguf::{Reader, Value};
 use serde_json::{Map, Value as Json, json};
 
 use super::keys::{Keys, missing};
 use super::names::tensor_name;
 use super::own::{File, Shapes, architecture, plain, positive, title};
-use super::reader::Reader;
 use super::scaling::{Scaled, scaling};
 use super::special::Special;
-use super::value::Value;
 use super::vocabulary::Vocabulary;
 use crate::error::{Error, Result};
 use crate::model::{GgufKeys, LONG_FACTORS, ModelConfig, ROPE_FACTORS};
@@ -417,9 +416,8 @@ mod tests {
     use std::io::Cursor;
     use std::path::Path;
 
-    use super::super::file::Header;
-    use super::super::types::BlockType;
-    use super::super::value::{Value, ValueKind};
+    use fewbit_gguf::{BlockType, Header, Value, ValueKind};
+
     use super::*;
     use crate::model::Gguf;
 

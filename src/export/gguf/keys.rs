@@ -1,6 +1,7 @@
 //! Metadata by key, with errors that name the key.
 
-use super::value::Value;
+use fewbit_gguf::Value;
+
 use crate::error::{Error, Result};
 
 /// The key of a tokenizer's kind.
@@ -142,7 +143,8 @@ fn unexpected(key: &str, wanted: &str, found: Option<&Value>) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use super::super::value::ValueKind;
+    use fewbit_gguf::ValueKind;
+
     use super::*;
 
     #[test]

@@ -6,12 +6,12 @@
 //! with their scales and zero points, so nothing is lost. What a family has of its own stands in its
 //! file, behind `model::Gguf`.
 
+use fewbit_gguf::{BlockType, Value, ValueKind};
+
 use super::folder::describe;
 use super::keys::Keys;
 use super::names::tensor_name;
 use super::scaling::yarn_attention;
-use super::types::BlockType;
-use super::value::{Value, ValueKind};
 use crate::error::{Error, Result};
 use crate::model::{Gguf, GgufValue, LONG_FACTORS, ModelConfig, ROPE_FACTORS, Role, RopeScaling};
 

@@ -1,15 +1,14 @@
 //! GGUF: one file that llama.cpp and its kin run.
 //!
-//! What was trained is what is stored: [`choose`] picks a block type that gives back every weight
-//! exactly, or refuses in a sentence; nothing is rounded on the way.
+//! What was trained is what is stored: [`fewbit_gguf::choose`] picks a block type that gives back every
+//! weight exactly, or refuses in a sentence; nothing is rounded on the way.
 //!
 //! Files of other programs are read as well: [`folder_files`] makes the small files of a Hugging Face
-//! folder out of their metadata, and [`decode`] knows block types that are never written.
+//! folder out of their metadata, and [`fewbit_gguf::decode`] knows block types that are never written.
+//!
+//! The container and the blocks are the crate `fewbit-gguf`, which knows no model; here is what does.
 
-pub mod blocks;
-pub mod choose;
-pub mod decode;
-pub mod file;
+mod error;
 pub mod folder;
 mod keys;
 pub mod llama;
@@ -18,18 +17,12 @@ mod names;
 mod own;
 mod pieces;
 mod pretokenizer;
-pub mod reader;
 mod rotation;
 mod scaling;
 mod special;
 pub mod tokenizer;
-pub mod types;
-pub mod value;
 mod vocabulary;
 
-pub use file::Header;
+pub use fewbit_gguf::{Reader, Value};
 pub use folder::folder_files;
 pub use model::{alone, is_gguf};
-pub use reader::Reader;
-pub use types::BlockType;
-pub use value::Value;

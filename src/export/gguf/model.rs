@@ -5,15 +5,13 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use fewbit_gguf::{BlockType, Header, Reader, UniformWeight};
 use serde::{Deserialize, Serialize};
 
-use super::file::Header;
 use super::folder::folder_files;
 use super::llama::Rows;
 use super::names::tensor_name;
-use super::reader::Reader;
-use super::types::BlockType;
-use super::{blocks, choose, llama, tokenizer};
+use super::{llama, tokenizer};
 use crate::error::{Error, Result};
 use crate::export::coded::Coded;
 use crate::export::format::{FileFormat, Kind, SingleFile, Writing};
@@ -107,8 +105,7 @@ impl SingleFile for GgufConfig {
         write_atomic_with(&path, |file: &mut File| {
             let mut writer = header.start(std::io::BufWriter::new(file), &path)?;
             for (name, divisors) in &factors {
-                let bytes = blocks::encode_dense(divisors, BlockType::F32).map_err(Error::from)?;
-                writer.write(name, &bytes)?;
+                writer.write(name, &fewbit_gguf::encode_dense(divisors, BlockType::F32)?)?;
             }
             for tensor in &tensors {
                 let bytes = encode(writing, tensor, done)?;
@@ -117,7 +114,8 @@ impl SingleFile for GgufConfig {
                 }
                 writer.write(&tensor.stored, &bytes)?;
             }
-            writer.finish().map(drop)
+            writer.finish()?;
+            Ok(())
         })?;
         Ok(bits)
     }
@@ -157,7 +155,7 @@ fn plan(writing: &Writing<'_>) -> Result<Vec<Planned>> {
             // Readers want vectors in 32 bits.
             let kind = match tensor.shape.len() {
                 1 => BlockType::F32,
-                _ => choose::choose_dense(&values),
+                _ => fewbit_gguf::choose_dense(&values),
             };
             (tensor.shape, kind)
         };
@@ -172,7 +170,7 @@ fn plan(writing: &Writing<'_>) -> Result<Vec<Planned>> {
 /// When there is none, with the reason.
 fn choose(linear: &str, weight: &QuantizedWeight, config: &ModelConfig) -> Result<BlockType> {
     let weight = coded(linear, weight, config)?;
-    choose::choose(&weight).map_err(|refusal| Error::from(refusal).at(linear))
+    fewbit_gguf::choose(&view(&weight)).map_err(|refusal| Error::from(refusal).at(linear))
 }
 
 /// The model that is written: a head of its own makes it an untied one.
@@ -222,6 +220,19 @@ fn coded<'w>(name: &str, weight: &'w QuantizedWeight, model: &ModelConfig) -> Re
     }
 }
 
+/// What the container's crate takes of a coded weight, which has to be on a uniform grid.
+fn view<'a>(weight: &'a Coded<'_>) -> UniformWeight<'a> {
+    UniformWeight {
+        out: weight.out,
+        inputs: weight.inputs,
+        group_len: weight.group_len,
+        bits: weight.bits,
+        codes: &weight.codes,
+        scale: &weight.scale,
+        zero: &weight.shift,
+    }
+}
+
 /// [`Rows::stored`] on codes, scales and zero points.
 fn reordered<'w>(coded: &Coded<'_>, rows: Rows) -> Result<Coded<'w>> {
     Ok(Coded {
@@ -242,7 +253,7 @@ fn encode(
         let stored = writing.stored(linear)?;
         done(linear, &stored);
         let weight = coded(linear, &stored.weight, &writing.config)?;
-        return blocks::encode(&weight, *kind).map_err(|e| Error::from(e).at(linear));
+        return fewbit_gguf::encode(&view(&weight), *kind).map_err(|e| Error::from(e).at(linear));
     }
     let mut values = writing.dense(name)?.to_f32().map_err(|e| e.at(name))?;
     if let Some(rows) = Rows::of(name, &writing.config) {
@@ -252,7 +263,7 @@ fn encode(
     for value in &mut values {
         *value += offset;
     }
-    blocks::encode_dense(&values, *kind).map_err(|refusal| Error::from(refusal).at(name))
+    fewbit_gguf::encode_dense(&values, *kind).map_err(|refusal| Error::from(refusal).at(name))
 }
 
 /// The weights of a file, under the names of a Hugging Face folder.

@@ -2,9 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use fewbit_gguf::Value;
 use serde_json::Value as Json;
 
-use super::value::Value;
 use crate::error::{Error, Result};
 
 /// Why a piece exists; the numbers in a file.

@@ -1,10 +1,10 @@
 //! The tokenizer's special pieces and chat templates, into a file and out of one.
 
+use fewbit_gguf::Value;
 use serde_json::{Value as Json, json};
 
 use super::keys::{Keys, MODEL, TOKENS, missing};
 use super::pieces::{Pieces, TokenizerMetadata};
-use super::value::Value;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 

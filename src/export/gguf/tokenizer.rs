@@ -9,12 +9,12 @@
 
 use std::path::Path;
 
+use fewbit_gguf::Value;
 use serde_json::Value as Json;
 
 use super::pieces::{Merges, Pieces, TokenizerMetadata};
 use super::pretokenizer::{pre_name, types};
 use super::special::{put_special, put_templates};
-use super::value::Value;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 

@@ -345,9 +345,9 @@ fn merges_of_scores(pieces: &[String], kinds: &[PieceKind], scores: &[f32]) -> R
 
 #[cfg(test)]
 mod tests {
+    use fewbit_gguf::Value;
     use tokenizers::Tokenizer;
 
-    use super::super::value::Value;
     use super::*;
 
     type Entry = (&'static str, Value);

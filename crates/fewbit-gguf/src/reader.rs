@@ -6,11 +6,11 @@ use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use super::decode::decode;
-use super::file::{ALIGNMENT, MAGIC, VERSION};
-use super::types::BlockType;
-use super::value::{Value, ValueKind};
+use crate::decode::decode;
 use crate::error::{Error, Result};
+use crate::file::{ALIGNMENT, MAGIC, VERSION};
+use crate::types::BlockType;
+use crate::value::{Value, ValueKind};
 
 const DAMAGED: &str = "the file is damaged or incomplete; copy or export it again";
 /// Lists of lists exist, but nobody nests deeper than this.
@@ -46,9 +46,9 @@ impl Reader<File> {
     ///
     /// # Errors
     /// When it cannot be read, is no GGUF file or a damaged one, or holds a tensor of a type that
-    /// fewbit does not know.
+    /// is no [`BlockType`].
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|source| Error::io("read", path, &source))?;
+        let file = File::open(path).map_err(|source| Error::io_on(path, "read", source))?;
         Self::new(file, path)
     }
 }
@@ -62,7 +62,7 @@ impl<R: Read + Seek> Reader<R> {
         let length = source
             .seek(SeekFrom::End(0))
             .and_then(|length| source.seek(SeekFrom::Start(0)).map(|_| length))
-            .map_err(|error| Error::io("read", path, &error))?;
+            .map_err(|error| Error::io_on(path, "read", error))?;
         let mut head = Head { source: BufReader::new(source), path, length, at: 0 };
         let (metadata, tensors) = head.parse().map_err(|error| error.at(path.display()))?;
         Ok(Self { source: head.source, path: path.to_owned(), metadata, tensors })
@@ -103,7 +103,7 @@ impl<R: Read + Seek> Reader<R> {
         self.source
             .seek(SeekFrom::Start(info.start))
             .and_then(|_| self.source.read_exact(&mut bytes))
-            .map_err(|source| Error::io("read", &self.path, &source).at(name))?;
+            .map_err(|source| Error::io_on(&self.path, "read", source).at(name))?;
         Ok(bytes)
     }
 
@@ -306,7 +306,7 @@ impl<R: Read> Head<'_, R> {
             return Err(damaged(format!("the file ends inside {what}")));
         }
         self.at += count;
-        self.source.read_exact(bytes).map_err(|error| Error::io("read", self.path, &error))
+        self.source.read_exact(bytes).map_err(|error| Error::io_on(self.path, "read", error))
     }
 }
 
@@ -318,8 +318,8 @@ fn damaged(what: String) -> Error {
 mod tests {
     use std::io::Cursor;
 
-    use super::super::file::Header;
     use super::*;
+    use crate::file::Header;
 
     fn file() -> Vec<u8> {
         let mut header = Header::new();

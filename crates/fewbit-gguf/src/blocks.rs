@@ -1,80 +1,23 @@
 //! Codes on a uniform grid, written into ggml's blocks: exactly, or not at all.
 //!
-//! Every encoder asks for the very f32 that training used, `scale * (code - zero)`, and compares
-//! what a reader of the block will compute with it. Equal means equal as numbers: where a block's
+//! Every encoder asks for the very f32 that the weight is, `scale * (code - zero)`, and compares what
+//! a reader of the block will compute with it. Equal means equal as numbers: where a block's
 //! scale is negative a zero weight may come back as minus zero.
 
 // Equality to the bit is what this file is about.
 #![allow(clippy::float_cmp)]
 
-use std::fmt;
-
 use half::{bf16, f16};
 
-use super::types::BlockType;
-use crate::error::{Error, Result};
-use crate::export::coded::Coded;
-
-/// The parts of a weight that blocks are made of.
-impl Coded<'_> {
-    /// The weights of one row as training computed them.
-    fn row_values(&self, row: usize, out: &mut [f32]) {
-        let groups = self.groups();
-        let codes = &self.codes[row * self.inputs..][..self.inputs];
-        for (group, (out, codes)) in
-            out.chunks_mut(self.group_len).zip(codes.chunks(self.group_len)).enumerate()
-        {
-            let (scale, zero) =
-                (self.scale[row * groups + group], self.shift[row * groups + group]);
-            for (value, code) in out.iter_mut().zip(codes) {
-                *value = scale * (f32::from(*code) - zero);
-            }
-        }
-    }
-
-    /// The scales and zero points that `len` weights from `start` of `row` use.
-    fn grids(&self, row: usize, start: usize, len: usize) -> (&[f32], &[f32]) {
-        let base = row * self.groups();
-        let first = base + start / self.group_len;
-        let last = base + (start + len - 1) / self.group_len;
-        (&self.scale[first..=last], &self.shift[first..=last])
-    }
-}
-
-/// Why a weight cannot be stored as asked, and what can be done instead.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Refusal {
-    /// One sentence without a full stop.
-    pub reason: String,
-    /// What to do.
-    pub alternative: String,
-}
-
-impl Refusal {
-    pub(super) fn new(reason: impl Into<String>, alternative: impl Into<String>) -> Self {
-        Self { reason: reason.into(), alternative: alternative.into() }
-    }
-}
-
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}; {}", self.reason, self.alternative)
-    }
-}
-
-impl std::error::Error for Refusal {}
-
-impl From<Refusal> for Error {
-    fn from(refusal: Refusal) -> Self {
-        Self::preflight(refusal.reason).fix(refusal.alternative)
-    }
-}
+use crate::refusal::Refusal;
+use crate::types::BlockType;
+use crate::weight::UniformWeight;
 
 /// The bytes of `weight` as `kind`, row after row.
 ///
 /// # Errors
 /// When one weight would not come back as it is, and for a type that is only read.
-pub fn encode(weight: &Coded<'_>, kind: BlockType) -> Result<Vec<u8>, Refusal> {
+pub fn encode(weight: &UniformWeight<'_>, kind: BlockType) -> Result<Vec<u8>, Refusal> {
     let mut bytes =
         Vec::with_capacity(kind.tensor_bytes(&[weight.out, weight.inputs]).unwrap_or(0));
     each_row(weight, kind, |row| bytes.extend_from_slice(row))?;
@@ -85,7 +28,7 @@ pub fn encode(weight: &Coded<'_>, kind: BlockType) -> Result<Vec<u8>, Refusal> {
 ///
 /// # Errors
 /// As [`encode`].
-pub fn fits(weight: &Coded<'_>, kind: BlockType) -> Result<(), Refusal> {
+pub fn fits(weight: &UniformWeight<'_>, kind: BlockType) -> Result<(), Refusal> {
     each_row(weight, kind, |_| ())
 }
 
@@ -98,10 +41,7 @@ pub fn encode_dense(values: &[f32], kind: BlockType) -> Result<Vec<u8>, Refusal>
     let mut bytes = Vec::with_capacity(values.len() * kind.block_bytes());
     for value in values {
         if !push_float(*value, kind, &mut bytes) {
-            return Err(Refusal::new(
-                format!("{value:e} is not exactly a number of type {kind}"),
-                "store it as F32",
-            ));
+            return Err(Refusal::InexactValue { kind, value: *value });
         }
     }
     Ok(bytes)
@@ -109,31 +49,18 @@ pub fn encode_dense(values: &[f32], kind: BlockType) -> Result<Vec<u8>, Refusal>
 
 /// Types of other programs are read only.
 fn refuse_unwritten(kind: BlockType) -> Result<(), Refusal> {
-    if kind.is_written() {
-        return Ok(());
-    }
-    let written = BlockType::WRITTEN.map(BlockType::name).join(", ");
-    Err(Refusal::new(
-        format!("{kind} is a block type that fewbit reads but does not write"),
-        format!("ask for one of {written}"),
-    ))
+    if kind.is_written() { Ok(()) } else { Err(Refusal::ReadOnly(kind)) }
 }
 
 fn each_row(
-    weight: &Coded<'_>,
+    weight: &UniformWeight<'_>,
     kind: BlockType,
     mut each: impl FnMut(&[u8]),
 ) -> Result<(), Refusal> {
     refuse_unwritten(kind)?;
+    weight.check()?;
     let Some(row_bytes) = kind.row_bytes(weight.inputs) else {
-        return Err(Refusal::new(
-            format!(
-                "rows of {} weights are no whole blocks of {} ({kind})",
-                weight.inputs,
-                kind.block_len()
-            ),
-            "take a type with smaller blocks, or leave this weight dense",
-        ));
+        return Err(Refusal::PartialBlocks { kind, inputs: weight.inputs });
     };
     let (mut values, mut bytes) = (vec![0.0; weight.inputs], Vec::with_capacity(row_bytes));
     for row in 0..weight.out {
@@ -153,7 +80,7 @@ fn each_row(
 
 /// One block's worth of a row.
 struct Block<'a> {
-    weight: &'a Coded<'a>,
+    weight: &'a UniformWeight<'a>,
     row: usize,
     start: usize,
     values: &'a [f32],
@@ -341,16 +268,9 @@ impl Block<'_> {
     }
 
     fn refusal(&self, kind: BlockType) -> Refusal {
-        let place = format!("row {}, columns from {}", self.row, self.start);
-        let (scales, zeros) = self.weight.grids(self.row, self.start, self.values.len());
-        let grid = match (scales, zeros) {
-            ([scale, ..], [zero, ..]) => format!("scale {scale:e}, zero point {zero}"),
-            _ => String::new(),
-        };
-        Refusal::new(
-            format!("{kind} does not hold this weight exactly ({place}: {grid})"),
-            "let the type be chosen, or export format.mlx, which keeps scales and offsets in f32",
-        )
+        let (row, column) = (self.row, self.start);
+        let (scales, zeros) = self.weight.grids(row, column, self.values.len());
+        Refusal::Inexact { kind, row, column, scale: scales[0], zero: zeros[0] }
     }
 }
 
@@ -403,7 +323,7 @@ fn common_unit<const N: usize>(
 }
 
 /// The f16 that is exactly `value`.
-pub(super) fn exact_f16(value: f32) -> Option<f16> {
+pub(crate) fn exact_f16(value: f32) -> Option<f16> {
     let narrow = f16::from_f32(value);
     (narrow.is_finite() && narrow.to_f32() == value).then_some(narrow)
 }
@@ -436,9 +356,8 @@ fn push_two_bits(codes: impl Iterator<Item = u8>, out: &mut Vec<u8>) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::decode::decode;
     use super::*;
-    use crate::quant::ZeroKind;
+    use crate::decode::decode;
 
     /// A small deterministic generator.
     struct Dice(u64);
@@ -479,24 +398,15 @@ mod tests {
             }
         }
 
-        fn coded(&self) -> Coded<'_> {
+        fn view(&self) -> UniformWeight<'_> {
             let [out, inputs, group_len] = self.shape;
-            let (codes, scale, shift) = (&self.codes, &self.scale, &self.zero);
-            Coded {
-                out,
-                inputs,
-                group_len,
-                bits: self.bits,
-                codes: codes.into(),
-                scale: scale.into(),
-                shift: shift.into(),
-                zero_kind: Some(ZeroKind::Real),
-            }
+            let (codes, scale, zero) = (&self.codes, &self.scale, &self.zero);
+            UniformWeight { out, inputs, group_len, bits: self.bits, codes, scale, zero }
         }
 
-        /// Encoded and decoded is what was trained.
+        /// Encoded and decoded is what it was.
         fn is_exact(&self, kind: BlockType) -> bool {
-            let weight = self.coded();
+            let weight = self.view();
             let Ok(bytes) = encode(&weight, kind) else { return false };
             assert_eq!(Some(bytes.len()), kind.tensor_bytes(&[weight.out, weight.inputs]));
             let mut wanted = vec![0.0; weight.inputs];
@@ -597,10 +507,10 @@ mod tests {
         for kind in BlockType::ALL {
             assert_eq!(weight.is_exact(kind), kind == F32, "{kind}");
         }
-        let refusal = encode(&weight.coded(), Q4_0).unwrap_err();
-        assert!(refusal.reason.contains("row 1, columns from 0: scale 1e-1"), "{refusal}");
-        let refusal = encode(&weight.coded(), Q2_0).unwrap_err();
-        assert!(refusal.reason.contains("rows of 96"), "{refusal}");
+        let refusal = encode(&weight.view(), Q4_0).unwrap_err();
+        assert!(refusal.to_string().contains("row 1, columns from 0: scale 1e-1"), "{refusal}");
+        let refusal = encode(&weight.view(), Q2_0).unwrap_err();
+        assert!(refusal.to_string().contains("rows of 96"), "{refusal}");
         // A scale whose half is no f16: the smallest subnormal one.
         let mut weight = Owned::new([32, 32], 2, 3, |_| 1.5);
         weight.scale.fill(5.960_464_5e-8);

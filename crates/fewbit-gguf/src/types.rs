@@ -1,4 +1,4 @@
-//! The tensor types of ggml that fewbit knows: ids, names and block sizes.
+//! The tensor types of ggml that are known here: ids, names and block sizes.
 
 use std::fmt;
 
@@ -19,7 +19,7 @@ pub enum BlockType {
     /// `d·t`, t in -128..=127; a scale per 32 weights.
     Q8_0,
     /// `d·t`, t in -1..=2; a scale per 64 weights. A fork of llama.cpp stores blocks of 128 under
-    /// the same id; fewbit writes llama.cpp's.
+    /// the same id; here it is llama.cpp's.
     Q2_0,
     /// `d·sc·q - dmin·m`, q in 0..=3; 4-bit sc and m per 16 weights.
     Q2K,
@@ -51,7 +51,7 @@ pub enum BlockType {
 }
 
 impl BlockType {
-    /// The types that fewbit writes, smallest first; of two equal ones the more widely read first.
+    /// The types that are written, smallest first; of two equal ones the more widely read first.
     pub const WRITTEN: [Self; 11] = [
         Self::Tq2_0,
         Self::Q2_0,
@@ -66,7 +66,7 @@ impl BlockType {
         Self::F32,
     ];
 
-    /// Every type that fewbit reads: those of [`BlockType::WRITTEN`], then those of other programs,
+    /// Every type that is read: those of [`BlockType::WRITTEN`], then those of other programs,
     /// which round to find their scales.
     pub const ALL: [Self; 20] = [
         Self::Tq2_0,
@@ -91,7 +91,7 @@ impl BlockType {
         Self::Q6K,
     ];
 
-    /// Whether fewbit writes it.
+    /// Whether it is written, not only read.
     pub fn is_written(self) -> bool {
         Self::WRITTEN.contains(&self)
     }
@@ -122,7 +122,7 @@ impl BlockType {
         }
     }
 
-    /// The type of an id; `None` for one that fewbit does not know.
+    /// The type of an id; `None` for one that is not known here.
     pub fn from_id(id: u32) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.id() == id)
     }

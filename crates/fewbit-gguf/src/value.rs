@@ -2,20 +2,32 @@
 
 /// What kind a [`Value`] is; the numbers in a file.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-#[allow(missing_docs)] // the names say it
 pub enum ValueKind {
+    /// An unsigned integer of 8 bits.
     U8 = 0,
+    /// A signed integer of 8 bits.
     I8 = 1,
+    /// An unsigned integer of 16 bits.
     U16 = 2,
+    /// A signed integer of 16 bits.
     I16 = 3,
+    /// An unsigned integer of 32 bits.
     U32 = 4,
+    /// A signed integer of 32 bits.
     I32 = 5,
+    /// A float of 32 bits.
     F32 = 6,
+    /// A truth value.
     Bool = 7,
+    /// A string.
     Text = 8,
+    /// Values of one kind.
     List = 9,
+    /// An unsigned integer of 64 bits.
     U64 = 10,
+    /// A signed integer of 64 bits.
     I64 = 11,
+    /// A float of 64 bits.
     F64 = 12,
 }
 
@@ -42,7 +54,7 @@ impl ValueKind {
     }
 
     /// The fewest bytes that a value of this kind takes in a file.
-    pub(super) fn least_bytes(self) -> u64 {
+    pub(crate) fn least_bytes(self) -> u64 {
         match self {
             Self::U8 | Self::I8 | Self::Bool => 1,
             Self::U16 | Self::I16 => 2,
@@ -55,21 +67,32 @@ impl ValueKind {
 
 /// One value.
 #[derive(Clone, Debug, PartialEq)]
-#[allow(missing_docs)] // the names say it
 pub enum Value {
+    /// An unsigned integer of 8 bits.
     U8(u8),
+    /// A signed integer of 8 bits.
     I8(i8),
+    /// An unsigned integer of 16 bits.
     U16(u16),
+    /// A signed integer of 16 bits.
     I16(i16),
+    /// An unsigned integer of 32 bits.
     U32(u32),
+    /// A signed integer of 32 bits.
     I32(i32),
+    /// A float of 32 bits.
     F32(f32),
+    /// A truth value.
     Bool(bool),
+    /// A string.
     Text(String),
     /// Values of one kind; the kind is stored also when there are none.
     List(ValueKind, Vec<Self>),
+    /// An unsigned integer of 64 bits.
     U64(u64),
+    /// A signed integer of 64 bits.
     I64(i64),
+    /// A float of 64 bits.
     F64(f64),
 }
 
@@ -140,7 +163,7 @@ impl Value {
     }
 
     /// Whether every list in it holds values of its one kind.
-    pub(super) fn is_sound(&self) -> bool {
+    pub(crate) fn is_sound(&self) -> bool {
         match self {
             Self::List(kind, values) => {
                 values.iter().all(|value| value.kind() == *kind && value.is_sound())
@@ -150,7 +173,7 @@ impl Value {
     }
 
     /// Appends the value, without its kind.
-    pub(super) fn push_to(&self, out: &mut Vec<u8>) {
+    pub(crate) fn push_to(&self, out: &mut Vec<u8>) {
         match self {
             Self::U8(value) => out.push(*value),
             Self::I8(value) => out.push(value.cast_unsigned()),
@@ -176,7 +199,7 @@ impl Value {
 }
 
 /// Appends a string as files store it: its length in bytes, then UTF-8.
-pub(super) fn push_text(text: &str, out: &mut Vec<u8>) {
+pub(crate) fn push_text(text: &str, out: &mut Vec<u8>) {
     out.extend((text.len() as u64).to_le_bytes());
     out.extend(text.as_bytes());
 }

@@ -7,14 +7,14 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use super::types::BlockType;
-use super::value::{Value, push_text};
 use crate::error::{Error, Result};
+use crate::types::BlockType;
+use crate::value::{Value, push_text};
 
-pub(super) const MAGIC: [u8; 4] = *b"GGUF";
-pub(super) const VERSION: u32 = 3;
+pub(crate) const MAGIC: [u8; 4] = *b"GGUF";
+pub(crate) const VERSION: u32 = 3;
 /// Every tensor starts at a multiple of this, counted from the first.
-pub(super) const ALIGNMENT: u64 = 32;
+pub(crate) const ALIGNMENT: u64 = 32;
 /// ggml's limit, without the zero at the end.
 const LONGEST_NAME: usize = 63;
 /// ggml's limit.
@@ -99,7 +99,7 @@ impl Header {
     /// # Errors
     /// On I/O errors.
     pub fn start<W: Write>(self, mut out: W, path: &Path) -> Result<Writer<W>> {
-        out.write_all(&self.to_bytes()).map_err(|source| Error::io("write", path, &source))?;
+        out.write_all(&self.to_bytes()).map_err(|source| Error::io_on(path, "write", source))?;
         Ok(Writer { out, path: path.to_owned(), tensors: self.tensors, next: 0 })
     }
 
@@ -165,7 +165,7 @@ impl<W: Write> Writer<W> {
         self.out
             .write_all(bytes)
             .and_then(|()| self.out.write_all(&[0; ALIGNMENT as usize][..padding]))
-            .map_err(|source| Error::io("write", &self.path, &source))?;
+            .map_err(|source| Error::io_on(&self.path, "write", source))?;
         self.next += 1;
         Ok(())
     }
@@ -180,7 +180,7 @@ impl<W: Write> Writer<W> {
                 .at(self.path.display())
                 .at(&missing.name));
         }
-        self.out.flush().map_err(|source| Error::io("write", &self.path, &source))?;
+        self.out.flush().map_err(|source| Error::io_on(&self.path, "write", source))?;
         Ok(self.out)
     }
 }

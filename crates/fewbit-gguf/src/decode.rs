@@ -1,12 +1,12 @@
-//! What a reader makes of a block: the check of [`super::blocks`], which shares nothing with it.
+//! What a reader makes of a block: the check of [`crate::blocks`], which shares nothing with it.
 //!
 //! Each type is one function from a block and an index to a weight, written down from the layout;
 //! slow, and with nothing clever in it that could be wrong in the same way as the encoder.
 
 use half::{bf16, f16};
 
-use super::types::BlockType;
 use crate::error::{Error, Result};
+use crate::types::BlockType;
 
 /// The weights of whole blocks of `kind`, in order.
 ///
