@@ -5,6 +5,8 @@
 mod common;
 
 use common::{Ended, Place, few_stories};
+use fewbit::store::safetensors::Checkpoint;
+use fewbit::store::{DType, TensorSource};
 use serde_json::Value;
 
 const FORMATS: [&str; 7] = ["mlx", "gptq", "autoround", "awq", "compressed_tensors", "bcq", "gguf"];
@@ -217,6 +219,75 @@ fn a_loss_is_allowed_only_by_name_and_told() {
         let linears = manifest["linears"].as_object().unwrap();
         let relative = |l: &Value| l["loss"]["relative"].as_f64().unwrap();
         assert!(linears.values().all(|linear| relative(linear) < 1e-3), "{format}");
+    }
+}
+
+/// Embedding and head as short floats or codes in every format that has them, and refused where not.
+#[test]
+fn embeddings_are_stored_as_asked() {
+    let place = run(&GRIDS[0], "f16");
+    let export = |format: &str, output: &str, as_what: &str| {
+        let set = format!("embeddings={as_what}");
+        let model = ["export", "--run", "run", "--format", format, "--output", output];
+        place.run(&[&model[..], &["--set", &set]].concat())
+    };
+    let size = |name: &str| place.path(name).metadata().unwrap().len();
+    let prompt = ["--prompt", "One day", "--max-new-tokens", "12", "--temperature", "0"];
+    let speaks = |model: &str| place.ok(&[&["generate", "--model", model][..], &prompt].concat());
+    let mut sizes = Vec::new();
+    // The source's numbers are bf16's, as which the file holds them whatever is asked.
+    for kind in ["bf16", "8", "4"] {
+        let output = format!("gguf-{kind}");
+        let ended = export("gguf", &output, kind);
+        assert_eq!(ended.code, 0, "{}", ended.err);
+        place.ok(&["verify", &output]);
+        assert!(speaks(&output).len() > 10);
+        sizes.push(size(&format!("{output}/model.gguf")));
+    }
+    assert!(sizes.is_sorted_by(|a, b| a > b), "{sizes:?}");
+    // 2048 x 128 weights of 16 bits against 8.5.
+    assert_eq!(sizes[0] - sizes[1], 2048 * 128 * 2 - 2048 * 128 / 32 * 34);
+    for format in ["gptq", "autoround", "awq", "compressed_tensors", "bcq", "mlx"] {
+        let ended = export(format, format, "f16");
+        assert_eq!(ended.code, 0, "{format}: {}", ended.err);
+        let stored = Checkpoint::open(&place.path(format)).unwrap();
+        let embedding = stored.info("model.embed_tokens.weight").unwrap();
+        assert_eq!(embedding.dtype, DType::F16, "{format}");
+        place.ok(&["verify", format]);
+        assert!(speaks(format).len() > 10);
+    }
+    for (format, bits, advice) in
+        [("gguf", "6", "4, 8"), ("gguf", "3", "4, 8"), ("gptq", "8", "\"f16\"")]
+    {
+        let told = export(format, "never", bits);
+        assert_eq!(told.code, 3, "{}", told.err);
+        let says =
+            told.err.contains(&format!("no {bits}-bit embedding")) && told.err.contains(advice);
+        assert!(says, "{}", told.err);
+    }
+    let told = export("gguf", "never", "f64");
+    assert!(told.code == 2 && told.err.contains("\"bf16\""), "{}", told.err);
+}
+
+/// The licence and the fields of the card that stay true.
+#[test]
+fn licences_travel_along() {
+    let place = run(&GRIDS[0], "f16");
+    place.copy_model("tinystories-656k", "model");
+    place.write("model/LICENSE.txt", "MIT");
+    place.write("model/README.md", "---\nlicense: mit\nlibrary_name: transformers\n---\n# Mine\n");
+    place.write(
+        "recipe.toml",
+        "output = \"rounded\"\ndevice = \"cpu\"\n[model]\npath = \"model\"\n[quant]\nbits = 4\n\
+         group_size = 32\nscales = \"f16\"\n[[stage]]\n[stage.calibrate]\nmethod.rtn = {}\n[[stage]]\n[stage.export]\nformat.fewbit = {}\n",
+    );
+    place.ok(&["train", "--recipe", "recipe.toml"]);
+    for format in ["gguf", "fewbit"] {
+        place.ok(&["export", "--run", "rounded", "--format", format, "--output", format]);
+        assert_eq!(place.read(&format!("{format}/LICENSE.txt")), "MIT");
+        let card = place.read(&format!("{format}/README.md"));
+        assert!(card.starts_with("---\nlicense: mit\n---\n\n# model\n"), "{card}");
+        place.ok(&["verify", format]);
     }
 }
 

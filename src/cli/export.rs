@@ -45,8 +45,9 @@ pub(super) struct TargetArgs {
     /// The folder to write; an export that is there is replaced once the new one is checked
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
-    /// Sets a key of the format, as under [stage.export]: scales=f16 of mlx and compressed_tensors,
-    /// embeddings=4 of mlx, version=1 of gptq, precisions=[1,2] of bcq, dtype=bf16 of dequantized, lossy=true where weights may
+    /// Sets a key of the format, as under [stage.export]: embeddings=8 (or 6, 4) of gguf and mlx,
+    /// embeddings=f16 (or bf16) of all but fewbit and dequantized, scales=f16 of mlx and
+    /// compressed_tensors, version=1 of gptq, precisions=[1,2] of bcq, dtype=bf16 of dequantized, lossy=true where weights may
     /// change; repeatable
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,

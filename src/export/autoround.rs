@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::coded::{Coded, Layer, Tensors, stated};
+use super::embeddings::Embeddings;
 use super::format::{PackedFormat, Packer};
 use super::gptq::{self, GptqFormatConfig, GptqOptions, Version};
 use super::plan::{Holds, Reason, beyond_f16};
@@ -29,6 +30,10 @@ impl PackedFormat for AutoroundConfig {
 
     fn wrong_values(&self, weight: &Coded<'_>) -> Option<Reason> {
         beyond_f16("autoround", weight)
+    }
+
+    fn embeddings(&self) -> Option<Embeddings> {
+        self.0.embeddings
     }
 
     fn packer(&self, linears: &[Layer]) -> Result<Box<dyn Packer>> {

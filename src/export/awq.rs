@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::coded::{
     Coded, Layer, Tensors, floats, repeated, stated, stored_group, transposed, words_as_i32,
 };
+use super::embeddings::Embeddings;
 use super::format::{PackedFormat, Packer};
 use super::plan::{Holds, Reason, beyond_f16};
 use super::read::{Reader, section};
@@ -21,6 +22,9 @@ use crate::store::DType;
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AwqConfig {
+    /// What embedding and head are stored as: `"f16"` or `"bf16"`; as the source has them unless said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub embeddings: Option<Embeddings>,
     /// Whether weights may change; by how much is reported.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub lossy: bool,
@@ -41,6 +45,10 @@ impl PackedFormat for AwqConfig {
 
     fn wrong_values(&self, weight: &Coded<'_>) -> Option<Reason> {
         beyond_f16("awq", weight)
+    }
+
+    fn embeddings(&self) -> Option<Embeddings> {
+        self.embeddings
     }
 
     fn packer(&self, linears: &[Layer]) -> Result<Box<dyn Packer>> {

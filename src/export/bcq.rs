@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::coded::{Coded, Layer, Tensors, transposed};
+use super::embeddings::Embeddings;
 use super::format::{PackedFormat, Packer};
 use super::plan::{Holds, Reason};
 use super::planes;
@@ -30,6 +31,9 @@ pub struct BcqFormatConfig {
     /// Numbers of planes, fewer than were trained, that can be read out of the same file too.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub precisions: Vec<u8>,
+    /// What embedding and head are stored as: `"f16"` or `"bf16"`; as the source has them unless said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub embeddings: Option<Embeddings>,
     /// Whether weights may change; by how much is reported.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub lossy: bool,
@@ -66,6 +70,10 @@ impl PackedFormat for BcqFormatConfig {
                 weight.scale.len()
             ))
         })
+    }
+
+    fn embeddings(&self) -> Option<Embeddings> {
+        self.embeddings
     }
 
     fn packer(&self, _linears: &[Layer]) -> Result<Box<dyn Packer>> {

@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 use super::coded::{
     Coded, Layer, Tensors, dtype, floats, is_exact, most_common, transposed, words_as_i32,
 };
+use super::embeddings::Embeddings;
 use super::format::{PackedFormat, Packer};
 use super::plan::Holds;
 use super::read::{Reader, section};
@@ -25,6 +26,9 @@ use crate::store::{DType, HostTensor};
 pub struct CompressedTensorsConfig {
     /// Type of scales.
     pub scales: ScaleDType,
+    /// What embedding and head are stored as: `"f16"` or `"bf16"`; as the source has them unless said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub embeddings: Option<Embeddings>,
     /// Whether weights may change; by how much is reported.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub lossy: bool,
@@ -42,6 +46,10 @@ impl PackedFormat for CompressedTensorsConfig {
     fn holds(&self) -> &'static Holds {
         // Its other widths changed their layout, and no release loads all of them.
         &Holds { widths: &[1, 2, 4, 8], rank: 1, ..Holds::UNLIMITED }
+    }
+
+    fn embeddings(&self) -> Option<Embeddings> {
+        self.embeddings
     }
 
     fn packer(&self, _linears: &[Layer]) -> Result<Box<dyn Packer>> {

@@ -11,12 +11,13 @@ use serde_json::Value;
 
 use super::approximate::{self, Loss};
 use super::coded::{Coded, Layer, Tensors, most_common, stored_group};
+use super::embeddings::{self, EmbeddingGrid, Embeddings};
 use super::parts::{ModelParts, Stored};
 use super::plan::{Holds, Reason};
 use super::read::Reader;
 use crate::error::{Error, Result};
 use crate::model::{ModelConfig, weight_name};
-use crate::quant::{Bits, QuantizedWeight, Symmetry};
+use crate::quant::{Bits, QuantizedWeight};
 use crate::store::{HostTensor, TensorSource};
 
 /// A format: the keys of `format.NAME` in a recipe.
@@ -100,8 +101,19 @@ pub trait PackedFormat: Named {
         None
     }
 
-    /// The width that it rounds embedding and head to, if asked to.
-    fn embeddings(&self) -> Option<Bits> {
+    /// What it is asked to store embedding and head as.
+    fn embeddings(&self) -> Option<Embeddings> {
+        None
+    }
+
+    /// How it rounds embedding and head, in rows of so many inputs, to so many bits; `None` where it
+    /// cannot. `common` is the group of most linears.
+    fn embedding_grid(
+        &self,
+        _bits: Bits,
+        _inputs: usize,
+        _common: Option<usize>,
+    ) -> Option<EmbeddingGrid> {
         None
     }
 
@@ -165,6 +177,12 @@ pub trait SingleFile {
     /// # Errors
     /// Why not.
     fn accepts(&self, name: &str, weight: &QuantizedWeight, model: &ModelConfig) -> Result<()>;
+
+    /// What it is asked to store embedding and head as.
+    fn embeddings(&self) -> Option<Embeddings>;
+
+    /// As [`PackedFormat::embedding_grid`].
+    fn embedding_grid(&self, bits: Bits, inputs: usize) -> Option<EmbeddingGrid>;
 
     /// Whether it has a name for every tensor of a model, and all else that it needs of its folder.
     ///
@@ -248,6 +266,17 @@ pub struct Writing<'a> {
     embeddings: BTreeMap<String, String>,
 }
 
+impl Kind<'_> {
+    /// What embedding and head are asked to be stored as.
+    fn embeddings(&self) -> Option<Embeddings> {
+        match self {
+            Self::Own(_) => None,
+            Self::Packed(format) => format.embeddings(),
+            Self::File(format) => format.embeddings(),
+        }
+    }
+}
+
 impl<'a> Writing<'a> {
     /// Looks at every linear once, before anything is written. Of `all` formats, a refusal recommends
     /// those that hold the weight.
@@ -285,6 +314,9 @@ impl<'a> Writing<'a> {
             // Other runtimes take the embedding for the head, and a second copy for a fault.
             writing.names.remove(&head);
         }
+        if let Some(Embeddings::Codes(_)) = format.kind().embeddings() {
+            writing.embeddings = writing.embedding_names();
+        }
         if let Kind::Packed(packed) = format.kind() {
             writing.plan(packed, all)?;
         }
@@ -297,9 +329,6 @@ impl<'a> Writing<'a> {
         format: &'a dyn PackedFormat,
         others: &'a [Box<dyn FileFormat>],
     ) -> Result<()> {
-        if format.embeddings().is_some() {
-            self.embeddings = self.embedding_names();
-        }
         let name = self.format.name();
         if format.stacks_experts() && self.config.arch.experts.is_some() {
             let what = format!(
@@ -324,7 +353,7 @@ impl<'a> Writing<'a> {
         let group = most_common(&groups.flatten().collect::<Vec<_>>());
         let packer = format.packer(&trained)?;
         self.planned = Some(Planned { name, format, packer, linears: trained, group, others });
-        if self.format.lossy() || format.embeddings().is_some() {
+        if self.format.lossy() || !self.embeddings.is_empty() {
             let stored =
                 self.linears().map(|name| Ok(holds.layer(name, &self.stored(name)?.weight)));
             let linears: Vec<Layer> = stored.collect::<Result<_>>()?;
@@ -337,11 +366,15 @@ impl<'a> Writing<'a> {
     /// Embedding and head that are not quantized yet: stored name to source's name.
     fn embedding_names(&self) -> BTreeMap<String, String> {
         let names = [self.config.embedding(), weight_name(self.config.head())];
-        let dense = names.into_iter().filter(|name| self.names.contains(name));
-        dense
-            .filter(|name| !self.linears.contains(linear_of(name)))
-            .map(|name| (linear_of(&self.stored_as(&name)).to_owned(), name.clone()))
-            .collect()
+        let dense = names.into_iter().filter(|name| self.is_embedding(name));
+        dense.map(|name| (linear_of(&self.stored_as(&name)).to_owned(), name.clone())).collect()
+    }
+
+    /// Whether a tensor is the embedding or the head, and not quantized.
+    fn is_embedding(&self, name: &str) -> bool {
+        (name == self.config.embedding() || name == weight_name(self.config.head()))
+            && self.names.contains(name)
+            && !self.linears.contains(linear_of(name))
     }
 
     /// Quantized linears by the name they are stored under, embedding and head included.
@@ -367,8 +400,11 @@ impl<'a> Writing<'a> {
     /// When it cannot be read, or would be rounded without leave.
     pub(super) fn dense(&self, name: &str) -> Result<HostTensor> {
         let tensor = self.parts.dense(name)?;
-        match self.format.kind() {
-            Kind::Own(format) => format.dense(name, tensor),
+        match (self.format.kind(), self.format.kind().embeddings()) {
+            (Kind::Own(format), _) => format.dense(name, tensor),
+            (_, Some(Embeddings::Floats(kind))) if self.is_embedding(name) => {
+                embeddings::as_floats(name, &tensor, kind)
+            }
             _ => Ok(tensor),
         }
     }
@@ -444,23 +480,35 @@ impl<'a> Writing<'a> {
     fn embedding(&self, linear: &str, name: &str) -> Result<Stored> {
         let tensor = self.parts.dense(name)?;
         let values = tensor.to_f32().map_err(|e| e.at(name))?;
-        let planned = self.planned.as_ref();
-        let bits = planned.and_then(|planned| planned.format.embeddings());
-        let (Some(bits), &[out, inputs]) = (bits, &tensor.shape[..]) else {
+        let kind = self.format.kind();
+        let (Some(Embeddings::Codes(bits)), &[out, inputs]) =
+            (kind.embeddings(), &tensor.shape[..])
+        else {
             return Err(Error::failed("the embedding is no matrix").at(name));
         };
-        let common = planned.and_then(|planned| planned.group);
-        let groups = common.into_iter().chain([64, 32]);
-        let Some(group) = groups.into_iter().find(|group| inputs.is_multiple_of(*group)) else {
-            return Err(Error::preflight(format!(
-                "rows of {inputs} weights are no whole groups of 32"
-            ))
-            .at(name)
-            .fix(format!("leave embeddings out of format.{}", self.format.name())));
+        let common = self.planned.as_ref().and_then(|planned| planned.group);
+        let grid_of = |bits: Bits| match kind {
+            Kind::Own(_) => None,
+            Kind::Packed(format) => format.embedding_grid(bits, inputs, common),
+            Kind::File(format) => format.embedding_grid(bits, inputs),
         };
-        let shape = [out, inputs];
-        let width = (bits, Symmetry::Asymmetric);
-        let weight = approximate::round_to_nearest(&values, shape, group, width, self.device)
+        let Some(grid) = grid_of(bits) else {
+            let fitting = (1..=8)
+                .filter_map(|bits| Bits::new(bits).ok())
+                .filter(|bits| grid_of(*bits).is_some());
+            let fitting: Vec<String> = fitting.map(|bits| bits.to_string()).collect();
+            let format = self.format.name();
+            let what = format!(
+                "format.{format} has no {bits}-bit embedding with rows of {inputs} weights"
+            );
+            let floats = "\"f16\" or \"bf16\"";
+            return Err(Error::preflight(what).at(name).fix(if fitting.is_empty() {
+                format!("format.{format}.embeddings = {floats}")
+            } else {
+                format!("format.{format}.embeddings = {}, {floats}", fitting.join(", "))
+            }));
+        };
+        let weight = embeddings::as_codes(&values, [out, inputs], bits, grid, self.device)
             .map_err(|e| e.at(name))?;
         let decoded = self.decoded(linear, &weight)?;
         let loss = Loss::between(&values, &decoded);
@@ -521,7 +569,12 @@ impl<'a> Writing<'a> {
     /// # Errors
     /// As [`Writing::dense`].
     pub(super) fn dense_loss(&self, name: &str) -> Result<Option<Loss>> {
-        if !(self.format.lossy() && matches!(self.format.kind(), Kind::Own(_))) {
+        let rounds = match (self.format.kind(), self.format.kind().embeddings()) {
+            (Kind::Own(_), _) => self.format.lossy(),
+            (_, Some(Embeddings::Floats(_))) => self.is_embedding(name),
+            _ => false,
+        };
+        if !rounds {
             return Ok(None);
         }
         let (source, stored) = (self.parts.dense(name)?, self.dense(name)?);

@@ -16,6 +16,7 @@ use super::coded::{
     Coded, Layer, Tensors, floats, most_common, repeated, stated, stored_group, transposed,
     words_as_i32,
 };
+use super::embeddings::Embeddings;
 use super::format::{PackedFormat, Packer};
 use super::plan::{Holds, Reason, beyond_f16};
 use super::read::{Reader, section};
@@ -30,6 +31,9 @@ pub struct GptqFormatConfig {
     /// 1 or 2; what the grids suit unless said otherwise.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub version: Option<u8>,
+    /// What embedding and head are stored as: `"f16"` or `"bf16"`; as the source has them unless said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub embeddings: Option<Embeddings>,
     /// Whether weights may change; by how much is reported.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub lossy: bool,
@@ -54,6 +58,10 @@ impl PackedFormat for GptqFormatConfig {
 
     fn wrong_values(&self, weight: &Coded<'_>) -> Option<Reason> {
         beyond_f16("gptq", weight)
+    }
+
+    fn embeddings(&self) -> Option<Embeddings> {
+        self.embeddings
     }
 
     fn packer(&self, linears: &[Layer]) -> Result<Box<dyn Packer>> {
@@ -405,7 +413,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused() {
-        let v2 = GptqFormatConfig { version: Some(2), lossy: false };
+        let v2 = GptqFormatConfig { version: Some(2), ..GptqFormatConfig::default() };
         let cases = [
             grid([32, 32], 32, 8, ZeroKind::Half, true, 1),
             grid([32, 32], 32, 4, ZeroKind::Real, true, 1),

@@ -17,11 +17,12 @@ use serde_json::{Map, Value, json};
 use super::coded::{
     Coded, Layer, Tensors, dtype, floats, is_exact, most_common, repeated, stored_group,
 };
+use super::embeddings::{EmbeddingGrid, Embeddings};
 use super::format::{PackedFormat, Packer};
 use super::plan::{Holds, Reason};
 use super::read::{Reader, named_method};
 use crate::error::{Error, Result};
-use crate::quant::{Bits, ScaleDType, bits};
+use crate::quant::{Bits, ScaleDType, Symmetry, bits};
 use crate::store::{DType, HostTensor};
 
 /// Keys of `format.mlx`.
@@ -30,9 +31,9 @@ use crate::store::{DType, HostTensor};
 pub struct MlxConfig {
     /// Type of scales and biases.
     pub scales: ScaleDType,
-    /// Rounds embedding and head to this many bits too, as mistral.rs wants them.
+    /// What embedding and head are stored as: codes of so many bits, as mistral.rs wants them, or floats.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub embeddings: Option<Bits>,
+    pub embeddings: Option<Embeddings>,
     /// Whether weights may change; by how much is reported.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub lossy: bool,
@@ -69,8 +70,20 @@ impl PackedFormat for MlxConfig {
         true
     }
 
-    fn embeddings(&self) -> Option<Bits> {
+    fn embeddings(&self) -> Option<Embeddings> {
         self.embeddings
+    }
+
+    fn embedding_grid(
+        &self,
+        bits: Bits,
+        inputs: usize,
+        common: Option<usize>,
+    ) -> Option<EmbeddingGrid> {
+        let mut groups = common.into_iter().chain([64, 32]);
+        let group = groups.find(|group| inputs.is_multiple_of(*group));
+        let held = PackedFormat::holds(self).widths.contains(&bits.get());
+        group.filter(|_| held).map(|group| EmbeddingGrid::Groups(group, Symmetry::Asymmetric))
     }
 
     fn packer(&self, _linears: &[Layer]) -> Result<Box<dyn Packer>> {

@@ -15,6 +15,7 @@ mod coded;
 mod compressed_tensors;
 mod dequantized;
 mod difference;
+mod embeddings;
 pub mod fewbit;
 mod folder;
 mod foresee;

@@ -17,7 +17,7 @@ use super::manifest::Manifest;
 use super::parts::ModelParts;
 use super::record::FORMAT_VERSION;
 use crate::error::{Error, Result};
-use crate::model::{companions, weight_name};
+use crate::model::{companions, licences, weight_name};
 use crate::quant::QuantizedWeight;
 use crate::store::folder::{StagedFolder, sha256_file};
 use crate::store::safetensors::ShardWriter;
@@ -230,8 +230,16 @@ fn write_companions(
             hashes.insert(name.to_string_lossy().into_owned(), sha256_file(&to)?);
         }
     }
+    for source in licences(source)? {
+        let Some(name) = source.file_name() else { continue };
+        let to = dir.join(name);
+        std::fs::copy(&source, &to).map_err(|e| Error::io("copy", &source, &e))?;
+        hashes.insert(name.to_string_lossy().into_owned(), sha256_file(&to)?);
+    }
     let path = dir.join(CARD);
-    std::fs::write(&path, card(manifest)).map_err(|e| Error::io("write", &path, &e))?;
+    // A card that cannot be read is none.
+    let head = std::fs::read_to_string(source.join(CARD)).unwrap_or_default();
+    std::fs::write(&path, card(manifest, &head)).map_err(|e| Error::io("write", &path, &e))?;
     hashes.insert(CARD.to_owned(), sha256_file(&path)?);
     Ok(hashes)
 }

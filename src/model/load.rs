@@ -372,6 +372,23 @@ fn frozen<const D: usize>(tensor: Tensor<D>) -> Param<Tensor<D>> {
     Param::initialized(ParamId::new(), tensor).set_require_grad(false)
 }
 
+/// A model folder's licence and what belongs to it, in the order of names.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn licences(dir: &Path) -> Result<Vec<PathBuf>> {
+    const STARTS: [&str; 5] = ["license", "licence", "notice", "copying", "use_policy"];
+    let entries = std::fs::read_dir(dir).map_err(|e| Error::io("list", dir, &e))?;
+    let is_one = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
+        path.is_file() && STARTS.iter().any(|start| name.starts_with(start))
+    };
+    let mut paths: Vec<PathBuf> =
+        entries.filter_map(|entry| entry.ok().map(|entry| entry.path())).filter(is_one).collect();
+    paths.sort();
+    Ok(paths)
+}
+
 /// A model folder's parts that travel with it: tokenizer, chat template, generation settings.
 pub fn companions(dir: &Path) -> Vec<PathBuf> {
     const NAMES: [&str; 9] = [

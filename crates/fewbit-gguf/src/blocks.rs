@@ -116,6 +116,7 @@ impl Block<'_> {
             BlockType::Q2K => self.q2_k(out),
             BlockType::Q3K => self.q3_k(out),
             BlockType::Q4K => self.q4_k(out),
+            BlockType::Q6K => self.q6_k(out),
             // Read only: refused before any block is made.
             BlockType::Q1_0
             | BlockType::Tq1_0
@@ -124,8 +125,7 @@ impl Block<'_> {
             | BlockType::Iq4Nl
             | BlockType::Q5_0
             | BlockType::Q5K
-            | BlockType::Q5_1
-            | BlockType::Q6K => false,
+            | BlockType::Q5_1 => false,
         }
     }
 
@@ -205,18 +205,39 @@ impl Block<'_> {
         true
     }
 
-    fn q3_k(&self, out: &mut Vec<u8>) -> bool {
+    /// Steps in `range` of 16 parts of a block, and the parts' signed scales in `scales` as multiples of
+    /// one f16.
+    fn parts(
+        &self,
+        range: std::ops::RangeInclusive<i32>,
+        scales: std::ops::RangeInclusive<i32>,
+    ) -> Option<([i32; 256], f16, [i32; 16])> {
         let (mut steps, mut sizes) = ([0; 256], [0.0; 16]);
         for (j, size) in sizes.iter_mut().enumerate() {
             let values = &self.values[16 * j..][..16];
             let steps = &mut steps[16 * j..][..16];
             let (scales, _) = self.weight.grids(self.row, self.start + 16 * j, 16);
-            match candidates(scales).find(|step| in_steps(values, *step, &(-4..=3), steps)) {
-                Some(step) => *size = step,
-                None => return false,
-            }
+            *size = candidates(scales).find(|step| in_steps(values, *step, &range, steps))?;
         }
-        let Some((d, scales)) = common_unit(&sizes, -32..=31) else { return false };
+        let (d, scales) = common_unit(&sizes, scales)?;
+        Some((steps, d, scales))
+    }
+
+    fn q6_k(&self, out: &mut Vec<u8>) -> bool {
+        let Some((steps, d, scales)) = self.parts(-32..=31, -128..=127) else { return false };
+        let codes = steps.map(|step| (step + 32) as u8);
+        for half in codes.chunks_exact(128) {
+            let (low, high) = half.split_at(64);
+            out.extend(low.iter().zip(high).map(|(l, h)| l & 15 | h << 4));
+        }
+        push_two_bits(codes.iter().map(|code| code >> 4), out);
+        out.extend(scales.iter().map(|scale| *scale as u8));
+        out.extend(d.to_le_bytes());
+        true
+    }
+
+    fn q3_k(&self, out: &mut Vec<u8>) -> bool {
+        let Some((steps, d, scales)) = self.parts(-4..=3, -32..=31) else { return false };
         let scales = scales.map(|scale| (scale + 32) as u8);
         let codes = steps.map(|step| (step + 4) as u8);
         // Bit b of byte i is the third bit of weight 32 b + i.
@@ -422,7 +443,7 @@ mod tests {
         }
     }
 
-    use BlockType::{Bf16, F16, F32, Q2_0, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q8_0, Tq2_0};
+    use BlockType::{Bf16, F16, F32, Q2_0, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q6K, Q8_0, Tq2_0};
 
     #[test]
     fn int4() {
@@ -463,6 +484,19 @@ mod tests {
         // Groups of 128 share a block of 256, and 32 share one of 64.
         assert!(!Owned::new([256, 128], 2, 3, |_| 2.0).is_exact(Q2K));
         assert!(!Owned::new([64, 32], 2, 3, |_| 2.0).is_exact(Q2_0));
+    }
+
+    #[test]
+    fn int6_and_int5() {
+        let six = Owned::new([512, 512], 6, 63, |_| 32.0);
+        assert_eq!(six.exact()[..2], [Q6K, Q8_0]);
+        assert_eq!(Owned::new([256, 256], 5, 31, |_| 16.0).exact()[0], Q6K);
+        // A scale for every 16 weights.
+        let mut weight = Owned::new([512, 16], 6, 63, |_| 32.0);
+        let (mut dice, unit) = (Dice(5), f16::from_f32(0.003).to_f32());
+        weight.scale.fill_with(|| unit * (1 + dice.below(127)) as f32);
+        assert_eq!(weight.exact()[0], Q6K);
+        assert!(!Owned::new([256, 256], 7, 127, |_| 64.0).is_exact(Q6K));
     }
 
     #[test]

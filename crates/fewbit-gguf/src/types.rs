@@ -46,13 +46,13 @@ pub enum BlockType {
     Q5K,
     /// `d·q + m`, q in 0..=31; scale and minimum per 32 weights. Read, not written.
     Q5_1,
-    /// `d·sc·t`, t in -32..=31; 8-bit signed sc per 16 weights. Read, not written.
+    /// `d·sc·t`, t in -32..=31; 8-bit signed sc per 16 weights.
     Q6K,
 }
 
 impl BlockType {
     /// The types that are written, smallest first; of two equal ones the more widely read first.
-    pub const WRITTEN: [Self; 11] = [
+    pub const WRITTEN: [Self; 12] = [
         Self::Tq2_0,
         Self::Q2_0,
         Self::Q2K,
@@ -60,6 +60,7 @@ impl BlockType {
         Self::Q4_0,
         Self::Q4K,
         Self::Q4_1,
+        Self::Q6K,
         Self::Q8_0,
         Self::F16,
         Self::Bf16,
@@ -76,6 +77,7 @@ impl BlockType {
         Self::Q4_0,
         Self::Q4K,
         Self::Q4_1,
+        Self::Q6K,
         Self::Q8_0,
         Self::F16,
         Self::Bf16,
@@ -88,7 +90,6 @@ impl BlockType {
         Self::Q5_0,
         Self::Q5K,
         Self::Q5_1,
-        Self::Q6K,
     ];
 
     /// Whether it is written, not only read.

@@ -14,10 +14,11 @@ use super::names::tensor_name;
 use super::{llama, tokenizer};
 use crate::error::{Error, Result};
 use crate::export::coded::Coded;
+use crate::export::embeddings::{EmbeddingGrid, Embeddings};
 use crate::export::format::{FileFormat, Kind, SingleFile, Writing};
 use crate::export::parts::Stored;
 use crate::model::{ModelConfig, weight_name};
-use crate::quant::QuantizedWeight;
+use crate::quant::{Bits, QuantizedWeight, Symmetry};
 use crate::store::folder::write_atomic_with;
 
 /// The file's name in an exported folder.
@@ -27,6 +28,9 @@ pub(in crate::export) const FILE: &str = "model.gguf";
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct GgufConfig {
+    /// What embedding and head are stored as: codes of 8, 6 or 4 bits (Q8_0, Q6_K, Q4_0), or floats.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub embeddings: Option<Embeddings>,
     /// Whether weights may change; by how much is reported.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub lossy: bool,
@@ -53,6 +57,19 @@ impl SingleFile for GgufConfig {
 
     fn accepts(&self, name: &str, weight: &QuantizedWeight, model: &ModelConfig) -> Result<()> {
         choose(name, weight, model).map(drop)
+    }
+
+    fn embeddings(&self) -> Option<Embeddings> {
+        self.embeddings
+    }
+
+    fn embedding_grid(&self, bits: Bits, inputs: usize) -> Option<EmbeddingGrid> {
+        let (block, grid) = match bits.get() {
+            4 | 8 => (32, EmbeddingGrid::Groups(32, Symmetry::FullRange)),
+            6 => (256, EmbeddingGrid::Nested),
+            _ => return None,
+        };
+        inputs.is_multiple_of(block).then_some(grid)
     }
 
     fn fits(&self, writing: &Writing<'_>) -> Result<()> {
