@@ -232,7 +232,7 @@ mod applied {
         let dense = at(&place, "base/export/dequantized");
         let dense = ["export", "--model", &dense, "--format", "fewbit", "--output", "new"];
         let error = work.refused(&dense);
-        assert!(error.starts_with("exit 2\nerror: this model is not packed by fewbit"), "{error}");
+        assert!(error.starts_with("exit 3\nerror: nothing of this model is quantized"), "{error}");
     }
 }
 

@@ -269,6 +269,48 @@ fn embeddings_are_stored_as_asked() {
     assert!(told.code == 2 && told.err.contains("\"bf16\""), "{}", told.err);
 }
 
+/// From any format into any other that holds the grid: codes, groups and weights are what they were.
+#[test]
+fn formats_turn_into_each_other() {
+    for grid in [&GRIDS[0], &GRIDS[3], &GRIDS[4]] {
+        let place = run(grid, "f16");
+        let linears = |folder: &str| {
+            let manifest = place.read(&format!("{folder}/manifest.json"));
+            let manifest: Value = serde_json::from_str(&manifest).unwrap();
+            let linears = manifest["linears"].as_object().unwrap();
+            let part = |l: &Value| ["bits", "shape", "group_len"].map(|key| l[key].clone());
+            linears.iter().map(|(name, l)| (name.clone(), part(l))).collect::<Vec<_>>()
+        };
+        let trained = linears("run/export/fewbit");
+        for from in grid.holds {
+            place.ok(&["export", "--run", "run", "--format", from, "--output", from]);
+            let to = format!("{from}-back");
+            place.ok(&["export", "--model", from, "--format", "fewbit", "--output", &to]);
+            place.ok(&["verify", &to]);
+            let back = linears(&to);
+            assert_eq!(trained.len(), back.len(), "{}, {from}", grid.name);
+            for ((name, a), (_, b)) in trained.iter().zip(&back) {
+                // Wider codes may hold the same levels; groups are the longest that share a grid.
+                assert!(a[0].as_u64() <= b[0].as_u64() && a[1] == b[1], "{from}: {name}");
+            }
+        }
+        let [first, .., last] = grid.holds else { continue };
+        place.ok(&["export", "--model", last, "--format", first, "--output", "across"]);
+        place.ok(&["verify", "across"]);
+    }
+    // A model that nobody quantized: floats as floats, and no codes.
+    let place = Place::new();
+    place.copy_model("tinystories-656k", "float");
+    place.ok(&["export", "--model", "float", "--format", "gguf", "--output", "file"]);
+    place.ok(&["export", "--model", "file", "--format", "dequantized", "--output", "folder"]);
+    let told =
+        place.refused_briefly(&["export", "--model", "file", "--format", "mlx", "--output", "o"]);
+    assert!(told.contains("nothing of this model is quantized"), "{told}");
+    let told =
+        place.refused_briefly(&["export", "--model", "fil", "--format", "mlx", "--output", "o"]);
+    assert!(told.contains("fil"), "{told}");
+}
+
 /// The licence and the fields of the card that stay true.
 #[test]
 fn licences_travel_along() {

@@ -111,7 +111,6 @@ pub(super) fn write(
     // What `verify` measures in.
     let model = ModelArgs { model: model.to_owned(), device, compute: Compute::F32 };
     let session = AdaptedArgs { model, adapter: adapter.map(Path::to_owned) }.open()?;
-    session.opened.packed_manifest()?;
     let data = args.data.as_deref().map(locate::data).transpose()?;
     let inputs = [Some(&session.opened.dir), session.adapter.as_ref(), data.as_ref()];
     check_output(&args.output, &inputs.into_iter().flatten().collect::<Vec<_>>())?;
@@ -238,7 +237,7 @@ struct Text {
 impl Text {
     fn load(session: &Session, data: &Path, format: Option<DataFormat>) -> Result<Self> {
         let sha256 = sha256_of(&[data])?;
-        let recorded = session.opened.packed_manifest()?.parity.as_ref();
+        let recorded = session.opened.manifest.as_ref().and_then(|m| m.parity.as_ref());
         let recorded = recorded.filter(|parity| parity.data_sha256 == sha256);
         let format = format.or(recorded.map(|parity| parity.format)).unwrap_or_default();
         let recorded = recorded.filter(|parity| parity.format == format);

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::adapter::Adapter;
+use super::convert::Foreign;
 use super::folder::OpenModel;
 use super::formats::{Format, FormatsConfig};
 use super::gate::Gate;
@@ -39,6 +40,11 @@ impl OpenModel {
         adapter.check(|name| self.quantized(name)).map_err(|e| e.at(self.dir.display()))
     }
 
+    /// Whether fewbit packed it.
+    pub fn is_own(&self) -> bool {
+        self.manifest.as_ref().is_some_and(|manifest| manifest.format == Format::Fewbit)
+    }
+
     /// The manifest of a folder that holds codes.
     ///
     /// # Errors
@@ -69,12 +75,40 @@ impl Quantized for OpenModel {
     }
 }
 
-/// Writes a packed model, with its adapter's scales where it has one, as `format` to `target`,
+/// As [`write_opened`], of a model that fewbit did not pack.
+fn write_foreign(
+    opened: &OpenModel,
+    format: Format,
+    options: &FormatsConfig,
+    target: &Path,
+    gate: &Gate<'_>,
+    device: &str,
+) -> Result<Exported> {
+    let foreign = Foreign::new(opened, format)?;
+    if format == Format::Fewbit && foreign.names().is_empty() {
+        let what = "nothing of this model is quantized, and format.fewbit holds codes and scales";
+        return Err(Error::preflight(what).at(opened.dir.display()).fix(
+            "format.dequantized or format.gguf, or a run that quantizes it: `fewbit train --recipe \
+             rtn_w4g128`",
+        ));
+    }
+    let parts = ModelParts {
+        dir: &foreign.dir,
+        source: &foreign.source,
+        quantized: &foreign,
+        dense: &BTreeMap::new(),
+        activations: None,
+        provenance: foreign.provenance(device)?,
+    };
+    write_adapted(&parts, None, (format, options), target, gate)
+}
+
+/// Writes any model that was opened, with its adapter's scales where it has one, as `format` to `target`,
 /// behind the gate of [`super::write::write`]. Provenance is the source's; `device` is where the gate
 /// measures.
 ///
 /// # Errors
-/// A usage error when the model holds no codes; otherwise as [`super::write::write`].
+/// As [`super::write::write`].
 pub fn write_opened(
     opened: &OpenModel,
     format: Format,
@@ -83,6 +117,9 @@ pub fn write_opened(
     gate: &Gate<'_>,
     device: &str,
 ) -> Result<Exported> {
+    if !opened.is_own() {
+        return write_foreign(opened, format, options, target, gate, device);
+    }
     let manifest = opened.packed_manifest()?;
     // `verify` expects equal numbers on the device that is named here.
     let provenance = Provenance { device: device.to_owned(), ..manifest.provenance.clone() };

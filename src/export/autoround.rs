@@ -46,6 +46,7 @@ impl PackedFormat for AutoroundConfig {
             section: |config| section(config, "auto-round"),
             tensor: "qweight",
             weights: |section, name, source| Ok(gptq::read::decode(section, name, source)?.values()),
+            codes: |section, name, source| gptq::read::decode(section, name, source)?.codes(),
         }
     }
 }

@@ -65,6 +65,7 @@ impl PackedFormat for AwqConfig {
             section: |config| section(config, "awq"),
             tensor: "qweight",
             weights: |section, name, source| Ok(read::decode(section, name, source)?.values()),
+            codes: |section, name, source| read::decode(section, name, source)?.codes(),
         }
     }
 }

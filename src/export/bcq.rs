@@ -90,6 +90,10 @@ impl PackedFormat for BcqFormatConfig {
                 let found = read::decode(section, name, bits, source)?;
                 Ok((found.weights, [found.out, found.inputs]))
             },
+            codes: |section, name, source| {
+                let bits = section["linears"][name]["bits"].as_u64().unwrap_or(0) as u8;
+                read::decode(section, name, bits, source)?.codes()
+            },
         }
     }
 }
@@ -229,6 +233,7 @@ mod read {
 
     use crate::error::Result;
     use crate::export::read::{damaged, group_len, number};
+    use crate::quant::{Bits, Grid, GroupAxis, GroupLayout, QuantizedWeight};
     use crate::store::TensorSource;
 
     /// A weight in binary coding as a file holds it, at one precision.
@@ -250,6 +255,22 @@ mod read {
         pub offset: Vec<f32>,
         /// `[out, inputs]`, summed in f32 in the order of the planes, the offset last.
         pub weights: Vec<f32>,
+    }
+
+    impl DecodedPlanes {
+        /// The planes as codes, where these stand for the weights to the bit.
+        ///
+        /// # Errors
+        /// When a value cannot be.
+        pub(super) fn codes(self) -> Result<Option<QuantizedWeight>> {
+            let Self { out, inputs, group_len, bits, codes, alpha, offset, weights } = self;
+            let groups = out * inputs / group_len;
+            let layout = GroupLayout { out, inputs, groups, group_len, axis: GroupAxis::In };
+            let grid = Grid::BinaryCoding { alpha, offset };
+            let weight = QuantizedWeight::new(&codes, grid, Bits::new(bits)?, layout)?;
+            let exact = weight.dequantize().iter().zip(&weights).all(|(a, b)| a == b);
+            Ok(exact.then_some(weight))
+        }
     }
 
     /// Linear `name` at the precision of `bits` planes under `config`, the `quantization_config`.

@@ -62,6 +62,7 @@ impl PackedFormat for CompressedTensorsConfig {
             section: |config| section(config, "compressed-tensors"),
             tensor: "weight_packed",
             weights: |section, name, source| Ok(read::decode(section, name, source)?.values()),
+            codes: |section, name, source| read::decode(section, name, source)?.codes(),
         }
     }
 }

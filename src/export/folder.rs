@@ -17,7 +17,7 @@ use super::read::Packed;
 use super::record::{LinearRecord, MANIFEST_FILE};
 use crate::data::Tokenizer;
 use crate::error::{Error, Result};
-use crate::model::{ModelConfig, ModelTap, Place, Places, WeightSource, open_folder};
+use crate::model::{ModelConfig, ModelTap, Place, Places, WeightSource, open_folder, weight_name};
 use crate::quant::QuantizedWeight;
 use crate::store::safetensors::{Checkpoint, Decode};
 use crate::store::{TensorSource, embedded, hex};
@@ -224,6 +224,26 @@ impl OpenModel {
     /// How a linear is stored in another runtime's format, if it is.
     fn packed_elsewhere(&self, linear: &str) -> Option<&Packed> {
         self.packed_as.as_ref().filter(|packed| packed.holds(linear, &self.checkpoint))
+    }
+
+    /// Whether another program stored a linear as codes.
+    pub(super) fn is_coded(&self, linear: &str) -> bool {
+        let in_file = self.gguf.as_ref().is_some_and(|file| file.is_packed(&weight_name(linear)));
+        in_file || self.packed_elsewhere(linear).is_some()
+    }
+
+    /// The codes that another program stored for a linear, where they stand for its weights exactly, in
+    /// the longest groups that share a grid.
+    ///
+    /// # Errors
+    /// When the files are damaged.
+    pub(super) fn codes_of_others(&self, linear: &str) -> Result<Option<QuantizedWeight>> {
+        let weight = match (&self.gguf, self.packed_elsewhere(linear)) {
+            (Some(file), _) => file.codes(&weight_name(linear))?,
+            (None, Some(packed)) => packed.codes(linear, &self.checkpoint)?,
+            (None, None) => None,
+        };
+        Ok(weight.map(QuantizedWeight::in_longest_groups))
     }
 
     fn activations(&self) -> Option<&ActivationRecord> {

@@ -74,6 +74,7 @@ impl PackedFormat for GptqFormatConfig {
             section: |config| section(config, "gptq"),
             tensor: "qweight",
             weights: |section, name, source| Ok(read::decode(section, name, source)?.values()),
+            codes: |section, name, source| read::decode(section, name, source)?.codes(),
         }
     }
 }

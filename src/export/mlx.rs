@@ -101,6 +101,7 @@ impl PackedFormat for MlxConfig {
             },
             tensor: "scales",
             weights: |section, name, source| Ok(read::decode(section, name, source)?.values()),
+            codes: |section, name, source| read::decode(section, name, source)?.codes(),
         }
     }
 }

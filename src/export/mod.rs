@@ -13,6 +13,7 @@ mod bcq;
 mod card;
 mod coded;
 mod compressed_tensors;
+mod convert;
 mod dequantized;
 mod difference;
 mod embeddings;

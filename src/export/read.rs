@@ -4,6 +4,7 @@
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::quant::{Bits, Grid, GroupAxis, GroupLayout, QuantizedWeight};
 use crate::store::{HostTensor, TensorSource};
 
 /// How folders of a packed format are read.
@@ -17,6 +18,8 @@ pub struct Reader {
     pub tensor: &'static str,
     /// The weights of a linear under the section.
     pub weights: fn(&Value, &str, &dyn TensorSource) -> Result<Weights>,
+    /// Its codes, where they stand for these weights exactly.
+    pub codes: fn(&Value, &str, &dyn TensorSource) -> Result<Option<QuantizedWeight>>,
 }
 
 /// Weights as the runtime computes them, row-major, and their shape, `[out, in]`.
@@ -53,6 +56,18 @@ impl Packed {
     /// When the files are damaged.
     pub(super) fn weights(&self, linear: &str, source: &dyn TensorSource) -> Result<Weights> {
         (self.reader.weights)(&self.section, linear, source)
+    }
+
+    /// A linear's codes, where they stand for its weights exactly.
+    ///
+    /// # Errors
+    /// When the files are damaged.
+    pub(super) fn codes(
+        &self,
+        linear: &str,
+        source: &dyn TensorSource,
+    ) -> Result<Option<QuantizedWeight>> {
+        (self.reader.codes)(&self.section, linear, source)
     }
 }
 
@@ -111,6 +126,31 @@ impl Decoded {
             Shift::Bias(bias) => Shift::Bias(merged(bias)?),
         };
         Some(Self { group_len, scale, shift, ..self })
+    }
+
+    /// The codes and their grid, where these stand for the weights to the bit.
+    ///
+    /// # Errors
+    /// When a scale or a code cannot be.
+    pub(super) fn codes(self) -> Result<Option<QuantizedWeight>> {
+        let Self { out, inputs, group_len, codes, scale, shift, weights, bits } = self;
+        let zero = match shift {
+            Shift::Zero(zero) => zero,
+            Shift::Bias(bias) => {
+                bias.iter().zip(&scale).map(|(bias, scale)| -bias / scale).collect()
+            }
+        };
+        // A grid that fewbit counts from below.
+        if scale.iter().any(|scale| *scale <= 0.0) || zero.iter().any(|zero| !zero.is_finite()) {
+            return Ok(None);
+        }
+        let groups = out * inputs / group_len;
+        let layout = GroupLayout { out, inputs, groups, group_len, axis: GroupAxis::In };
+        let grid = Grid::uniform(scale, zero);
+        let weight = QuantizedWeight::new(&codes, grid, Bits::new(bits)?, layout)?;
+        let same = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits() || *a == 0.0 && *b == 0.0;
+        let exact = weight.dequantize().iter().zip(&weights).all(same);
+        Ok(exact.then_some(weight))
     }
 
     /// The weights with their shape, `[out, in]`.

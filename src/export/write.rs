@@ -171,6 +171,11 @@ fn write_file(
         stats.weights += stored.weight.layout.len() as u64;
         manifest.linears.insert(linear.to_owned(), stored.record(&[]));
     })?;
+    for name in writing.dense_names() {
+        if let Some(loss) = writing.dense_loss(name)? {
+            manifest.rounded.insert(name.to_owned(), loss);
+        }
+    }
     manifest.bits_per_weight = stats.bits_per_weight();
     let file = format.file();
     manifest.files.insert(file.to_owned(), sha256_file(&dir.join(file))?);

@@ -69,6 +69,17 @@ pub enum Grid {
 }
 
 impl Grid {
+    /// Evenly spaced levels, of the kind that all zero points are of.
+    pub fn uniform(scale: Vec<f32>, zero_point: Vec<f32>) -> Self {
+        let all = |fract: f32| zero_point.iter().all(|zero| (zero - fract).fract() == 0.0);
+        let zero_kind = match (all(0.0), all(0.5)) {
+            (true, _) => ZeroKind::Integer,
+            (_, true) => ZeroKind::Half,
+            _ => ZeroKind::Real,
+        };
+        Self::Uniform { scale, zero_point, zero_kind }
+    }
+
     /// The representation this grid stands for.
     pub fn repr(&self) -> Repr {
         match self {
@@ -292,6 +303,48 @@ impl QuantizedWeight {
             }
         }
         Ok(())
+    }
+
+    /// The same weights in the longest groups along the inputs whose parts share a grid.
+    #[must_use]
+    pub fn in_longest_groups(self) -> Self {
+        let GroupLayout { out, inputs, group_len, axis, .. } = self.layout;
+        if axis == GroupAxis::Out || group_len >= inputs {
+            return self;
+        }
+        let stored = inputs / group_len;
+        // Parts of a row that become one group, more of them first.
+        let counts = (2..=stored).rev().filter(|times| stored.is_multiple_of(*times));
+        let same = |values: &[f32], times: usize, each: usize| {
+            let runs = values.chunks_exact(times * each);
+            runs.into_iter().all(|run| {
+                run.chunks_exact(each)
+                    .all(|part| part.iter().zip(run).all(|(a, b)| a.to_bits() == b.to_bits()))
+            })
+        };
+        let (first, second, each) = match &self.grid {
+            Grid::Uniform { scale, zero_point, .. } => (scale, zero_point, 1),
+            Grid::BinaryCoding { alpha, offset } => (alpha, offset, usize::from(self.bits.get())),
+        };
+        let mut counts = counts;
+        let fits = |times: &usize| same(first, *times, each) && same(second, *times, 1);
+        let Some(times) = counts.find(fits) else { return self };
+        let kept = |values: &[f32], each: usize| -> Vec<f32> {
+            values.chunks_exact(times * each).flat_map(|run| run[..each].to_vec()).collect()
+        };
+        let grid = match &self.grid {
+            Grid::Uniform { scale, zero_point, zero_kind } => Grid::Uniform {
+                scale: kept(scale, 1),
+                zero_point: kept(zero_point, 1),
+                zero_kind: *zero_kind,
+            },
+            Grid::BinaryCoding { alpha, offset } => {
+                Grid::BinaryCoding { alpha: kept(alpha, each), offset: kept(offset, 1) }
+            }
+        };
+        let group_len = group_len * times;
+        let layout = GroupLayout { groups: out * inputs / group_len, group_len, ..self.layout };
+        Self { grid, layout, ..self }
     }
 
     /// The same codes, with scales (and the offsets of binary coding) of this type. Beside short

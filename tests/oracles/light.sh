@@ -40,6 +40,13 @@ check() { # run, formats...
 }
 
 check w4 mlx gptq autoround awq compressed_tensors gguf
+# The embedding as codes too; the dense folder is made from the file itself.
+for bits in 8 4; do
+    out=w4.embed/$bits
+    "$fewbit" export --run w4 --format gguf --output "$out/gguf" --set "embeddings=$bits" >/dev/null 2>&1
+    "$fewbit" export --model "$out/gguf" --format dequantized --output "$out/dequantized" >/dev/null 2>&1
+    "$python" "$here/check_gguf.py" "$out/gguf"
+done
 check w2 mlx gptq autoround awq compressed_tensors gguf
 "$python" "$here/check_reading.py" "$fewbit" w4.out/dequantized 2>/dev/null
 echo "all read"

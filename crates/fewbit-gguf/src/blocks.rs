@@ -455,7 +455,7 @@ mod tests {
         let asymmetric = Owned::new([512, 128], 4, 15, |dice| dice.below(16) as f32);
         assert_eq!(asymmetric.exact()[0], Q8_0);
         let channel = Owned::new([512, 512], 4, 15, |dice| dice.below(16) as f32);
-        assert_eq!(channel.exact()[..2], [Q4K, Q8_0]);
+        assert_eq!(channel.exact()[..2], [Q4K, Q6K]);
         let half = Owned::new([64, 32], 4, 15, |_| 7.5);
         assert_eq!(half.exact()[0], Q8_0);
     }

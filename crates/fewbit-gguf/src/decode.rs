@@ -54,6 +54,103 @@ pub fn decode(kind: BlockType, bytes: &[u8]) -> Result<Vec<f32>> {
     Ok(blocks.flat_map(|block| (0..kind.block_len()).map(move |i| weight(block, i))).collect())
 }
 
+/// Codes and grid of a tensor, `scale * (code - zero)` in f32.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Levels {
+    /// Width of a code.
+    pub bits: u8,
+    /// Weights that share a scale and a zero point, neighbours in a row.
+    pub group_len: usize,
+    /// One for each weight.
+    pub codes: Vec<u8>,
+    /// One for each group, above 0.
+    pub scale: Vec<f32>,
+    /// One for each group, in units of a code; not whole where the file says an offset.
+    pub zero: Vec<f32>,
+}
+
+/// The codes of blocks of `kind` whose levels are evenly spaced: the same weights as [`decode`]'s, or
+/// `None` where the levels are not, or an offset is no exact multiple of its scale.
+///
+/// # Errors
+/// As [`decode`].
+pub fn decode_levels(kind: BlockType, bytes: &[u8]) -> Result<Option<Levels>> {
+    let values = decode(kind, bytes)?;
+    let Some((bits, group_len, grid)) = grid_of(kind) else { return Ok(None) };
+    let top = ((1_u16 << bits) - 1) as f32;
+    let parts = kind.block_len() / group_len;
+    let blocks = bytes.chunks_exact(kind.block_bytes());
+    let grids = blocks.flat_map(|block| (0..parts).map(move |part| grid(block, part)));
+    let mut levels = Levels {
+        bits,
+        group_len,
+        codes: Vec::with_capacity(values.len()),
+        scale: Vec::with_capacity(values.len() / group_len),
+        zero: Vec::with_capacity(values.len() / group_len),
+    };
+    for ((scale, zero), values) in grids.zip(values.chunks_exact(group_len)) {
+        // A group of nothing but zeros may have any scale; levels may be counted from the other end.
+        let (scale, zero) = match scale {
+            0.0 => (1.0, (top / 2.0).floor()),
+            scale if scale < 0.0 => (-scale, top - zero),
+            scale => (scale, zero),
+        };
+        for value in values {
+            let code = (value / scale + zero).round();
+            if !(0.0..=top).contains(&code) || scale * (code - zero) != *value {
+                return Ok(None);
+            }
+            levels.codes.push(code as u8);
+        }
+        levels.scale.push(scale);
+        levels.zero.push(zero);
+    }
+    Ok(Some(levels))
+}
+
+/// Scale and zero point of a part of a block.
+type Grid = fn(&[u8], usize) -> (f32, f32);
+
+/// Width of a code, weights of a group, and their grid.
+fn grid_of(kind: BlockType) -> Option<(u8, usize, Grid)> {
+    /// From a scale and what is subtracted.
+    fn shifted(scale: f32, offset: f32) -> (f32, f32) {
+        (scale, offset / scale)
+    }
+    Some(match kind {
+        BlockType::Q4_0 => (4, 32, |b, _| (half_at(b, 0), 8.0)),
+        BlockType::Q5_0 => (5, 32, |b, _| (half_at(b, 0), 16.0)),
+        BlockType::Q8_0 => (8, 32, |b, _| (half_at(b, 0), 128.0)),
+        BlockType::Q2_0 => (2, 64, |b, _| (half_at(b, 0), 1.0)),
+        BlockType::Tq2_0 => (2, 256, |b, _| (half_at(b, 64), 1.0)),
+        BlockType::Tq1_0 => (2, 256, |b, _| (half_at(b, 52), 1.0)),
+        BlockType::Q1_0 => (1, 128, |b, _| (2.0 * half_at(b, 0), 0.5)),
+        BlockType::Q4_1 => (4, 32, |b, _| shifted(half_at(b, 0), -half_at(b, 2))),
+        BlockType::Q5_1 => (5, 32, |b, _| shifted(half_at(b, 0), -half_at(b, 2))),
+        BlockType::Q2K => (2, 16, |b, part| {
+            let (scale, min) = (f32::from(b[part] & 0x0f), f32::from(b[part] >> 4));
+            shifted(half_at(b, 80) * scale, half_at(b, 82) * min)
+        }),
+        BlockType::Q3K => (3, 16, |b, part| (half_at(b, 108) * q3_scale(b, part), 4.0)),
+        BlockType::Q4K | BlockType::Q5K => {
+            let bits = if kind == BlockType::Q4K { 4 } else { 5 };
+            (bits, 32, |b, part| {
+                let (scale, min) = scale_and_min(&b[4..16], part);
+                shifted(half_at(b, 0) * scale, half_at(b, 2) * min)
+            })
+        }
+        BlockType::Q6K => {
+            (6, 16, |b, part| (half_at(b, 208) * f32::from(b[192 + part].cast_signed()), 32.0))
+        }
+        BlockType::F32
+        | BlockType::F16
+        | BlockType::Bf16
+        | BlockType::Mxfp4
+        | BlockType::Iq4Nl
+        | BlockType::Iq4Xs => return None,
+    })
+}
+
 fn half_at(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
@@ -82,11 +179,15 @@ fn q2_k(block: &[u8], i: usize) -> f32 {
 fn q3_k(block: &[u8], i: usize) -> f32 {
     let third = block[i % 32] >> (i / 32) & 1;
     let code = i16::from(quarter(&block[32..96], i)) + 4 * i16::from(third) - 4;
-    let (scales, j) = (&block[96..108], i / 16);
+    half_at(block, 108) * q3_scale(block, i / 16) * f32::from(code)
+}
+
+/// Six-bit signed scale of part `j` of a Q3_K block.
+fn q3_scale(block: &[u8], j: usize) -> f32 {
+    let scales = &block[96..108];
     let low = if j < 8 { scales[j] & 0x0f } else { scales[j - 8] >> 4 };
     let high = scales[8 + j % 4] >> (2 * (j / 4)) & 3;
-    let scale = i16::from(low) + 16 * i16::from(high) - 32;
-    half_at(block, 108) * f32::from(scale) * f32::from(code)
+    f32::from(i16::from(low) + 16 * i16::from(high) - 32)
 }
 
 /// d, dmin, 12 bytes of six-bit scales and minima, 128 of codes.
@@ -171,6 +272,65 @@ const UNEVEN_LEVELS: [f32; 16] = [
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Codes and grid of every type of even levels stand for the weights, whatever the block's bytes.
+    #[test]
+    fn levels_stand_for_the_weights() {
+        let mut state = 1_u64;
+        let mut dice = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(99);
+            (state >> 33) as u8
+        };
+        for kind in BlockType::ALL {
+            let mut bytes: Vec<u8> = (0..3 * kind.block_bytes()).map(|_| dice()).collect();
+            // A scale that is a number, of either sign, and minima that are multiples of it.
+            for (index, block) in bytes.chunks_exact_mut(kind.block_bytes()).enumerate() {
+                let scale = if index == 1 { 0xb4_u8 } else { 0x34 };
+                let (at, offset) = match kind {
+                    BlockType::Q2K => (80, Some(82)),
+                    BlockType::Q3K => (108, None),
+                    BlockType::Q4K | BlockType::Q5K => (0, Some(2)),
+                    BlockType::Q6K => (208, None),
+                    BlockType::Tq2_0 => (64, None),
+                    BlockType::Tq1_0 => (52, None),
+                    BlockType::Q4_1 | BlockType::Q5_1 => (0, Some(2)),
+                    _ => (0, None),
+                };
+                for at in std::iter::once(at).chain(offset) {
+                    (block[at], block[at + 1]) = (0, scale);
+                }
+                // Multiples of a part's scale: every scale is 1.
+                match kind {
+                    BlockType::Q2K => {
+                        block[..16].iter_mut().for_each(|part| *part = *part & 0xf0 | 1)
+                    }
+                    BlockType::Q4K | BlockType::Q5K => {
+                        block[4..8].fill(1);
+                        block[12..16].iter_mut().for_each(|part| *part = *part & 0xf0 | 1);
+                    }
+                    _ => {}
+                }
+            }
+            let Some(levels) = decode_levels(kind, &bytes).unwrap() else {
+                let uneven = [BlockType::Mxfp4, BlockType::Iq4Nl, BlockType::Iq4Xs];
+                assert!(kind.block_len() == 1 || uneven.contains(&kind), "{kind}");
+                continue;
+            };
+            let values = decode(kind, &bytes).unwrap();
+            assert_eq!(levels.codes.len(), values.len());
+            for (at, value) in values.iter().enumerate() {
+                let group = at / levels.group_len;
+                let weight =
+                    levels.scale[group] * (f32::from(levels.codes[at]) - levels.zero[group]);
+                assert!(weight == *value && levels.scale[group] > 0.0, "{kind}, {at}");
+                assert!(u16::from(levels.codes[at]) < 1 << levels.bits);
+            }
+        }
+        // An offset between two levels.
+        let mut block: Vec<u8> = (0..20).map(|i| i * 13).collect();
+        (block[0], block[1], block[2], block[3]) = (0x55, 0x35, 0x33, 0x33);
+        assert_eq!(decode_levels(BlockType::Q4_1, &block).unwrap(), None);
+    }
 
     /// Bytes worked out by hand from the published layouts.
     #[test]

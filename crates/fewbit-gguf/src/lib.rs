@@ -58,7 +58,7 @@ mod weight;
 
 pub use blocks::{encode, encode_dense, fits};
 pub use choose::{choose, choose_dense};
-pub use decode::decode;
+pub use decode::{Levels, decode, decode_levels};
 pub use error::{Error, Result};
 pub use file::{Header, Writer};
 pub use reader::{Reader, TensorInfo};

@@ -18,7 +18,7 @@ use crate::export::embeddings::{EmbeddingGrid, Embeddings};
 use crate::export::format::{FileFormat, Kind, SingleFile, Writing};
 use crate::export::parts::Stored;
 use crate::model::{ModelConfig, weight_name};
-use crate::quant::{Bits, QuantizedWeight, Symmetry};
+use crate::quant::{Bits, Grid, GroupAxis, GroupLayout, QuantizedWeight, Symmetry};
 use crate::store::folder::write_atomic_with;
 
 /// The file's name in an exported folder.
@@ -311,10 +311,14 @@ impl Weights {
     }
 
     fn stored(&self, name: &str) -> Option<String> {
+        let reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
+        self.name_in(&reader, name)
+    }
+
+    fn name_in(&self, reader: &Reader<File>, name: &str) -> Option<String> {
         let embedding = self.config.embedding();
         let head = self.config.tied && name == weight_name(self.config.head());
         let name = if head { &embedding } else { name };
-        let reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
         let holds = |stored: &String| reader.tensors().contains_key(stored);
         tensor_name(name, &self.config).filter(holds)
     }
@@ -322,6 +326,34 @@ impl Weights {
     /// Whether the file holds a tensor.
     pub(in crate::export) fn contains(&self, name: &str) -> bool {
         self.stored(name).is_some()
+    }
+
+    /// Whether a tensor is stored as codes.
+    pub(in crate::export) fn is_packed(&self, name: &str) -> bool {
+        let reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
+        let info = self.name_in(&reader, name).and_then(|stored| reader.tensors().get(&stored));
+        info.is_some_and(|info| info.kind.block_len() > 1)
+    }
+
+    /// A tensor's codes, in the order of rows that the model has; `None` where they stand for no exact
+    /// grid.
+    pub(in crate::export) fn codes(&self, name: &str) -> Result<Option<QuantizedWeight>> {
+        let mut reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(stored) = self.name_in(&reader, name) else { return Ok(None) };
+        let info = reader.tensors()[&stored].clone();
+        let &[out, inputs] = &info.shape[..] else { return Ok(None) };
+        let bytes = reader.read(&stored)?;
+        let Some(levels) = fewbit_gguf::decode_levels(info.kind, &bytes)? else { return Ok(None) };
+        let fewbit_gguf::Levels { bits, group_len, mut codes, mut scale, mut zero } = levels;
+        if let Some(rows) = Rows::of(name, &self.config) {
+            codes = rows.ours(&codes, out)?;
+            scale = rows.ours(&scale, out)?;
+            zero = rows.ours(&zero, out)?;
+        }
+        let grid = Grid::uniform(scale, zero);
+        let groups = out * inputs / group_len;
+        let layout = GroupLayout { out, inputs, groups, group_len, axis: GroupAxis::In };
+        QuantizedWeight::new(&codes, grid, Bits::new(bits)?, layout).map(Some)
     }
 
     /// A tensor's values, row-major, in the order of rows that the model has.
