@@ -311,6 +311,57 @@ fn formats_turn_into_each_other() {
     assert!(told.contains("fil"), "{told}");
 }
 
+/// `quant.target` chooses the digits of scales with which the format is smallest, and keeps the promise.
+#[test]
+fn a_target_is_met_at_its_natural_size() {
+    let wanted = [
+        // Asymmetric in groups of 64: Q4_1, where more digits would need Q8_0.
+        (&GRIDS[1], "gguf", "bits7", 5.0),
+        // Q4_0.
+        (&GRIDS[0], "gguf", "f16", 4.5),
+        // Scales in half precision, whatever is asked.
+        (&GRIDS[0], "awq", "f16", 0.0),
+        // Codes and 32-bit scales are what they are.
+        (&GRIDS[0], "fewbit", "f32", 5.125),
+    ];
+    for (grid, target, scales, bits) in wanted {
+        let place = Place::new();
+        place.write("text.json", few_stories(4));
+        let recipe = format!(
+            "output = \"run\"\ndevice = \"cpu\"\n[model]\npath = \"embedded:tinystories-656k\"\n\
+             [data.train]\npath = \"text.json\"\nlength = 16\n[quant]\n{}\ntarget = \"{target}\"\n{}\
+             [[stage]]\n[stage.export]\nformat.{target} = {{}}\n",
+            grid.quant, grid.stages
+        );
+        place.write("recipe.toml", recipe);
+        let checked = place.json(&["check", "--recipe", "recipe.toml", "--json"]);
+        assert_eq!(checked["target"]["scales"], scales, "{} for {target}: {checked}", grid.name);
+        place.ok(&["train", "--recipe", "recipe.toml"]);
+        let manifest = place.read(&format!("run/export/{target}/manifest.json"));
+        let manifest: Value = serde_json::from_str(&manifest).unwrap();
+        let [promised, found] =
+            [&checked["target"], &manifest].map(|of| of["bits_per_weight"].as_f64().unwrap());
+        assert!((promised - found).abs() < 0.1, "{target}: {promised}, {found}");
+        assert!(bits == 0.0 || (found - bits).abs() < 0.13, "{target}: {found}");
+    }
+    // Scales that the recipe names are kept, and what cannot be held is refused before anything runs.
+    let place = Place::new();
+    let recipe = "device = \"cpu\"\noutput = \"run\"\n[model]\npath = \"embedded:tinystories-656k\"\n\
+                  [quant]\nbits = 4\ngroup_size = 32\ntarget = \"gguf\"\n\
+                  [[stage]]\n[stage.calibrate]\nmethod.rtn = {}\n";
+    place.write("recipe.toml", recipe);
+    let set = ["check", "--recipe", "recipe.toml", "--json", "--set", "quant.scales=f16"];
+    assert_eq!(place.json(&set)["target"]["scales"], "f16");
+    let real =
+        "[quant]\nbits = 3\ntarget = \"gptq\"\n[[stage]]\n[stage.calibrate]\nmethod.bcq = {}\n";
+    let start = recipe.split("[quant]").next().unwrap();
+    place.write("recipe.toml", format!("{start}{real}"));
+    let told = place.refused(&["check", "--recipe", "recipe.toml"]);
+    assert!(told.starts_with("exit 3") && told.contains("quant.target = \"gptq\""), "{told}");
+    let typo = place.refused(&["check", "--recipe", "recipe.toml", "--set", "quant.target=gguff"]);
+    assert!(typo.starts_with("exit 2") && typo.contains("gguf"), "{typo}");
+}
+
 /// The licence and the fields of the card that stay true.
 #[test]
 fn licences_travel_along() {

@@ -13,7 +13,10 @@ const BASE: [&str; 4] = ["error", "device", "report", "stop"];
 const LAYERS: [(&str, &[&str]); 14] = [
     ("cli", &["run", "recipe", "stage", "task", "export", "model", "data", "quant", "store"]),
     ("run", &["recipe", "stage", "export", "model", "data", "quant", "store"]),
-    ("recipe", &["stage", "method", "model", "data::DataFormat", "quant", "store"]),
+    (
+        "recipe",
+        &["stage", "export::Format", "method", "model", "data::DataFormat", "quant", "store"],
+    ),
     (
         "stage",
         &[

@@ -124,6 +124,7 @@ fn check_json(prepared: &Prepared) -> serde_json::Value {
         "kept": prepared.kept(),
         "device": prepared.device.name,
         "needs": prepared.needs,
+        "target": prepared.target,
         "stages": stages,
         "output": plan.recipe.output,
     })

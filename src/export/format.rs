@@ -172,11 +172,11 @@ pub trait SingleFile {
     /// The file's name.
     fn file(&self) -> &'static str;
 
-    /// Whether it holds linear `name` of a model.
+    /// The bits that a weight of linear `name` of a model takes.
     ///
     /// # Errors
-    /// Why not.
-    fn accepts(&self, name: &str, weight: &QuantizedWeight, model: &ModelConfig) -> Result<()>;
+    /// Why it does not hold the linear.
+    fn accepts(&self, name: &str, weight: &QuantizedWeight, model: &ModelConfig) -> Result<f64>;
 
     /// What it is asked to store embedding and head as.
     fn embeddings(&self) -> Option<Embeddings>;
@@ -462,7 +462,7 @@ impl<'a> Writing<'a> {
         }
         let (trained, method) = self.trained(linear)?;
         let accepts = |weight: &QuantizedWeight| match (self.format.kind(), &self.planned) {
-            (Kind::File(format), _) => format.accepts(linear, weight, &self.config),
+            (Kind::File(format), _) => format.accepts(linear, weight, &self.config).map(drop),
             (_, Some(planned)) => planned.encode(linear, weight).map(drop),
             (_, None) => Ok(()),
         };

@@ -17,6 +17,7 @@ pub use parse::{parse, to_toml};
 pub use plan::{Base, Plan, PlannedStage};
 
 pub use crate::data::DataFormat;
+use crate::export::Format;
 use crate::quant::{
     ActivationConfig, ActivationQuant, Bits, GroupSize, KvCacheConfig, ObserverConfig, ScaleDigits,
     Symmetry,
@@ -195,6 +196,10 @@ pub struct QuantSection {
     /// takes. The last tenth of a training computes with them.
     #[serde(default)]
     pub scales: ScaleDigits,
+    /// The format that the model is for: the scales of training get as few digits as make its weights
+    /// smallest there, unless `scales` says how many, and what it cannot hold is refused at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<Format>,
     /// Activations too, from the first stage that quantizes on; absent: they stay float.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub activations: Option<ActivationConfig>,

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 pub use folder::RunFolder;
-pub use preflight::{Needs, Prepared, prepare};
+pub use preflight::{Needs, Prepared, Target, prepare};
 pub use record::{Fingerprint, RunRecord, StageRecord, Status};
 
 use crate::data::TokenStream;
@@ -204,6 +204,14 @@ pub fn announce(prepared: &Prepared, report: &mut dyn Reporter) {
         kept: prepared.kept(),
     });
     report.emit(&prepared.needs.event(&prepared.device));
+    if let Some(Target { format, scales, bits_per_weight }) = prepared.target {
+        let text = format!(
+            "for {}: {bits_per_weight:.2} bits a quantized weight, with quant.scales = \"{}\"",
+            format.name(),
+            scales.name()
+        );
+        report.emit(&Event::Note { text });
+    }
     if let Some(text) = prepared.scarce.clone() {
         report.emit(&Event::Warning { text });
     }

@@ -14,9 +14,11 @@ use super::{Fingerprint, Options, RunFolder};
 use crate::data::{Marks, TokenStream, Tokenizer, sha256_of};
 use crate::device::{self, NamedDevice};
 use crate::error::{Error, Kind, Result};
-use crate::export::{ActivationRecord, Format, GridRecord, Manifest, OpenModel, open_float};
+use crate::export::{
+    ActivationRecord, Format, FormatsConfig, GridRecord, Manifest, OpenModel, open_float,
+};
 use crate::model::{companions, open_folder};
-use crate::quant::{GroupAxis, GroupSize, QuantSpec, Repr, Symmetry};
+use crate::quant::{GroupAxis, GroupSize, QuantSpec, Repr, ScaleDigits, Symmetry};
 use crate::recipe::{self, Base, DataConfig, Paths, Plan, Recipe, to_toml};
 use crate::report::{Event, memory, size};
 use crate::stage::{Corpus, Data, Lever, ModelState, Scene, Speed, StandIns};
@@ -43,8 +45,21 @@ pub struct Prepared {
     pub fingerprint: Fingerprint,
     /// What the run will need.
     pub needs: Needs,
+    /// What its weights will take in the format that it is for.
+    pub target: Option<Target>,
     /// What is scarce but may do, a sentence.
     pub scarce: Option<String>,
+}
+
+/// What the weights of a run will take in the format that it is for.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Target {
+    /// The format.
+    pub format: Format,
+    /// The digits that its scales are trained to.
+    pub scales: ScaleDigits,
+    /// Bits of a quantized weight, scales included.
+    pub bits_per_weight: f64,
 }
 
 /// What a run will need: an estimate.
@@ -75,7 +90,8 @@ pub fn prepare(options: &Options, stop: &StopFlag) -> Result<Prepared> {
     }
     let device = device::open(&recipe.device)?;
     let model = open_model(&recipe)?;
-    let plan = Plan::new(recipe, &model.config, &base_of(&model), &text, &options.set)?;
+    let mut plan = Plan::new(recipe, &model.config, &base_of(&model), &text, &options.set)?;
+    let target = settle_target(&mut plan, &model, &device)?;
     stop.check()?;
     let data = load_data(&plan, &model)?;
     check_data(&plan, &model, &data)?;
@@ -83,7 +99,7 @@ pub fn prepare(options: &Options, stop: &StopFlag) -> Result<Prepared> {
     let fingerprint = fingerprint(&plan, &model, &data)?;
     let (needs, peaks) = Needs::estimate(&plan, &model, &data, &device);
     let scarce = None;
-    let prepared = Prepared { plan, device, model, data, fingerprint, needs, scarce };
+    let prepared = Prepared { plan, device, model, data, fingerprint, needs, target, scarce };
     RunFolder::check(&prepared, options.fresh)?;
     let scarce = prepared.needs.check(&peaks, &prepared.plan.recipe.output)?;
     Ok(Prepared { scarce, ..prepared })
@@ -228,6 +244,33 @@ fn load_corpus(
 /// Every stage finds the data it needs, and enough of it.
 fn check_data(plan: &Plan, model: &ModelState, data: &Data) -> Result<()> {
     plan.stages.iter().try_for_each(|stage| stage.config.stage().check_data(model, data))
+}
+
+/// Decides the digits of scales for the format that the recipe is for.
+fn settle_target(
+    plan: &mut Plan,
+    model: &ModelState,
+    device: &NamedDevice,
+) -> Result<Option<Target>> {
+    let Some(format) = plan.recipe.quant.target else { return Ok(None) };
+    let mut linears = StandIns::new(plan.start != Repr::Dense, model.config.head());
+    let mut options = FormatsConfig::of(format, &[])?;
+    for planned in &plan.stages {
+        let stage = planned.config.stage();
+        if let Some(asked) = stage.exports().filter(|asked| asked.keys(format).is_some()) {
+            options = asked.clone();
+        }
+        linears.pass(stage.effect(), &planned.specs, planned.head, &planned.observer);
+    }
+    let all = [ScaleDigits::F32, ScaleDigits::F16, ScaleDigits::Bits7];
+    let asked = [plan.recipe.quant.scales];
+    let digits = if asked == [ScaleDigits::F32] { &all[..] } else { &asked[..] };
+    let found = linears.smallest(format, &options, digits, model, &device.device);
+    let found = found.map_err(|e| e.at(format!("quant.target = \"{}\"", format.name())))?;
+    Ok(found.map(|(scales, bits_per_weight)| {
+        plan.recipe.quant.scales = scales;
+        Target { format, scales, bits_per_weight }
+    }))
 }
 
 /// Every format will hold what the stages before it leave.

@@ -100,7 +100,7 @@ impl StandIns {
             let refused = match ask(digits) {
                 Err(refused) if refused.kind() == Kind::Preflight => refused,
                 // What no stand-in can be made of is left to the export.
-                Ok(()) | Err(_) => continue,
+                Ok(_) | Err(_) => continue,
             };
             let mut advice = Vec::new();
             let shorter = [ScaleDigits::F16, ScaleDigits::Bits7].into_iter();
@@ -129,6 +129,39 @@ impl StandIns {
         Ok(())
     }
 
+    /// The digits of scales, of these in order, with which a format takes the fewest bits a weight, and how
+    /// many; the first of equal ones. `None` where nothing is known of the linears.
+    ///
+    /// # Errors
+    /// Why the format holds them with none of these.
+    pub fn smallest(
+        &self,
+        format: Format,
+        options: &FormatsConfig,
+        digits: &[ScaleDigits],
+        model: &ModelState,
+        device: &Device,
+    ) -> Result<Option<(ScaleDigits, f64)>> {
+        if self.unknown {
+            return Ok(None);
+        }
+        let mut best: Option<(ScaleDigits, f64)> = None;
+        let mut refused = None;
+        for digits in digits {
+            match self.ask(format, options, *digits, model, device) {
+                Ok(bits) if best.is_none_or(|(_, least)| bits < least) => {
+                    best = Some((*digits, bits));
+                }
+                Ok(_) => {}
+                Err(error) => refused = Some(error),
+            }
+        }
+        match (best, refused) {
+            (None, Some(error)) => Err(error),
+            (best, _) => Ok(best),
+        }
+    }
+
     fn ask(
         &self,
         format: Format,
@@ -136,7 +169,7 @@ impl StandIns {
         digits: ScaleDigits,
         model: &ModelState,
         device: &Device,
-    ) -> Result<()> {
+    ) -> Result<f64> {
         let made = self.made(digits, model, device)?;
         let parts = ModelParts {
             dir: &model.dir,
@@ -221,7 +254,8 @@ impl StandIn {
     }
 }
 
-/// Numbers of both signs around zero, as weights are: sums of digits of a sequence that repeats nowhere.
+/// Numbers of both signs, as weights are: sums of digits of a sequence that repeats nowhere, around a mean that
+/// drifts, so that no two groups have zero at the same level.
 fn values(count: usize) -> Vec<f32> {
     let mut state = 1u32;
     let mut next = || {
@@ -229,5 +263,6 @@ fn values(count: usize) -> Vec<f32> {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         (state >> 8) as f32 / (1u32 << 24) as f32 - 0.5
     };
-    (0..count).map(|_| 0.05 * (next() + next() + next())).collect()
+    let drift = |at: usize| 0.02 * (at as f32 * 0.013).sin();
+    (0..count).map(|at| 0.05 * (next() + next() + next()) + drift(at)).collect()
 }

@@ -55,8 +55,9 @@ impl SingleFile for GgufConfig {
         FILE
     }
 
-    fn accepts(&self, name: &str, weight: &QuantizedWeight, model: &ModelConfig) -> Result<()> {
-        choose(name, weight, model).map(drop)
+    fn accepts(&self, name: &str, weight: &QuantizedWeight, model: &ModelConfig) -> Result<f64> {
+        let kind = choose(name, weight, model)?;
+        Ok(8.0 * kind.block_bytes() as f64 / kind.block_len() as f64)
     }
 
     fn embeddings(&self) -> Option<Embeddings> {
