@@ -9,12 +9,15 @@ mod events;
 pub mod jsonl;
 pub mod log;
 pub mod memory;
+mod numbers;
 pub mod tensorboard;
 pub mod terminal;
 
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
+
+pub use numbers::{duration, perplexity, size};
 
 /// Something that happened in a run.
 ///
@@ -420,54 +423,6 @@ impl Thinning {
     }
 }
 
-/// Bytes for people, in powers of 1000: `0.61 GB`, `26 MB`, `512 B`.
-pub fn size(bytes: u64) -> String {
-    let (unit, scale) = match bytes {
-        0..1_000 => return format!("{bytes} B"),
-        1_000..100_000 => ("kB", 1e3),
-        100_000..100_000_000 => ("MB", 1e6),
-        100_000_000..1_000_000_000_000 => ("GB", 1e9),
-        _ => ("TB", 1e12),
-    };
-    let amount = bytes as f64 / scale;
-    let decimals = if amount < 0.995 { 2 } else { usize::from(amount < 9.95) };
-    format!("{amount:.decimals$} {unit}")
-}
-
-/// A perplexity in words that nobody can misread: `51.2`, `1.2e5`, `over a million`, `not a number`.
-pub fn perplexity(value: f64) -> String {
-    if value.is_nan() {
-        "not a number".to_owned()
-    } else if value > HOPELESS {
-        "over a million".to_owned()
-    } else {
-        terminal::significant(value, 4)
-    }
-}
-
-/// A perplexity above this is no language model's whatever its vocabulary.
-const HOPELESS: f64 = 1e6;
-
-/// Seconds for people: `4.2 s`, `61 s`, `3 min 20 s`, `18 min`, `2 h 10 min`, `3 d 4 h`.
-pub fn duration(seconds: f64) -> String {
-    if !seconds.is_finite() || seconds < 0.0 {
-        return "? s".into();
-    }
-    if seconds < 9.95 {
-        return format!("{seconds:.1} s");
-    }
-    let whole = seconds.round() as u64;
-    let minutes = (seconds / 60.0).round() as u64;
-    let hours = (seconds / 3600.0).round() as u64;
-    match whole {
-        0..120 => format!("{whole} s"),
-        120..600 => format!("{} min {} s", whole / 60, whole % 60),
-        _ if minutes < 60 => format!("{minutes} min"),
-        _ if minutes < 48 * 60 => format!("{} h {} min", minutes / 60, minutes % 60),
-        _ => format!("{} d {} h", hours / 24, hours % 24),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::cell::RefCell;
@@ -513,27 +468,5 @@ mod tests {
                 .to_owned()
                 + r#""values":{"train/loss":2.5,"train/grad_norm":null}}"#
         );
-    }
-
-    #[test]
-    fn units_for_people() {
-        let seconds = [0.04, 9.96, 61.0, 119.6, 200.0, 1080.0, 3599.0, 7800.0, 273_600.0, f64::NAN];
-        assert_eq!(
-            seconds.map(duration),
-            [
-                "0.0 s",
-                "10 s",
-                "61 s",
-                "2 min 0 s",
-                "3 min 20 s",
-                "18 min",
-                "1 h 0 min",
-                "2 h 10 min",
-                "3 d 4 h",
-                "? s"
-            ]
-        );
-        let bytes = [512, 1_500, 26_000_000, 612_000_000, 5_100_000_000, 12_340_000_000];
-        assert_eq!(bytes.map(size), ["512 B", "1.5 kB", "26 MB", "0.61 GB", "5.1 GB", "12 GB"]);
     }
 }
