@@ -68,34 +68,26 @@ fn verdict(float: Option<f64>, last: Option<f64>, slice: Option<u64>) -> Option<
     /// Times the float model's perplexity beyond which nothing is left to use.
     const BROKEN: f64 = 100.0;
     let on = slice.map_or(String::new(), |tokens| format!(" on {tokens} tokens"));
-    Some(match (float, last) {
+    let text = match (float, last) {
         (float, Some(last)) if last.is_nan() || last > HOPELESS => {
             let before = float.map_or(String::new(), |v| format!("{} → ", significant(v, 4)));
-            let last = perplexity(last);
-            let text = format!("{before}{last}{on}: this model is broken");
-            Field::new(&format!("perplexity {text}")).or(&format!("ppl {text}"))
+            format!("{before}{}{on}: this model is broken", perplexity(last))
         }
         (Some(float), Some(last)) => {
             let ratio = last / float;
-            let text = format!(
+            format!(
                 "{} → {}, {} × float{on}{}",
                 significant(float, 4),
                 significant(last, 4),
                 significant(ratio, 3),
                 if ratio > BROKEN { ": this model is broken" } else { "" }
-            );
-            Field::new(&format!("perplexity {text}")).or(&format!("ppl {text}"))
+            )
         }
-        (None, Some(last)) => {
-            let text = format!("{}{on}, float not measured", significant(last, 4));
-            Field::new(&format!("perplexity {text}")).or(&format!("ppl {text}"))
-        }
-        (Some(float), None) => {
-            let text = format!("float {}, result not measured", significant(float, 4));
-            Field::new(&format!("perplexity {text}")).or(&format!("ppl {text}"))
-        }
+        (None, Some(last)) => format!("{}{on}, float not measured", significant(last, 4)),
+        (Some(float), None) => format!("float {}, result not measured", significant(float, 4)),
         (None, None) => return None,
-    })
+    };
+    Some(Field::new(&format!("perplexity {text}")).or(&format!("ppl {text}")))
 }
 
 fn bits(bits_per_weight: f64) -> Field {

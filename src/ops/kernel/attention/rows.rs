@@ -1,13 +1,33 @@
 //! What is done to the rows of a tile, compiled for the caller's instruction set.
 #![allow(clippy::inline_always)]
 
-use super::Tile;
 use crate::ops::vector::{self, LANES};
 
 /// Features taken at once, as heads may be short.
 const SHORT: usize = 8;
 
 type Vector = [f32; LANES];
+
+/// Queries `start..end` of a unit and the keys they may see.
+pub(super) struct Tile {
+    pub(super) start: usize,
+    pub(super) end: usize,
+    /// Scores in the tile: positions times heads.
+    pub(super) rows: usize,
+    /// The first key that is looked at, on a whole vector.
+    pub(super) first: usize,
+    /// Keys from there up to the last query, in whole vectors.
+    pub(super) keys: usize,
+}
+
+impl Tile {
+    /// Of the row of a position, the keys before its window and those up to itself, from the first
+    /// key of the tile on.
+    pub(super) fn live(&self, position: usize, window: usize) -> (usize, usize) {
+        let live = position + 1;
+        (live.saturating_sub(window).saturating_sub(self.first), live - self.first)
+    }
+}
 
 /// Turns heads side by side: their first half `f` and second half `s` to `f cos - s sin` and
 /// `s cos + f sin`, the other way where `turn` is -1.
