@@ -6,6 +6,7 @@
 
 mod activations;
 mod balance;
+mod batch;
 mod calibrate;
 mod config;
 mod context;

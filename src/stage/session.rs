@@ -1,28 +1,24 @@
 //! Training a whole model on windows of text: steps, log points, saved states. What learns of the
 //! model, and what becomes of it, is the stages' affair.
-//!
-//! The head is frozen, so the loss's gradient is brought back to the hidden state chunk by chunk,
-//! and nothing of size `[tokens, vocab]` outlives its chunk.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use burn::module::Module;
-use burn::tensor::{Device, Int, Tensor, TensorData};
 
+use super::batch::Batch;
 use super::context::StageContext;
 use super::corpus::Data;
 use super::keys::Keys;
-use super::logits::{chunks, flat};
 use super::monitor::{Monitor, best_file};
 use super::training_state;
 use super::watch::{Failure, Seen};
-use crate::data::{Order, TokenStream};
+use crate::data::Order;
 use crate::error::{Error, Result};
 use crate::method;
 use crate::model::{Block, CausalLm, Loader, Positions};
-use crate::objective::{ObjectiveConfig, Targets};
-use crate::ops::{self, Closeness};
+use crate::objective::ObjectiveConfig;
+use crate::ops::Closeness;
 use crate::quant::ScaleDigits;
 use crate::report::{Event, Reporter, memory};
 use crate::train::{self, Optimizer, OptimizerConfig, RateUnit, StepStats, Still};
@@ -437,99 +433,7 @@ fn confident(
         let drawn = order.batch(step);
         let windows = &drawn[..training.keys.batch];
         let batch = Batch::new(&corpus.stream, windows, corpus.length, &ctx.device.device);
-        let hidden = flat(teacher.hidden(batch.tokens.clone(), positions));
-        for range in chunks(hidden.dims()[0], teacher.vocab()) {
-            let part = |tensor: &Tensor<2>| tensor.clone().slice_dim(0, range.clone());
-            let logits = teacher.logits(part(&hidden));
-            sum += ops::confidence(logits, part(&batch.weights));
-        }
+        sum = batch.confidences(teacher, positions).fold(sum, |sum, part| sum + part);
     }
     Ok(training.keys.objective.clone().with_confidence(sum / batches as f64))
-}
-
-/// Token windows on the device.
-struct Batch {
-    tokens: Tensor<2, Int>,
-    next: Tensor<2, Int>,
-    next_weights: Tensor<2>,
-    weights: Tensor<2>,
-}
-
-impl Batch {
-    fn new(stream: &TokenStream, windows: &[u32], length: usize, device: &Device) -> Self {
-        let rows: Vec<&[u32]> =
-            windows.iter().map(|w| stream.window(*w as usize, length)).collect();
-        let count = rows.len() * length;
-        let last = |i: usize| i % length == length - 1;
-        let flat: Vec<i32> =
-            rows.iter().flat_map(|row| row.iter().map(|id| id.cast_signed())).collect();
-        let next = (0..count).map(|i| if last(i) { 0 } else { flat[i + 1] }).collect();
-        let supervised: Vec<Option<&[bool]>> =
-            windows.iter().map(|w| stream.supervision(*w as usize, length)).collect();
-        // Whether the token after position `i` is predicted and counts.
-        let counts = |i: usize| {
-            !last(i) && supervised[i / length].is_none_or(|window| window[i % length + 1])
-        };
-        let predicted = (0..count).filter(|i| counts(*i)).count().max(1) as f32;
-        let weights = (0..count).map(|i| if counts(i) { 1.0 / predicted } else { 0.0 }).collect();
-        // Text is compared with a teacher everywhere, examples where they are supervised.
-        let compared = |i: usize| supervised[i / length].is_none() || counts(i);
-        let total = (0..count).filter(|i| compared(*i)).count().max(1) as f32;
-        let all = (0..count).map(|i| if compared(i) { 1.0 / total } else { 0.0 }).collect();
-        let column = |values: Vec<f32>| TensorData::new(values, [count, 1]);
-        Self {
-            tokens: CausalLm::tokens(&rows, device),
-            next: Tensor::from_data(TensorData::new::<i32, _>(next, [count, 1]), device),
-            next_weights: Tensor::from_data(column(weights), device),
-            weights: Tensor::from_data(column(all), device),
-        }
-    }
-
-    /// The objective on this batch, joined to the student's tape at its hidden state.
-    fn loss(
-        &self,
-        student: &CausalLm,
-        teacher: Option<&CausalLm>,
-        positions: &Positions,
-        objective: &ObjectiveConfig,
-        compare: bool,
-    ) -> Result<(Tensor<1>, Option<Closeness>)> {
-        let hidden = flat(student.hidden(self.tokens.clone(), positions));
-        let free = hidden.clone().inner();
-        let goal = teacher.map(|teacher| flat(teacher.hidden(self.tokens.clone(), positions)));
-        let [count, _] = free.dims();
-        let mut value: Option<Tensor<1>> = None;
-        let mut gradients = Vec::new();
-        let mut closeness = (compare && teacher.is_some()).then(Closeness::default);
-        for range in chunks(count, student.vocab()) {
-            let part = |tensor: &Tensor<2>| tensor.clone().slice_dim(0, range.clone());
-            let logits = student.logits(part(&free)).inner();
-            let targets = Targets {
-                teacher: teacher.zip(goal.as_ref()).map(|(t, goal)| t.logits(part(goal))),
-                next: self.next.clone().slice_dim(0, range.clone()),
-                next_weights: part(&self.next_weights),
-                weights: part(&self.weights),
-            };
-            if let (Some(sum), Some(teacher)) = (closeness.as_mut(), targets.teacher.clone()) {
-                add(sum, ops::compare(logits.clone(), teacher, targets.weights.clone()));
-            }
-            let loss = objective.on_logits(logits.clone(), &targets)?;
-            value = Some(match value {
-                Some(sum) => sum + loss.value,
-                None => loss.value,
-            });
-            gradients.push(student.head_gradient(loss.gradient, &logits).inner());
-        }
-        let value = value.ok_or_else(|| Error::failed("an empty batch"))?;
-        let loss = ops::with_gradient(hidden, value, Tensor::cat(gradients, 0));
-        Ok((loss, closeness))
-    }
-}
-
-/// Adds what was measured on a part of the tokens.
-fn add(sum: &mut Closeness, part: Closeness) {
-    sum.jsd += part.jsd;
-    sum.kl_forward += part.kl_forward;
-    sum.kl_reverse += part.kl_reverse;
-    sum.top1 += part.top1;
 }

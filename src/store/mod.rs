@@ -351,6 +351,22 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 }
 
 #[cfg(test)]
+pub(crate) mod sample {
+    //! What tests of files look at.
+
+    use std::path::Path;
+
+    /// The names of a folder's entries, sorted.
+    pub(crate) fn names(folder: &Path) -> Vec<String> {
+        let entries = std::fs::read_dir(folder).unwrap();
+        let mut names: Vec<_> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -65,9 +65,10 @@ mod tests {
     use serde_json::json;
     use tempfile::tempdir;
 
-    use super::sample::{names, pt, sample};
+    use super::sample::{pt, sample};
     use super::*;
     use crate::store::TensorSource;
+    use crate::store::sample::names;
 
     #[test]
     fn one_file_round_trips_and_the_safetensors_crate_reads_it() {

@@ -33,14 +33,6 @@ pub(super) fn write_shards(dir: &Path, limit: u64) -> Vec<PathBuf> {
     writer.finish(&pt()).unwrap()
 }
 
-pub(super) fn names(folder: &Path) -> Vec<String> {
-    let entries = fs::read_dir(folder).unwrap();
-    let mut names: Vec<_> =
-        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-    names.sort();
-    names
-}
-
 /// A file with this header text and this many zero bytes of values.
 pub(super) fn raw_file(header: &str, values: usize) -> (TempDir, PathBuf) {
     let dir = tempdir().unwrap();

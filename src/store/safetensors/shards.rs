@@ -200,11 +200,12 @@ mod tests {
     use tempfile::tempdir;
 
     use super::super::header::METADATA_KEY;
-    use super::super::sample::{names, pt, sample, write_shards};
+    use super::super::sample::{pt, sample, write_shards};
     use super::super::{Checkpoint, write_file};
     use super::*;
     use crate::error::Kind;
     use crate::store::TensorSource;
+    use crate::store::sample::names;
 
     #[test]
     fn shards_close_before_the_limit_and_the_index_finds_everything() {

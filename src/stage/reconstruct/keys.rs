@@ -1,0 +1,119 @@
+//! What `[stage.reconstruct]` says.
+
+use serde::{Deserialize, Serialize};
+
+use crate::method::MethodConfig;
+use crate::objective::{MseObjective, ObjectiveConfig, Reduction, TokenWeight};
+use crate::quant::{ActivationQuant, Bits, GroupSize, ObserverConfig, Symmetry};
+use crate::stage::inputs::Piece;
+use crate::stage::start::StartFrom;
+use crate::train::{LearningRate, OptimizerConfig, RateUnit, ScheduleConfig};
+
+/// Keys of `[stage.reconstruct]`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReconstructConfig {
+    /// How weights are quantized and what is learned.
+    pub method: MethodConfig,
+    /// Instead of `quant.bits`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bits: Option<Bits>,
+    /// Instead of `quant.group_size`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub group_size: Option<GroupSize>,
+    /// Instead of `quant.symmetric`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub symmetric: Option<Symmetry>,
+    /// Instead of `quant.observer`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub observer: Option<ObserverConfig>,
+    /// On another grid than the earlier stage's: what the weights start from.
+    #[serde(default)]
+    pub start_from: StartFrom,
+    /// Whether the linears of a block learn together or piece by piece: `"block"` or `"staged"`.
+    #[serde(default)]
+    pub within: Within,
+    /// `objective.mse`.
+    #[serde(default = "mse")]
+    pub objective: ObjectiveConfig,
+    /// Optimizer steps for each block, or for each piece of a block.
+    pub steps: u64,
+    /// Sequences in a step.
+    #[serde(default = "two")]
+    pub batch: usize,
+    /// Share of the block's input entries that come from the quantized stream, the others from the
+    /// float stream, drawn anew for every step (QDrop, UniQuanF). 1: the quantized stream alone.
+    /// Default: 1, or 0.5 when training quantizes activations on fixed grids.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub input_prob: Option<f64>,
+    /// Whether training quantizes activations, keys and values as `[quant.activations]` and
+    /// `[quant.kv_cache]` say. Default: `true` on fixed grids (`scheme = "tensor"`), else `false`.
+    /// Grids that do not learn here are calibrated on the finished block.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quantize_activations: Option<bool>,
+    /// Go on, with a warning, when the quality gate finds the model worse than plain rounding.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub allow_worse: bool,
+    /// Keep the parameters of the step with the lowest loss instead of the last (SignRound's).
+    #[serde(default)]
+    pub keep_best: bool,
+    /// Base learning rates.
+    pub learning_rate: LearningRate,
+    /// What the rates of latent weights and steps are measured in: `"absolute"` or `"grid"`.
+    #[serde(default)]
+    pub rate_unit: RateUnit,
+    /// How the rate moves over a block's steps.
+    #[serde(default)]
+    pub schedule: ScheduleConfig,
+    /// AdamW's constants.
+    #[serde(default)]
+    pub optimizer: OptimizerConfig,
+}
+
+/// What of a block learns at a time.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Within {
+    /// All of it.
+    #[default]
+    Block,
+    /// Queries and keys, then values and output, then the MLP.
+    Staged,
+}
+
+impl Within {
+    pub(super) fn pieces(self) -> &'static [Piece] {
+        match self {
+            Self::Block => &[Piece::Whole],
+            Self::Staged => &[Piece::Scores, Piece::Attention, Piece::Mlp],
+        }
+    }
+}
+
+fn mse() -> ObjectiveConfig {
+    ObjectiveConfig::Mse(MseObjective::default())
+}
+
+fn two() -> usize {
+    2
+}
+
+impl ReconstructConfig {
+    /// What training does to activations when the model does `quant`.
+    pub(super) fn activations(&self, quant: ActivationQuant) -> ActivationQuant {
+        let quantizes = self.quantize_activations.unwrap_or(quant.fixed().is_some());
+        if quantizes { quant } else { ActivationQuant::default() }
+    }
+
+    pub(super) fn sum_sequence(&self) -> bool {
+        matches!(&self.objective, ObjectiveConfig::Mse(o) if o.reduction == Reduction::SequenceSum)
+    }
+
+    pub(super) fn relative_tokens(&self) -> bool {
+        matches!(&self.objective, ObjectiveConfig::Mse(o) if o.tokens == TokenWeight::Relative)
+    }
+
+    pub(super) fn augmented(&self) -> bool {
+        matches!(&self.objective, ObjectiveConfig::Mse(o) if o.augmented)
+    }
+}
