@@ -10,22 +10,15 @@ use std::io::{Read, Seek};
 use fewbit_gguf::{Reader, Value};
 use serde_json::{Map, Value as Json, json};
 
-use super::keys::{Keys, missing};
-use super::names::tensor_name;
-use super::own::{File, Shapes, architecture, plain, positive, title};
+use super::check::check_kind;
+use super::keys::Keys;
+use super::own::{File, Shapes};
 use super::scaling::{Scaled, scaling};
+use super::sizes::Sizes;
 use super::special::Special;
 use super::vocabulary::Vocabulary;
 use crate::error::{Error, Result};
 use crate::model::{GgufKeys, LONG_FACTORS, ModelConfig, ROPE_FACTORS};
-
-const EMBEDDING: &str = "token_embd.weight";
-const HEAD: &str = "output.weight";
-/// Parts of a block that may carry biases: attention's, then the MLP's. All of a row, or none.
-const BIASES: [&[&str]; 2] = [
-    &["attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output"],
-    &["ffn_gate", "ffn_up", "ffn_down"],
-];
 
 /// The texts of `config.json`, `generation_config.json` and, where the file has a tokenizer,
 /// `tokenizer.json` and `tokenizer_config.json`, by name. Which names stand in the map tells whether
@@ -114,129 +107,6 @@ pub(super) fn describe(
     Ok(Described { config, special, vocab: sizes.vocab, context: sizes.context })
 }
 
-/// Whether the file is a whole language model of a known architecture.
-fn check_kind(keys: Keys<'_>) -> Result<()> {
-    let gguf = architecture(keys)?;
-    let plain = plain(gguf);
-    if let Some(kind) = keys.text("general.type")?.filter(|kind| *kind != "model") {
-        return Err(Error::preflight(format!(
-            "the file is no model but of type `{}` (general.type)",
-            kind.escape_debug()
-        ))
-        .fix(plain));
-    }
-    if let Some(parts) = keys.count_or_zero("split.count")?.filter(|parts| *parts > 1) {
-        return Err(Error::preflight(format!("the file is one of {parts} parts (split.count)"))
-            .fix(
-                "join the parts with llama.cpp: llama-gguf-split --merge FIRST_PART JOINED_FILE",
-            ));
-    }
-    Ok(())
-}
-
-/// Settings that change what a model computes, with the value that changes nothing.
-const SETTINGS: [(&str, f64); 14] = [
-    ("expert_count", 0.0),
-    ("attention.scale", 0.0),
-    ("attention.sliding_window", 0.0),
-    ("attention.clamp_kqv", 0.0),
-    ("attention.max_alibi_bias", 0.0),
-    ("attention.temperature_scale", 0.0),
-    ("attn_logit_softcapping", 0.0),
-    ("final_logit_softcapping", 0.0),
-    ("nextn_predict_layers", 0.0),
-    ("logit_scale", 1.0),
-    ("embedding_scale", 1.0),
-    ("residual_scale", 1.0),
-    ("rope.scaling.yarn_log_multiplier", 0.0),
-    ("rope.scaling.alpha", 0.0),
-];
-
-impl File<'_> {
-    fn check_settings(&self) -> Result<()> {
-        for (name, neutral) in SETTINGS {
-            if self.gguf.keys.contains(&name) {
-                continue;
-            }
-            // llama.cpp takes 0 as absent for every one of them.
-            let changes = |value: &f64| *value != 0.0 && (value - neutral).abs() > 0.0;
-            if let Some(value) = self.number(name)?.filter(changes) {
-                return Err(self.refused(format!(
-                    "`{}` is {value}, which a plain {} does not have",
-                    self.key(name),
-                    title(self.gguf)
-                )));
-            }
-        }
-        let causal = self.key("attention.causal");
-        match self.keys.truth(&causal)? {
-            Some(false) => {
-                Err(self.refused(format!("`{causal}` is false: the file is no language model")))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Every part of every block must be there; gives the linears that carry biases.
-    fn check_parts(&self, blocks: usize) -> Result<BTreeSet<&'static str>> {
-        for name in [EMBEDDING, "output_norm.weight"] {
-            self.shapes.get(name).ok_or_else(|| self.lacks(name))?;
-        }
-        // Ends at the first missing one, however many blocks are claimed.
-        for block in 0..blocks {
-            for (_, inner) in self.gguf.parts() {
-                let name = format!("blk.{block}.{inner}.weight");
-                self.shapes.get(&name).ok_or_else(|| self.lacks(&name))?;
-            }
-        }
-        let mut biased = BTreeSet::new();
-        for group in BIASES {
-            let parts: Vec<&str> =
-                group.iter().copied().filter(|part| self.gguf.biased.contains(part)).collect();
-            let holds =
-                |part: &str, block| self.shapes.contains_key(&format!("blk.{block}.{part}.bias"));
-            let found = parts.iter().map(|part| (0..blocks).filter(|b| holds(part, *b)).count());
-            let (found, all) = (found.sum::<usize>(), parts.len() * blocks);
-            if found != 0 && found != all {
-                return Err(self.refused(format!(
-                    "{found} of {all} biases of {} are there; fewbit's {} has all of them or none",
-                    parts.join(", "),
-                    title(self.gguf)
-                )));
-            }
-            biased.extend(parts.into_iter().filter(|_| found > 0));
-        }
-        Ok(biased)
-    }
-
-    fn lacks(&self, name: &str) -> Error {
-        self.refused(format!("the file lacks this tensor, which every {} has", title(self.gguf)))
-            .at(name)
-    }
-
-    /// Every tensor of the model must be there, and no other.
-    fn check_names(&self, model: &ModelConfig) -> Result<()> {
-        let names = model.tensors().into_iter();
-        let mut known: BTreeSet<String> =
-            names.filter_map(|(name, _)| tensor_name(&name, model)).collect();
-        for name in &known {
-            self.shapes.get(name).ok_or_else(|| self.lacks(name))?;
-        }
-        known.extend(self.gguf.divisors.iter().map(|name| (*name).to_owned()));
-        match self.shapes.keys().find(|name| !known.contains(*name)) {
-            None => Ok(()),
-            Some(name) => Err(self
-                .refused(format!(
-                    "a plain {} of {} blocks has no such tensor, and fewbit does not know what it \
-                     does",
-                    title(self.gguf),
-                    model.n_blocks
-                ))
-                .at(name)),
-        }
-    }
-}
-
 /// What a family reads of a file.
 struct Said<'a> {
     file: &'a File<'a>,
@@ -285,130 +155,6 @@ impl GgufKeys for Said<'_> {
     fn biased(&self, part: &str) -> bool {
         self.biased.contains(part)
     }
-}
-
-struct Sizes {
-    width: usize,
-    inner: usize,
-    blocks: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    rotated: usize,
-    vocab: usize,
-    context: usize,
-    eps: f64,
-    theta: f64,
-}
-
-impl Sizes {
-    fn read(file: &File<'_>) -> Result<Self> {
-        let key = |key: &str| file.key(key);
-        let width = file.needed_count("embedding_length")?;
-        let heads = file.needed_count("attention.head_count")?;
-        let kv_heads = file.count("attention.head_count_kv")?.unwrap_or(heads);
-        if !heads.is_multiple_of(kv_heads) {
-            return Err(Error::preflight(format!(
-                "`{}` is {kv_heads}, which does not divide the {heads} heads of `{}`",
-                key("attention.head_count_kv"),
-                key("attention.head_count")
-            )));
-        }
-        let head_dim = match file.count("attention.key_length")? {
-            Some(size) => size,
-            None if width.is_multiple_of(heads) => width / heads,
-            None => {
-                return Err(Error::preflight(format!(
-                    "`{}` is {width}, no multiple of the {heads} heads of `{}`, and there is no `{}`",
-                    key("embedding_length"),
-                    key("attention.head_count"),
-                    key("attention.key_length")
-                )));
-            }
-        };
-        let rotated = file.count("rope.dimension_count")?.unwrap_or(head_dim);
-        // Reordered rows are those of whole heads.
-        let whole =
-            [("attention.value_length", true), ("rope.dimension_count", file.gguf.neighbours)];
-        for (name, _) in whole.into_iter().filter(|(_, whole)| *whole) {
-            if let Some(other) = file.count(name)?.filter(|other| *other != head_dim) {
-                return Err(file.refused(format!(
-                    "`{}` is {other}, but heads are {head_dim} wide; a {}'s are the same",
-                    key(name),
-                    title(file.gguf)
-                )));
-            }
-        }
-        let [vocab, columns] = matrix(file, EMBEDDING)?;
-        if columns != width {
-            return Err(Error::preflight(format!(
-                "the tensor has rows of {columns}, but `{}` is {width}",
-                key("embedding_length")
-            ))
-            .at(EMBEDDING));
-        }
-        let inner = match file.count("feed_forward_length")? {
-            Some(inner) => inner,
-            None => matrix(file, "blk.0.ffn_down.weight")?[1],
-        };
-        let epsilon = if file.gguf.layer_norms { "layer_norm" } else { "layer_norm_rms" };
-        let epsilon = key(&format!("attention.{epsilon}_epsilon"));
-        let theta = "rope.freq_base";
-        Ok(Self {
-            width,
-            inner,
-            blocks: file.needed_count("block_count")?,
-            heads,
-            kv_heads,
-            head_dim,
-            rotated,
-            vocab,
-            context: file.needed_count("context_length")?,
-            eps: positive(&epsilon, file.keys.number(&epsilon)?.ok_or_else(|| missing(&epsilon))?)?,
-            theta: positive(&key(theta), file.number(theta)?.unwrap_or(10_000.0))?,
-        })
-    }
-
-    /// A config with the keys of Llama's.
-    fn config(&self, file: &File<'_>) -> Map<String, Json> {
-        let epsilon = if file.gguf.layer_norms { "layer_norm_eps" } else { "rms_norm_eps" };
-        let mut config = Map::new();
-        for (key, value) in [
-            ("model_type", json!("")),
-            ("hidden_act", json!("silu")),
-            ("hidden_size", json!(self.width)),
-            ("intermediate_size", json!(self.inner)),
-            ("num_hidden_layers", json!(self.blocks)),
-            ("num_attention_heads", json!(self.heads)),
-            ("num_key_value_heads", json!(self.kv_heads)),
-            ("head_dim", json!(self.head_dim)),
-            ("vocab_size", json!(self.vocab)),
-            ("max_position_embeddings", json!(self.context)),
-            (epsilon, json!(self.eps)),
-            ("rope_theta", json!(self.theta)),
-            ("rope_scaling", Json::Null),
-            ("tie_word_embeddings", json!(!file.shapes.contains_key(HEAD))),
-            ("torch_dtype", json!("float32")),
-        ] {
-            config.insert(key.to_owned(), value);
-        }
-        if self.rotated != self.head_dim {
-            // The share that gives back this count when it is cut to a whole one.
-            let mut share = self.rotated as f64 / self.head_dim as f64;
-            if ((self.head_dim as f64 * share) as usize) < self.rotated {
-                share = share.next_up();
-            }
-            config.insert("partial_rotary_factor".to_owned(), json!(share));
-        }
-        config
-    }
-}
-
-fn matrix(file: &File<'_>, name: &str) -> Result<[usize; 2]> {
-    let shape = file.shapes.get(name).ok_or_else(|| file.lacks(name))?;
-    <[usize; 2]>::try_from(shape.as_slice()).map_err(|_| {
-        Error::preflight(format!("the tensor has shape {shape:?}, which is no matrix")).at(name)
-    })
 }
 
 #[cfg(test)]

@@ -8,10 +8,12 @@
 //!
 //! The container and the blocks are the crate `fewbit-gguf`, which knows no model; here is what does.
 
+mod check;
 mod error;
 pub mod folder;
 mod keys;
 pub mod llama;
+mod merges;
 pub mod model;
 mod names;
 mod own;
@@ -19,6 +21,7 @@ mod pieces;
 mod pretokenizer;
 mod rotation;
 mod scaling;
+mod sizes;
 mod special;
 pub mod tokenizer;
 mod vocabulary;

@@ -59,6 +59,12 @@ impl<'a> File<'a> {
     pub(super) fn refused(&self, what: String) -> Error {
         Error::preflight(what).fix(plain(self.gguf))
     }
+
+    /// A family that is refused because a tensor is not there.
+    pub(super) fn lacks(&self, name: &str) -> Error {
+        self.refused(format!("the file lacks this tensor, which every {} has", title(self.gguf)))
+            .at(name)
+    }
 }
 
 /// The family of a file.

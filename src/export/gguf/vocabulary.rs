@@ -1,29 +1,22 @@
 //! A tokenizer out of a file's metadata, as a `tokenizer.json` that cuts text as llama.cpp does.
 //!
-//! The kind `gpt2` carries its merges. The kind `llama` has a score per piece instead, and every way
-//! to build a piece from two others is a merge, best score of the union first. Among equal scores
-//! llama.cpp takes the pair that stands further left in the text, which no list of merges can say;
-//! here the piece with the smaller id goes first, and of the ways to build it the one with the longer
-//! left part, which is what merging from the left leaves behind. Two pieces of one file rarely share
-//! a score; a file whose pieces all share one is refused.
+//! The kind `gpt2` carries its merges. The kind `llama` has a score per piece instead, which
+//! [`merges`](super::merges) makes merges of.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 
 use serde_json::{Map, Value as Json, json};
 
 use super::keys::{Keys, MODEL, TOKENS, missing};
+use super::merges::{Merges, SCORES, merges, merges_of_scores};
 use super::pieces::PieceKind;
 use super::pretokenizer::{Way, way};
 use super::special::{Special, templates};
 use crate::error::{Error, Result};
 
-const SCORES: &str = "tokenizer.ggml.scores";
-const MERGES: &str = "tokenizer.ggml.merges";
 const KINDS: &str = "tokenizer.ggml.token_type";
 /// Stands for a space.
 const SPACE: &str = "▁";
-/// The longest piece that is taken apart; real ones have a tenth of it.
-const LONGEST_PIECE: usize = 1024;
 
 /// A tokenizer as a file describes it.
 pub(super) struct Vocabulary {
@@ -41,8 +34,6 @@ enum Rules {
     /// Characters, with merges made from scores.
     Spaced { merges: Merges, prefix: bool },
 }
-
-type Merges = Vec<(String, String)>;
 
 impl Vocabulary {
     /// `None` when the file has no tokenizer.
@@ -272,75 +263,6 @@ fn same_length(key: &str, found: usize, count: usize) -> Result<()> {
         return Ok(());
     }
     Err(Error::preflight(format!("`{key}` has {found} values for {count} pieces")))
-}
-
-/// The merges of a `gpt2` tokenizer; of a repeated one the first counts.
-fn merges(keys: Keys<'_>, pieces: &[String]) -> Result<Merges> {
-    let known: BTreeSet<&str> = pieces.iter().map(String::as_str).collect();
-    let mut taken = BTreeSet::new();
-    let mut merges = Vec::new();
-    for (rank, text) in keys.texts(MERGES)?.ok_or_else(|| missing(MERGES))?.iter().enumerate() {
-        let bad = |what: &str| {
-            Error::preflight(format!("`{MERGES}` {rank}, `{}`, {what}", text.escape_debug()))
-        };
-        // The first part may be a space itself.
-        let cut = text.char_indices().skip(1).find(|(_, letter)| *letter == ' ');
-        let (left, right) = match cut {
-            Some((at, _)) => (&text[..at], &text[at + 1..]),
-            None => return Err(bad("is no pair")),
-        };
-        let union = [left, right].concat();
-        if [left, right, union.as_str()].iter().any(|piece| !known.contains(piece)) {
-            return Err(bad(&format!("names a piece that `{TOKENS}` lacks")));
-        }
-        if taken.insert((left, right)) {
-            merges.push((left.to_owned(), right.to_owned()));
-        }
-    }
-    Ok(merges)
-}
-
-/// Every way to build a piece from two, best first.
-fn merges_of_scores(pieces: &[String], kinds: &[PieceKind], scores: &[f32]) -> Result<Merges> {
-    let ids: HashMap<&str, usize> =
-        pieces.iter().enumerate().map(|(id, piece)| (piece.as_str(), id)).collect();
-    let mut ways: Vec<(usize, usize)> = Vec::new();
-    for (id, (piece, kind)) in pieces.iter().zip(kinds).enumerate() {
-        // The others are found in a text before it is merged.
-        if !matches!(kind, PieceKind::Normal | PieceKind::Unused | PieceKind::Byte) {
-            continue;
-        }
-        if piece.len() > LONGEST_PIECE {
-            return Err(Error::preflight(format!(
-                "`{TOKENS}` {id} is a piece of {} bytes; {LONGEST_PIECE} are possible",
-                piece.len()
-            )));
-        }
-        let cuts = piece.char_indices().skip(1).map(|(at, _)| at).filter(|at| {
-            let (left, right) = piece.split_at(*at);
-            ids.contains_key(left) && ids.contains_key(right)
-        });
-        ways.extend(cuts.map(|at| (id, at)));
-    }
-    let first = ways.first().map(|(id, _)| *id);
-    if let Some(first) = first
-        && ways.iter().any(|(id, _)| *id != first)
-        && ways.iter().all(|(id, _)| scores[*id].total_cmp(&scores[first]).is_eq())
-    {
-        return Err(Error::preflight(format!(
-            "`{SCORES}` gives every piece the same score, so nothing says which to merge first"
-        ))
-        .fix("convert the model again, from a folder with its tokenizer.model"));
-    }
-    ways.sort_by(|(a, a_cut), (b, b_cut)| {
-        let by_score = scores[*b].total_cmp(&scores[*a]);
-        by_score.then(a.cmp(b)).then(b_cut.cmp(a_cut))
-    });
-    let parts = |(id, at): (usize, usize)| {
-        let (left, right) = pieces[id].split_at(at);
-        (left.to_owned(), right.to_owned())
-    };
-    Ok(ways.into_iter().map(parts).collect())
 }
 
 #[cfg(test)]
