@@ -16,6 +16,7 @@ use crate::recipe::Compute;
 use crate::report::size;
 use crate::stage::PARITY_WINDOWS;
 use crate::stop::StopFlag;
+use crate::store::folder::entries;
 use crate::store::locate;
 use crate::task::{GaugeText, Gauged, Perplexity, PplConfig};
 
@@ -199,8 +200,7 @@ fn check_output(output: &Path, inputs: &[&PathBuf]) -> Result<()> {
         let listed = |manifest: &Manifest| manifest.files.contains_key(name);
         manifest.as_ref().is_some_and(|m| name == MANIFEST_FILE || weights || listed(m))
     };
-    for entry in std::fs::read_dir(output).map_err(|e| Error::io("list", output, &e))? {
-        let path = entry.map_err(|e| Error::io("list", output, &e))?.path();
+    for path in entries(output)? {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         if !path.is_file() || !ours(&name) {
             return refused("the output folder holds files of something else", &path);

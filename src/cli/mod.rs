@@ -27,6 +27,7 @@ use crate::export::{Adapter, OpenModel, open_model};
 use crate::model::{CausalLm, Loader};
 use crate::recipe::Compute;
 use crate::stop::StopFlag;
+use crate::store::folder::entries;
 use crate::store::locate;
 use crate::store::safetensors::Checkpoint;
 use crate::task::{Gauge, GaugeText};
@@ -207,17 +208,12 @@ fn read_adapter(path: &Path) -> Result<(PathBuf, Adapter)> {
 fn adapter_of(folder: &Path) -> Result<PathBuf> {
     let inside = folder.join("adapters");
     let place = if inside.is_dir() { &inside } else { folder };
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(place).map_err(|e| Error::io("list", place, &e))? {
-        let path = entry.map_err(|e| Error::io("list", place, &e))?.path();
-        if path.extension().is_some_and(|extension| extension == "safetensors")
-            && Checkpoint::open_file(&path)
+    let mut files = entries(place)?;
+    files.retain(|path| {
+        path.extension().is_some_and(|extension| extension == "safetensors")
+            && Checkpoint::open_file(path)
                 .is_ok_and(|file| Adapter::is_described_by(file.file_metadata()))
-        {
-            files.push(path);
-        }
-    }
-    files.sort();
+    });
     let error = |what: &str| Error::usage(what).at(folder.display());
     match &files[..] {
         [one] => Ok(one.clone()),

@@ -9,6 +9,9 @@
 //! Bit `k % 32` of a word, the lowest first, is input `k`, set where the scale is added. Inputs
 //! behind the last are zero bits. The value of a weight is `±alpha_0 ± alpha_1 ... + offset`,
 //! added in this order in f32.
+//!
+//! Longer than others, because two layouts are packed and one decoder, which shares no code with them,
+//! reads both: a format is one file.
 
 use std::collections::BTreeSet;
 

@@ -267,6 +267,7 @@ impl Saved {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::coded::sample::generator;
     use super::*;
     use crate::quant::{Bits, GroupAxis};
 
@@ -277,11 +278,7 @@ mod tests {
         kind: Option<ZeroKind>,
         seed: u32,
     ) -> QuantizedWeight {
-        let mut state = seed | 1;
-        let mut next = move || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            state >> 8
-        };
+        let mut next = generator(seed);
         let bits = Bits::new(bits).unwrap();
         let n = out * groups;
         let codes: Vec<u8> =

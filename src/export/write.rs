@@ -19,7 +19,7 @@ use super::record::FORMAT_VERSION;
 use crate::error::{Error, Result};
 use crate::model::{companions, licences, weight_name};
 use crate::quant::QuantizedWeight;
-use crate::store::folder::{StagedFolder, sha256_file};
+use crate::store::folder::{StagedFolder, entries, sha256_file};
 use crate::store::safetensors::ShardWriter;
 use crate::task::Gauged;
 
@@ -251,9 +251,8 @@ fn write_companions(
 
 fn folder_bytes(dir: &Path) -> Result<u64> {
     let mut total = 0;
-    for entry in std::fs::read_dir(dir).map_err(|e| Error::io("list", dir, &e))? {
-        let entry = entry.map_err(|e| Error::io("list", dir, &e))?;
-        total += entry.metadata().map_err(|e| Error::io("read", &entry.path(), &e))?.len();
+    for path in entries(dir)? {
+        total += path.symlink_metadata().map_err(|e| Error::io("read", &path, &e))?.len();
     }
     Ok(total)
 }

@@ -9,6 +9,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use burn::tensor::DType;
+use serde::de::value::SeqAccessDeserializer;
 use serde::de::{self, SeqAccess};
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -161,11 +162,8 @@ impl<'de> Deserialize<'de> for Paths {
                 Ok(Paths(vec![path.to_owned()]))
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Paths, A::Error> {
-                let mut paths = Vec::new();
-                while let Some(path) = seq.next_element()? {
-                    paths.push(path);
-                }
+            fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Paths, A::Error> {
+                let paths = Vec::deserialize(SeqAccessDeserializer::new(list))?;
                 if paths.is_empty() {
                     return Err(de::Error::custom("path = [] names no file"));
                 }

@@ -7,7 +7,7 @@ use super::record::{RECORD_FILE, RunRecord};
 use super::{Prepared, Status};
 use crate::error::{Error, Result};
 use crate::recipe::to_toml;
-use crate::store::folder::write_atomic;
+use crate::store::folder::{entries, write_atomic};
 
 /// Everything a run writes; starting over removes these and nothing else.
 const CONTENTS: [&str; 9] = [
@@ -142,12 +142,11 @@ fn refuse_foreign(path: &Path) -> Result<()> {
     if !path.is_dir() || path.join(RECORD_FILE).exists() {
         return Ok(());
     }
-    for entry in std::fs::read_dir(path).map_err(|e| Error::io("list", path, &e))? {
-        let name = entry.map_err(|e| Error::io("list", path, &e))?.file_name();
-        let name = name.to_string_lossy();
+    for entry in entries(path)? {
+        let name = entry.file_name().unwrap_or_default().to_string_lossy();
         if name != LOCK_FILE && !CONTENTS.contains(&name.as_ref()) && !name.contains(".tmp") {
             return Err(Error::usage("the output folder holds files of something else")
-                .at(path.join(name.as_ref()).display())
+                .at(entry.display())
                 .fix("another --output"));
         }
     }

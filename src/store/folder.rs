@@ -209,6 +209,19 @@ fn sync_file(path: &Path) -> io::Result<()> {
     file.sync_all()
 }
 
+/// The paths in a folder, sorted.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub(crate) fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+    let paths = fs::read_dir(folder).and_then(|entries| {
+        entries.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<PathBuf>>>()
+    });
+    let mut paths = paths.map_err(|source| Error::io("list", folder, &source))?;
+    paths.sort();
+    Ok(paths)
+}
+
 /// Whether anything has this name, a broken link included.
 fn exists(path: &Path) -> bool {
     path.symlink_metadata().is_ok()

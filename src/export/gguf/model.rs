@@ -19,7 +19,7 @@ use crate::export::format::{FileFormat, Kind, SingleFile, Writing};
 use crate::export::parts::Stored;
 use crate::model::{ModelConfig, weight_name};
 use crate::quant::{Bits, Grid, GroupAxis, GroupLayout, QuantizedWeight, Symmetry};
-use crate::store::folder::write_atomic_with;
+use crate::store::folder::{entries, write_atomic_with};
 
 /// The file's name in an exported folder.
 pub(in crate::export) const FILE: &str = "model.gguf";
@@ -405,12 +405,8 @@ pub fn alone(path: &Path) -> Result<Option<PathBuf>> {
     if !path.is_dir() || path.join("config.json").exists() {
         return Ok(None);
     }
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(path).map_err(|e| Error::io("list", path, &e))? {
-        let entry = entry.map_err(|e| Error::io("list", path, &e))?.path();
-        files.extend(is_gguf(&entry).then_some(entry));
-    }
-    files.sort();
+    let mut files = entries(path)?;
+    files.retain(|file| is_gguf(file));
     match &files[..] {
         [] => Ok(None),
         [one] => Ok(Some(one.clone())),

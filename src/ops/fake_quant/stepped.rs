@@ -1,5 +1,7 @@
 //! Codes of a weight in units of a step, by rule.
 
+use std::ops::{Div, Mul};
+
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
@@ -59,16 +61,15 @@ pub enum Rule {
 impl Rule {
     /// The distance of neighbouring levels, from the step.
     pub fn scale(self, step: f32) -> f32 {
-        match self {
-            Self::Affine { .. } | Self::Lsq { .. } => step,
-            Self::Seq { .. } => step * 0.5,
-            Self::Ternary { .. } => step / 1.5,
-            Self::Sign => step * 2.0,
-        }
+        self.spacing(step)
     }
 
     /// As [`Rule::scale`], of a tensor; the same bits.
     pub fn scales(self, step: Tensor<2>) -> Tensor<2> {
+        self.spacing(step)
+    }
+
+    fn spacing<T: Mul<f32, Output = T> + Div<f32, Output = T>>(self, step: T) -> T {
         match self {
             Self::Affine { .. } | Self::Lsq { .. } => step,
             Self::Seq { .. } => step * 0.5,

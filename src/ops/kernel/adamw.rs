@@ -121,18 +121,11 @@ fn squared_norm_at(level: Level, values: &[f32]) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::sample::{assert_same, bits, noise};
     use super::*;
 
     /// The last two are worth a second thread, and more than two chunks.
     const LENGTHS: [usize; 10] = [0, 1, 7, 15, 16, 17, 33, 100, 33_001, 100_003];
-
-    fn noise(len: usize, seed: f32, size: f32) -> Vec<f32> {
-        (0..len).map(|i| ((i as f32 + seed) * 12.9898).sin() * size).collect()
-    }
-
-    fn bits(values: &[f32]) -> Vec<u32> {
-        values.iter().map(|x| x.to_bits()).collect()
-    }
 
     /// Parameter and moments after three steps, and the squared norm of the parameter.
     fn trained(level: Level, len: usize) -> ([Vec<u32>; 3], u64) {
@@ -193,15 +186,7 @@ mod tests {
     #[test]
     fn every_instruction_set_and_number_of_threads_gives_the_same_bits() {
         for len in LENGTHS {
-            let portable = trained(Level::Portable, len);
-            for level in Level::available() {
-                assert!(trained(level, len) == portable, "{len} entries, {level:?}");
-            }
-            for threads in [1, 2] {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                let found = pool.install(|| trained(Level::best(), len));
-                assert!(found == portable, "{len} entries, {threads} threads");
-            }
+            assert_same(&format!("{len} entries"), |level| trained(level, len));
         }
     }
 }

@@ -265,6 +265,7 @@ fn nearest_row(codes: &mut [f32], position: &[f32], alpha: &[f32], around: Optio
 
 #[cfg(test)]
 mod tests {
+    use super::super::sample::{assert_same, bits as bits_of, noise};
     use super::*;
 
     /// Groups and their length; the last two are worth a second thread.
@@ -281,29 +282,8 @@ mod tests {
         [1024, 33],
     ];
 
-    fn noise(len: usize, seed: f32, size: f32) -> Vec<f32> {
-        (0..len).map(|i| ((i as f32 + seed) * 12.9898).sin() * size).collect()
-    }
-
     fn codes(len: usize, bits: usize) -> Vec<f32> {
         (0..len).map(|i| ((i * 7 + i / 3) % (1 << bits)) as f32).collect()
-    }
-
-    fn bits_of(values: &[f32]) -> Vec<u32> {
-        values.iter().map(|x| x.to_bits()).collect()
-    }
-
-    #[track_caller]
-    fn assert_same(what: &str, results: impl Fn(Level) -> Vec<Vec<u32>> + Sync) {
-        let portable = results(Level::Portable);
-        for level in Level::available() {
-            assert!(results(level) == portable, "{what}, {level:?}");
-        }
-        for threads in [1, 2] {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            let found = pool.install(|| results(Level::best()));
-            assert!(found == portable, "{what}, {threads} threads");
-        }
     }
 
     #[test]

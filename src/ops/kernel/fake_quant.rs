@@ -59,7 +59,8 @@ fn affine_code(u: f32, z: f32, top: f32) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use super::sample::{SHAPES, assert_same, bits, noise};
+    use super::super::sample::{assert_same, bits, noise};
+    use super::sample::SHAPES;
     use super::*;
 
     #[test]

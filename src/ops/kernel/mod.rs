@@ -12,6 +12,8 @@ pub(super) mod linear;
 pub(super) mod loss;
 pub(super) mod mse;
 pub(super) mod norm;
+#[cfg(test)]
+mod sample;
 pub(super) mod search;
 pub(super) mod swiglu;
 

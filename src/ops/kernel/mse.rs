@@ -60,18 +60,15 @@ fn gradient_chunk(a: &[f32], b: &[f32], factor: f32, out: &mut [f32]) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::sample::{assert_same, bits, noise};
     use super::*;
 
     const LENGTHS: [usize; 10] = [0, 1, 7, 15, 16, 17, 33, 100, 8193, 100_001];
 
-    fn values(len: usize, seed: f32) -> Vec<f32> {
-        (0..len).map(|i| ((i as f32 + seed) * 12.9898).sin() * 3.0).collect()
-    }
-
     #[test]
     fn values_and_gradients_are_exact_enough() {
         for len in LENGTHS {
-            let (a, b) = (values(len, 0.1), values(len, 0.6));
+            let (a, b) = (noise(len, 0.1, 3.0), noise(len, 0.6, 3.0));
             let exact: f64 =
                 a.iter().zip(&b).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum();
             let found = squared_error(&a, &b);
@@ -86,21 +83,12 @@ mod tests {
     #[test]
     fn every_instruction_set_and_number_of_threads_gives_the_same_bits() {
         for len in LENGTHS {
-            let (a, b) = (values(len, 0.1), values(len, 0.6));
-            let at = |level| {
+            let (a, b) = (noise(len, 0.1, 3.0), noise(len, 0.6, 3.0));
+            assert_same(&format!("{len} entries"), |level| {
                 let mut out = vec![0.0; len];
                 gradient(level, &a, &b, 0.3, &mut out);
-                let out: Vec<u32> = out.iter().map(|x| x.to_bits()).collect();
-                (sum(level, &a, &b).to_bits(), out)
-            };
-            let portable = at(Level::Portable);
-            for level in Level::available() {
-                assert_eq!(at(level), portable, "{level:?}");
-            }
-            for threads in [1, 2, 3] {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                assert_eq!(pool.install(|| at(Level::best())), portable, "{threads} threads");
-            }
+                (sum(level, &a, &b).to_bits(), bits(&out))
+            });
         }
     }
 }

@@ -127,18 +127,11 @@ fn backward_row(dy: &[f32], x: &[f32], gain: &[f32], inverse: f32, dx: &mut [f32
 
 #[cfg(test)]
 mod tests {
+    use super::super::sample::{assert_same, bits, noise};
     use super::*;
 
     const SHAPES: [[usize; 2]; 9] =
         [[0, 5], [1, 1], [3, 7], [5, 15], [2, 16], [33, 17], [65, 33], [400, 100], [2, 3000]];
-
-    fn values(len: usize, seed: f32, size: f32) -> Vec<f32> {
-        (0..len).map(|i| ((i as f32 + seed) * 12.9898).sin() * size).collect()
-    }
-
-    fn bits(values: &[f32]) -> Vec<u32> {
-        values.iter().map(|x| x.to_bits()).collect()
-    }
 
     #[track_caller]
     fn assert_close(found: &[f32], exact: &[f64], floor: f64) {
@@ -172,9 +165,9 @@ mod tests {
     fn values_and_gradients_are_exact_enough() {
         for [rows, width] in SHAPES {
             for (size, eps) in [(1.0, 1e-5), (1e-3, 1e-6), (1e4, 1e-5), (0.0, 1e-5)] {
-                let x = values(rows * width, 0.1, size);
-                let dy = values(rows * width, 0.7, 1.0);
-                let gain = values(width, 0.3, 2.0);
+                let x = noise(rows * width, 0.1, size);
+                let dy = noise(rows * width, 0.7, 1.0);
+                let gain = noise(width, 0.3, 2.0);
                 let [y, inverse, dx, dgain] = reference(&x, &gain, eps, &dy);
                 let mut found = vec![f32::NAN; x.len()];
                 let found_inverse = rms_norm(&x, &gain, eps, &mut found);
@@ -198,23 +191,15 @@ mod tests {
     #[test]
     fn every_instruction_set_and_number_of_threads_gives_the_same_bits() {
         for [rows, width] in SHAPES {
-            let x = values(rows * width, 0.1, 3.0);
-            let dy = values(rows * width, 0.7, 1.0);
-            let gain = values(width, 0.3, 2.0);
-            let at = |level| {
+            let x = noise(rows * width, 0.1, 3.0);
+            let dy = noise(rows * width, 0.7, 1.0);
+            let gain = noise(width, 0.3, 2.0);
+            assert_same(&format!("{rows} rows of {width}"), |level| {
                 let (mut y, mut dx) = (vec![0.0; x.len()], vec![0.0; x.len()]);
                 let inverse = forward(level, &x, &gain, 1e-5, &mut y);
                 let partials = backward(level, &dy, &x, &gain, &inverse, &mut dx, true);
                 [bits(&y), bits(&inverse), bits(&dx), bits(&partials.concat())]
-            };
-            let portable = at(Level::Portable);
-            for level in Level::available() {
-                assert_eq!(at(level), portable, "{level:?}");
-            }
-            for threads in [1, 2, 3] {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                assert_eq!(pool.install(|| at(Level::best())), portable, "{threads} threads");
-            }
+            });
         }
     }
 }

@@ -72,13 +72,10 @@ fn backward_chunk([d, gate, up]: [&[f32]; 3], dgate: &mut [f32], dup: &mut [f32]
 
 #[cfg(test)]
 mod tests {
+    use super::super::sample::{assert_same, bits, noise};
     use super::*;
 
     const LENGTHS: [usize; 9] = [0, 1, 7, 15, 16, 17, 33, 100, 70_001];
-
-    fn values(len: usize, seed: f32, size: f32) -> Vec<f32> {
-        (0..len).map(|i| ((i as f32 + seed) * 12.9898).sin() * size).collect()
-    }
 
     #[track_caller]
     fn assert_close(found: f32, exact: f64, size: f64) {
@@ -88,8 +85,7 @@ mod tests {
     #[test]
     fn values_and_gradients_are_exact_enough() {
         for len in LENGTHS {
-            let [gate, up, d] =
-                [values(len, 0.1, 20.0), values(len, 0.4, 3.0), values(len, 0.8, 2.0)];
+            let [gate, up, d] = [noise(len, 0.1, 20.0), noise(len, 0.4, 3.0), noise(len, 0.8, 2.0)];
             let [mut out, mut dgate, mut dup] = [(); 3].map(|()| vec![f32::NAN; len]);
             swiglu(&gate, &up, &mut out);
             swiglu_backward(&d, &gate, &up, &mut dgate, &mut dup);
@@ -120,20 +116,15 @@ mod tests {
     }
 
     #[test]
-    fn every_instruction_set_gives_the_same_bits() {
+    fn every_instruction_set_and_number_of_threads_gives_the_same_bits() {
         for len in LENGTHS {
-            let [gate, up, d] =
-                [values(len, 0.1, 90.0), values(len, 0.4, 3.0), values(len, 0.8, 2.0)];
-            let at = |level| {
+            let [gate, up, d] = [noise(len, 0.1, 90.0), noise(len, 0.4, 3.0), noise(len, 0.8, 2.0)];
+            assert_same(&format!("{len} entries"), |level| {
                 let [mut out, mut dgate, mut dup] = [(); 3].map(|()| vec![0.0; len]);
                 forward(level, &gate, &up, &mut out);
                 backward(level, [&d, &gate, &up], &mut dgate, &mut dup);
-                [out, dgate, dup].concat().iter().map(|x| x.to_bits()).collect::<Vec<_>>()
-            };
-            let portable = at(Level::Portable);
-            for level in Level::available() {
-                assert_eq!(at(level), portable, "{level:?}");
-            }
+                bits(&[out, dgate, dup].concat())
+            });
         }
     }
 }

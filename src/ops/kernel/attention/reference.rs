@@ -1,5 +1,6 @@
 //! Attention by its definition, in f64 and one query at a time.
 
+use super::super::sample::noise;
 use super::{Shape, attention, attention_backward};
 
 pub(super) struct Case {
@@ -10,10 +11,6 @@ pub(super) struct Case {
     pub(super) cos: Vec<f32>,
     pub(super) sin: Vec<f32>,
     pub(super) d_out: Vec<f32>,
-}
-
-fn values(len: usize, seed: f32, size: f32) -> Vec<f32> {
-    (0..len).map(|i| ((i as f32 + seed) * 12.9898).sin() * size).collect()
 }
 
 impl Case {
@@ -33,12 +30,12 @@ impl Case {
         let angle = |i: usize| (i / (head_dim / 2)) as f32 * 0.3 / (i % (head_dim / 2) + 1) as f32;
         Self {
             shape,
-            q: values(wide, 0.1, size),
-            k: values(narrow, 0.4, size),
-            v: values(narrow, 0.6, 1.0),
+            q: noise(wide, 0.1, size),
+            k: noise(narrow, 0.4, size),
+            v: noise(narrow, 0.6, 1.0),
             cos: (0..seq * head_dim / 2).map(|i| angle(i).cos()).collect(),
             sin: (0..seq * head_dim / 2).map(|i| angle(i).sin()).collect(),
-            d_out: values(wide, 0.8, 1.0),
+            d_out: noise(wide, 0.8, 1.0),
         }
     }
 

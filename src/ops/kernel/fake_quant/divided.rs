@@ -222,8 +222,9 @@ fn divided_row_backward(
 
 #[cfg(test)]
 mod tests {
-    use super::super::sample::{SHAPES, assert_same, bits, noise, ratios};
+    use super::super::sample::{SHAPES, ratios};
     use super::*;
+    use crate::ops::kernel::sample::{assert_same, bits, noise};
 
     #[test]
     fn divided_gives_the_same_bits_at_every_level_and_number_of_threads() {
@@ -254,7 +255,7 @@ mod tests {
                     let gradients = [division, found.log_scale, found.log_row, found.log_column];
                     let forwards =
                         [Output::Codes, Output::Values].map(|what| divided.forward_at(level, what));
-                    forwards.iter().chain(&gradients).map(|values| bits(values)).collect()
+                    forwards.iter().chain(&gradients).map(|values| bits(values)).collect::<Vec<_>>()
                 });
             }
         }

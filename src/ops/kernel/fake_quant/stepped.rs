@@ -134,6 +134,28 @@ fn inside(rule: Rule, u: f32, z: f32) -> bool {
     }
 }
 
+/// The body for each rule by itself, so that the rule is matched once for a row, not for every weight.
+macro_rules! by_rule {
+    ($rule:ident, $body:expr) => {
+        match $rule {
+            Rule::Affine { max_code } => by_rule!($rule = Rule::Affine { max_code }, $body),
+            Rule::Lsq { middle } => by_rule!($rule = Rule::Lsq { middle }, $body),
+            Rule::Seq { margin, ties: TieRule::HalfEven } => {
+                by_rule!($rule = Rule::Seq { margin, ties: TieRule::HalfEven }, $body)
+            }
+            Rule::Seq { margin, ties: TieRule::HalfUp } => {
+                by_rule!($rule = Rule::Seq { margin, ties: TieRule::HalfUp }, $body)
+            }
+            Rule::Ternary { margin } => by_rule!($rule = Rule::Ternary { margin }, $body),
+            Rule::Sign => by_rule!($rule = Rule::Sign, $body),
+        }
+    };
+    ($rule:ident = $one:expr, $body:expr) => {{
+        let $rule = $one;
+        $body
+    }};
+}
+
 #[inline(always)]
 fn stepped_row(
     out: &mut [f32],
@@ -145,34 +167,18 @@ fn stepped_row(
     output: Output,
 ) {
     steps_of(out, weight, rounding, step);
-    // The rule is matched once for a row, not for every weight.
-    macro_rules! of {
-        ($rule:expr) => {{
-            let rule = $rule;
-            if output == Output::Codes {
-                for out in out {
-                    *out = code_of(rule, *out, z);
-                }
-            } else {
-                let scale = rule.scale(step);
-                for out in out {
-                    *out = scale * (code_of(rule, *out, z) - z);
-                }
+    by_rule!(rule, {
+        if output == Output::Codes {
+            for out in out {
+                *out = code_of(rule, *out, z);
             }
-        }};
-    }
-    match rule {
-        Rule::Affine { max_code } => of!(Rule::Affine { max_code }),
-        Rule::Lsq { middle } => of!(Rule::Lsq { middle }),
-        Rule::Seq { margin, ties: TieRule::HalfEven } => {
-            of!(Rule::Seq { margin, ties: TieRule::HalfEven });
+        } else {
+            let scale = rule.scale(step);
+            for out in out {
+                *out = scale * (code_of(rule, *out, z) - z);
+            }
         }
-        Rule::Seq { margin, ties: TieRule::HalfUp } => {
-            of!(Rule::Seq { margin, ties: TieRule::HalfUp });
-        }
-        Rule::Ternary { margin } => of!(Rule::Ternary { margin }),
-        Rule::Sign => of!(Rule::Sign),
-    }
+    });
 }
 
 /// `u = W / Δ (+ V)`.
@@ -204,58 +210,44 @@ fn stepped_row_backward(
     rule: Rule,
 ) -> [f64; 2] {
     let factor = rule.scale(1.0);
-    macro_rules! of {
-        ($rule:expr) => {{
-            let rule = $rule;
-            let through_value = vector::sum_pairs(
+    by_rule!(rule, {
+        let through_value = vector::sum_pairs(
+            gradient,
+            steps,
+            #[inline(always)]
+            |g, u| g * (code_of(rule, u, z) - z),
+        );
+        // What moves the value at fixed u: where the code is clamped, z does, elsewhere the code
+        // moves with it; codes that z is no part of never do.
+        let at_fixed_u = match rule {
+            Rule::Affine { .. } => vector::sum_pairs(
                 gradient,
                 steps,
                 #[inline(always)]
-                |g, u| g * (code_of(rule, u, z) - z),
-            );
-            // What moves the value at fixed u: where the code is clamped, z does, elsewhere the code
-            // moves with it; codes that z is no part of never do.
-            let at_fixed_u = match rule {
-                Rule::Affine { .. } => vector::sum_pairs(
-                    gradient,
-                    steps,
-                    #[inline(always)]
-                    |g, u| if inside(rule, u, z) { 0.0 } else { g },
-                ),
-                _ => vector::sum(gradient),
-            };
-            for (g, u) in gradient.iter_mut().zip(steps) {
-                *g = if inside(rule, *u, z) { *g } else { 0.0 };
-            }
-            let through_code = match rule {
-                // Its codes do not depend on the step.
-                Rule::Sign => 0.0,
-                _ => vector::dot(gradient, weight) / f64::from(step),
-            };
-            [
-                f64::from(factor) * through_value - through_code,
-                -f64::from(rule.scale(step)) * at_fixed_u,
-            ]
-        }};
-    }
-    match rule {
-        Rule::Affine { max_code } => of!(Rule::Affine { max_code }),
-        Rule::Lsq { middle } => of!(Rule::Lsq { middle }),
-        Rule::Seq { margin, ties: TieRule::HalfEven } => {
-            of!(Rule::Seq { margin, ties: TieRule::HalfEven })
+                |g, u| if inside(rule, u, z) { 0.0 } else { g },
+            ),
+            _ => vector::sum(gradient),
+        };
+        for (g, u) in gradient.iter_mut().zip(steps) {
+            *g = if inside(rule, *u, z) { *g } else { 0.0 };
         }
-        Rule::Seq { margin, ties: TieRule::HalfUp } => {
-            of!(Rule::Seq { margin, ties: TieRule::HalfUp })
-        }
-        Rule::Ternary { margin } => of!(Rule::Ternary { margin }),
-        Rule::Sign => of!(Rule::Sign),
-    }
+        let through_code = match rule {
+            // Its codes do not depend on the step.
+            Rule::Sign => 0.0,
+            _ => vector::dot(gradient, weight) / f64::from(step),
+        };
+        [
+            f64::from(factor) * through_value - through_code,
+            -f64::from(rule.scale(step)) * at_fixed_u,
+        ]
+    })
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::sample::{SHAPES, assert_same, bits, noise, ratios};
+    use super::super::sample::{SHAPES, ratios};
     use super::*;
+    use crate::ops::kernel::sample::{assert_same, bits, noise};
 
     const RULES: [Rule; 6] = [
         Rule::Affine { max_code: 15.0 },
@@ -297,7 +289,7 @@ mod tests {
                     let gradients = [rounding, weight, step, zero];
                     let forwards =
                         [Output::Codes, Output::Values].map(|what| stepped.forward_at(level, what));
-                    forwards.iter().chain(&gradients).map(|values| bits(values)).collect()
+                    forwards.iter().chain(&gradients).map(|values| bits(values)).collect::<Vec<_>>()
                 });
             }
         }
