@@ -15,6 +15,7 @@ use super::tap::ModelTap;
 use crate::error::{Error, Result};
 use crate::quant::{CodedWeight, Learned, QuantizedWeight};
 use crate::store::TensorSource;
+use crate::store::folder::entries;
 use crate::store::safetensors::Checkpoint;
 
 /// Where weights come from: f32 on the host, by checkpoint name.
@@ -378,14 +379,12 @@ fn frozen<const D: usize>(tensor: Tensor<D>) -> Param<Tensor<D>> {
 /// When the folder cannot be read.
 pub fn licences(dir: &Path) -> Result<Vec<PathBuf>> {
     const STARTS: [&str; 5] = ["license", "licence", "notice", "copying", "use_policy"];
-    let entries = std::fs::read_dir(dir).map_err(|e| Error::io("list", dir, &e))?;
     let is_one = |path: &PathBuf| {
         let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
         path.is_file() && STARTS.iter().any(|start| name.starts_with(start))
     };
-    let mut paths: Vec<PathBuf> =
-        entries.filter_map(|entry| entry.ok().map(|entry| entry.path())).filter(is_one).collect();
-    paths.sort();
+    let mut paths = entries(dir)?;
+    paths.retain(is_one);
     Ok(paths)
 }
 
