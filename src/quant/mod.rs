@@ -17,6 +17,7 @@ pub mod gptq;
 mod grid;
 mod hessian;
 mod observer;
+mod scales;
 mod spec;
 
 pub use crate::ops::{PackedCodes, bits};
@@ -25,7 +26,8 @@ pub use activation::{
 };
 pub(crate) use coded::Once;
 pub use coded::{CodedWeight, Learned, LearnedScales};
-pub use grid::{CodeHistogram, Grid, QuantizedWeight, Repr, ScaleDType, ScaleDigits, ZeroKind};
+pub use grid::{CodeHistogram, Grid, QuantizedWeight, Repr, ZeroKind};
 pub use hessian::Hessian;
 pub use observer::{MinMaxConfig, MseConfig, ObserverConfig, QuantParams, SCALE_FLOOR};
+pub use scales::{ScaleDType, ScaleDigits};
 pub use spec::{Bits, GroupAxis, GroupLayout, GroupSize, QuantSpec, Symmetry};

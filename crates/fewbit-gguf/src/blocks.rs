@@ -3,6 +3,8 @@
 //! Every encoder asks for the very f32 that the weight is, `scale * (code - zero)`, and compares what
 //! a reader of the block will compute with it. Equal means equal as numbers: where a block's
 //! scale is negative a zero weight may come back as minus zero.
+//!
+//! A long file: an encoder for each type, and every one of them tried on grids that others hold too.
 
 // Equality to the bit is what this file is about.
 #![allow(clippy::float_cmp)]
