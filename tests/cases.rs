@@ -206,3 +206,72 @@ fn a_gguf_of_a_model_without_a_tokenizer() {
     let place = case("gguf_of_a_model_without_a_tokenizer");
     refuses(&place, &CHECK, &["tokenizer.json", "format.gguf"]);
 }
+
+/// A variable of the shell that was empty: nothing is written beside the user's files, and starting over
+/// removes none of them.
+#[test]
+fn an_output_without_a_name() {
+    let place = case("an_output_without_a_name");
+    for args in [&CHECK[..], &TRAIN, &[&TRAIN[..], &["--fresh"]].concat()] {
+        let told = place.refused(args);
+        assert!(told.starts_with("exit 2\nerror: the output has no name"), "{told}");
+    }
+    // The same folder by its name: it holds something else, whatever that is called.
+    for output in [".", "../"] {
+        let told = place.refused_briefly(&[&TRAIN[..], &["--fresh", "--output", output]].concat());
+        assert!(told.starts_with("exit 2\n"), "{told}");
+    }
+    let files = |name: &str| place.path(name).is_file();
+    assert!(files("checkpoints/mine.pt") && files("export/report.txt"));
+    // In a run's own folder, too: a file that no run wrote stops what would remove it.
+    let run = [&TRAIN[..], &["--output", "run"]].concat();
+    place.ok(&run);
+    place.write("run/export/notes.txt", "mine");
+    place.ok(&run);
+    let fresh = [&run[..], &["--fresh"]].concat();
+    let told = place.refused(&fresh);
+    assert!(told.starts_with("exit 2\n") && told.contains("run/export/notes.txt"), "{told}");
+    std::fs::remove_file(place.path("run/export/notes.txt")).unwrap();
+    place.ok(&fresh);
+    assert!(files("run/export/fewbit/manifest.json"));
+    let left: Vec<String> = place.tree("run").into_keys().collect();
+    assert!(left.iter().all(|name| !name.contains("tmp")), "{left:?}");
+    // A folder without a record is not a run's, were its names those of one.
+    std::fs::remove_file(place.path("run/run.json")).unwrap();
+    let told = place.refused(&run);
+    assert!(told.contains("holds files of something else"), "{told}");
+    let export =
+        ["export", "--model", "run/export/fewbit", "--format", "dequantized", "--output", ""];
+    let told = place.run(&export);
+    assert_eq!(told.code, 2, "{}", told.err);
+}
+
+#[test]
+fn files_that_are_no_text() {
+    let place = case("files_that_are_no_text");
+    let eval = |data: &'static str| {
+        let model = ["eval", "--model", "embedded:tinystories-656k", "--context", "16", "--data"];
+        [&model[..], &[data]].concat()
+    };
+    refuses(&place, &eval("utf16le.txt"), &["zero bytes", "utf16le.txt", "iconv"]);
+    refuses(&place, &eval("text.jsonl.gz"), &["compressed (gzip)", "gunzip"]);
+    place.write("marked.txt", b"\xff\xfeO\0n\0c\0e\0");
+    refuses(&place, &eval("marked.txt"), &["zero bytes"]);
+    place.write("archive.txt", b"PK\x03\x04\x14\x00\x00\x00 and so on");
+    refuses(&place, &eval("archive.txt"), &["compressed (zip)"]);
+    place.write(
+        "prose.txt",
+        "BZhang and PKs went to the river and played with the big red ball all day.",
+    );
+    place.ok(&eval("prose.txt"));
+    std::fs::create_dir(place.path("folder")).unwrap();
+    let told = place.refused(&eval("folder"));
+    assert!(told.contains("this is a folder"), "{told}");
+    let told = place.refused(&eval("/dev/null"));
+    assert!(told.contains("a pipe or a device"), "{told}");
+    let told = place.refused(&eval("text.json"));
+    assert!(told.contains("no such data file"), "{told}");
+    // As examples of prompts and answers.
+    let examples = [&eval("utf16le.txt")[..], &["--data-format", "completion"]].concat();
+    refuses(&place, &examples, &["zero bytes"]);
+}

@@ -282,7 +282,7 @@ mod recipe_errors {
             exit 2
             error: unknown key `bitz`
               at   --set quant.bitz=3
-              try  `bits` (known here: activations, bits, group_size, kv_cache, observer, override, scales, symmetric)
+              try  `bits` (known here: activations, bits, group_size, kv_cache, observer, override, scales, symmetric, target)
         ");
         assert_snapshot!(check_refuses(&place, &["quant.bits"]), @r"
             exit 2

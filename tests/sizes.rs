@@ -346,7 +346,7 @@ mod command {
             exit 3
             error: model_type `mamba` is not supported
               at   ./config.json
-              try  a model of type exaone4, gemma, gemma2, gemma3_text, gemma3, gpt2, gpt_neo, gpt_neox, gptj, granite, hyperclovax, llama, ministral3, mistral, olmo2, olmo3, opt, phi, phi3, qwen2, qwen3, smollm3
+              try  a model of type exaone4, gemma, gemma2, gemma3_text, gemma3, gpt2, gpt_neo, gpt_neox, gptj, granite, hyperclovax, llama, ministral3, mistral, olmo2, olmo3, opt, phi, phi3, qwen2, qwen3, qwen3_moe, smollm3
         ");
         assert_snapshot!(refused("{\"hidden_size\":8}", &[]), @r"
             exit 3

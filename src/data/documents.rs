@@ -63,7 +63,33 @@ pub fn sha256_of<P: AsRef<Path>>(paths: &[P]) -> Result<String> {
     Ok(hex(&all.finalize()))
 }
 
+/// First bytes of compressed files, and what undoes them.
+const COMPRESSED: [(&[u8], &str, &str); 5] = [
+    (b"\x1f\x8b", "gzip", "gunzip"),
+    (b"\x28\xb5\x2f\xfd", "Zstandard", "unzstd"),
+    (b"\xfd7zXZ\0", "xz", "unxz"),
+    (b"BZh", "bzip2", "bunzip2"),
+    (b"PK\x03\x04", "zip", "unzip"),
+];
+
+/// A file's bytes as text.
+///
+/// # Errors
+/// When they are compressed, hold zeros as UTF-16 does, or are no UTF-8.
 pub(super) fn decode_utf8(bytes: Vec<u8>, path: &Path) -> Result<String> {
+    let packed = COMPRESSED.iter().find(|(start, ..)| bytes.starts_with(start));
+    // Prose may begin with the letters of a signature.
+    let packed = packed.filter(|_| bytes.iter().take(512).any(|byte| *byte < 9 || *byte > 126));
+    if let Some((_, how, undo)) = packed {
+        return Err(refused(&format!("the file is compressed ({how})"), path)
+            .fix(format!("the text in it: `{undo} {}`", path.display())));
+    }
+    let wide = [b"\xff\xfe", b"\xfe\xff"].iter().any(|mark| bytes.starts_with(*mark));
+    if wide || bytes.contains(&0) {
+        let what = "the file is no UTF-8 text: it holds zero bytes, as UTF-16 and binary files do";
+        let iconv = format!("`iconv -f UTF-16 -t UTF-8 {}` if it is UTF-16", path.display());
+        return Err(refused(what, path).fix(iconv));
+    }
     String::from_utf8(bytes).map_err(|error| {
         let valid = error.utf8_error().valid_up_to();
         let line = error.as_bytes()[..valid].split(|byte| *byte == b'\n').count();

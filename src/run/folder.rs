@@ -22,6 +22,8 @@ const CONTENTS: [&str; 9] = [
     "eval",
 ];
 const LOCK_FILE: &str = ".lock";
+/// Starts the name of the folder that removed things are moved to.
+const ASIDE: &str = ".removed.tmp-";
 
 /// A run's folder, held by this process.
 #[derive(Debug)]
@@ -38,6 +40,9 @@ impl RunFolder {
     pub fn check(prepared: &Prepared, fresh: bool) -> Result<()> {
         let path = &prepared.plan.recipe.output;
         refuse_foreign(path)?;
+        if fresh {
+            refuse_strangers(path)?;
+        }
         match RunRecord::read(path)? {
             Some(record) if !fresh => refuse_other(&record, prepared),
             _ => Ok(()),
@@ -52,6 +57,9 @@ impl RunFolder {
     pub fn open(prepared: &Prepared, fresh: bool) -> Result<(Self, RunRecord)> {
         let path = prepared.plan.recipe.output.clone();
         refuse_foreign(&path)?;
+        if fresh {
+            refuse_strangers(&path)?;
+        }
         std::fs::create_dir_all(&path).map_err(|e| Error::io("create", &path, &e))?;
         let folder = Self { _lock: lock(&path)?, path };
         // Under the lock nobody is writing: what a killed process left half written is of no use.
@@ -64,9 +72,10 @@ impl RunFolder {
         let names: Vec<&str> = prepared.plan.stages.iter().map(|s| s.config.name()).collect();
         let new = RunRecord::new(&names, prepared.needs.clone(), prepared.fingerprint.clone());
         let Some(mut record) = RunRecord::read(&folder.path)? else {
+            // The record first: it is what says that the folder is a run's.
+            new.save(&folder.path)?;
             let recipe = to_toml(&prepared.plan.recipe)?;
             write_atomic(&folder.path.join("recipe.toml"), recipe.as_bytes())?;
-            new.save(&folder.path)?;
             return Ok((folder, new));
         };
         refuse_other(&record, prepared)?;
@@ -88,23 +97,45 @@ impl RunFolder {
         self.path.join("checkpoints").join(format!("{index:02}-{name}"))
     }
 
+    /// Removes what a run wrote, all of it moved aside before any of it is gone.
     fn clear(&self) -> Result<()> {
-        for name in CONTENTS {
-            let path = self.path.join(name);
-            let removed = if path.is_dir() {
-                std::fs::remove_dir_all(&path)
-            } else {
-                std::fs::remove_file(&path)
-            };
-            match removed {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(Error::io("remove", &path, &e));
-                }
-                _ => {}
-            }
+        let aside = self.path.join(format!("{ASIDE}{}", std::process::id()));
+        std::fs::create_dir_all(&aside).map_err(|e| Error::io("create", &aside, &e))?;
+        for path in CONTENTS.map(|name| self.path.join(name)) {
+            let Some(name) = path.file_name().filter(|_| path.exists()) else { continue };
+            let to = aside.join(name);
+            std::fs::rename(&path, to).map_err(|e| Error::io("move", &path, &e))?;
         }
-        Ok(())
+        std::fs::remove_dir_all(&aside).map_err(|e| Error::io("remove", &aside, &e))
     }
+}
+
+/// What in the folders of a run is not a run's: starting over would remove it.
+fn strangers(run: &Path) -> Result<Option<PathBuf>> {
+    /// `NN-stage`.
+    fn is_stage(name: &str) -> bool {
+        name.split_once('-').is_some_and(|(index, _)| index.parse::<u16>().is_ok())
+    }
+    let known: [(&str, fn(&Path, &str) -> bool); 4] = [
+        ("checkpoints", |path, name| path.is_dir() && is_stage(name)),
+        ("export", |path, _| path.join("manifest.json").is_file()),
+        ("adapters", |path, name| path.is_dir() || name.ends_with(".safetensors")),
+        ("tensorboard", |path, name| path.is_dir() || name.starts_with("events.")),
+    ];
+    for (folder, ours) in known {
+        let folder = run.join(folder);
+        if !folder.is_dir() {
+            continue;
+        }
+        let foreign = |path: &PathBuf| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            !name.starts_with('.') && !ours(path, &name)
+        };
+        if let Some(path) = entries(&folder)?.into_iter().find(foreign) {
+            return Ok(Some(path));
+        }
+    }
+    Ok(None)
 }
 
 /// Removes the temporary files of processes that are gone, in `dir` and where asked for in the folders
@@ -114,7 +145,9 @@ fn sweep(dir: &Path, folders: bool) {
     for entry in entries.flatten() {
         let (path, name) = (entry.path(), entry.file_name());
         let name = name.to_string_lossy();
-        if name.starts_with('.') && name.contains(".tmp-") && path.is_file() {
+        if name.starts_with(ASIDE) && path.is_dir() {
+            let _ = std::fs::remove_dir_all(&path);
+        } else if name.starts_with('.') && name.contains(".tmp-") && path.is_file() {
             let _ = std::fs::remove_file(&path);
         } else if folders && path.is_dir() {
             sweep(&path, false);
@@ -134,6 +167,11 @@ fn refuse_other(record: &RunRecord, prepared: &Prepared) -> Result<()> {
 
 /// A folder with files that no run wrote is not ours to write into.
 fn refuse_foreign(path: &Path) -> Result<()> {
+    if path.as_os_str().is_empty() {
+        return Err(Error::usage("the output has no name")
+            .at("output")
+            .fix("the folder of the run; a variable of the shell may be empty"));
+    }
     if path.is_file() {
         return Err(Error::usage("the output is a file")
             .at(path.display())
@@ -144,13 +182,23 @@ fn refuse_foreign(path: &Path) -> Result<()> {
     }
     for entry in entries(path)? {
         let name = entry.file_name().unwrap_or_default().to_string_lossy();
-        if name != LOCK_FILE && !CONTENTS.contains(&name.as_ref()) && !name.contains(".tmp") {
+        if name != LOCK_FILE && !name.contains(".tmp-") {
             return Err(Error::usage("the output folder holds files of something else")
                 .at(entry.display())
                 .fix("another --output"));
         }
     }
     Ok(())
+}
+
+/// Starting over removes what a run wrote and nothing else.
+fn refuse_strangers(path: &Path) -> Result<()> {
+    match strangers(path)? {
+        None => Ok(()),
+        Some(file) => Err(Error::usage("--fresh would remove something that no run wrote")
+            .at(file.display())
+            .fix("move it elsewhere, or another --output")),
+    }
 }
 
 fn lock(path: &Path) -> Result<File> {

@@ -46,7 +46,14 @@ pub fn data(name: &str) -> Result<PathBuf> {
     if path.is_file() {
         return Ok(path);
     }
-    Err(Error::usage("there is no such data file").at(name).fix("check the path"))
+    let (what, fix) = if path.is_dir() {
+        ("this is a folder, and data is a file", "a file in it, or a list of them")
+    } else if path.exists() {
+        ("this is a pipe or a device, and data is read more than once", "write it to a file first")
+    } else {
+        ("there is no such data file", "check the path")
+    };
+    Err(Error::usage(what).at(name).fix(fix))
 }
 
 /// Checks the path of a file to be written: it has a name, and the folder it goes to exists.
