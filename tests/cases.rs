@@ -272,6 +272,9 @@ fn files_that_are_no_text() {
     let told = place.refused(&eval("text.json"));
     assert!(told.contains("no such data file"), "{told}");
     // As examples of prompts and answers.
-    let examples = [&eval("utf16le.txt")[..], &["--data-format", "completion"]].concat();
-    refuses(&place, &examples, &["zero bytes"]);
+    let recipe = "output = \"run\"\ndevice = \"cpu\"\n[model]\npath = \"embedded:tinystories-656k\"\n\
+                  [data.train]\npath = \"utf16le.txt\"\nformat = \"completion\"\nlength = 16\n[quant]\nbits = 4\n\
+                  [[stage]]\n[stage.distill]\nmethod.lsq = {}\nobjective.jsd = {}\nsteps = 1\n";
+    place.write("recipe.toml", recipe);
+    refuses(&place, &CHECK, &["zero bytes"]);
 }

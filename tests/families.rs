@@ -13,7 +13,7 @@ use fewbit::store::safetensors::{Checkpoint, write_file};
 use fewbit::store::{HostTensor, TensorSource};
 use serde_json::{Value, json};
 
-/// One folder for each `model_type`.
+/// One folder for each `model_type`, and OPT's with projections.
 fn families() -> BTreeMap<String, PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity");
     let folders = std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path());
@@ -21,7 +21,12 @@ fn families() -> BTreeMap<String, PathBuf> {
         folders.filter(|folder| folder.join("config.json").is_file()).collect();
     folders.sort();
     let kind = |folder: &PathBuf| config(folder)["model_type"].as_str().unwrap().to_owned();
-    folders.into_iter().rev().map(|folder| (kind(&folder), folder)).collect()
+    let mut all: BTreeMap<String, PathBuf> =
+        folders.iter().rev().map(|folder| (kind(folder), folder.clone())).collect();
+    // Its hidden states are wider than what its head reads.
+    let projected = folders.into_iter().find(|folder| folder.ends_with("opt_proj"));
+    all.extend(projected.map(|folder| ("opt_proj".to_owned(), folder)));
+    all
 }
 
 fn config(folder: &Path) -> Value {

@@ -147,9 +147,11 @@ fn print(session: &Session, format: Format, exported: &Exported, trained: &Gauge
         }
     };
     let (bytes, bits) = (size(exported.bytes), exported.bits_per_weight);
+    let whole = exported.bits_per_parameter;
+    let bits = if bits > 0.0 { format!("{bits:.2} bits/weight, ") } else { String::new() };
     output::line(&format!(
         "exported   {}\n\
-         format     {}, {bytes}, {bits:.2} bits/weight\n\
+         format     {}, {bytes}, {bits}{whole:.2} bits a parameter in all\n\
          {adapter}{}checked    {checked}",
         exported.path.display(),
         format.name(),

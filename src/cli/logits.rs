@@ -46,7 +46,9 @@ pub(super) fn run(args: &LogitsArgs) -> Result<()> {
     let device = &session.device.device;
     let positions = Positions::new(config, 0, seq, model.dtype(), device);
     let hidden = model.hidden(CausalLm::tokens(&[&args.tokens], device), &positions);
-    let logits = model.logits(hidden.reshape([seq, config.d_model]));
+    // Some models go back to the embedding's width before the head.
+    let [_, _, width] = hidden.dims();
+    let logits = model.logits(hidden.reshape([seq, width]));
     let values: Vec<f32> = logits.into_data().iter::<f32>().collect();
     let tensor = HostTensor::f32([1, seq, config.vocab], &values);
     write_file(&args.output, &[("logits".to_owned(), tensor)], &BTreeMap::new())?;

@@ -81,7 +81,7 @@ pub(super) fn decode_utf8(bytes: Vec<u8>, path: &Path) -> Result<String> {
     // Prose may begin with the letters of a signature.
     let packed = packed.filter(|_| bytes.iter().take(512).any(|byte| *byte < 9 || *byte > 126));
     if let Some((_, how, undo)) = packed {
-        return Err(refused(&format!("the file is compressed ({how})"), path)
+        return Err(refused(format!("the file is compressed ({how})"), path)
             .fix(format!("the text in it: `{undo} {}`", path.display())));
     }
     let wide = [b"\xff\xfe", b"\xfe\xff"].iter().any(|mark| bytes.starts_with(*mark));

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::coded::{Coded, Layer, Tensors, stated};
 use super::embeddings::Embeddings;
-use super::format::{PackedFormat, Packer};
+use super::format::{Dense, PackedFormat, Packer};
 use super::gptq::{self, GptqFormatConfig, GptqOptions, Version};
 use super::plan::{Holds, Reason, beyond_f16};
 use super::read::{Reader, section};
@@ -58,8 +58,8 @@ impl Packer for Autoround {
         gptq::encode(name, weight, self.0)
     }
 
-    fn section(&self, linears: &[Layer], dense: &[String]) -> Result<Value> {
-        Ok(config(linears, dense, self.0))
+    fn section(&self, linears: &[Layer], dense: &Dense) -> Result<Value> {
+        Ok(config(linears, &dense.linears, self.0))
     }
 }
 

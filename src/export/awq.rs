@@ -12,7 +12,7 @@ use super::coded::{
     Coded, Layer, Tensors, floats, repeated, stated, stored_group, transposed, words_as_i32,
 };
 use super::embeddings::Embeddings;
-use super::format::{PackedFormat, Packer};
+use super::format::{Dense, PackedFormat, Packer};
 use super::plan::{Holds, Reason, beyond_f16};
 use super::read::{Reader, section};
 use crate::error::{Error, Result};
@@ -78,8 +78,8 @@ impl Packer for Awq {
         encode(name, weight, self.0)
     }
 
-    fn section(&self, linears: &[Layer], dense: &[String]) -> Result<Value> {
-        config(linears, dense)
+    fn section(&self, linears: &[Layer], dense: &Dense) -> Result<Value> {
+        config(linears, &[&dense.linears[..], &dense.parts].concat())
     }
 }
 

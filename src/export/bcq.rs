@@ -20,7 +20,7 @@ use serde_json::{Map, Value, json};
 
 use super::coded::{Coded, Layer, Tensors, transposed};
 use super::embeddings::Embeddings;
-use super::format::{PackedFormat, Packer};
+use super::format::{Dense, PackedFormat, Packer};
 use super::plan::{Holds, Reason};
 use super::planes;
 use super::read::{Reader, section};
@@ -113,7 +113,7 @@ impl Packer for BcqFormatConfig {
         encode_nested(name, &planes::precisions(name, &planes, &self.precisions)?)
     }
 
-    fn section(&self, linears: &[Layer], _dense: &[String]) -> Result<Value> {
+    fn section(&self, linears: &[Layer], _dense: &Dense) -> Result<Value> {
         Ok(config(linears, &self.precisions))
     }
 }
@@ -271,7 +271,8 @@ mod read {
             let layout = GroupLayout { out, inputs, groups, group_len, axis: GroupAxis::In };
             let grid = Grid::BinaryCoding { alpha, offset };
             let weight = QuantizedWeight::new(&codes, grid, Bits::new(bits)?, layout)?;
-            let exact = weight.dequantize().iter().zip(&weights).all(|(a, b)| a == b);
+            let exact =
+                weight.dequantize().iter().zip(&weights).all(|(a, b)| a.to_bits() == b.to_bits());
             Ok(exact.then_some(weight))
         }
     }

@@ -32,7 +32,9 @@ fn head(source: &str, model: &str) -> String {
     // owner/name of the hub, not a path.
     let of_hub = model.split('/').count() == 2 && !model.starts_with(['.', '/']);
     if of_hub {
-        kept.push_str(&format!("base_model: {model}\n"));
+        kept += "base_model: ";
+        kept += model;
+        kept.push('\n');
     }
     if kept.is_empty() { kept } else { format!("---\n{kept}---\n\n") }
 }

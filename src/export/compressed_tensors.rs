@@ -13,7 +13,7 @@ use super::coded::{
     Coded, Layer, Tensors, dtype, floats, is_exact, most_common, transposed, words_as_i32,
 };
 use super::embeddings::Embeddings;
-use super::format::{PackedFormat, Packer};
+use super::format::{Dense, PackedFormat, Packer};
 use super::plan::Holds;
 use super::read::{Reader, section};
 use crate::error::{Error, Result};
@@ -72,8 +72,11 @@ impl Packer for CompressedTensorsConfig {
         encode(name, weight, dtype(self.scales))
     }
 
-    fn section(&self, linears: &[Layer], dense: &[String]) -> Result<Value> {
-        Ok(config(linears, dense))
+    fn section(&self, linears: &[Layer], dense: &Dense) -> Result<Value> {
+        // Names are whole ones but for expressions.
+        let parts = dense.parts.iter().map(|part| format!("re:.*{part}.*"));
+        let ignored: Vec<String> = dense.linears.iter().cloned().chain(parts).collect();
+        Ok(config(linears, &ignored))
     }
 }
 

@@ -29,12 +29,11 @@ pub fn holds(
         let stored = writing.stored(linear)?;
         let len = stored.weight.layout.len() as f64;
         weights += len;
-        bits += match keys.kind() {
-            Kind::File(file) => len * file.accepts(linear, &stored.weight, &writing.config)?,
-            _ => {
-                let tensors = writing.encode(linear, &stored.weight)?;
-                8.0 * tensors.iter().map(|(_, tensor)| tensor.bytes.len() as f64).sum::<f64>()
-            }
+        bits += if let Kind::File(file) = keys.kind() {
+            len * file.accepts(linear, &stored.weight, &writing.config)?
+        } else {
+            let tensors = writing.encode(linear, &stored.weight)?;
+            8.0 * tensors.iter().map(|(_, tensor)| tensor.bytes.len() as f64).sum::<f64>()
         };
     }
     Ok(bits / f64::max(weights, 1.0))

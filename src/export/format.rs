@@ -127,6 +127,19 @@ pub trait PackedFormat: Named {
     fn reader(&self) -> &'static Reader;
 }
 
+/// What of a model stays as it is, for a config to list.
+#[derive(Debug, Default)]
+pub struct Dense {
+    /// Linears of the blocks, embedding and head by their names.
+    pub linears: Vec<String>,
+    /// Parts of other models in the same file, an image encoder for instance: loaders would take their
+    /// linears for packed ones.
+    pub parts: Vec<String>,
+}
+
+/// What the head is called in a model that transformers has loaded.
+const LOADED_HEAD: &str = "lm_head";
+
 /// A packed format with the settings that suit a model.
 pub trait Packer {
     /// The tensors of linear `name`, which the planner has put into codes of the format.
@@ -140,12 +153,12 @@ pub trait Packer {
         None
     }
 
-    /// The `quantization_config` of a model of these linears; `dense` names those that stay as they
-    /// are, the embedding among them.
+    /// The `quantization_config` of a model of these linears; `dense` names what stays as it is, the
+    /// embedding among it.
     ///
     /// # Errors
     /// When the format cannot state what the linears are.
-    fn section(&self, linears: &[Layer], dense: &[String]) -> Result<Value>;
+    fn section(&self, linears: &[Layer], dense: &Dense) -> Result<Value>;
 
     /// Where else in `config.json` the section stands.
     fn section_name(&self) -> Option<&'static str> {
@@ -438,13 +451,24 @@ impl<'a> Writing<'a> {
         self.linears.contains(self.config.head())
     }
 
-    /// Linears and embeddings that stay as they are, for a config to list.
-    fn unquantized(&self) -> Vec<String> {
-        let embedding = linear_of(&self.config.embedding()).to_owned();
-        let linears = self.config.linears().map(|(name, _)| name);
-        let all = linears.chain([self.config.head().to_owned(), embedding]);
-        let taken: BTreeSet<&str> = self.linears().collect();
-        all.filter(|name| !taken.contains(name.as_str())).collect()
+    /// What stays as it is, for a config to list.
+    fn unquantized(&self) -> Dense {
+        let (config, taken) = (&self.config, self.linears().collect::<BTreeSet<&str>>());
+        let embedding = linear_of(&config.embedding()).to_owned();
+        let linears = config.linears().map(|(name, _)| name);
+        let all = linears.chain([config.head().to_owned(), embedding]);
+        let mut linears: Vec<String> = all.filter(|name| !taken.contains(name.as_str())).collect();
+        // transformers calls every head so, whatever its checkpoints do.
+        if linears.iter().any(|name| name == config.head()) && config.head() != LOADED_HEAD {
+            linears.push(LOADED_HEAD.to_owned());
+        }
+        let held = |start: &&&str| self.names.iter().any(|name| name.starts_with(**start));
+        let beside = config.arch.names.beside.iter().filter(held);
+        let part = |start: &&str| {
+            let name = start.trim_end_matches('.');
+            name.rsplit('.').next().unwrap_or(name).to_owned()
+        };
+        Dense { linears, parts: beside.map(part).collect() }
     }
 
     /// A linear as trained, with the method that did it.

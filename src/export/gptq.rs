@@ -17,7 +17,7 @@ use super::coded::{
     words_as_i32,
 };
 use super::embeddings::Embeddings;
-use super::format::{PackedFormat, Packer};
+use super::format::{Dense, PackedFormat, Packer};
 use super::plan::{Holds, Reason, beyond_f16};
 use super::read::{Reader, section};
 use crate::error::{Error, Result};
@@ -84,8 +84,8 @@ impl Packer for GptqOptions {
         encode(name, weight, *self)
     }
 
-    fn section(&self, linears: &[Layer], dense: &[String]) -> Result<Value> {
-        Ok(config(linears, dense, *self))
+    fn section(&self, linears: &[Layer], dense: &Dense) -> Result<Value> {
+        Ok(config(linears, &dense.linears, *self))
     }
 }
 

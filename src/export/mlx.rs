@@ -18,7 +18,7 @@ use super::coded::{
     Coded, Layer, Tensors, dtype, floats, is_exact, most_common, repeated, stored_group,
 };
 use super::embeddings::{EmbeddingGrid, Embeddings};
-use super::format::{PackedFormat, Packer};
+use super::format::{Dense, PackedFormat, Packer};
 use super::plan::{Holds, Reason};
 use super::read::{Reader, named_method};
 use crate::error::{Error, Result};
@@ -115,8 +115,8 @@ impl Packer for MlxConfig {
         Some(arithmetic(weight, dtype(self.scales)))
     }
 
-    fn section(&self, linears: &[Layer], dense: &[String]) -> Result<Value> {
-        Ok(config(linears, dense))
+    fn section(&self, linears: &[Layer], dense: &Dense) -> Result<Value> {
+        Ok(config(linears, &dense.linears))
     }
 
     fn section_name(&self) -> Option<&'static str> {

@@ -35,6 +35,8 @@ pub struct Exported {
     pub bytes: u64,
     /// Bits per quantized weight as stored in this format.
     pub bits_per_weight: f64,
+    /// Bits of the files of weights per parameter of the model: embedding, head and norms included.
+    pub bits_per_parameter: f64,
     /// Whether the folder computes something else than what was trained.
     pub lossy: bool,
     /// What was changed of linears and other tensors, where a loss was allowed, by name.
@@ -116,11 +118,26 @@ pub(super) fn write_adapted(
     }
     record(&mut manifest, gate, &gauged);
     manifest.write(staged.path())?;
-    let bytes = folder_bytes(staged.path())?;
+    let bytes = folder_bytes(staged.path(), |_| true)?;
+    let weights = folder_bytes(staged.path(), |name| {
+        [".safetensors", ".gguf"].iter().any(|end| name.ends_with(end))
+    })?;
+    let parameters: usize =
+        opened.config.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+    let bits_per_parameter = 8.0 * weights as f64 / parameters.max(1) as f64;
     staged.commit()?;
     let Manifest { bits_per_weight, lossy, .. } = manifest;
     let (path, seconds) = (target.to_owned(), start.elapsed().as_secs_f64());
-    Ok(Exported { path, bytes, bits_per_weight, lossy, losses, gauged, seconds })
+    Ok(Exported {
+        path,
+        bytes,
+        bits_per_weight,
+        bits_per_parameter,
+        lossy,
+        losses,
+        gauged,
+        seconds,
+    })
 }
 
 fn write_tensors(writing: &Writing<'_>, dir: &Path, manifest: &mut Manifest) -> Result<()> {
@@ -249,9 +266,11 @@ fn write_companions(
     Ok(hashes)
 }
 
-fn folder_bytes(dir: &Path) -> Result<u64> {
+/// Bytes of the files in a folder whose names are `counted`.
+fn folder_bytes(dir: &Path, counted: impl Fn(&str) -> bool) -> Result<u64> {
     let mut total = 0;
-    for path in entries(dir)? {
+    let counted = |path: &PathBuf| counted(&path.file_name().unwrap_or_default().to_string_lossy());
+    for path in entries(dir)?.into_iter().filter(counted) {
         total += path.symlink_metadata().map_err(|e| Error::io("read", &path, &e))?.len();
     }
     Ok(total)

@@ -32,8 +32,8 @@ impl Routes {
         for (at, expert) in chosen.iter().enumerate() {
             let place = next[*expert];
             next[*expert] += 1;
-            rows[place] = (at / experts.active) as i32;
-            places.push(place as i32);
+            rows[place] = ((at / experts.active) as u32).cast_signed();
+            places.push((place as u32).cast_signed());
         }
         Self { rows, places, visits }
     }
@@ -64,21 +64,21 @@ impl Block {
         }
         let chosen: Vec<usize> =
             chosen.into_data().iter::<i64>().map(|expert| expert as usize).collect();
-        let routes = Routes::new(&chosen, experts);
+        let sent = Routes::new(&chosen, experts);
         let device = x.device();
         let indices = |values: Vec<i32>| {
             let len = values.len();
             Tensor::<1, Int>::from_data(TensorData::new(values, [len]), &device)
         };
         let dtype = x.dtype();
-        let sorted = x.select(0, indices(routes.rows));
+        let sorted = x.select(0, indices(sent.rows));
         let (mut outputs, mut start) = (Vec::new(), 0);
-        for (expert, visits) in routes.visits.into_iter().enumerate().filter(|(_, n)| *n > 0) {
+        for (expert, visits) in sent.visits.into_iter().enumerate().filter(|(_, n)| *n > 0) {
             let own = sorted.clone().narrow(0, start, visits);
             outputs.push(self.expert(expert, own.unsqueeze(), tap).reshape([visits, d]));
             start += visits;
         }
-        let back = Tensor::cat(outputs, 0).select(0, indices(routes.places));
+        let back = Tensor::cat(outputs, 0).select(0, indices(sent.places));
         let weights = weights.cast(dtype).reshape([tokens, active, 1]);
         (back.reshape([tokens, active, d]) * weights).sum_dim(1).reshape(shape)
     }
@@ -118,7 +118,7 @@ mod tests {
         assert_eq!(rows, [0, 2, 0, 1, 1, 2]);
         assert_eq!(places, [2, 0, 4, 3, 1, 5]);
         for (at, place) in places.iter().enumerate() {
-            assert_eq!(rows[*place as usize], (at / 2) as i32);
+            assert_eq!(rows[place.unsigned_abs() as usize].unsigned_abs() as usize, at / 2);
         }
     }
 }

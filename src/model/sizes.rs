@@ -157,10 +157,10 @@ impl ModelShape {
             Trainable::Alphas { bits, group_size } => Ok(bits * self.groups(group_size)?),
             Trainable::LoraQueryValue { rank } => {
                 let blocks = 0..self.0.n_blocks;
-                self.lora(rank, blocks.flat_map(|_| self.queries_and_values()))
+                Self::lora(rank, blocks.flat_map(|_| self.queries_and_values()))
             }
             Trainable::LoraAll { rank } => {
-                self.lora(rank, self.0.linears().map(|(_, spec)| (spec.name, spec.shape)))
+                Self::lora(rank, self.0.linears().map(|(_, spec)| (spec.name, spec.shape)))
             }
             Trainable::BlockLinears => Ok(self.linear_weights()),
             Trainable::Everything => Ok(self.parameters()),
@@ -223,11 +223,7 @@ impl ModelShape {
         Ok(groups)
     }
 
-    fn lora(
-        &self,
-        rank: u64,
-        targets: impl Iterator<Item = (&'static str, [usize; 2])>,
-    ) -> Result<u64> {
+    fn lora(rank: u64, targets: impl Iterator<Item = (&'static str, [usize; 2])>) -> Result<u64> {
         let mut adapters = 0;
         for (name, shape) in targets {
             let [out, inputs] = shape.map(|side| side as u64);

@@ -263,6 +263,8 @@ pub enum Event {
         bytes: u64,
         /// Mean over the quantized weights, scales included.
         bits_per_weight: f64,
+        /// Of the files of weights, per parameter of the whole model.
+        bits_per_parameter: f64,
         /// Result of the parity check, e.g. `codes exact`.
         parity: String,
         /// Wall-clock time in seconds.

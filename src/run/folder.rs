@@ -110,13 +110,16 @@ impl RunFolder {
     }
 }
 
+/// Whether a run wrote something, by its path and its name.
+type Known = fn(&Path, &str) -> bool;
+
 /// What in the folders of a run is not a run's: starting over would remove it.
 fn strangers(run: &Path) -> Result<Option<PathBuf>> {
     /// `NN-stage`.
     fn is_stage(name: &str) -> bool {
         name.split_once('-').is_some_and(|(index, _)| index.parse::<u16>().is_ok())
     }
-    let known: [(&str, fn(&Path, &str) -> bool); 4] = [
+    let known: [(&str, Known); 4] = [
         ("checkpoints", |path, name| path.is_dir() && is_stage(name)),
         ("export", |path, _| path.join("manifest.json").is_file()),
         ("adapters", |path, name| path.is_dir() || name.ends_with(".safetensors")),

@@ -129,6 +129,7 @@ impl Stage for ExportConfig {
                 path: exported.path.display().to_string(),
                 bytes: exported.bytes,
                 bits_per_weight: exported.bits_per_weight,
+                bits_per_parameter: exported.bits_per_parameter,
                 parity,
                 seconds: exported.seconds,
             });

@@ -22,7 +22,6 @@ import sys
 import numpy as np
 from safetensors.numpy import load_file
 
-from check_llamacpp import Server
 from llama import log_softmax
 
 PARITY = pathlib.Path(__file__).parent.parent / "parity"
@@ -93,6 +92,8 @@ def tokenizer(vocab):
 
 def check(fewbit, source, work):
     """(sentence, whether all is well)"""
+    from check_llamacpp import Server  # here: families_hf.py needs no llama.cpp
+
     work.mkdir(parents=True, exist_ok=True)
     for old in ("model", "run"):
         shutil.rmtree(work / old, ignore_errors=True)

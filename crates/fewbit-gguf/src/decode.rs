@@ -3,6 +3,9 @@
 //! Each type is one function from a block and an index to a weight, written down from the layout;
 //! slow, and with nothing clever in it that could be wrong in the same way as the encoder.
 
+// Levels either are the weights or are not.
+#![allow(clippy::float_cmp)]
+
 use half::{bf16, f16};
 
 use crate::error::{Error, Result};
@@ -77,7 +80,7 @@ pub struct Levels {
 pub fn decode_levels(kind: BlockType, bytes: &[u8]) -> Result<Option<Levels>> {
     let values = decode(kind, bytes)?;
     let Some((bits, group_len, grid)) = grid_of(kind) else { return Ok(None) };
-    let top = ((1_u16 << bits) - 1) as f32;
+    let top = f32::from((1_u16 << bits) - 1);
     let parts = kind.block_len() / group_len;
     let blocks = bytes.chunks_exact(kind.block_bytes());
     let grids = blocks.flat_map(|block| (0..parts).map(move |part| grid(block, part)));
@@ -289,11 +292,12 @@ mod tests {
                 let (at, offset) = match kind {
                     BlockType::Q2K => (80, Some(82)),
                     BlockType::Q3K => (108, None),
-                    BlockType::Q4K | BlockType::Q5K => (0, Some(2)),
                     BlockType::Q6K => (208, None),
                     BlockType::Tq2_0 => (64, None),
                     BlockType::Tq1_0 => (52, None),
-                    BlockType::Q4_1 | BlockType::Q5_1 => (0, Some(2)),
+                    BlockType::Q4_1 | BlockType::Q5_1 | BlockType::Q4K | BlockType::Q5K => {
+                        (0, Some(2))
+                    }
                     _ => (0, None),
                 };
                 for at in std::iter::once(at).chain(offset) {
@@ -302,7 +306,7 @@ mod tests {
                 // Multiples of a part's scale: every scale is 1.
                 match kind {
                     BlockType::Q2K => {
-                        block[..16].iter_mut().for_each(|part| *part = *part & 0xf0 | 1)
+                        block[..16].iter_mut().for_each(|part| *part = *part & 0xf0 | 1);
                     }
                     BlockType::Q4K | BlockType::Q5K => {
                         block[4..8].fill(1);

@@ -7,12 +7,23 @@ use crate::report::{Event, duration, perplexity, size};
 /// Lines about what is left behind.
 pub(super) fn ending(event: &Event, width: usize) -> Option<String> {
     match event {
-        Event::Exported { format, path, bytes, bits_per_weight, parity, seconds } => {
+        Event::Exported {
+            format,
+            path,
+            bytes,
+            bits_per_weight,
+            bits_per_parameter,
+            parity,
+            seconds,
+        } => {
             let head = labelled("export", &format!("{format:<VERB$}"));
             let fields = [
                 Field::new(&format!("{:>7}", size(*bytes))),
-                Field::new(&format!("{bits_per_weight:>5.2} bits/weight"))
-                    .or(&format!("{bits_per_weight:>5.2} bits")),
+                Field::new(&format!(
+                    "{bits_per_weight:>5.2} bits/weight, {bits_per_parameter:.2} in all"
+                ))
+                .or(&format!("{bits_per_weight:>5.2} bits, {bits_per_parameter:.2} in all"))
+                .or(&format!("{bits_per_weight:>5.2} bits")),
                 Field::new(parity),
                 Field::new(&format!("{:>6}", brief(*seconds))),
                 Field::path(path),
@@ -167,6 +178,7 @@ mod tests {
             path: "runs/upq_int2/export/gguf".into(),
             bytes: 612_000_000,
             bits_per_weight: 2.63,
+            bits_per_parameter: 3.1,
             parity: "codes exact".into(),
             seconds: 12.0,
         };
