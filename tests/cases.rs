@@ -274,7 +274,7 @@ fn files_that_are_no_text() {
     // As examples of prompts and answers.
     let recipe = "output = \"run\"\ndevice = \"cpu\"\n[model]\npath = \"embedded:tinystories-656k\"\n\
                   [data.train]\npath = \"utf16le.txt\"\nformat = \"completion\"\nlength = 16\n[quant]\nbits = 4\n\
-                  [[stage]]\n[stage.distill]\nmethod.lsq = {}\nobjective.jsd = {}\nsteps = 1\n";
+                  [[stage]]\n[stage.distill]\nmethod.lsq = {}\nobjective.jsd = {}\nsteps = 1\nlearning_rate = 1e-3\n";
     place.write("recipe.toml", recipe);
     refuses(&place, &CHECK, &["zero bytes"]);
 }

@@ -458,12 +458,15 @@ impl<'a> Writing<'a> {
         let linears = config.linears().map(|(name, _)| name);
         let all = linears.chain([config.head().to_owned(), embedding]);
         let mut linears: Vec<String> = all.filter(|name| !taken.contains(name.as_str())).collect();
+        let names = &config.arch.names;
+        let between = names.projections.into_iter().flatten();
+        linears.extend(between.map(|name| format!("{}{name}", names.root)));
         // transformers calls every head so, whatever its checkpoints do.
         if linears.iter().any(|name| name == config.head()) && config.head() != LOADED_HEAD {
             linears.push(LOADED_HEAD.to_owned());
         }
         let held = |start: &&&str| self.names.iter().any(|name| name.starts_with(**start));
-        let beside = config.arch.names.beside.iter().filter(held);
+        let beside = names.beside.iter().filter(held);
         let part = |start: &&str| {
             let name = start.trim_end_matches('.');
             name.rsplit('.').next().unwrap_or(name).to_owned()
