@@ -36,7 +36,7 @@ TABLED = ("gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "phi")
 REFUSED = {
     *("exaone4", "gemma3", "gpt_neo", "gptj", "hyperclovax", "hyperclovax_plain", "llama_dynamic"),
     *("llama_yarn", "olmo3", "opt", "opt_proj", "phi3_window", "phi_qk", "qwen2_window"),
-    "qwen3_sharded",
+    *("qwen3_moe", "qwen3_sharded"),
 }
 STEPS = (4, 5, 6, 7, 9, 11, 13, 16, 18, 20, 22, 24)
 RECIPE = """seed = 0
