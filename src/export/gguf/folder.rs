@@ -11,6 +11,7 @@ use fewbit_gguf::{Reader, Value};
 use serde_json::{Map, Value as Json, json};
 
 use super::check::check_kind;
+use super::generation;
 use super::keys::Keys;
 use super::own::{File, Shapes};
 use super::scaling::{Scaled, scaling};
@@ -53,6 +54,7 @@ fn files<R: Read + Seek>(reader: &mut Reader<R>) -> Result<BTreeMap<String, Stri
         file["bos_token_id"] = json!(described.special.bos);
         file["eos_token_id"] = described.special.ends();
     }
+    generation::read(keys, &mut generation)?;
     let mut files = vec![("config.json", config), ("generation_config.json", generation)];
     if let Some(tokenizer) = tokenizer {
         files.push(("tokenizer_config.json", tokenizer.settings(keys, described.context)?));

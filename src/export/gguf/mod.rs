@@ -11,6 +11,7 @@
 mod check;
 mod error;
 pub mod folder;
+mod generation;
 mod keys;
 pub mod llama;
 mod merges;

@@ -12,6 +12,7 @@ use std::path::Path;
 use fewbit_gguf::Value;
 use serde_json::Value as Json;
 
+use super::generation;
 use super::pieces::{Merges, Pieces, TokenizerMetadata};
 use super::pretokenizer::{pre_name, types};
 use super::special::{put_special, put_templates};
@@ -37,8 +38,20 @@ pub fn read(dir: &Path, config: &ModelConfig) -> Result<TokenizerMetadata> {
             other => *other = serde_json::json!({ "chat_template": text }),
         }
     }
-    from_json(&tokenizer, &settings, config).map_err(|error| error.at(path.display()))
+    let mut made =
+        from_json(&tokenizer, &settings, config).map_err(|error| error.at(path.display()))?;
+    let generation = dir.join("generation_config.json");
+    let generation = if generation.exists() { read_json(&generation)? } else { Json::Null };
+    let eos = made.entries.iter().find(|(key, _)| key == EOS);
+    let eos = eos.and_then(|(_, value)| u32::try_from(value.as_u64()?).ok());
+    let (entries, notes) = generation::entries(&generation, config, eos);
+    made.entries.extend(entries);
+    made.notes.extend(notes);
+    Ok(made)
 }
+
+/// The key of the token that ends a text.
+const EOS: &str = "tokenizer.ggml.eos_token_id";
 
 fn read_json(path: &Path) -> Result<Json> {
     let text = std::fs::read_to_string(path).map_err(|source| Error::io("read", path, &source))?;
