@@ -166,7 +166,8 @@ fn experts_are_quantized_and_their_router_is_not() {
             assert_ne!(values(&float, &name), values(&dense, &name), "{method}, {expert}");
         }
     }
-    for (format, says) in [("mlx", "one tensor"), ("gguf", "qwen3_moe")] {
+    // llama.cpp has no block without experts in such a model; this one has.
+    for (format, says) in [("mlx", "one tensor"), ("gguf", "has no mlp.down_proj")] {
         let told = place
             .refused_briefly(&["export", "--run", "run", "--format", format, "--output", "out"]);
         assert!(told.starts_with("exit 3") && told.contains(says), "{told}");

@@ -168,6 +168,7 @@ fn every_family_that_is_written_is_read() {
         ("phi3", "phi3", json!({})),
         ("qwen2", "qwen2", json!({})),
         ("qwen3", "qwen3", json!({})),
+        ("qwen3_moe_all", "qwen3moe", json!({})),
         ("smollm3", "smollm3", json!({ "no_rope_layers": [1, 1, 1] })),
     ] {
         let place = Place::new();
@@ -201,6 +202,40 @@ fn every_family_that_is_written_is_read() {
     }
 }
 
+/// The experts' matrices of one kind are one tensor, in codes too; one of them as floats among codes has no place.
+#[test]
+fn experts_are_stacked() {
+    let place = Place::new();
+    changed(
+        &place,
+        "qwen3_moe_all",
+        &json!({ "hidden_size": 64, "moe_intermediate_size": 32, "num_local_experts": 5 }),
+    );
+    random_weights(&place);
+    let recipe = |more: &str| {
+        format!(
+            "output = \"run\"\ndevice = \"cpu\"\nmodel.path = \"model\"\n[quant]\nbits = 4\ngroup_size = 32\n\
+             symmetric = true\nscales = \"f16\"\n{more}[[stage]]\n[stage.calibrate]\nmethod.rtn = {{}}\n\
+             [[stage]]\n[stage.export]\nformat.fewbit = {{}}\nformat.gguf = {{}}\n"
+        )
+    };
+    place.write("recipe.toml", recipe(""));
+    place.ok(&["train", "--recipe", "recipe.toml"]);
+    place.ok(&["verify", "run/export/gguf"]);
+    let told = place.ok(&["inspect", "run/export/gguf/model.gguf"]);
+    assert!(told.contains("blk.1.ffn_down_exps.weight"), "{told}");
+    std::fs::copy(place.path("run/export/gguf/model.gguf"), place.path("alone.gguf")).unwrap();
+    let ids = "3,1,4,15,9,26,53";
+    let trained = logits(&place, "run/export/fewbit", ids);
+    assert_eq!(trained, logits(&place, "alone.gguf", ids));
+    place.ok(&["export", "--model", "alone.gguf", "--format", "fewbit", "--output", "back"]);
+    assert_eq!(trained, logits(&place, "back", ids));
+    let one = "[[quant.override]]\nmatch = \"*.experts.3.*\"\nkeep = true\n";
+    place.write("recipe.toml", recipe(one).replace("format.fewbit = {}\n", ""));
+    let told = place.failed(&["train", "--recipe", "recipe.toml", "--fresh"]);
+    assert!(told.contains("one quant.override for all"), "{told}");
+}
+
 #[test]
 fn what_llama_cpp_cannot_compute_is_not_written() {
     for (name, changes, part) in [
@@ -211,7 +246,9 @@ fn what_llama_cpp_cannot_compute_is_not_written() {
         ("olmo3", json!({}), "does not know models of type olmo3"),
         ("opt", json!({}), "does not know models of type opt"),
         ("phi3_window", json!({}), "its windows of attention"),
-        ("phi_qk", json!({}), "has no self_attn.q_layernorm"),
+        ("phi_qk", json!({}), "has no self_attn.k_layernorm"),
+        ("qwen3_moe", json!({}), "has no mlp.down_proj"),
+        ("qwen3_moe_all", json!({ "norm_topk_prob": false }), "how its tokens find their experts"),
         ("smollm3", json!({ "no_rope_layers": [1, 0, 1] }), "its rotations"),
         ("exaone4", json!({ "sliding_window": null }), "as wide as the model"),
     ] {

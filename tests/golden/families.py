@@ -102,6 +102,10 @@ FAMILIES = {
                   (96, 28, 15, 2, 4, 2, 10), (99, 30, 14, 2, 3, 1, 12),
                   dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=7, mlp_only_layers=[0],
                        norm_topk_prob=True, **rope(5e3)), dict(norm_topk_prob=False, num_experts=7, moe_intermediate_size=5)),
+    "qwen3_moe_all": ("qwen3_moe", "experts in every layer, six, 3 per token, weights renormalised, as in Qwen3-30B-A3B",
+                      (96, 32, 16, 2, 4, 2, 8), (99, 28, 15, 3, 2, 1, 10),
+                      dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=8, norm_topk_prob=True, **rope(7e3)),
+                      {}),
     "gemma": ("gemma", "norm weight 1 + w, embedding times sqrt(hidden), gelu tanh, head_dim 16, tied",
               (98, 33, 28, 2, 3, 1, 16), (98, 40, 19, 2, 2, 1, 18), rope(6e3), {"hidden_act": "gelu"}),
     "gemma2": ("gemma2", "four norms a layer (1 + w), layers sliding/full/sliding (window 5), both soft caps, "

@@ -43,7 +43,6 @@ TOLERANCE = 1e-4
 # What compressed-tensors' own code does not load, with the reason.
 NOT_PACKED = {
     "gpt2": "transformers has Conv1D here, which compressed-tensors does not replace",
-    "qwen3_moe": "transformers 5 holds experts as one tensor, which compressed-tensors does not fill",
 }
 
 

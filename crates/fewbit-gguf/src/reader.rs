@@ -93,15 +93,31 @@ impl<R: Read + Seek> Reader<R> {
     /// # Errors
     /// When there is none of this name, and on I/O errors.
     pub fn read(&mut self, name: &str) -> Result<Vec<u8>> {
+        self.read_part(name, 0, 1)
+    }
+
+    /// The bytes of one of `parts` equal parts along the outermost axis, of a tensor that is a stack of
+    /// matrices for instance.
+    ///
+    /// # Errors
+    /// As [`Reader::read`], and where the tensor has no such part.
+    pub fn read_part(&mut self, name: &str, part: usize, parts: usize) -> Result<Vec<u8>> {
         let Some(info) = self.tensors.get(name) else {
             return Err(Error::failed("the file has no tensor of this name")
                 .at(self.path.display())
                 .at(name));
         };
         // Checked against the file's length when it was opened.
-        let mut bytes = vec![0; info.bytes as usize];
+        let outermost = info.shape.first().copied().unwrap_or(1);
+        if part >= parts || parts > 1 && outermost != parts {
+            let what = format!("no part {part} of {parts} in a tensor of shape {:?}", info.shape);
+            return Err(Error::failed(what).at(self.path.display()).at(name));
+        }
+        let bytes = info.bytes / parts as u64;
+        let start = info.start + bytes * part as u64;
+        let mut bytes = vec![0; bytes as usize];
         self.source
-            .seek(SeekFrom::Start(info.start))
+            .seek(SeekFrom::Start(start))
             .and_then(|_| self.source.read_exact(&mut bytes))
             .map_err(|source| Error::io_on(&self.path, "read", source).at(name))?;
         Ok(bytes)

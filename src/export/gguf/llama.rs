@@ -6,6 +6,8 @@
 //! with their scales and zero points, so nothing is lost. What a family has of its own stands in its
 //! file, behind `model::Gguf`.
 
+use std::collections::BTreeMap;
+
 use fewbit_gguf::{BlockType, Value, ValueKind};
 
 use super::folder::describe;
@@ -31,9 +33,8 @@ pub fn family(config: &ModelConfig) -> Result<&'static Gguf> {
     };
     let within = format!("llama.cpp's `{}`", gguf.architecture);
     let theirs = |name: &str| gguf.parts().find(|(ours, _)| *ours == name);
-    let linears = config.arch.linears.iter().map(|linear| (linear.name, linear.bias));
-    for (name, bias) in linears.chain(config.block_norms().map(|(name, _)| (name, false))) {
-        let Some((_, stored)) = theirs(name) else {
+    for (name, bias) in parts(config) {
+        let Some((_, stored)) = theirs(&name) else {
             return Err(refused(format!("{within} has no {name}")));
         };
         if bias && !gguf.biased.contains(&stored) {
@@ -59,6 +60,22 @@ pub fn family(config: &ModelConfig) -> Result<&'static Gguf> {
         None => Ok(gguf),
         Some(what) => Err(refused(format!("{within} cannot say this of a {kind}: {what}"))),
     }
+}
+
+/// The parts that some block has, each once, and whether they carry a bias: all experts' linears of one kind
+/// are one.
+fn parts(config: &ModelConfig) -> BTreeMap<String, bool> {
+    let norms = config.block_norms().map(|(name, _)| (name.to_owned(), false));
+    let specs = (0..config.n_blocks).flat_map(|index| config.specs(index));
+    let linears = specs.map(|spec| {
+        let name = match spec.expert {
+            Some(expert) => spec.name.replace(&format!(".{expert}."), "."),
+            None => spec.name.to_owned(),
+        };
+        (name, spec.bias)
+    });
+    let routers = config.arch.experts.iter().map(|experts| (experts.router.to_owned(), false));
+    norms.chain(linears).chain(routers).collect()
 }
 
 /// The model's metadata, without the tokenizer's; `mostly` is what most weights are stored in.

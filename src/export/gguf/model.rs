@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::folder::folder_files;
 use super::llama::Rows;
-use super::names::tensor_name;
+use super::names::{part_of, tensor_name};
 use super::{llama, tokenizer};
 use crate::error::{Error, Result};
 use crate::export::coded::Coded;
@@ -127,7 +127,7 @@ impl SingleFile for GgufConfig {
             }
             for tensor in &tensors {
                 let bytes = encode(writing, tensor, done)?;
-                if tensor.linear.is_some() {
+                if tensor.coded {
                     bits += 8.0 * bytes.len() as f64;
                 }
                 writer.write(&tensor.stored, &bytes)?;
@@ -141,10 +141,10 @@ impl SingleFile for GgufConfig {
 
 /// How one tensor is stored.
 struct Planned {
-    /// The source's name.
-    name: String,
-    /// The quantized linear whose weight it is.
-    linear: Option<String>,
+    /// The source's names: one, or one for each expert.
+    names: Vec<String>,
+    /// Whether they are weights of quantized linears.
+    coded: bool,
     /// The file's.
     stored: String,
     shape: Vec<usize>,
@@ -155,7 +155,9 @@ fn plan(writing: &Writing<'_>) -> Result<Vec<Planned>> {
     let linears = writing.linears().map(|name| (weight_name(name), Some(name.to_owned())));
     let dense = writing.dense_names().map(|name| (name.to_owned(), None));
     let all: BTreeMap<String, Option<String>> = linears.chain(dense).collect();
-    let mut tensors = Vec::new();
+    let mut tensors: Vec<Planned> = Vec::new();
+    // Where the tensor of a stack is, by its name.
+    let mut stacks: BTreeMap<String, usize> = BTreeMap::new();
     for (name, linear) in all {
         let Some(stored) = stored_name(&name, writing) else {
             return Err(nameless(&name));
@@ -170,16 +172,45 @@ fn plan(writing: &Writing<'_>) -> Result<Vec<Planned>> {
         } else {
             let tensor = writing.dense(&name)?;
             let values = tensor.to_f32().map_err(|e| e.at(&name))?;
-            // Readers want vectors in 32 bits.
+            // Readers want vectors in 32 bits, and routers.
             let kind = match tensor.shape.len() {
                 1 => BlockType::F32,
+                _ if is_router(&name, &writing.config) => BlockType::F32,
                 _ => fewbit_gguf::choose_dense(&values),
             };
             (tensor.shape, kind)
         };
-        tensors.push(Planned { name, linear, stored, shape, kind });
+        let coded = linear.is_some();
+        let Some((expert, count)) = part_of(&name, &writing.config) else {
+            tensors.push(Planned { names: vec![name], coded, stored, shape, kind });
+            continue;
+        };
+        let place = *stacks.entry(stored.clone()).or_insert_with(|| {
+            let (names, shape) = (vec![String::new(); count], [vec![count], shape].concat());
+            tensors.push(Planned { names, coded, stored, shape, kind });
+            tensors.len() - 1
+        });
+        let stack = &mut tensors[place];
+        if stack.coded != coded {
+            let what = "some experts of a block are quantized and others are not, and a GGUF file \
+                        holds them as one tensor";
+            return Err(Error::preflight(what).at(name).fix("one quant.override for all of them"));
+        }
+        // The larger type holds what the smaller one does, or the encoder says that it does not.
+        let bits = |kind: BlockType| kind.block_bytes() * 256 / kind.block_len();
+        if bits(kind) > bits(stack.kind) {
+            stack.kind = kind;
+        }
+        stack.names[expert] = name;
     }
     Ok(tensors)
+}
+
+/// Whether a tensor sends tokens to experts.
+fn is_router(name: &str, config: &ModelConfig) -> bool {
+    let base = name.strip_suffix(".weight").unwrap_or(name);
+    let inner = config.inner(base).map(|(_, inner)| inner);
+    config.arch.experts.as_ref().is_some_and(|experts| Some(experts.router) == inner)
 }
 
 /// The block type that holds a linear's weight exactly.
@@ -222,7 +253,7 @@ fn stored_name(name: &str, writing: &Writing<'_>) -> Option<String> {
 /// The type that most quantized weights are stored in.
 fn mostly(tensors: &[Planned]) -> BlockType {
     let mut counts: BTreeMap<u32, (usize, BlockType)> = BTreeMap::new();
-    for tensor in tensors.iter().filter(|tensor| tensor.linear.is_some()) {
+    for tensor in tensors.iter().filter(|tensor| tensor.coded) {
         let entry = counts.entry(tensor.kind.id()).or_insert((0, tensor.kind));
         entry.0 += tensor.shape.iter().product::<usize>();
     }
@@ -266,12 +297,26 @@ fn encode(
     tensor: &Planned,
     done: &mut dyn FnMut(&str, &Stored),
 ) -> Result<Vec<u8>> {
-    let Planned { name, kind, .. } = tensor;
-    if let Some(linear) = &tensor.linear {
+    let mut bytes = Vec::new();
+    for name in &tensor.names {
+        bytes.extend(encode_one(writing, name, tensor, done)?);
+    }
+    Ok(bytes)
+}
+
+fn encode_one(
+    writing: &Writing<'_>,
+    name: &str,
+    tensor: &Planned,
+    done: &mut dyn FnMut(&str, &Stored),
+) -> Result<Vec<u8>> {
+    let kind = tensor.kind;
+    if tensor.coded {
+        let linear = name.strip_suffix(".weight").unwrap_or(name);
         let stored = writing.stored(linear)?;
         done(linear, &stored);
         let weight = coded(linear, &stored.weight, &writing.config)?;
-        return fewbit_gguf::encode(&view(&weight), *kind).map_err(|e| Error::from(e).at(linear));
+        return fewbit_gguf::encode(&view(&weight), kind).map_err(|e| Error::from(e).at(linear));
     }
     let mut values = writing.dense(name)?.to_f32().map_err(|e| e.at(name))?;
     if let Some(rows) = Rows::of(name, &writing.config) {
@@ -281,7 +326,7 @@ fn encode(
     for value in &mut values {
         *value += offset;
     }
-    fewbit_gguf::encode_dense(&values, *kind).map_err(|refusal| Error::from(refusal).at(name))
+    fewbit_gguf::encode_dense(&values, kind).map_err(|refusal| Error::from(refusal).at(name))
 }
 
 /// The weights of a file, under the names of a Hugging Face folder.
@@ -342,8 +387,9 @@ impl Weights {
         let mut reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(stored) = self.name_in(&reader, name) else { return Ok(None) };
         let info = reader.tensors()[&stored].clone();
-        let &[out, inputs] = &info.shape[..] else { return Ok(None) };
-        let bytes = reader.read(&stored)?;
+        let (part, parts) = part_of(name, &self.config).unwrap_or((0, 1));
+        let &[.., out, inputs] = &info.shape[..] else { return Ok(None) };
+        let bytes = reader.read_part(&stored, part, parts)?;
         let Some(levels) = fewbit_gguf::decode_levels(info.kind, &bytes)? else { return Ok(None) };
         let fewbit_gguf::Levels { bits, group_len, mut codes, mut scale, mut zero } = levels;
         if let Some(rows) = Rows::of(name, &self.config) {
@@ -364,14 +410,18 @@ impl Weights {
         })?;
         let values = {
             let mut reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
-            let found = reader.tensors()[&stored].shape.clone();
-            if found != shape {
+            let info = reader.tensors()[&stored].clone();
+            let (part, parts) = part_of(name, &self.config).unwrap_or((0, 1));
+            let wanted = if parts > 1 { [&[parts], shape].concat() } else { shape.to_vec() };
+            if info.shape != wanted {
                 return Err(Error::preflight(format!(
-                    "the tensor has shape {found:?}, config.json asks for {shape:?}"
+                    "the tensor has shape {:?}, config.json asks for {wanted:?}",
+                    info.shape
                 ))
                 .at(name));
             }
-            reader.read_f32(&stored)?
+            let bytes = reader.read_part(&stored, part, parts)?;
+            fewbit_gguf::decode(info.kind, &bytes).map_err(|e| Error::from(e).at(name))?
         };
         let values = match Rows::of(name, &self.config) {
             Some(rows) => rows.ours(&values, shape[0])?,

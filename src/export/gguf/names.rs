@@ -28,6 +28,20 @@ pub(super) fn tensor_name(name: &str, config: &ModelConfig) -> Option<String> {
             _ => None,
         };
     };
+    // All experts' matrices of one kind are one tensor.
+    let stacked = config.linear(inner).and_then(|spec| spec.expert);
+    let inner = match stacked {
+        Some(expert) => inner.replace(&format!(".{expert}."), "."),
+        None => inner.to_owned(),
+    };
     let (_, theirs) = gguf.parts().find(|(ours, _)| *ours == inner)?;
     Some(format!("blk.{block}.{theirs}.{part}"))
+}
+
+/// The place of a matrix in the tensor that it is stored in, and how many are there: of an expert's.
+pub(super) fn part_of(name: &str, config: &ModelConfig) -> Option<(usize, usize)> {
+    let (base, _) = name.rsplit_once('.')?;
+    let (block, inner) = config.inner(base)?;
+    let expert = config.linear(inner)?.expert?;
+    Some((expert, config.experts(block)?.count))
 }

@@ -65,6 +65,7 @@ pub(super) const GGUF: &[&Gguf] = &[
     &phi3::GGUF,
     &qwen2::GGUF,
     &qwen3::GGUF,
+    &qwen3_moe::GGUF,
     &smollm3::GGUF,
 ];
 
@@ -307,6 +308,14 @@ const LINEARS: PartNames = &[
     ("mlp.gate_proj", "ffn_gate"),
     ("mlp.up_proj", "ffn_up"),
     ("mlp.down_proj", "ffn_down"),
+];
+
+/// Of attention's alone.
+const ATTENTION: PartNames = &[
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
 ];
 
 /// Of norms before attention and the MLP.

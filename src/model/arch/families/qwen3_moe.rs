@@ -1,9 +1,46 @@
 //! Qwen3-MoE (arXiv 2505.09388): Qwen3 with experts in place of the MLP, in every block or some.
 
 use super::qwen3::norm_heads;
-use super::{Defaults, Keys, MAX_BLOCKS, MAX_ROWS, ModelConfig, Result, gated, llama_like, windows};
+use super::{ATTENTION, Defaults, GgufValue, HEAD_NORMS, INPUT_NORMS, PartNames, Keys, MAX_BLOCKS, MAX_ROWS, ModelConfig, Result, gated, llama_like, windows};
 use crate::model::arch::experts::{Experts, gated_experts};
 use crate::model::arch::QueryNorm;
+use crate::model::arch::gguf::{Gguf, set};
+use serde_json::json;
+
+pub(super) static GGUF: Gguf = Gguf {
+    architecture: "qwen3moe",
+    blocks: &[ATTENTION, EXPERTS, HEAD_NORMS, INPUT_NORMS],
+    keys: &["expert_count", "expert_used_count", "expert_feed_forward_length"],
+    write: |config| {
+        let Some(experts) = &config.arch.experts else { return Vec::new() };
+        let counts = [experts.count, experts.active, experts.width].map(GgufValue::Count);
+        GGUF.keys.iter().copied().zip(counts).collect()
+    },
+    read: |keys, config| {
+        let [count, active, width] = GGUF.keys else { return Ok(()) };
+        set(
+            config,
+            [
+                ("model_type", "qwen3_moe".into()),
+                ("num_experts", json!(keys.count(count)?)),
+                ("num_experts_per_tok", json!(keys.count(active)?)),
+                ("moe_intermediate_size", json!(keys.count(width)?)),
+                // llama.cpp does so for every model of this architecture.
+                ("norm_topk_prob", true.into()),
+            ],
+        );
+        Ok(())
+    },
+    ..Gguf::PLAIN
+};
+
+/// llama.cpp's names; the experts' matrices of one kind are one tensor.
+const EXPERTS: PartNames = &[
+    ("mlp.gate", "ffn_gate_inp"),
+    ("mlp.experts.gate_proj", "ffn_gate_exps"),
+    ("mlp.experts.up_proj", "ffn_up_exps"),
+    ("mlp.experts.down_proj", "ffn_down_exps"),
+];
 
 /// Most experts of a block.
 const MAX_EXPERTS: usize = 4096;
@@ -39,5 +76,6 @@ pub(super) fn read(keys: &Keys<'_>) -> Result<ModelConfig> {
         blocks: (0..config.n_blocks).map(has).collect(),
         linears: attention.chain(experts).collect(),
     });
+    config.arch.gguf = Some(&GGUF);
     Ok(config)
 }
