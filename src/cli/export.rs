@@ -27,7 +27,7 @@ pub(super) struct ExportArgs {
     /// A finished run, whose packed export is read
     #[arg(long, value_name = "DIR")]
     run: Option<PathBuf>,
-    /// A folder that fewbit packed, a run, or a hub id of such a folder
+    /// Any model: a folder, whoever packed it, a GGUF file, a run, or a hub id
     #[arg(long, value_name = "DIR")]
     model: Option<String>,
     /// A scale adapter to put in place of the model's own scales

@@ -51,7 +51,7 @@ enum Command {
     Recipes(recipes::RecipesArgs),
     /// Measure a model, with the protocol beside the number
     Eval(eval::EvalArgs),
-    /// Write a format from a run's packed export, or from any model that fewbit packed
+    /// Write a format from a run's packed export, or from any model that can be read
     Export(export::ExportArgs),
     /// Show and compare scale adapters, or write a base with one as a model of its own
     Adapter(adapter::AdapterArgs),
