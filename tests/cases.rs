@@ -261,7 +261,7 @@ fn files_that_are_no_text() {
     refuses(&place, &eval("archive.txt"), &["compressed (zip)"]);
     place.write(
         "prose.txt",
-        "BZhang and PKs went to the river and played with the big red ball all day.",
+        "BZhang and Zoë went to the river and played with the big red ball all day.",
     );
     place.ok(&eval("prose.txt"));
     std::fs::create_dir(place.path("folder")).unwrap();

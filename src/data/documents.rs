@@ -79,7 +79,8 @@ const COMPRESSED: [(&[u8], &str, &str); 5] = [
 pub(super) fn decode_utf8(bytes: Vec<u8>, path: &Path) -> Result<String> {
     let packed = COMPRESSED.iter().find(|(start, ..)| bytes.starts_with(start));
     // Prose may begin with the letters of a signature.
-    let packed = packed.filter(|_| bytes.iter().take(512).any(|byte| *byte < 9 || *byte > 126));
+    let prose = || std::str::from_utf8(&bytes).is_ok() && bytes.iter().all(|byte| *byte > 8);
+    let packed = packed.filter(|_| !prose());
     if let Some((_, how, undo)) = packed {
         return Err(refused(format!("the file is compressed ({how})"), path)
             .fix(format!("the text in it: `{undo} {}`", path.display())));

@@ -49,6 +49,11 @@ impl<'a> Foreign<'a> {
     /// I/O errors.
     pub(super) fn provenance(&self, device: &str) -> Result<Provenance> {
         let mut hash = Sha256::new();
+        // A GGUF file that stands alone says itself what the model is.
+        let config = self.opened.dir.join("config.json");
+        if config.is_file() {
+            hash.update(sha256_file(&config)?);
+        }
         for file in self.source.files() {
             hash.update(sha256_file(file)?);
         }

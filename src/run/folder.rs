@@ -9,10 +9,10 @@ use crate::error::{Error, Result};
 use crate::recipe::to_toml;
 use crate::store::folder::{entries, write_atomic};
 
-/// Everything a run writes; starting over removes these and nothing else.
+/// Everything a run writes; starting over removes these and nothing else, the record last: a folder without
+/// it is not a run's.
 const CONTENTS: [&str; 9] = [
     "recipe.toml",
-    RECORD_FILE,
     "metrics.jsonl",
     "run.log",
     "tensorboard",
@@ -20,6 +20,7 @@ const CONTENTS: [&str; 9] = [
     "export",
     "adapters",
     "eval",
+    RECORD_FILE,
 ];
 const LOCK_FILE: &str = ".lock";
 /// Starts the name of the folder that removed things are moved to.

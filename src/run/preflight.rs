@@ -266,11 +266,15 @@ fn settle_target(
     let asked = [plan.recipe.quant.scales];
     let digits = if asked == [ScaleDigits::F32] { &all[..] } else { &asked[..] };
     let found = linears.smallest(format, &options, digits, model, &device.device);
-    let found = found.map_err(|e| e.at(format!("quant.target = \"{}\"", format.name())))?;
-    Ok(found.map(|(scales, bits_per_weight)| {
-        plan.recipe.quant.scales = scales;
-        Target { format, scales, bits_per_weight }
-    }))
+    let at = format!("quant.target = \"{}\"", format.name());
+    let Some((scales, bits_per_weight)) = found.map_err(|e| e.at(&at))? else {
+        let what = "a target is chosen for before weights are coded, and model.path is packed";
+        return Err(Error::usage(what)
+            .at(at)
+            .fix("quant.scales = \"f16\" or \"bits7\" in its place"));
+    };
+    plan.recipe.quant.scales = scales;
+    Ok(Some(Target { format, scales, bits_per_weight }))
 }
 
 /// Every format will hold what the stages before it leave.

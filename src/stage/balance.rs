@@ -83,7 +83,11 @@ pub(super) fn balance(
     positions: &Positions,
 ) -> Result<BTreeMap<String, HostTensor>> {
     let mut changed = BTreeMap::new();
-    for group in groups(&ctx.model.config, block.index) {
+    let groups = groups(&ctx.model.config, block.index);
+    let of_experts: Vec<Site> =
+        groups.iter().map(|group| group.site).filter(|site| site.expert().is_some()).collect();
+    let mut seen_by_experts = None;
+    for group in groups {
         ctx.stop.check()?;
         let quantized: Vec<usize> = (group.members.iter().copied())
             .filter(|place| ctx.specs.contains_key(&full_name(prefix, block, *place)))
@@ -91,10 +95,20 @@ pub(super) fn balance(
         if quantized.is_empty() {
             continue;
         }
-        let sites = [group.site];
-        let observed = observe(ctx, block, input, positions, &sites, true)?;
+        let look = |sites: &[Site]| observe(ctx, block, input, positions, sites, true);
+        let alone;
+        let seen = if group.site.expert().is_some() {
+            // Balancing an expert leaves what the others read as it is: one pass serves them all.
+            if seen_by_experts.is_none() {
+                seen_by_experts = Some(look(&of_experts)?);
+            }
+            seen_by_experts.as_ref()
+        } else {
+            alone = look(&[group.site])?;
+            Some(&alone)
+        };
         // An expert that no token went to stays as it is.
-        let Some(observed) = observed.get(&group.site) else { continue };
+        let Some(observed) = seen.and_then(|seen| seen.get(&group.site)) else { continue };
         let search = Search { method, ctx, prefix, positions, observed, group: &group, quantized };
         if let Some(factors) = search.best(block)? {
             apply(block, &group, &factors);

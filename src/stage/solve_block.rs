@@ -39,8 +39,14 @@ pub(super) fn solve_block(
         let weight = block.linears[position].weight.val().transpose();
         let [out, inputs] = weight.dims();
         let layout = spec.layout([out, inputs]).map_err(|e| e.at(&name))?;
-        let unseen = Observed::none(inputs);
-        let observed = sites.get(&linear.site()).unwrap_or(&unseen);
+        // A matrix of second moments is made only where an expert saw nothing.
+        let unseen;
+        let observed = if let Some(observed) = sites.get(&linear.site()) {
+            observed
+        } else {
+            unseen = Observed::none(inputs);
+            &unseen
+        };
         let reference = Reference::new(ctx, &block, linear.site(), observed, positions)?;
         let error = |replaced: &Tensor<2>| reference.error(ctx, &block, position, replaced);
         let problem = Problem {
