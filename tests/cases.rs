@@ -232,6 +232,12 @@ fn an_output_without_a_name() {
     let told = place.refused(&fresh);
     assert!(told.starts_with("exit 2\n") && told.contains("run/export/notes.txt"), "{told}");
     std::fs::remove_file(place.path("run/export/notes.txt")).unwrap();
+    // However deep.
+    for name in ["run/checkpoints/00-calibrate/mine.pt", "run/export/fewbit/notes.txt"] {
+        place.write(name, "mine");
+        assert!(place.refused(&fresh).contains(name), "{name}");
+        std::fs::remove_file(place.path(name)).unwrap();
+    }
     place.ok(&fresh);
     assert!(files("run/export/fewbit/manifest.json"));
     let left: Vec<String> = place.tree("run").into_keys().collect();

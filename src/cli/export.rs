@@ -8,9 +8,7 @@ use clap::{ArgGroup, Args};
 use super::{AdaptedArgs, ModelArgs, Session, data_format, output};
 use crate::data::{DataFormat, TokenStream, sha256_of};
 use crate::error::{Error, Result};
-use crate::export::{
-    Exported, Format, FormatsConfig, Gate, MANIFEST_FILE, Manifest, OpenModel, write_opened,
-};
+use crate::export::{Exported, Format, FormatsConfig, Gate, Manifest, OpenModel, write_opened};
 use crate::model::WeightSource;
 use crate::recipe::Compute;
 use crate::report::size;
@@ -197,11 +195,7 @@ fn check_output(output: &Path, inputs: &[&PathBuf]) -> Result<()> {
         }
     }
     let manifest = Manifest::read(output).ok().flatten();
-    let ours = |name: &str| {
-        let weights = name.starts_with("model") && name.contains(".safetensors");
-        let listed = |manifest: &Manifest| manifest.files.contains_key(name);
-        manifest.as_ref().is_some_and(|m| name == MANIFEST_FILE || weights || listed(m))
-    };
+    let ours = |name: &str| manifest.as_ref().is_some_and(|manifest| manifest.covers(name));
     for path in entries(output)? {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         if !path.is_file() || !ours(&name) {

@@ -98,6 +98,12 @@ pub struct ParityRecord {
 }
 
 impl Manifest {
+    /// Whether a file of this name belongs to the folder.
+    pub fn covers(&self, name: &str) -> bool {
+        let weights = name.starts_with("model") && name.contains(".safetensors");
+        name == MANIFEST_FILE || weights || self.files.contains_key(name)
+    }
+
     /// Reads `dir/manifest.json`; `None` when there is none, or it is another tool's.
     ///
     /// # Errors

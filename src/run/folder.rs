@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use super::record::{RECORD_FILE, RunRecord};
 use super::{Prepared, Status};
 use crate::error::{Error, Result};
+use crate::export::Manifest;
 use crate::recipe::to_toml;
 use crate::store::folder::{entries, write_atomic};
 
@@ -111,35 +112,48 @@ impl RunFolder {
     }
 }
 
-/// Whether a run wrote something, by its path and its name.
-type Known = fn(&Path, &str) -> bool;
-
-/// What in the folders of a run is not a run's: starting over would remove it.
-fn strangers(run: &Path) -> Result<Option<PathBuf>> {
-    /// `NN-stage`.
-    fn is_stage(name: &str) -> bool {
-        name.split_once('-').is_some_and(|(index, _)| index.parse::<u16>().is_ok())
-    }
-    let known: [(&str, Known); 4] = [
-        ("checkpoints", |path, name| path.is_dir() && is_stage(name)),
-        ("export", |path, _| path.join("manifest.json").is_file()),
-        ("adapters", |path, name| path.is_dir() || name.ends_with(".safetensors")),
-        ("tensorboard", |path, name| path.is_dir() || name.starts_with("events.")),
-    ];
-    for (folder, ours) in known {
-        let folder = run.join(folder);
+/// A file in the folders of a run that no run wrote: starting over would remove it.
+fn stranger(run: &Path) -> Result<Option<PathBuf>> {
+    let mut folders: Vec<PathBuf> = CONTENTS.iter().map(|name| run.join(name)).collect();
+    while let Some(folder) = folders.pop() {
         if !folder.is_dir() {
             continue;
         }
-        let foreign = |path: &PathBuf| {
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            !name.starts_with('.') && !ours(path, &name)
-        };
-        if let Some(path) = entries(&folder)?.into_iter().find(foreign) {
-            return Ok(Some(path));
+        for path in entries(&folder)? {
+            if path.is_dir() {
+                folders.push(path);
+            } else if !is_ours(run, &path) {
+                return Ok(Some(path));
+            }
         }
     }
     Ok(None)
+}
+
+/// Whether a run wrote a file in one of its folders.
+fn is_ours(run: &Path, path: &Path) -> bool {
+    let inside = path.strip_prefix(run).unwrap_or(path);
+    let parts: Vec<_> = inside.iter().map(|part| part.to_string_lossy()).collect();
+    let parts: Vec<&str> = parts.iter().map(AsRef::as_ref).collect();
+    let ends = |end: &str| path.extension().is_some_and(|extension| extension == end);
+    let is_tensors = ends("safetensors");
+    match parts[..] {
+        // What a killed process left half written.
+        [.., name] if name.starts_with('.') => true,
+        ["checkpoints", stage, _] => {
+            let index = stage.split_once('-').map(|(index, _)| index.parse::<u16>());
+            matches!(index, Some(Ok(_))) && is_tensors
+        }
+        ["export", format, name] => {
+            let manifest = Manifest::read(&run.join("export").join(format));
+            manifest.is_ok_and(|manifest| manifest.is_some_and(|m| m.covers(name)))
+        }
+        ["adapters", _] => is_tensors,
+        ["adapters", _, _] => is_tensors || ends("json"),
+        ["tensorboard", name] => name.starts_with("events."),
+        ["eval", _] => ends("json"),
+        _ => false,
+    }
 }
 
 /// Removes the temporary files of processes that are gone, in `dir` and where asked for in the folders
@@ -197,7 +211,7 @@ fn refuse_foreign(path: &Path) -> Result<()> {
 
 /// Starting over removes what a run wrote and nothing else.
 fn refuse_strangers(path: &Path) -> Result<()> {
-    match strangers(path)? {
+    match stranger(path)? {
         None => Ok(()),
         Some(file) => Err(Error::usage("--fresh would remove something that no run wrote")
             .at(file.display())
