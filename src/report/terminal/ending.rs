@@ -19,14 +19,13 @@ pub(super) fn ending(event: &Event, width: usize) -> Option<String> {
             let head = labelled("export", &format!("{format:<VERB$}"));
             let fields = [
                 Field::new(&format!("{:>7}", size(*bytes))),
-                Field::new(&format!(
-                    "{bits_per_weight:>5.2} bits/weight, {bits_per_parameter:.2} in all"
-                ))
-                .or(&format!("{bits_per_weight:>5.2} bits, {bits_per_parameter:.2} in all"))
-                .or(&format!("{bits_per_weight:>5.2} bits")),
+                Field::new(&format!("{bits_per_weight:>5.2} bits/weight"))
+                    .or(&format!("{bits_per_weight:>5.2} bits")),
                 Field::new(parity),
                 Field::new(&format!("{:>6}", brief(*seconds))),
                 Field::path(path),
+                Field::new(&format!("{bits_per_parameter:.2} bits a parameter in all"))
+                    .or(&format!("{bits_per_parameter:.2} in all")),
             ];
             Some(fit(&head, &fields, width))
         }
@@ -185,6 +184,10 @@ mod tests {
         assert_eq!(
             at(&exported, 80),
             "export    gguf         0.61 GB   2.63 bits  codes exact    12 s  …/gguf"
+        );
+        assert_eq!(
+            at(&exported, 90),
+            "export    gguf         0.61 GB   2.63 bits  codes exact    12 s  …/gguf  3.10 in all"
         );
         let bare = Event::Done {
             run: "runs/x".into(),
