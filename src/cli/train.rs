@@ -11,7 +11,7 @@ use super::sizes::{self, SizesArgs};
 use crate::error::Result;
 use crate::report::terminal::{self, Terminal};
 use crate::report::{Event, Reporter, Reporters};
-use crate::run::{self, Options, Prepared, RunRecord, prepare};
+use crate::run::{self, Options, Prepared, RunRecord};
 use crate::stop::StopFlag;
 
 /// What `train` and `check` may change in a recipe.
@@ -70,7 +70,7 @@ pub(super) struct CheckArgs {
 pub(super) fn train(args: TrainArgs, stop: &StopFlag) -> Result<()> {
     let options = args.changes.options(args.recipe, args.fresh);
     if args.dry_run {
-        return print_check(&prepare(&options, stop)?, false);
+        return print_check(&Prepared::to_look_at(&options, stop)?, false);
     }
     let report = Reporters::new(vec![Box::new(Terminal::new())]);
     let record = run::train(&options, report, stop)?;
@@ -83,7 +83,7 @@ pub(super) fn check(args: CheckArgs, stop: &StopFlag) -> Result<()> {
     }
     // Without a config, clap has seen to a recipe.
     let recipe = args.recipe.unwrap_or_default();
-    let prepared = prepare(&args.changes.options(recipe, false), stop)?;
+    let prepared = Prepared::to_look_at(&args.changes.options(recipe, false), stop)?;
     print_check(&prepared, args.json)
 }
 

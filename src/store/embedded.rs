@@ -79,7 +79,7 @@ fn write_out<'a>(root: &Path, files: impl Iterator<Item = (&'a str, &'a [u8])>) 
 }
 
 /// `$XDG_CACHE_HOME/fewbit/VERSION`, or under `~/.cache`, or under the temporary folder.
-fn cache_root() -> PathBuf {
+pub(super) fn cache_root() -> PathBuf {
     let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     set("XDG_CACHE_HOME")
         .or_else(|| set("HOME").map(|home| home.join(".cache")))

@@ -14,9 +14,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
-pub(crate) use self::file::write_atomic_with;
-pub use self::file::{free_bytes, sha256_file, write_atomic};
+pub use self::file::{bytes_below, free_bytes, sha256_file, write_atomic};
 use self::file::{parent_of, sync_folder, utf8_name};
+pub(crate) use self::file::{sha256_with, write_atomic_with};
 use crate::error::{Error, Result};
 
 /// Staged folders of this process, so that a leftover whose process id happens to be ours (usual

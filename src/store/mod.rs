@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 
 pub mod embedded;
 pub mod folder;
+pub mod hashes;
 pub mod locate;
 pub mod safetensors;
 

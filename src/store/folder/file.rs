@@ -56,18 +56,41 @@ fn write_and_rename(
 /// # Errors
 /// When the file cannot be read.
 pub fn sha256_file(path: &Path) -> Result<String> {
+    sha256_with(path, &mut |_| Ok(()))
+}
+
+/// The same, telling `progress` of the bytes read so far.
+pub(crate) fn sha256_with(
+    path: &Path,
+    progress: &mut dyn FnMut(u64) -> Result<()>,
+) -> Result<String> {
     let failed = |source| Error::io("read", path, &source);
     let mut file = File::open(path).map_err(failed)?;
     let mut hasher = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
+    let (mut buffer, mut done) = (vec![0; 1 << 20], 0);
     loop {
         match file.read(&mut buffer) {
             Ok(0) => return Ok(hex(&hasher.finalize())),
-            Ok(count) => hasher.update(&buffer[..count]),
+            Ok(count) => {
+                hasher.update(&buffer[..count]);
+                done += count as u64;
+                progress(done)?;
+            }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(failed(error)),
         }
     }
+}
+
+/// Bytes of all files below a folder, links not followed; what cannot be read counts nothing.
+pub fn bytes_below(folder: &Path) -> u64 {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let bytes = entries.map(|entry| match entry.metadata() {
+        Ok(data) if data.is_dir() => bytes_below(&entry.path()),
+        Ok(data) if data.is_file() => data.len(),
+        _ => 0,
+    });
+    bytes.sum()
 }
 
 /// Bytes that an ordinary user may still write on the disk of `path`, which need not exist yet:
