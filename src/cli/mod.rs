@@ -19,6 +19,10 @@ use std::process::ExitCode;
 
 use burn::tensor::DType;
 use clap::{Args, Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::data::{DataFormat, Marks, Tokenizer};
 use crate::device::{self, NamedDevice};
@@ -109,13 +113,17 @@ fn run(command: Command) -> Result<()> {
 }
 
 fn init_logging() {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("fewbit=warn,off"));
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter);
+    let filter =
+        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("fewbit=warn,off"));
+    // The HTTP client logs requests byte by byte, with the token and signed addresses in them.
+    let without_secrets = filter_fn(|line| !line.target().starts_with("ureq"));
     let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    let subscriber = subscriber.with_ansi(colour).with_target(false).without_time();
+    let lines =
+        tracing_subscriber::fmt::layer().with_ansi(colour).with_target(false).without_time();
+    let lines = lines.with_writer(std::io::stderr);
     // A second call only happens in tests.
-    let _ = subscriber.with_writer(std::io::stderr).try_init();
+    let _ =
+        tracing_subscriber::registry().with(filter).with(without_secrets).with(lines).try_init();
 }
 
 /// A panic becomes an error like any other; where it happened is a debug message.

@@ -2,13 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use hf_hub::HFClientSync;
-
-use super::embedded;
+use super::{embedded, hub};
 use crate::error::{Error, Result};
 
-/// Files of a hub repository that are worth downloading.
-const HUB_PATTERNS: [&str; 4] = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"];
+/// What a model may be, for a message.
+const FORMS: &str =
+    "a Hugging Face folder, a GGUF file, a fewbit run or export, or a hub id owner/name";
 
 /// The folder of a model: an existing path, `embedded:NAME`, a fewbit run (its packed export), or
 /// a hub id `owner/name[@revision]`. An existing path never touches the network.
@@ -27,11 +26,60 @@ pub fn model(name: &str) -> Result<PathBuf> {
         return Ok(path.to_owned());
     }
     match hub_id(name) {
-        Some((owner, repository, revision)) => download(owner, repository, revision),
-        None => Err(Error::usage("there is no such model").at(name).fix(
-            "a Hugging Face folder, a GGUF file, a fewbit run or export, or a hub id owner/name",
-        )),
+        Some((owner, name, revision)) => {
+            let near = near(path).map(|near| near.display().to_string());
+            hub::snapshot(&hub::Id { owner, name, revision: revision.unwrap_or("main"), near })
+        }
+        None => Err(no_such_folder(name)),
     }
+}
+
+/// Why a name that is no hub id leads nowhere.
+fn no_such_folder(name: &str) -> Error {
+    let path = Path::new(name);
+    if name.contains("://") {
+        // Not repeated: an address may hold an account and its password.
+        return Error::usage("a model is named by a path or an id, not by an address")
+            .at("model")
+            .fix("the id alone: owner/name");
+    }
+    let error = |what: &str| Error::usage(what).at(name);
+    if name.starts_with('~') {
+        return error("there is no such folder: `~` is a name like another here")
+            .fix("the path from / on; a shell replaces ~ only where it begins a word, unquoted");
+    }
+    match near(path) {
+        Some(near) => error("there is no such folder").fix(near.display().to_string()),
+        None if name.contains(['/', '\\']) => {
+            error("there is no such folder").fix("check the path")
+        }
+        None => error("there is no such model").fix(FORMS),
+    }
+}
+
+/// A path that exists and is spelt almost as this one, which does not.
+fn near(path: &Path) -> Option<PathBuf> {
+    let mut found = PathBuf::new();
+    for part in path.components() {
+        let exact = found.join(part);
+        if exact.exists() {
+            found = exact;
+            continue;
+        }
+        let wanted = part.as_os_str().to_str()?.to_lowercase();
+        let folder = if found.as_os_str().is_empty() { Path::new(".") } else { &found };
+        let names = std::fs::read_dir(folder).ok()?.flatten();
+        let names = names.filter_map(|entry| entry.file_name().into_string().ok());
+        let edits = |name: &String| strsim::damerau_levenshtein(&wanted, &name.to_lowercase());
+        let scored = names.map(|name| (edits(&name), name));
+        let (edits, nearest) = scored.min()?;
+        // A third of it may be wrong; of the shortest names nothing.
+        if edits > wanted.chars().count() / 3 {
+            return None;
+        }
+        found = found.join(nearest);
+    }
+    Some(found)
 }
 
 /// The path of a data file: an existing path or `embedded:NAME/FILE`.
@@ -96,34 +144,13 @@ fn hub_id(name: &str) -> Option<(&str, &str, Option<&str>)> {
         None => (name, None),
     };
     let (owner, repository) = id.split_once('/')?;
-    let word = |part: &str| {
-        !part.is_empty()
-            && !part.starts_with('.')
-            && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-    };
-    (word(owner) && word(repository)).then_some((owner, repository, revision))
-}
-
-fn download(owner: &str, repository: &str, revision: Option<&str>) -> Result<PathBuf> {
-    let offline = std::env::var("HF_HUB_OFFLINE").is_ok_and(|v| !v.is_empty() && v != "0");
-    let fail = |error: hf_hub::HFError| {
-        let error = Error::failed(format!("cannot get the model from the hub: {error}"))
-            .at(format!("{owner}/{repository}"));
-        error.fix(if offline {
-            "HF_HUB_OFFLINE is set: unset it, or give a local folder"
-        } else {
-            "check the id, the network and HF_TOKEN, or give a local folder"
-        })
-    };
-    let client = HFClientSync::new().map_err(fail)?;
-    client
-        .model(owner, repository)
-        .snapshot_download()
-        .maybe_revision(revision.map(str::to_owned))
-        .allow_patterns(HUB_PATTERNS.map(str::to_owned).to_vec())
-        .local_files_only(offline)
-        .send()
-        .map_err(fail)
+    let alphabet =
+        |part: &str| part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
+    let word = |part: &str| !part.is_empty() && !part.starts_with('.') && alphabet(part);
+    // A revision may be a path (refs/pr/1), but not out of the cache.
+    let branch = |revision: &str| revision.split('/').all(word);
+    (word(owner) && word(repository) && revision.is_none_or(branch))
+        .then_some((owner, repository, revision))
 }
 
 #[cfg(test)]
@@ -134,7 +161,9 @@ mod tests {
     fn hub_ids() {
         assert_eq!(hub_id("meta/Llama-3.2-1B"), Some(("meta", "Llama-3.2-1B", None)));
         assert_eq!(hub_id("a/b@v1"), Some(("a", "b", Some("v1"))));
-        for no in ["a", "a/b/c", "./x", "../x", "/x/y", "a /b", ""] {
+        assert_eq!(hub_id("a/b@refs/pr/1"), Some(("a", "b", Some("refs/pr/1"))));
+        for no in ["a", "a/b/c", "./x", "../x", "/x/y", "a /b", "", "a/b@", "a/b@../../x", "a/b@/x"]
+        {
             assert_eq!(hub_id(no), None, "{no}");
         }
     }
@@ -143,6 +172,25 @@ mod tests {
     fn a_missing_path_is_a_usage_error() {
         assert_eq!(model("no-such-model").unwrap_err().kind().exit_code(), 2);
         assert_eq!(data("no-such-file.json").unwrap_err().kind().exit_code(), 2);
+    }
+
+    #[test]
+    fn the_nearest_path_is_one_that_exists() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("models/llama-3")).unwrap();
+        let near = |name: &str| near(&dir.path().join(name));
+        let right = dir.path().join("models/llama-3");
+        for wrong in ["modles/llama-3", "models/Lama-3", "model/llama3"] {
+            assert_eq!(near(wrong).as_ref(), Some(&right), "{wrong}");
+        }
+        assert_eq!(near("models/qwen"), None);
+        assert_eq!(near("data/x"), None);
+    }
+
+    #[test]
+    fn an_address_is_not_repeated() {
+        let error = model("https://me:hf_secret@huggingface.co/a/b").unwrap_err();
+        assert!(!error.to_string().contains("hf_secret"), "{error}");
     }
 
     #[test]

@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 pub mod embedded;
 pub mod folder;
 pub mod hashes;
+mod hub;
 pub mod locate;
 pub mod safetensors;
 
