@@ -1,7 +1,9 @@
 //! The recipes that ship: they parse, they are the built-in ones, and each trains to known numbers.
 #![allow(clippy::unwrap_used)] // a test may fail by panicking, its helpers too
 
+#[path = "../common/mod.rs"]
 mod common;
+mod threads;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -526,7 +528,7 @@ fn each_trains_to_the_stored_numbers() {
     for name in files().keys() {
         assert!(
             STORED.iter().any(|stored| stored.recipe == name),
-            "recipes/{name}.toml has no stored numbers: add a row to tests/recipes.rs"
+            "recipes/{name}.toml has no stored numbers: add a row to tests/recipes/main.rs"
         );
     }
     let mut faults = String::new();
