@@ -10,6 +10,9 @@ use std::path::Path;
 /// Result with fewbit's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// What the lines of an excerpt begin with.
+const EXCERPT: &str = "       ";
+
 /// What kind of failure this is; decides the process's exit code.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Kind {
@@ -77,6 +80,11 @@ impl Error {
         Self::new(Kind::Preflight, what)
     }
 
+    /// A file that was given cannot be used as it is: the same exit code (3) for every kind of file.
+    pub fn damaged(what: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self::preflight(what).fix(fix)
+    }
+
     /// A gate failed (exit code 5).
     pub fn gate(what: impl Into<String>) -> Self {
         Self::new(Kind::Gate, what)
@@ -103,13 +111,30 @@ impl Error {
             Io::OutOfMemory => (Kind::Resources, Some("free some memory")),
             Io::NotFound => (Kind::Failed, Some("check the path")),
             Io::PermissionDenied => (Kind::Failed, Some("check the permissions")),
-            _ => (Kind::Failed, None),
+            // No text where text is read, or an end that comes too early.
+            Io::InvalidData | Io::UnexpectedEof => {
+                (Kind::Preflight, Some("another copy of the file: this one is damaged"))
+            }
+            Io::IsADirectory => (Kind::Failed, Some("a file in place of this folder")),
+            _ => {
+                (Kind::Failed, Some("check the disk and the path, then run the same command again"))
+            }
         };
         let error = Self::new(kind, what);
         match fix {
             Some(fix) => error.fix(fix),
             None => error,
         }
+    }
+
+    /// The same error about what a given file holds: exit code 3, and `fix` where nothing was advised.
+    #[must_use]
+    pub fn of_input(mut self, fix: &str) -> Self {
+        if self.0.kind == Kind::Failed {
+            self.0.kind = Kind::Preflight;
+        }
+        self.0.fix.get_or_insert_with(|| fix.to_owned());
+        self
     }
 
     /// Says where: a file, a tensor, a recipe line. A second call adds to the first.
@@ -119,6 +144,13 @@ impl Error {
             Some(inner) => format!("{inner}, {place}"),
             None => place.to_string(),
         });
+        self
+    }
+
+    /// Says where, if nothing has said it.
+    #[must_use]
+    pub fn or_at(mut self, path: &Path) -> Self {
+        self.0.at.get_or_insert_with(|| path.display().to_string());
         self
     }
 
@@ -149,9 +181,9 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.0.what)?;
+        write!(f, "{}", shown(&self.0.what))?;
         if let Some(at) = &self.0.at {
-            write!(f, "\n  at   {at}")?;
+            write!(f, "\n  at   {}", shown(at))?;
         }
         if let Some(fix) = &self.0.fix {
             write!(f, "\n  try  {fix}")?;
@@ -161,6 +193,21 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+/// A text that may quote a file: nothing in it begins another line, but for the lines of an excerpt, or
+/// speaks to the terminal.
+fn shown(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for (at, letter) in text.char_indices() {
+        let excerpt = letter == '\n' && text[at + 1..].starts_with(EXCERPT);
+        if letter.is_control() && letter != '\t' && !excerpt {
+            shown.extend(letter.escape_default());
+        } else {
+            shown.push(letter);
+        }
+    }
+    shown
+}
 
 #[cfg(test)]
 mod tests {
@@ -178,6 +225,15 @@ mod tests {
              at   model.layers.0.mlp.down_proj.weight, quant.group_size\n  try  group_size = 4"
         );
         assert_eq!(error.kind().exit_code(), 3);
+    }
+
+    #[test]
+    fn what_a_file_says_stays_in_its_line() {
+        let error = Error::damaged("no `a\nb`", "another copy").at("x\u{1b}[2J\r").at("y");
+        let told = "no `a\\nb`\n  at   x\\u{1b}[2J\\r, y\n  try  another copy";
+        assert_eq!(error.to_string(), told);
+        let excerpt = Error::usage("w").at("r.toml, line 3\n       bits = 9\n              ^");
+        assert_eq!(excerpt.to_string().lines().count(), 4);
     }
 
     #[test]

@@ -323,22 +323,22 @@ mod refused {
         let sizes = format!("{} bytes expected, {} found", damaged.len(), damaged.len() / 2);
         let errors = errors.replace(&sizes, "SIZES");
         assert_snapshot!(errors, @r"
-            exit 1
+            exit 3
             error: the file is no adapter of fewbit's: the file is truncated: SIZES
               at   short.safetensors
               try  a file under a run's adapters/
 
-            exit 1
+            exit 3
             error: the adapter is damaged: its values do not match their hash
               at   damaged.safetensors
               try  another copy of it
 
-            exit 1
+            exit 3
             error: the file is no adapter of fewbit's: this is not a safetensors file
               at   notes.txt
               try  a file under a run's adapters/
 
-            exit 1
+            exit 3
             error: the file is no adapter of fewbit's: its metadata do not say so
               at   model.safetensors
               try  a file under a run's adapters/

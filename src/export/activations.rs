@@ -70,7 +70,7 @@ impl ActivationRecord {
             for site in Site::INPUTS {
                 let sound = grids.get(&site).is_some_and(InputGrid::is_sound);
                 if !sound {
-                    return Err(Error::failed("the activations have no usable grid here")
+                    return Err(Error::preflight("the activations have no usable grid here")
                         .at(format!("{}, {}", config.block_prefix(index), site.name())));
                 }
             }

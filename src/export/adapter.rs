@@ -287,9 +287,8 @@ impl Adapter {
     /// When the file is no adapter, is damaged, or is of a newer version.
     pub fn read(path: &Path) -> Result<Self> {
         let no_adapter = |what: &str| {
-            Error::failed(format!("the file is no adapter of fewbit's: {what}"))
-                .at(path.display())
-                .fix("a file under a run's adapters/")
+            let what = format!("the file is no adapter of fewbit's: {what}");
+            Error::damaged(what, "a file under a run's adapters/").at(path.display())
         };
         if !path.is_file() {
             return Err(Error::usage("there is no such adapter")
@@ -307,9 +306,8 @@ impl Adapter {
             _ => return Err(no_adapter("it is of a newer version").fix("a newer fewbit")),
         }
         let damaged = |what: &str| {
-            Error::failed(format!("the adapter is damaged: {what}"))
+            Error::damaged(format!("the adapter is damaged: {what}"), "another copy of it")
                 .at(path.display())
-                .fix("another copy of it")
         };
         let unreadable = |e: serde_json::Error| damaged(&e.to_string());
         let head: AdapterHead = serde_json::from_str(text("head")).map_err(unreadable)?;
@@ -405,7 +403,13 @@ impl AdapterRecord {
     pub fn layout(&self) -> GroupLayout {
         let [out, inputs] = self.shape;
         let (group_len, axis) = (self.group_len, self.axis);
-        GroupLayout { out, inputs, groups: out * inputs / group_len.max(1), group_len, axis }
+        GroupLayout {
+            out,
+            inputs,
+            groups: out.saturating_mul(inputs) / group_len.max(1),
+            group_len,
+            axis,
+        }
     }
 
     fn fits(&self, base: &QuantizedWeight) -> bool {
@@ -428,6 +432,11 @@ impl AdapterRecord {
                 None => Ok(None),
             }
         };
+        if !self.layout().is_sound() {
+            let [out, inputs] = self.shape;
+            let what = format!("{name} has groups of {} in {out} x {inputs}", self.group_len);
+            return Err(Error::failed(what));
+        }
         let groups = self.layout().groups;
         let per_group = match self.part {
             AdapterPart::Scales | AdapterPart::Alpha1 => 1,

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use super::coded::Tensors;
 use super::format::{FileFormat, Kind, OwnFormat};
+use super::read::DAMAGED;
 use super::record::{
     FORMAT_VERSION, GridRecord, LinearRecord, MANIFEST_FILE, tensor_names, weights_sha256,
 };
@@ -103,16 +104,13 @@ pub fn decode(
     source: &dyn TensorSource,
 ) -> Result<QuantizedWeight> {
     let [out, inputs] = record.shape;
-    let len = out * inputs;
     let group_len = record.group_len;
-    if group_len == 0 || !len.is_multiple_of(group_len) {
-        return Err(Error::failed(format!(
-            "group length {group_len} does not divide {out} x {inputs}"
-        ))
-        .at(name));
-    }
-    let groups = len / group_len;
+    let groups = out.saturating_mul(inputs) / group_len.max(1);
     let layout = GroupLayout { out, inputs, groups, group_len, axis: record.axis };
+    if !layout.is_sound() {
+        let what = format!("group length {group_len} does not divide {out} x {inputs}");
+        return Err(Error::damaged(what, DAMAGED).at(name));
+    }
     let [rows, columns] = layout.stored();
     let [codes_name, scales_name, zeros_name, alphas_name, offsets_name] = tensor_names(name);
     let width = record.bits.get();
@@ -140,9 +138,11 @@ pub fn decode(
         },
     };
     let codes = PackedCodes::from_words(words, [rows, columns], width).ok_or_else(|| {
-        Error::failed("bits behind the last code of a row are set").at(&codes_name)
+        let what = "bits behind the last code of a row are set";
+        Error::damaged(what, DAMAGED).at(&codes_name)
     })?;
-    QuantizedWeight { codes, grid, bits: record.bits, layout }.checked().map_err(|e| e.at(name))
+    let weight = QuantizedWeight { codes, grid, bits: record.bits, layout };
+    weight.checked().map_err(|e| e.at(name).of_input(DAMAGED))
 }
 
 fn read(source: &dyn TensorSource, name: &str, shapes: &[Vec<usize>]) -> Result<HostTensor> {
@@ -150,12 +150,9 @@ fn read(source: &dyn TensorSource, name: &str, shapes: &[Vec<usize>]) -> Result<
     if shapes.contains(&tensor.shape) {
         return Ok(tensor);
     }
-    Err(Error::failed(format!(
-        "the tensor has shape {:?}, the manifest says {:?}",
-        tensor.shape, shapes[0]
-    ))
-    .at(name)
-    .fix("export the run again"))
+    let what =
+        format!("the tensor has shape {:?}, the manifest says {:?}", tensor.shape, shapes[0]);
+    Err(Error::damaged(what, DAMAGED).at(name))
 }
 
 fn decode_zeros(zeros: &HostTensor) -> Result<Vec<f32>> {

@@ -13,12 +13,12 @@ use super::fewbit;
 use super::formats::{Format, packed_as};
 use super::gguf::model as gguf;
 use super::manifest::Manifest;
-use super::read::Packed;
+use super::read::{DAMAGED, Packed};
 use super::record::{LinearRecord, MANIFEST_FILE};
 use crate::data::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::{ModelConfig, ModelTap, Place, Places, WeightSource, open_folder, weight_name};
-use crate::quant::QuantizedWeight;
+use crate::quant::{GroupLayout, QuantizedWeight};
 use crate::store::safetensors::{Checkpoint, Decode};
 use crate::store::{TensorSource, embedded, hex};
 
@@ -47,6 +47,10 @@ pub struct OpenModel {
 /// # Errors
 /// When the folder is not a model that can be read, or a file is damaged.
 pub fn open_model(dir: &Path) -> Result<OpenModel> {
+    open(dir).map_err(|error| error.or_at(dir))
+}
+
+fn open(dir: &Path) -> Result<OpenModel> {
     if let Some(file) = gguf::alone(dir)? {
         let (weights, files) = gguf::Weights::open_alone(&file)?;
         return Ok(OpenModel {
@@ -274,7 +278,7 @@ impl OpenModel {
     pub fn quantized(&self, linear: &str) -> Result<Option<QuantizedWeight>> {
         let Some(record) = self.packed(linear) else { return Ok(None) };
         let weight = fewbit::decode(linear, record, &self.checkpoint)
-            .map_err(|e| e.at(self.dir.display()))?;
+            .map_err(|e| e.at(self.dir.display()).of_input(DAMAGED))?;
         match &self.adapter {
             None => Ok(Some(weight)),
             Some(adapter) => {
@@ -285,8 +289,8 @@ impl OpenModel {
     }
 }
 
-impl WeightSource for OpenModel {
-    fn weight(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+impl OpenModel {
+    fn stored_weight(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         let linear = name.strip_suffix(".weight").unwrap_or(name);
         if let Some(file) = &self.gguf {
             return file.values(name, shape);
@@ -297,18 +301,34 @@ impl WeightSource for OpenModel {
                 return Ok(weights);
             }
             let what = format!("the packed weight is {found:?}, config.json asks for {shape:?}");
-            return Err(Error::preflight(what).at(name));
+            return Err(Error::damaged(what, "the config.json of these weights").at(name));
         }
         match self.quantized(linear)? {
             None => self.checkpoint.weight(name, shape),
             Some(weight) if shape == [weight.layout.out, weight.layout.inputs] => {
                 Ok(weight.dequantize())
             }
-            Some(weight) => Err(Error::preflight(format!(
-                "the packed weight is {} x {}, config.json asks for {shape:?}",
-                weight.layout.out, weight.layout.inputs
-            ))
-            .at(name)),
+            Some(weight) => {
+                let GroupLayout { out, inputs, .. } = weight.layout;
+                let what = format!(
+                    "the packed weight is {out} x {inputs}, config.json asks for {shape:?}"
+                );
+                Err(Error::damaged(what, "the config.json of these weights").at(name))
+            }
+        }
+    }
+}
+
+impl WeightSource for OpenModel {
+    fn weight(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let values = self.stored_weight(name, shape).map_err(|e| e.of_input(DAMAGED))?;
+        match values.iter().find(|value| !value.is_finite()) {
+            None => Ok(values),
+            // A scale of another program that is no number, or too large with its code.
+            Some(value) => {
+                let what = format!("the weight holds {value}");
+                Err(Error::damaged(what, DAMAGED).at(name).at(self.dir.display()))
+            }
         }
     }
 

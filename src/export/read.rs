@@ -7,6 +7,10 @@ use crate::error::{Error, Result};
 use crate::quant::{Bits, Grid, GroupAxis, GroupLayout, QuantizedWeight};
 use crate::store::{HostTensor, TensorSource};
 
+/// What to do about packed weights that are not what their config or manifest says.
+pub(super) const DAMAGED: &str =
+    "export the run again, or get the model again: these files are damaged";
+
 /// How folders of a packed format are read.
 #[derive(Debug)]
 pub struct Reader {
@@ -272,7 +276,7 @@ fn expect(name: &str, found: [usize; 2], shape: [usize; 2]) -> Result<()> {
 
 /// An error about a file that is not what its config says.
 pub(super) fn damaged(what: impl Into<String>, at: &str) -> Error {
-    Error::failed(what).at(at).fix("export the run again")
+    Error::damaged(what, DAMAGED).at(at)
 }
 
 /// An unsigned number of a config.

@@ -299,6 +299,13 @@ impl GroupLayout {
         [self.groups, self.group_len]
     }
 
+    /// Whether there is a weight, and groups fill it: what a file says need not be so. The bound is far
+    /// beyond any matrix, and no product of its sizes and widths leaves 64 bits.
+    pub fn is_sound(&self) -> bool {
+        let len = self.out.checked_mul(self.inputs).filter(|len| (1..=1 << 40).contains(len));
+        len.is_some() && self.group_len > 0 && self.groups.checked_mul(self.group_len) == len
+    }
+
     /// Number of weights.
     pub fn len(&self) -> usize {
         self.out * self.inputs

@@ -209,12 +209,10 @@ impl HostTensor {
         if self.dtype.bytes_for(&self.shape) == Some(self.bytes.len()) {
             return Ok(());
         }
-        Err(Error::failed(format!(
-            "a {} tensor of shape {:?} cannot have {} bytes",
-            self.dtype,
-            self.shape,
-            self.bytes.len()
-        )))
+        let bytes = self.bytes.len();
+        let what =
+            format!("a {} tensor of shape {:?} cannot have {bytes} bytes", self.dtype, self.shape);
+        Err(Error::damaged(what, DAMAGED))
     }
 
     /// The values as f32, widened exactly from F32, F16 or BF16.
@@ -259,7 +257,8 @@ impl HostTensor {
     }
 
     fn wrong_dtype(&self, expected: &str) -> Error {
-        Error::failed(format!("the tensor is {}, expected {expected}", self.dtype))
+        let what = format!("the tensor is {}, expected {expected}", self.dtype);
+        Error::damaged(what, "a version of the model that holds this tensor so")
     }
 
     /// SHA-256 of `bytes` alone, in lowercase hex: dtype and shape do not enter.

@@ -4,18 +4,23 @@ use fewbit_gguf::{BlockType, Refusal};
 
 use crate::error::Error;
 
+/// What to do about a file whose contents cannot be.
+pub(super) const DAMAGED: &str = "another copy of the file: this one is damaged or incomplete";
+
 impl From<fewbit_gguf::Error> for Error {
     fn from(error: fewbit_gguf::Error) -> Self {
         let mut ours = match error.io() {
             Some(source) => Self::of_io(error.what(), source),
-            None => Self::failed(error.what()),
+            // It is about the contents of a file.
+            None => Self::preflight(error.what()),
         };
         if let Some(place) = error.place() {
             ours = ours.at(place);
         }
         match error.advice() {
             Some(advice) => ours.fix(advice),
-            None => ours,
+            None if error.io().is_some() => ours,
+            None => ours.of_input(DAMAGED),
         }
     }
 }
@@ -92,7 +97,7 @@ mod tests {
     fn a_damaged_file_keeps_place_and_advice() {
         let error = Reader::new(io::Cursor::new(b"GGML"), Path::new("m.gguf")).unwrap_err();
         let error = Error::from(error);
-        assert_eq!(error.kind(), Kind::Failed);
+        assert_eq!(error.kind(), Kind::Preflight);
         assert_eq!(
             error.to_string(),
             "the file is no GGUF file: it does not start with `GGUF`\n  at   m.gguf\n  try  give a \

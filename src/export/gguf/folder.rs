@@ -11,6 +11,7 @@ use fewbit_gguf::{Reader, Value};
 use serde_json::{Map, Value as Json, json};
 
 use super::check::check_kind;
+use super::error::DAMAGED;
 use super::generation;
 use super::keys::Keys;
 use super::own::{File, Shapes};
@@ -33,7 +34,7 @@ use crate::model::{GgufKeys, LONG_FACTORS, ModelConfig, ROPE_FACTORS};
 /// unusable: the key or the tensor is named.
 pub fn folder_files<R: Read + Seek>(reader: &mut Reader<R>) -> Result<BTreeMap<String, String>> {
     let path = reader.path().to_owned();
-    files(reader).map_err(|error| error.at(path.display()))
+    files(reader).map_err(|error| error.at(path.display()).of_input(DAMAGED))
 }
 
 fn files<R: Read + Seek>(reader: &mut Reader<R>) -> Result<BTreeMap<String, String>> {
