@@ -4,6 +4,7 @@
 
 pub mod documents;
 pub mod examples;
+mod growth;
 pub mod order;
 pub mod packing;
 pub mod tokenizer;

@@ -1,13 +1,21 @@
 //! A Hugging Face folder's tokenizer: text to token ids and back, without special tokens of its own.
 
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::growth::excess;
 use crate::error::{Error, Result};
 
 /// Documents handed to the thread pool at once; bounds the memory of their encodings.
 const BATCH: usize = 1024;
+/// Letters of the crate's messages that are shown.
+const LONGEST_CAUSE: usize = 200;
+/// What to do about a `tokenizer.json` that cannot be used.
+const ITS_OWN: &str = "the tokenizer.json that belongs to this model, downloaded again";
+/// What to do about a `tokenizer_config.json` that is none.
+const SETTINGS: &str = "the tokenizer_config.json that belongs to this model";
 /// Texts that a continuation is tokenized behind: the first whose tokens stay as they are.
 const LEADS: [&str; 3] = ["\n", ":", "."];
 
@@ -47,19 +55,19 @@ impl Tokenizer {
     /// If either cannot be parsed.
     pub fn from_texts(json: &str, config: Option<&str>, place: &Path) -> Result<Self> {
         let config = config.map_or(Ok(Value::Null), serde_json::from_str).map_err(|error| {
-            Error::preflight(format!("the tokenizer's settings are not valid JSON: {error}"))
-                .at(place.display())
+            let what = format!("the tokenizer's settings are not valid JSON: {error}");
+            Error::damaged(what, SETTINGS).at(place.display())
         })?;
         Self::new(json.as_bytes(), &config, place).map_err(|error| error.at(place.display()))
     }
 
     fn new(json: &[u8], config: &Value, folder: &Path) -> Result<Self> {
-        let broken = |error: tokenizers::Error| {
-            Error::preflight(format!("the tokenizer does not load: {error}"))
-        };
-        let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(broken)?;
+        if let Some(what) = excess(json) {
+            return Err(Error::damaged(format!("the tokenizer is no real one: {what}"), ITS_OWN));
+        }
+        let mut inner = guarded("does not load", || tokenizers::Tokenizer::from_bytes(json))?;
         // A saved truncation would silently cut every document; saved padding would lengthen it.
-        inner.with_truncation(None).map_err(broken)?;
+        guarded("does not load", || inner.with_truncation(None).map(drop))?;
         inner.with_padding(None);
         let (bos, eos) = (special(config, "bos_token"), special(config, "eos_token"));
         Ok(Self { inner, folder: folder.to_owned(), bos, eos })
@@ -70,8 +78,7 @@ impl Tokenizer {
     /// # Errors
     /// If the tokenizer's model cannot represent the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding =
-            self.inner.encode_fast(text, false).map_err(|error| self.failed("encode", &error))?;
+        let encoding = self.guarded("cannot encode", || self.inner.encode_fast(text, false))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -82,11 +89,9 @@ impl Tokenizer {
     pub fn encode_all(&self, texts: &[String]) -> Result<Vec<Vec<u32>>> {
         let mut all = Vec::with_capacity(texts.len());
         for batch in texts.chunks(BATCH) {
-            let batch = batch.iter().map(String::as_str).collect();
-            let encodings = self
-                .inner
-                .encode_batch_fast(batch, false)
-                .map_err(|error| self.failed("encode", &error))?;
+            let batch: Vec<&str> = batch.iter().map(String::as_str).collect();
+            let encodings =
+                self.guarded("cannot encode", || self.inner.encode_batch_fast(batch, false))?;
             all.extend(encodings.iter().map(|encoding| encoding.get_ids().to_vec()));
         }
         Ok(all)
@@ -129,7 +134,7 @@ impl Tokenizer {
     /// # Errors
     /// If the tokenizer's decoder fails.
     pub fn decode(&self, tokens: &[u32], skip_special: bool) -> Result<String> {
-        self.inner.decode(tokens, skip_special).map_err(|error| self.failed("decode", &error))
+        self.guarded("cannot decode", || self.inner.decode(tokens, skip_special))
     }
 
     /// Number of tokens, added ones included. A model's vocabulary may be padded beyond it.
@@ -178,9 +183,26 @@ impl Tokenizer {
         }
     }
 
-    fn failed(&self, verb: &str, error: &tokenizers::Error) -> Error {
-        Error::failed(format!("the tokenizer cannot {verb}: {error}"))
-            .at(self.folder.join("tokenizer.json").display())
+    fn guarded<T>(
+        &self,
+        what: &str,
+        work: impl FnOnce() -> Result<T, tokenizers::Error>,
+    ) -> Result<T> {
+        guarded(what, work).map_err(|error| error.at(self.folder.join("tokenizer.json").display()))
+    }
+}
+
+/// What the tokenizers crate does, its errors as ours. It panics over some damaged files, when they are
+/// loaded or not before they are used.
+fn guarded<T>(what: &str, work: impl FnOnce() -> Result<T, tokenizers::Error>) -> Result<T> {
+    match std::panic::catch_unwind(AssertUnwindSafe(work)) {
+        Ok(result) => result.map_err(|error| {
+            // Some of them quote the file, line feeds included.
+            let error: String = error.to_string().chars().take(LONGEST_CAUSE).collect();
+            let error = error.split_whitespace().collect::<Vec<_>>().join(" ");
+            Error::damaged(format!("the tokenizer {what}: {error}"), ITS_OWN)
+        }),
+        Err(_) => Err(Error::damaged("the tokenizer.json is damaged", ITS_OWN)),
     }
 }
 
@@ -192,7 +214,7 @@ fn read_config(path: &Path) -> Result<Value> {
         Err(source) => return Err(Error::io("read", path, &source)),
     };
     serde_json::from_str(&text).map_err(|error| {
-        Error::preflight(format!("the file is not valid JSON: {error}")).at(path.display())
+        Error::damaged(format!("the file is not valid JSON: {error}"), SETTINGS).at(path.display())
     })
 }
 
@@ -285,6 +307,29 @@ pub(crate) mod tests {
         assert_eq!(tokenizer.bos_id().unwrap(), None);
         let error = tokenizer.eos_id().unwrap_err();
         assert_eq!(error.what(), "eos_token `<end>` is not in the vocabulary");
+    }
+
+    /// The crate behind it panics over these, over the first two as it loads them.
+    #[test]
+    fn what_the_crate_panics_over_is_a_damaged_file() {
+        let whole = words(None).0;
+        let text = std::fs::read_to_string(whole.path().join("tokenizer.json")).unwrap();
+        let wordpiece = r###"{"type": "WordPiece", "unk_token": "?", "max_input_chars_per_word": 100,
+            "continuing_subword_prefix": "", "vocab": {"?": 0, "a": 1}}"###;
+        let model = text.find(r#"{"type": "WordLevel""#).unwrap();
+        for damaged in [
+            text.replace(r#""decoder": null"#, r#""decoder": {"type": 7}"#),
+            text.replace(r#""normalizer": null"#, r#""normalizer": {"type": "WordPiece"}"#),
+            text.replace(r#""decoder": null"#, r#""decoder": {"type": "Strip"}"#),
+            format!("{}{wordpiece}}}", &text[..model]),
+        ] {
+            let loaded = Tokenizer::from_texts(&damaged, None, Path::new("t"));
+            let used = loaded.and_then(|t| t.decode(&t.encode("ab a \u{e9}")?, false));
+            if let Err(error) = used {
+                assert_eq!(error.kind().exit_code(), 3);
+                assert!(error.to_string().contains("\n  try  the tokenizer.json"), "{error}");
+            }
+        }
     }
 
     #[test]
