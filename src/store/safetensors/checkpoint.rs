@@ -243,6 +243,15 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     Ok(index.weight_map)
 }
 
+/// Whether a file lies in the folder, or where the hub's cache puts what its folders link to.
+fn stays_in(dir: &Path, path: &Path) -> bool {
+    let (Ok(dir), Ok(path)) = (dir.canonicalize(), path.canonicalize()) else { return false };
+    // `models--owner--name/snapshots/REVISION/FILE` is a link to `models--owner--name/blobs/HASH`.
+    let snapshots = dir.parent().filter(|parent| parent.ends_with("snapshots"));
+    let blobs = snapshots.and_then(Path::parent).map(|model| model.join("blobs"));
+    path.starts_with(&dir) || blobs.is_some_and(|blobs| path.starts_with(blobs))
+}
+
 /// The path of a shard beside its index. Fails when it is missing, and for a name that would lead
 /// out of the folder.
 fn shard_path(dir: &Path, shard: &str, index: &Path) -> Result<PathBuf> {
@@ -251,7 +260,12 @@ fn shard_path(dir: &Path, shard: &str, index: &Path) -> Result<PathBuf> {
     }
     let path = dir.join(shard);
     if path.is_file() {
-        return Ok(path);
+        return if stays_in(dir, &path) {
+            Ok(path)
+        } else {
+            let what = format!("shard {shard}, which the index names, is a link out of the folder");
+            Err(Error::damaged(what, "the file itself in its place").at(path.display()))
+        };
     }
     Err(Error::preflight(format!("shard {shard}, which the index names, is missing"))
         .at(path.display())
@@ -289,6 +303,42 @@ mod tests {
         cut(&shard, 7);
         let text = Checkpoint::open(dir.path()).unwrap_err().to_string();
         assert!(text.contains("at least 8 bytes expected, 7 found"), "{text}");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_out_of_the_folder_is_refused_but_for_the_hubs() {
+        use std::os::unix::fs::symlink;
+        let root = tempdir().unwrap();
+        let out = root.path().join("out");
+        fs::create_dir(&out).unwrap();
+        let shards = write_shards(&out, 19);
+        let blobs = root.path().join("models--a--b/blobs");
+        let snapshot = root.path().join("models--a--b/snapshots/1f");
+        let plain = root.path().join("plain");
+        for dir in [&blobs, &snapshot, &plain] {
+            fs::create_dir_all(dir).unwrap();
+        }
+        for (number, shard) in shards.iter().enumerate() {
+            let blob = blobs.join(number.to_string());
+            fs::rename(shard, &blob).unwrap();
+            symlink(&blob, snapshot.join(shard.file_name().unwrap())).unwrap();
+            symlink(&blob, plain.join(shard.file_name().unwrap())).unwrap();
+        }
+        Checkpoint::open(&snapshot).unwrap();
+        let error = Checkpoint::open(&plain).unwrap_err();
+        assert!(error.what().ends_with("is a link out of the folder"), "{error}");
+        // A folder that is itself reached by a link is no such thing.
+        let index = plain.join(INDEX_FILE);
+        fs::remove_file(&index).unwrap();
+        fs::copy(snapshot.join(INDEX_FILE), &index).unwrap();
+        for number in 0..shards.len() - 1 {
+            let shard = plain.join(shards[number].file_name().unwrap());
+            fs::remove_file(&shard).unwrap();
+            fs::copy(blobs.join(number.to_string()), shard).unwrap();
+        }
+        symlink(&plain, root.path().join("linked")).unwrap();
+        Checkpoint::open(&root.path().join("linked")).unwrap();
     }
 
     #[test]
