@@ -211,7 +211,36 @@ impl<R: Read> Head<'_, R> {
             }
             info.start += data;
         }
+        self.check_places(&tensors, data, alignment)?;
         Ok(tensors)
+    }
+
+    /// Tensors follow each other with no more between them than fills up to the alignment, and nothing
+    /// stands behind the last: bytes put in or taken out show here.
+    fn check_places(
+        &self,
+        tensors: &BTreeMap<String, TensorInfo>,
+        data: u64,
+        alignment: u64,
+    ) -> Result<()> {
+        let mut places: Vec<_> =
+            tensors.iter().map(|(name, info)| (info.start, info.bytes, name)).collect();
+        places.sort_unstable();
+        let mut next = data;
+        for (start, bytes, name) in places {
+            if start != next {
+                let what =
+                    format!("the tensor begins at {start}, and the one before ends at {next}");
+                return Err(damaged(what).at(name));
+            }
+            // Both were checked against the file's length.
+            next = (start + bytes).next_multiple_of(alignment);
+        }
+        if self.length > next {
+            let rest = self.length - next;
+            return Err(damaged(format!("{rest} bytes stand behind the last tensor")));
+        }
+        Ok(())
     }
 
     /// One tensor's entry; `start` is still counted from the first tensor.
@@ -389,6 +418,21 @@ mod tests {
             assert!(error.contains("m.gguf"), "{error}");
         }
         assert!(read(file[..file.len() - 20].to_vec()).is_ok());
+    }
+
+    #[test]
+    fn bytes_put_in_taken_out_or_put_behind_are_seen() {
+        let whole = file();
+        let behind = |bytes: usize| [&whole[..], &vec![0; bytes]].concat();
+        assert!(read(behind(0)).is_ok());
+        // The last tensor may be filled up to the alignment, and by no more.
+        let end = whole.len();
+        assert!(read(whole[..end - (ALIGNMENT as usize - 12)].to_vec()).is_ok());
+        assert!(read(whole[..end - (ALIGNMENT as usize - 11)].to_vec()).is_err());
+        for bytes in [1, 32, 64] {
+            let error = read(behind(bytes)).unwrap_err().to_string();
+            assert!(error.contains("behind the last tensor"), "{error}");
+        }
     }
 
     /// No byte of the header, whatever it becomes, may panic or ask for absurd memory.
