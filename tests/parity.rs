@@ -84,7 +84,8 @@ impl Loaded {
         generate(&self.model, &endless, &self.device, prompt, count, sampler, |token| {
             tokens.push(token);
             true
-        });
+        })
+        .unwrap();
         tokens
     }
 }

@@ -108,8 +108,10 @@ impl Writer<'_> {
             outcome = stop.check().and_then(|()| show(&tokenizer.decode(&text, true)?, &mut shown));
             outcome.is_ok() && !output::is_closed()
         };
-        model::generate(model, config, device, &prompt, max_new_tokens, sampler, &mut each);
+        let (most, each) = (max_new_tokens, &mut each);
+        let computed = model::generate(model, config, device, &prompt, most, sampler, each);
         outcome?;
+        computed.map_err(|e| e.at(session.opened.dir.display()))?;
         let whole = tokenizer.decode(&text, true)?;
         output::line(whole.get(shown..).unwrap_or_default())
     }

@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::{AdaptedArgs, output};
 use crate::error::{Error, Result};
-use crate::model::{CausalLm, Positions};
+use crate::model::{CausalLm, Positions, finite};
 use crate::store::safetensors::write_file;
 use crate::store::{HostTensor, locate};
 
@@ -50,6 +50,7 @@ pub(super) fn run(args: &LogitsArgs) -> Result<()> {
     let [_, _, width] = hidden.dims();
     let logits = model.logits(hidden.reshape([seq, width]));
     let values: Vec<f32> = logits.into_data().iter::<f32>().collect();
+    finite(&values).map_err(|e| e.at(session.opened.dir.display()))?;
     let tensor = HostTensor::f32([1, seq, config.vocab], &values);
     write_file(&args.output, &[("logits".to_owned(), tensor)], &BTreeMap::new())?;
     output::line(&format!("{}  logits [1, {seq}, {}] f32", args.output.display(), config.vocab))

@@ -5,6 +5,7 @@ use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::{CausalLm, KvCache, ModelConfig, Positions};
+use crate::error::{Error, Result};
 
 /// How the next token is chosen.
 #[derive(Clone, Copy, Debug)]
@@ -21,6 +22,9 @@ pub struct Sampler {
 /// end token, when the context is full, or when `each` returns `false`.
 ///
 /// `prompt` must not be empty.
+///
+/// # Errors
+/// As [`finite`].
 pub fn generate(
     model: &CausalLm,
     config: &ModelConfig,
@@ -29,7 +33,7 @@ pub fn generate(
     max_new: usize,
     sampler: Sampler,
     mut each: impl FnMut(u32) -> bool,
-) {
+) -> Result<()> {
     let mut rng = ChaCha8Rng::seed_from_u64(sampler.seed);
     let mut caches = vec![KvCache::default(); model.blocks.len()];
     let mut past = 0;
@@ -47,12 +51,28 @@ pub fn generate(
         let positions = Positions::new(config, past, next.len(), model.dtype(), device);
         past += next.len();
         let logits = step(model, &next, &positions, &mut caches, device);
+        finite(&logits)?;
         let token = sampler.choose(&logits, &mut rng);
         if config.eos.contains(&token) || !each(token) {
             break;
         }
         all.push(token);
         next = vec![token];
+    }
+    Ok(())
+}
+
+/// Refuses logits that are no numbers: the weights are damaged, or too large for the type of activations.
+///
+/// # Errors
+/// Names the first one.
+pub fn finite(logits: &[f32]) -> Result<()> {
+    match logits.iter().find(|value| !value.is_finite()) {
+        None => Ok(()),
+        Some(value) => Err(Error::damaged(
+            format!("the model computes {value} in place of a logit"),
+            "another copy of the model: its weights are damaged; or --compute f32",
+        )),
     }
 }
 

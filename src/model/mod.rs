@@ -29,7 +29,7 @@ pub use arch::{
 };
 pub use block::{Block, KvCache, Norm, Norms, Tap};
 pub use by_block::{ByBlock, Forward};
-pub use generate::{Sampler, generate};
+pub use generate::{Sampler, finite, generate};
 pub use load::{Loader, WeightSource, companions, head_name, licences, open_folder};
 pub use positions::Positions;
 pub use sizes::{ModelShape, TRAINING_BYTES, Trainable};
