@@ -15,6 +15,9 @@ pub(super) const MAX_ROWS: usize = 1 << 26;
 /// Most decoder blocks.
 pub(super) const MAX_BLOCKS: usize = 1 << 12;
 
+/// Most linears of all blocks; the largest model of experts has a third of it.
+pub(super) const MAX_LINEARS: usize = 1 << 18;
+
 /// Options of some family that change what a model computes, with the values besides null, false, 0
 /// and empty that change nothing.
 const OPTIONS: [(&str, &[&str]); 34] = [

@@ -5,7 +5,7 @@
 use serde_json::{Map, Value};
 
 use super::gguf::{Gguf, GgufValue, PartNames};
-use super::keys::{Keys, MAX_BLOCKS, MAX_ROWS, MAX_WIDTH};
+use super::keys::{Keys, MAX_BLOCKS, MAX_LINEARS, MAX_ROWS, MAX_WIDTH};
 use super::rope::{Rope, RopeDefaults};
 use super::{
     Activation, Arch, BlockNorms, LinearSpec, ModelConfig, Multipliers, Names, NormKind, Residual,
@@ -95,7 +95,19 @@ pub(super) fn read(text: &str) -> Result<ModelConfig> {
     };
     let config = read(&keys)?;
     keys.refuse_unread(model_type)?;
+    check_count(&config)?;
     Ok(config)
+}
+
+/// Refuses a model of more linears than any has: a few bytes of JSON must not ask for gigabytes of names.
+fn check_count(config: &ModelConfig) -> Result<()> {
+    let count: usize = (0..config.n_blocks).map(|index| config.specs(index).len()).sum();
+    if count <= MAX_LINEARS {
+        return Ok(());
+    }
+    Err(Error::preflight(format!("{count} linears, of {} blocks", config.n_blocks))
+        .at("num_hidden_layers, num_experts")
+        .fix(format!("blocks and experts of {MAX_LINEARS} linears at most")))
 }
 
 /// What families like Llama take for granted where their config is silent.
