@@ -13,7 +13,6 @@ use crate::model::{ByBlock, WeightSource, weight_name};
 use crate::recipe::Compute;
 use crate::stage::PARITY_WINDOWS;
 use crate::stop::StopFlag;
-use crate::store::folder::sha256_file;
 use crate::store::{TensorSource, locate};
 use crate::task::{self, Gauge, PplConfig};
 
@@ -47,12 +46,7 @@ pub(super) fn run(args: &VerifyArgs, stop: &StopFlag) -> Result<()> {
             .at(dir.display())
             .fix("a folder under a run's export/")
     })?;
-    for (name, sha256) in &manifest.files {
-        let path = dir.join(name);
-        if sha256_file(&path).map_err(failed)? != *sha256 {
-            return Err(damaged("a file does not match its hash", &dir, name));
-        }
-    }
+    manifest.check_small_files(&dir).map_err(failed)?;
     let opened = open_model(&dir).map_err(failed)?;
     let manifest = &manifest;
     check_names(&opened, manifest).map_err(failed)?;
@@ -64,9 +58,10 @@ pub(super) fn run(args: &VerifyArgs, stop: &StopFlag) -> Result<()> {
         stop.check()?;
         check_linear(&opened, manifest, name).map_err(failed)?;
     }
-    check_record(&opened, manifest)?;
+    manifest.check_weight_files(&dir).map_err(failed)?;
+    check_record(&opened, manifest).map_err(failed)?;
     let session = session(args)?;
-    let prompts = check_logits(&session, manifest, stop)?;
+    let prompts = check_logits(&session, manifest, stop).map_err(failed)?;
     let perplexity = match &args.data {
         Some(data) => Some(check_perplexity(args, &session, manifest, data, stop)?),
         None => None,
@@ -80,6 +75,7 @@ pub(super) fn run(args: &VerifyArgs, stop: &StopFlag) -> Result<()> {
             "dense_tensors": dense,
             "bits_per_weight": manifest.bits_per_weight,
             "lossy": manifest.lossy,
+            "sealed": manifest.sha256.is_some(),
             "prompts": prompts,
             "parity": manifest.parity,
             "perplexity": perplexity,
@@ -104,10 +100,16 @@ pub(super) fn run(args: &VerifyArgs, stop: &StopFlag) -> Result<()> {
     output::line(&format!(
         "ok  {}  {linears} linears: hashes, shapes, codes, scales, weights\n\
          ok  {dense} other tensors and {} files: hashes\n\
+         {}\n\
          ok  {}\n\
          ok  {parity}",
         manifest.format.name(),
         manifest.files.len(),
+        if manifest.sha256.is_some() {
+            "ok  manifest: its own hash"
+        } else {
+            "old manifest without a hash of its own: what it says of the run was not checked"
+        },
         match prompts {
             0 => "no prompts recorded".to_owned(),
             prompts => format!("{prompts} prompts: logits and loss"),

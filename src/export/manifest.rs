@@ -1,16 +1,18 @@
 //! `manifest.json`: what an exported folder holds, where it came from, and hashes of all of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::activations::ActivationRecord;
 use super::adapter::AdapterHead;
 use super::approximate::Loss;
 use super::formats::Format;
 use super::record::{FORMAT_VERSION, LinearRecord, MANIFEST_FILE, Provenance};
+use super::seal::{BLANK, is_whole, sealed};
 use crate::data::DataFormat;
 use crate::error::{Error, Result};
 
@@ -56,6 +58,9 @@ pub struct Manifest {
     pub logits: Option<LogitsRecord>,
     /// Perplexity of the trained and the re-opened model.
     pub parity: Option<ParityRecord>,
+    /// SHA-256 of this file with zeros in place of these digits; manifests of earlier versions have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
 }
 
 /// What a model says to fixed prompts, so that `verify` can ask again.
@@ -100,14 +105,15 @@ pub struct ParityRecord {
 impl Manifest {
     /// Whether a file of this name belongs to the folder.
     pub fn covers(&self, name: &str) -> bool {
-        let weights = name.starts_with("model") && name.contains(".safetensors");
-        name == MANIFEST_FILE || weights || self.files.contains_key(name)
+        // Earlier versions have no hashes of these.
+        let unnamed = self.sha256.is_none() && is_weights(name);
+        name == MANIFEST_FILE || unnamed || self.files.contains_key(name)
     }
 
     /// Reads `dir/manifest.json`; `None` when there is none, or it is another tool's.
     ///
     /// # Errors
-    /// When it is damaged, or of a newer version.
+    /// When it is damaged, not as it was written, or of a newer version.
     pub fn read(dir: &Path) -> Result<Option<Self>> {
         let path = dir.join(MANIFEST_FILE);
         let text = match std::fs::read_to_string(&path) {
@@ -118,20 +124,37 @@ impl Manifest {
             }
             Err(e) => return Err(Error::io("read", &path, &e)),
         };
-        let value: serde_json::Value =
-            serde_json::from_str(&text).map_err(|e| damaged(&path, &e))?;
-        match value.get("format_version").and_then(serde_json::Value::as_u64) {
+        let value: Value = serde_json::from_str(&text).map_err(|e| damaged(&path, &e))?;
+        match value.get("format_version").and_then(Value::as_u64) {
             None => return Ok(None),
-            Some(version) if version > u64::from(FORMAT_VERSION) => {
-                return Err(Error::failed(format!(
+            Some(version) if !(1..=u64::from(FORMAT_VERSION)).contains(&version) => {
+                let what = format!(
                     "the manifest has version {version}, this fewbit reads {FORMAT_VERSION}"
-                ))
-                .at(path.display())
-                .fix("a newer fewbit"));
+                );
+                return Err(Error::damaged(what, "a newer fewbit").at(path.display()));
             }
             Some(_) => {}
         }
-        serde_json::from_value(value).map(Some).map_err(|e| damaged(&path, &e))
+        let keys: BTreeSet<String> =
+            value.as_object().into_iter().flat_map(|map| map.keys().cloned()).collect();
+        let manifest: Self = serde_json::from_value(value).map_err(|e| damaged(&path, &e))?;
+        match &manifest.sha256 {
+            Some(hash) if !is_whole(&text, hash) => {
+                let what = "the manifest is not as it was written: it does not match its own hash";
+                return Err(Error::damaged(what, "export the run again").at(path.display()));
+            }
+            Some(_) => {}
+            // A manifest without the key is an earlier version's, and not one whose key is misspelt.
+            None => {
+                let known = serde_json::to_value(&manifest).map_err(|e| damaged(&path, &e))?;
+                let stranger = keys.iter().find(|key| known.get(key).is_none() && *key != "parity");
+                if let Some(key) = stranger {
+                    let error = serde::de::Error::custom(format!("it has a key `{key}`"));
+                    return Err(damaged(&path, &error));
+                }
+            }
+        }
+        Ok(Some(manifest))
     }
 
     /// Writes `dir/manifest.json`.
@@ -140,16 +163,23 @@ impl Manifest {
     /// I/O errors.
     pub fn write(&self, dir: &Path) -> Result<()> {
         let path = dir.join(MANIFEST_FILE);
-        let text = serde_json::to_string_pretty(self)
+        let blank = Self { sha256: Some(BLANK.to_owned()), ..self.clone() };
+        let text = serde_json::to_string_pretty(&blank)
             .map_err(|e| Error::failed(format!("cannot encode the manifest: {e}")))?;
-        std::fs::write(&path, text + "\n").map_err(|e| Error::io("write", &path, &e))
+        let text = text + "\n";
+        let text = sealed(&text).unwrap_or(text);
+        std::fs::write(&path, text).map_err(|e| Error::io("write", &path, &e))
     }
 }
 
+/// Whether a file holds tensors under their names, or says which file does.
+pub(super) fn is_weights(name: &str) -> bool {
+    name.starts_with("model") && name.contains(".safetensors")
+}
+
 fn damaged(path: &Path, error: &serde_json::Error) -> Error {
-    Error::failed(format!("the manifest is damaged: {error}"))
+    Error::damaged(format!("the manifest is damaged: {error}"), "export the run again")
         .at(path.display())
-        .fix("export the run again")
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ mod dequantized;
 mod difference;
 mod embeddings;
 pub mod fewbit;
+mod files;
 mod folder;
 mod foresee;
 mod format;
@@ -32,6 +33,7 @@ mod plan;
 mod planes;
 mod read;
 mod record;
+mod seal;
 mod switch;
 mod write;
 

@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::adapter::AdapterHead;
 use super::approximate::Loss;
 use super::card::{CARD, card};
+use super::files::weight_files;
 use super::folder::open_model;
 use super::format::{Kind, SingleFile, Writing};
 use super::formats::{Format, FormatsConfig};
@@ -172,6 +173,7 @@ fn write_tensors(writing: &Writing<'_>, dir: &Path, manifest: &mut Manifest) -> 
         }
     }
     writer.finish(&BTreeMap::from([("format".to_owned(), "pt".to_owned())]))?;
+    manifest.files.extend(weight_files(dir)?);
     manifest.bits_per_weight = stats.bits_per_weight();
     Ok(())
 }
@@ -218,6 +220,7 @@ fn manifest(format: Format, writing: &Writing<'_>) -> Manifest {
         lossy: false,
         logits: None,
         parity: None,
+        sha256: None,
     }
 }
 

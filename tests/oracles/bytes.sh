@@ -72,7 +72,7 @@ list() { # binary, folder
     files=$(find out recipes/*/export -type f | sort)
     while read -r file; do
         case $file in
-        */manifest.json) sed '/"fewbit": "/d; /"device": "/d' "$file" | sha256sum | sed "s|-$|$file|" ;;
+        */manifest.json) sed '/"fewbit": "/d; /"device": "/d; /^  "sha256": "/d' "$file" | sha256sum | sed "s|-$|$file|" ;;
         *) sha256sum "$file" ;;
         esac
     done <<<"$files" >list
