@@ -314,8 +314,8 @@ pub(crate) mod tests {
     fn what_the_crate_panics_over_is_a_damaged_file() {
         let whole = words(None).0;
         let text = std::fs::read_to_string(whole.path().join("tokenizer.json")).unwrap();
-        let wordpiece = r###"{"type": "WordPiece", "unk_token": "?", "max_input_chars_per_word": 100,
-            "continuing_subword_prefix": "", "vocab": {"?": 0, "a": 1}}"###;
+        let wordpiece = r#"{"type": "WordPiece", "unk_token": "?", "max_input_chars_per_word": 100,
+            "continuing_subword_prefix": "", "vocab": {"?": 0, "a": 1}}"#;
         let model = text.find(r#"{"type": "WordLevel""#).unwrap();
         for damaged in [
             text.replace(r#""decoder": null"#, r#""decoder": {"type": 7}"#),

@@ -332,8 +332,8 @@ mod tests {
         let index = plain.join(INDEX_FILE);
         fs::remove_file(&index).unwrap();
         fs::copy(snapshot.join(INDEX_FILE), &index).unwrap();
-        for number in 0..shards.len() - 1 {
-            let shard = plain.join(shards[number].file_name().unwrap());
+        for (number, shard) in shards[..shards.len() - 1].iter().enumerate() {
+            let shard = plain.join(shard.file_name().unwrap());
             fs::remove_file(&shard).unwrap();
             fs::copy(blobs.join(number.to_string()), shard).unwrap();
         }
