@@ -19,12 +19,13 @@
 //! | [`quant`] | bits, groups, grids, observers, bit packing |
 //! | [`store`] | safetensors, crash-safe files, where a name leads to |
 //! | [`report`] | what the user sees: terminal, `metrics.jsonl`, TensorBoard |
-//! | [`error`], [`device`], [`stop`] | used by all |
+//! | [`error`], [`device`], [`stop`], [`exhausted`] | used by all |
 
 pub mod cli;
 pub mod data;
 pub mod device;
 pub mod error;
+pub mod exhausted;
 pub mod export;
 pub mod method;
 pub mod model;

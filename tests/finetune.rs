@@ -244,7 +244,7 @@ fn an_interrupted_run_ends_in_the_same_bytes() {
         let stages = [&finetune(method, 40)[..], &calibrate("rtn", 4), PACKED];
         let (whole, _) = trained(&stages);
         let place = prepared(&stages);
-        let state = place.path("run/checkpoints/00-finetune/state.safetensors");
+        let state = place.path("run/checkpoints/00-finetune/state-000001.safetensors");
         let mut command = place.command(&TRAIN);
         let mut run = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         let start = Instant::now();

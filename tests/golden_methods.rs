@@ -12,7 +12,7 @@ use burn::nn::Linear;
 use burn::tensor::{DType, Device, Gradients, Tensor, TensorData};
 use fewbit::method::{
     FakeQuant, Folded, Method, MethodConfig, Moment, Start, attach, attached, between_steps,
-    role_of,
+    is_carried, role_of,
 };
 use fewbit::quant::{Bits, GroupSize, ObserverConfig, QuantSpec, Symmetry};
 use fewbit::train::{self, Optimizer, OptimizerConfig, Role, Rule};
@@ -191,6 +191,9 @@ impl ModuleMapper for Assign<'_> {
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if is_carried(self.path.last().unwrap()) {
+            return param;
+        }
         let values = self.golden.values(self.path.last().unwrap());
         param.map(|tensor| {
             let data = TensorData::new(values, tensor.shape());
@@ -222,6 +225,9 @@ impl<F: Fn(&str, &[f32])> ModuleVisitor for Compare<'_, F> {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if is_carried(self.path.last().unwrap()) {
+            return;
+        }
         let values = match self.gradients {
             Some(gradients) => param.val().grad(gradients).unwrap(),
             None => param.val(),

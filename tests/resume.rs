@@ -64,8 +64,8 @@ format.fewbit = {}
 /// Time for anything to happen in a run.
 const PATIENCE: Duration = Duration::from_mins(2);
 const TRAIN: [&str; 3] = ["train", "--recipe", "recipe.toml"];
-const STATE: &str = "run/checkpoints/01-distill/state.safetensors";
-const TUNING: &str = "run/checkpoints/02-tune_scales/state.safetensors";
+const STATE: &str = "run/checkpoints/01-distill/state-000001.safetensors";
+const TUNING: &str = "run/checkpoints/02-tune_scales/state-000001.safetensors";
 
 /// A place with the recipe, its model and its text.
 fn prepared() -> Place {
@@ -181,7 +181,10 @@ fn a_training_that_fails_fails_alike_after_a_resume() {
     let refused = stopped.failed(&TRAIN);
     assert!(refused.contains("after 3 retries\n"), "{refused}");
     assert_eq!(setbacks(&stopped), expected);
-    let state = |place: &Place| std::fs::read(place.path(STATE)).unwrap();
+    let state = |place: &Place| {
+        let mut states = place.tree("run/checkpoints/01-distill").into_iter();
+        states.rfind(|(name, _)| name.starts_with("state-")).unwrap().1
+    };
     assert!(state(&stopped) == state(&undisturbed), "the training states differ");
 }
 
@@ -353,8 +356,9 @@ fn one_folder_has_one_process_and_damaged_checkpoints_are_named() {
     run.wait_for("the run's record", || place.path("run/run.json").exists());
     let second = place.run(&TRAIN);
     assert_eq!(second.code, 2, "{}", second.err);
-    let sentence = "error: another fewbit process is working in this folder\n  at   run\n  try  ";
+    let sentence = "error: another fewbit process is working in this folder: process ";
     assert!(second.err.contains(sentence), "{}", second.err);
+    assert!(second.err.contains("\n  at   run\n  try  "), "{}", second.err);
     run.wait_for("distillation steps", || steps(&place) >= 2);
     run.signal(Signal::TERM);
     stopped(&run.end(), 143);

@@ -26,7 +26,8 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::data::{DataFormat, Marks, Tokenizer};
 use crate::device::{self, NamedDevice};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
+use crate::exhausted;
 use crate::export::{Adapter, OpenModel, open_model};
 use crate::model::{CausalLm, Loader};
 use crate::recipe::Compute;
@@ -83,8 +84,7 @@ pub fn main() -> ExitCode {
     let outcome = std::panic::catch_unwind(|| run(command)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
-        Err(Error::failed(format!("internal error: {}", text.unwrap_or_default()))
-            .fix("RUST_LOG=debug for the place, and report it; what was saved is kept"))
+        Err(of_panic(&text.unwrap_or_default()))
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -93,6 +93,20 @@ pub fn main() -> ExitCode {
             ExitCode::from(u8::try_from(error.kind().exit_code()).unwrap_or(1))
         }
     }
+}
+
+/// A panic as an error: a device without memory panics where an operation runs.
+fn of_panic(text: &str) -> Error {
+    if !exhausted::is_said_by(text) {
+        return Error::failed(format!("internal error: {text}"))
+            .fix("RUST_LOG=debug for the place, and report it; what was saved is kept");
+    }
+    let [place, fix] = exhausted::work();
+    let first = text.lines().next().unwrap_or_default();
+    let error = Error::new(Kind::Resources, format!("out of memory: {first}"));
+    let error = if place.is_empty() { error } else { error.at(place) };
+    let fix = if fix.is_empty() { "a smaller batch or shorter windows".to_owned() } else { fix };
+    error.fix(format!("{fix}, or a larger device; what was saved is kept"))
 }
 
 fn run(command: Command) -> Result<()> {

@@ -6,7 +6,7 @@ use burn::module::{Module, Param, ParamId, Reparameterization};
 use burn::nn::Linear;
 use burn::tensor::{DType, Tensor};
 
-use super::{Folded, Method, MethodConfig, Moment, Problem, ROLES, Start, Units};
+use super::{CARRIED, Folded, Method, MethodConfig, Moment, Problem, ROLES, Start, Units};
 use crate::error::Result;
 use crate::ops;
 use crate::quant::{
@@ -238,4 +238,10 @@ pub fn role_of(path: &str) -> Option<Role> {
         return Some(Role::Weight);
     }
     ROLES.iter().flat_map(|roles| roles.iter()).find(|(known, _)| *known == name).map(|(_, r)| *r)
+}
+
+/// Whether a parameter does not learn but is part of a training's state, by its path in the module.
+pub fn is_carried(path: &str) -> bool {
+    let name = path.rsplit('.').next().unwrap_or(path);
+    CARRIED.iter().any(|names| names.contains(&name))
 }

@@ -126,6 +126,8 @@ pub trait WeightMethod: Module + Sized {
     const ROLES: &'static [(&'static str, Role)];
     /// Whether [`WeightMethod::between_steps`] does anything.
     const HAS_HOOK: bool = false;
+    /// Parameters by name that do not learn, but that [`WeightMethod::between_steps`] goes on from.
+    const CARRIED: &'static [&'static str] = &[];
 
     /// Refuses a specification that this method cannot serve, before any weight is read.
     ///

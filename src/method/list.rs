@@ -225,6 +225,8 @@ macro_rules! methods {
             }
         }
 
+        /// See [`WeightMethod::CARRIED`], of every method.
+        const CARRIED: &[&[&str]] = &[$(<$name as WeightMethod>::CARRIED,)*];
         /// The learned parameters of every method, `(name, role)`.
         const ROLES: &[&[(&str, Role)]] = &[$(<$name as WeightMethod>::ROLES,)* TUNED];
     };

@@ -41,8 +41,8 @@ use serde::{Deserialize, Serialize};
 pub use adadim::{AdaDim, AdaDimConfig};
 pub use alphatuning::{AlphaTuning, AlphaTuningConfig, LearnedAlphas};
 pub use attach::{
-    FakeQuant, Latent, attach, attached, between_steps, coarseness, fold, latent, materialize,
-    measures, quantize, role_of, shorten_all,
+    FakeQuant, Latent, attach, attached, between_steps, coarseness, fold, is_carried, latent,
+    materialize, measures, quantize, role_of, shorten_all,
 };
 pub use awq::{Awq, AwqConfig};
 pub use bcq::{Bcq, BcqConfig, BcqSolve};

@@ -16,7 +16,7 @@
 //! taken once more. The gradient of a weight that lies further from its level than the smallest
 //! plane is dropped, as a clamp would.
 
-use burn::module::{Module, Param};
+use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Tensor, TensorData};
 use rayon::iter::ParallelIterator;
 use rayon::slice::ParallelSlice;
@@ -68,7 +68,7 @@ pub struct UniQuanF {
     /// `z_B`, `[groups, 1]`: the middle of the levels, from `c`.
     pub zero_binary: Tensor<2>,
     /// The present codes as floats, `[groups, group_len]`.
-    codes: Tensor<2>,
+    codes: Param<Tensor<2>>,
     bits: u8,
     period: u64,
     gradient_filter: bool,
@@ -81,6 +81,7 @@ impl WeightMethod for UniQuanF {
     const GRID: GridKind = GridKind::Planes;
     const TRAINS_BASE: bool = false;
     const HAS_HOOK: bool = true;
+    const CARRIED: &'static [&'static str] = &["codes"];
     const ROLES: &'static [(&'static str, Role)] = &[
         ("log_scale", Role::Scale),
         ("log_division", Role::Rounding),
@@ -125,7 +126,7 @@ impl WeightMethod for UniQuanF {
             alpha: Param::from_tensor(tensor(alpha, usize::from(bits.get()))),
             zero_binary: zero_unified.zeros_like(),
             zero_unified,
-            codes: tensor(vec![0.0; groups * group_len], group_len),
+            codes: unlearned(tensor(vec![0.0; groups * group_len], group_len)),
             bits: bits.get(),
             period: config.period,
             gradient_filter: config.gradient_filter,
@@ -134,7 +135,7 @@ impl WeightMethod for UniQuanF {
     }
 
     fn quantizer(&self, weight: Tensor<2>) -> Quantizer {
-        let (codes, filter) = (self.codes.clone(), self.gradient_filter);
+        let (codes, filter) = (self.codes.val(), self.gradient_filter);
         Quantizer::Unified { unified: self.unified(), weight, codes, filter }
     }
 
@@ -144,15 +145,16 @@ impl WeightMethod for UniQuanF {
             Moment::Step(_) => true,
             Moment::End => false,
         };
-        self.codes = self.unified().nearest(weight, local.then_some(&self.codes));
+        let present = self.codes.val();
+        self.codes = unlearned(self.unified().nearest(weight, local.then_some(&present)));
         self
     }
 }
 
 impl UniQuanF {
     /// The present codes as floats, `[groups, group_len]`.
-    pub fn codes(&self) -> &Tensor<2> {
-        &self.codes
+    pub fn codes(&self) -> Tensor<2> {
+        self.codes.val()
     }
 
     fn unified(&self) -> Unified {
@@ -166,6 +168,11 @@ impl UniQuanF {
             middle: self.zero_binary.clone() + middle,
         }
     }
+}
+
+/// A parameter that moves between steps only.
+fn unlearned(tensor: Tensor<2>) -> Param<Tensor<2>> {
+    Param::initialized(ParamId::new(), tensor)
 }
 
 /// One group's start.

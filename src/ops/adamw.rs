@@ -1,7 +1,7 @@
 //! AdamW's update of one parameter, in place where the buffer is not shared: nothing of the
 //! parameter's size is allocated. (burn's keeps three such transients.)
 
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::Tensor;
 
 #[cfg(feature = "flex")]
 use super::bridge::{self, Rows, reads};
@@ -48,9 +48,9 @@ pub struct Moments {
 }
 
 impl Moments {
-    /// Both as host data, for saving.
-    pub fn to_data<const D: usize>(&self) -> [TensorData; 2] {
-        [&self.first, &self.second].map(|moment| tensor::<D>(moment.clone()).into_data())
+    /// Both, for saving.
+    pub fn tensors<const D: usize>(&self) -> [Tensor<D>; 2] {
+        [&self.first, &self.second].map(|moment| tensor::<D>(moment.clone()))
     }
 
     /// From two tensors of the parameter's shape.

@@ -1,14 +1,14 @@
 //! `metrics.jsonl`: one event a line, written as it happens.
 
-use std::fs::OpenOptions;
-use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use serde::Serialize;
 use serde_json::Value;
 
 use super::log::{Appender, unix_seconds};
-use super::{At, Event, Position, Reporter};
+use super::{Event, Reporter};
 use crate::error::{Error, Result};
 
 /// Writes every event except [`Event::Progress`] and [`Event::Text`] as a line of JSON with
@@ -34,6 +34,11 @@ impl Reporter for JsonLines {
         if matches!(event, Event::Progress { .. } | Event::Text { .. }) {
             return;
         }
+        if let Event::Resumed { mark, .. } = event
+            && !mark.is_empty()
+        {
+            self.file.edit(|path| cut_back(path, mark));
+        }
         match serde_json::to_vec(&Timed { time: unix_seconds(), event }) {
             Ok(mut line) => {
                 line.push(b'\n');
@@ -52,74 +57,24 @@ struct Timed<'a> {
     event: &'a Event,
 }
 
-/// Drops from `path` what an attempt that was cut off reported beyond `position`: it comes again. What
-/// a failure led to stays, and so do notes and warnings.
-///
-/// # Errors
-/// If the file cannot be read or written.
-pub fn cut_back(path: &Path, position: &Position) -> Result<()> {
-    mend(path).map_err(|e| Error::io("mend", path, &e))?;
-    let text = match std::fs::read_to_string(path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-        // Bytes of something else: nothing of it is ours to drop.
-        Err(error) if error.kind() == ErrorKind::InvalidData => return Ok(()),
-        Err(error) => return Err(Error::io("read", path, &error)),
-    };
-    let lines: Vec<&str> = text.split_inclusive('\n').collect();
-    let known =
-        |line: &&str| serde_json::from_str(line).map_or(Known::Beside, |e| place(&e, position));
-    let tail = lines.iter().rposition(|line| known(line) == Known::Saved).map_or(0, |at| at + 1);
-    let dropped = |line: &&&str| known(line) == Known::Beyond;
-    let Some(first) = lines[tail..].iter().position(|line| dropped(&line)) else { return Ok(()) };
-    let start: usize = lines[..tail + first].iter().map(|line| line.len()).sum();
-    let kept: String =
-        lines[tail + first..].iter().filter(|line| !dropped(line)).copied().collect();
-    let write = || -> io::Result<()> {
-        let mut file = OpenOptions::new().write(true).open(path)?;
-        file.set_len(start as u64)?;
-        file.seek(SeekFrom::End(0))?;
-        file.write_all(kept.as_bytes())
-    };
-    write().map_err(|e| Error::io("write", path, &e))
-}
-
-/// Where an event stands beside the position that a run goes on from.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Known {
-    /// Not behind it: nothing earlier is dropped.
-    Saved,
-    /// Behind it.
-    Beyond,
-    /// No part of the order.
-    Beside,
-}
-
-fn place(event: &Value, position: &Position) -> Known {
-    let kind = event["event"].as_str().unwrap_or_default();
-    let stage = event["stage"].as_u64().map(|stage| stage as usize);
-    let of_stage = stage == Some(position.stage);
-    let after = |key: &str, saved: u64| match event[key].as_u64() {
-        Some(at) if at > saved => Known::Beyond,
-        _ => Known::Saved,
-    };
-    match (kind, position.at) {
-        ("stage_start" | "retry", _) if of_stage => Known::Saved,
-        ("evaluation" | "gate" | "stage_end", _) if of_stage => Known::Beyond,
-        ("exported" | "histogram", _) => Known::Beyond,
-        ("step" | "validation", At::Step(step)) if of_stage => after("step", step),
-        ("block", At::Block(blocks)) if of_stage => match event["index"].as_u64() {
-            Some(index) if index >= blocks as u64 => Known::Beyond,
-            _ => Known::Saved,
-        },
-        ("block_loss", At::Block(blocks)) => match event["block"].as_u64() {
-            Some(block) if block >= blocks as u64 => Known::Beyond,
-            _ => Known::Beside,
-        },
-        // Whatever an earlier stage reported is saved.
-        _ if stage.is_some_and(|stage| stage < position.stage) => Known::Saved,
-        _ => Known::Beside,
+/// Drops from the file at `path` what stands behind its last [`Event::Saved`] of this mark: an attempt
+/// that was cut off reported it, and it comes again. A file without that mark stays as it is.
+fn cut_back(path: &Path, mark: &str) -> io::Result<()> {
+    let mut lines = BufReader::new(File::open(path)?);
+    let (mut line, mut position, mut end) = (Vec::new(), 0, None);
+    loop {
+        line.clear();
+        let read = lines.read_until(b'\n', &mut line)?;
+        if read == 0 {
+            break;
+        }
+        position += read as u64;
+        let found: Option<Value> = serde_json::from_slice(&line).ok();
+        if found.is_some_and(|event| event["event"] == "saved" && event["mark"] == mark) {
+            end = Some(position);
+        }
     }
+    end.map_or(Ok(()), |end| OpenOptions::new().write(true).open(path)?.set_len(end))
 }
 
 /// Makes sure that a file left by a crash ends with a whole line.
@@ -211,36 +166,35 @@ mod tests {
     }
 
     #[test]
-    fn is_cut_back_to_what_is_saved() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("metrics.jsonl");
-        let cut = |lines: &[&str], position: Position| {
-            fs::write(&path, lines.join("\n") + "\n").unwrap();
-            cut_back(&path, &position).unwrap();
-            let text = fs::read_to_string(&path).unwrap();
-            text.lines().map(str::to_owned).collect::<Vec<_>>()
+    fn is_cut_back_to_the_last_state_of_that_name() {
+        let saved = |mark: &str| Event::Saved { mark: mark.into() };
+        let resumed = |mark: &str| Event::Resumed {
+            stage: "distill".into(),
+            position: "step 10/20".into(),
+            mark: mark.into(),
         };
-        let step = |step: u64| format!(r#"{{"event":"step","stage":1,"step":{step}}}"#);
-        let (s10, s20, s30) = (step(10), step(20), step(30));
-        let start = r#"{"event":"stage_start","stage":1}"#;
-        let note = r#"{"event":"note","text":"x"}"#;
-        let retry = r#"{"event":"retry","stage":1,"step":30,"back_to":10}"#;
-        let earlier = r#"{"event":"block","stage":0,"index":7}"#;
-        let at = |step| Position { stage: 1, at: At::Step(step), global_step: 0 };
-        assert_eq!(
-            cut(&[earlier, start, &s10, &s20, note, &s30], at(10)),
-            [earlier, start, &s10, note]
-        );
-        assert_eq!(cut(&[earlier, start, &s10], at(0)), [earlier, start]);
-        // What was before a failure stays, though its steps are later.
-        let lines = [start, &s10, &s20, &s30, retry, &s20, &s30];
-        assert_eq!(cut(&lines, at(20)), lines[..6]);
-        assert_eq!(cut(&lines, at(10)), lines[..5]);
-        let block = |index: u64| format!(r#"{{"event":"block","stage":1,"index":{index}}}"#);
-        let loss = |block: u64| format!(r#"{{"event":"block_loss","block":{block},"step":1}}"#);
-        let (b0, l0, l1) = (block(0), loss(0), loss(1));
-        let at = Position { stage: 1, at: At::Block(1), global_step: 0 };
-        assert_eq!(cut(&[start, &l0, &b0, &l1], at), [start, &l0, &b0]);
+        let kept = |events: &[Event]| {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("metrics.jsonl");
+            let mut file = JsonLines::open(&path).unwrap();
+            for event in events {
+                file.emit(event);
+            }
+            file.emit(&note("end"));
+            let text = fs::read_to_string(&path).unwrap();
+            let names = text.lines().map(|line| {
+                let event: Value = serde_json::from_str(line).unwrap();
+                let name = event["text"].as_str().or(event["mark"].as_str()).unwrap();
+                name.to_owned()
+            });
+            names.collect::<Vec<_>>()
+        };
+        let (a, b) = (note("a"), note("b"));
+        assert_eq!(kept(&[saved("s"), a.clone(), resumed("s")]), ["s", "s", "end"]);
+        let twice = [saved("s"), a.clone(), saved("t"), saved("s"), b.clone(), resumed("s")];
+        assert_eq!(kept(&twice), ["s", "a", "t", "s", "s", "end"]);
+        // Of a run whose metrics are not from its start.
+        assert_eq!(kept(&[a, resumed("s"), b]), ["a", "s", "b", "end"]);
     }
 
     #[test]

@@ -61,6 +61,24 @@ impl Appender {
         Ok(Self { file, path: path.to_owned(), length, warned: false })
     }
 
+    /// Lets `edit` shorten the file.
+    pub(super) fn edit(&mut self, edit: impl FnOnce(&Path) -> io::Result<()>) {
+        let edited = edit(&self.path).and_then(|()| Ok(self.file.metadata()?.len()));
+        match edited {
+            Ok(length) => self.length = length,
+            Err(error) => self.warn(&error),
+        }
+    }
+
+    fn warn(&mut self, error: &io::Error) {
+        if !std::mem::replace(&mut self.warned, true) {
+            tracing::warn!(
+                "cannot write {}: {error}; the run goes on, entries will be missing there",
+                self.path.display()
+            );
+        }
+    }
+
     /// Appends `bytes` as one piece: all of it, or (after a failure) none of it.
     pub(super) fn write(&mut self, bytes: &[u8]) {
         match self.file.write_all(bytes) {
@@ -69,13 +87,7 @@ impl Appender {
                 // A half line or record would spoil what comes after it. Should the cut fail too,
                 // there is nothing left to try.
                 let _ = self.file.set_len(self.length);
-                if !self.warned {
-                    self.warned = true;
-                    tracing::warn!(
-                        "cannot write {}: {error}; the run goes on, entries will be missing there",
-                        self.path.display()
-                    );
-                }
+                self.warn(&error);
             }
         }
     }

@@ -13,6 +13,8 @@ mod numbers;
 pub mod tensorboard;
 pub mod terminal;
 
+use std::collections::BTreeMap;
+
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
@@ -55,12 +57,21 @@ pub enum Event {
         /// Estimated time in seconds.
         seconds: f64,
     },
-    /// An unfinished run goes on.
+    /// A state is about to be written from which a run may go on. What is reported behind this line is
+    /// not part of that state.
+    Saved {
+        /// The state's name, e.g. `01-distill/state-000004`.
+        mark: String,
+    },
+    /// An unfinished run goes on. What an attempt that was cut off reported behind the mark is dropped,
+    /// for it comes again.
     Resumed {
         /// The stage's name.
         stage: String,
         /// Where in the stage, e.g. `step 1200/2000`.
         position: String,
+        /// The state that it goes on from; empty where nothing is dropped.
+        mark: String,
     },
     /// A stage begins.
     StageStart {
@@ -82,7 +93,7 @@ pub enum Event {
         /// Wall-clock time in seconds.
         seconds: f64,
     },
-    /// A decoder block is finished.
+    /// A decoder block is finished: tags `block/mse_before`, `block/mse_after`, by block.
     Block {
         /// Index of the stage, from zero.
         stage: usize,
@@ -187,6 +198,8 @@ pub enum Event {
     },
     /// One point of the loss curve inside a block: tag `block/BB/loss`.
     BlockLoss {
+        /// Index of the stage, from zero.
+        stage: usize,
         /// Index of the block, from zero.
         block: usize,
         /// Optimizer step inside the block.
@@ -314,26 +327,6 @@ pub struct Number {
     pub value: f64,
 }
 
-/// How far an unfinished stage is saved.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum At {
-    /// So many steps of the whole model.
-    Step(u64),
-    /// So many blocks.
-    Block(usize),
-}
-
-/// Where a run goes on: what an earlier attempt reported of later steps will come again.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Position {
-    /// Index of the stage, from zero.
-    pub stage: usize,
-    /// How far it is saved.
-    pub at: At,
-    /// Step on TensorBoard's axis.
-    pub global_step: u64,
-}
-
 /// Pairs as one JSON object, so that a script can ask for `values["train/loss"]`.
 fn as_map<S: Serializer>(pairs: &[(String, f64)], serializer: S) -> Result<S::Ok, S::Error> {
     let mut map = serializer.serialize_map(Some(pairs.len()))?;
@@ -343,10 +336,16 @@ fn as_map<S: Serializer>(pairs: &[(String, f64)], serializer: S) -> Result<S::Ok
     map.end()
 }
 
-/// Numbers as fields.
+/// Numbers as fields, and the tags that they go under.
 fn by_name<S: Serializer>(numbers: &[Number], serializer: S) -> Result<S::Ok, S::Error> {
-    let pairs: Vec<(String, f64)> = numbers.iter().map(|n| (n.name.clone(), n.value)).collect();
-    as_map(&pairs, serializer)
+    let mut map = serializer.serialize_map(Some(numbers.len() + 1))?;
+    for number in numbers {
+        map.serialize_entry(&number.name, &number.value)?;
+    }
+    let tags: BTreeMap<&str, &str> =
+        numbers.iter().map(|number| (number.name.as_str(), number.tag.as_str())).collect();
+    map.serialize_entry("tags", &tags)?;
+    map.end()
 }
 
 /// Shows or stores events. Never fails; a reporter in trouble warns once and goes on.

@@ -1,14 +1,17 @@
 //! The run's folder: who may write there, what is kept, what starting over removes.
 
 use std::fs::{File, TryLockError};
+use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
 
 use super::record::{RECORD_FILE, RunRecord};
 use super::{Prepared, Status};
 use crate::error::{Error, Result};
 use crate::export::Manifest;
 use crate::recipe::to_toml;
-use crate::store::folder::{entries, write_atomic};
+use crate::store::folder::{entries, is_running, write_atomic};
 
 /// Everything a run writes; starting over removes these and nothing else, the record last: a folder without
 /// it is not a run's.
@@ -81,7 +84,7 @@ impl RunFolder {
             return Ok((folder, new));
         };
         refuse_other(&record, prepared)?;
-        record.reopen_lost_exports(&folder.path);
+        record.reopen_lost(&folder.path, |index, name| folder.stage_dir(index, name));
         if record.status != Status::Done {
             record.needs = new.needs;
             record.fewbit = new.fewbit;
@@ -219,16 +222,58 @@ fn refuse_strangers(path: &Path) -> Result<()> {
     }
 }
 
+/// Holds the folder for this process. The system lets go of a lock when its process ends, however it
+/// ends; on a file system without locks, what the file says of the last process decides.
 fn lock(path: &Path) -> Result<File> {
     let lock_path = path.join(LOCK_FILE);
-    let file = File::create(&lock_path).map_err(|e| Error::io("create", &lock_path, &e))?;
-    match file.try_lock() {
-        Err(TryLockError::WouldBlock) => {
-            Err(Error::usage("another fewbit process is working in this folder")
-                .at(path.display())
-                .fix("wait for it, or another --output"))
-        }
-        // A file system without locks: go on rather than refuse to work at all.
-        Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
+    let open = File::options().create(true).read(true).write(true).truncate(false).open(&lock_path);
+    let mut file = open.map_err(|e| Error::io("create", &lock_path, &e))?;
+    let mut text = String::new();
+    // Of an older fewbit, or half written: then nobody is known.
+    let _ = file.read_to_string(&mut text);
+    let holder: Option<Holder> = serde_json::from_str(&text).ok();
+    let held = match file.try_lock() {
+        Ok(()) => false,
+        Err(TryLockError::WouldBlock) => true,
+        Err(TryLockError::Error(_)) => holder.as_ref().is_some_and(Holder::may_live),
+    };
+    if held {
+        let who = holder.map_or(String::new(), |h| format!(": process {} on {}", h.pid, h.host));
+        return Err(Error::usage(format!("another fewbit process is working in this folder{who}"))
+            .at(path.display())
+            .fix("wait for it, or another --output"));
     }
+    let text = serde_json::to_string(&Holder::this()).unwrap_or_default();
+    // Whoever cannot read it is told less.
+    let _ =
+        file.set_len(0).and_then(|()| file.rewind()).and_then(|()| file.write_all(text.as_bytes()));
+    Ok(file)
+}
+
+/// The process that works in a folder.
+#[derive(Debug, Deserialize, Serialize)]
+struct Holder {
+    pid: u32,
+    host: String,
+}
+
+impl Holder {
+    fn this() -> Self {
+        Self { pid: std::process::id(), host: host() }
+    }
+
+    /// Whether it may still be at work: not if it was on this machine and is gone.
+    fn may_live(&self) -> bool {
+        self.host != host() || self.pid != std::process::id() && is_running(self.pid)
+    }
+}
+
+#[cfg(unix)]
+fn host() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+#[cfg(not(unix))]
+fn host() -> String {
+    std::env::var("COMPUTERNAME").unwrap_or_default()
 }

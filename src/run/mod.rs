@@ -17,14 +17,16 @@ pub use record::{Fingerprint, RunRecord, StageRecord, Status};
 
 use crate::data::TokenStream;
 use crate::error::{Error, Kind, Result};
+use crate::exhausted;
 use crate::export::Provenance;
 use crate::recipe::{Plan, Recipe, to_toml};
-use crate::report::jsonl::{JsonLines, cut_back};
+use crate::report::jsonl::JsonLines;
 use crate::report::log::LogFile;
 use crate::report::tensorboard::TensorBoard;
-use crate::report::{At, Event, Position, Reporter, Reporters, memory};
-use crate::stage::{Measured, Quality, Results, StageContext};
+use crate::report::{Event, Reporter, Reporters, memory};
+use crate::stage::{Measured, Quality, Results, StageContext, is_state, mark, remove_states};
 use crate::stop::StopFlag;
+use crate::store::folder::entries;
 
 /// How a recipe is to be run.
 #[derive(Clone, Debug)]
@@ -60,8 +62,9 @@ pub fn train(options: &Options, mut report: Reporters, stop: &StopFlag) -> Resul
         ));
         return Ok(record);
     }
-    attach_files(&prepared, &record, &folder, &mut report)?;
+    attach_files(&folder, &mut report)?;
     announce_to_files(&prepared, &mut report);
+    say_where_it_goes_on(&prepared, &record, &folder, &mut report);
     let start = Instant::now();
     let before = record.seconds;
     let last_change = last_change(&prepared.plan, prepared.plan.stages.len());
@@ -125,6 +128,7 @@ fn execute(
             stage: index,
             latest: stage.latest,
             first_step: stage.first_step,
+            is_last: record.stages[index + 1..].iter().all(|stage| stage.status == Status::Pending),
             steps: stage.config.stage().steps(model_blocks),
             left_by: last_change(&plan, index),
             specs: &stage.specs,
@@ -140,9 +144,13 @@ fn execute(
             results: &mut results,
             provenance: &provenance,
         };
+        let fix = less_memory(name, index, matches!(name, "reconstruct" | "calibrate"));
+        exhausted::working_on(format!("stage {index} ({name})"), fix);
         let start = Instant::now();
         let mut outcome = match was {
-            Status::Done | Status::Trained => stage.config.restore(&mut ctx),
+            Status::Done | Status::Trained => {
+                remove_states(&dir).and_then(|()| stage.config.restore(&mut ctx))
+            }
             _ => begin(&mut ctx, name, plan.stages.len(), &dir)
                 .and_then(|()| stage.config.run(&mut ctx)),
         };
@@ -151,8 +159,12 @@ fn execute(
             // The work is done and saved, whatever the gate says of it.
             trained = true;
             record.stages[index].status = Status::Trained;
+            record.stages[index].files = left_in(&dir);
             record.results = ctx.results.clone();
+            ctx.report.emit(&Event::Saved { mark: mark_of(&dir, Status::Trained) });
             record.save(folder.path())?;
+            // What the stage left is enough from here on.
+            remove_states(&dir)?;
             outcome = stage.config.judge(&mut ctx);
         }
         record.results = results;
@@ -167,11 +179,20 @@ fn execute(
             Err(error) if matches!(error.kind(), Kind::Stopped(_)) => Status::Stopped,
             Err(_) => Status::Failed,
         };
+        if outcome.is_ok() {
+            record.stages[index].files = left_in(&dir);
+            let (stage, of, name) = (index, plan.stages.len(), name.to_owned());
+            report.emit(&Event::StageEnd {
+                stage,
+                of,
+                name,
+                seconds: record.stages[index].seconds,
+            });
+            report.emit(&Event::Saved { mark: mark_of(&dir, Status::Done) });
+        }
         let saved = record.save(folder.path());
         // What ended the stage comes first: a full disk is often why the record cannot be saved.
         outcome.and(saved)?;
-        let (stage, of, name) = (index, plan.stages.len(), name.to_owned());
-        report.emit(&Event::StageEnd { stage, of, name, seconds: record.stages[index].seconds });
         report.flush();
     }
     Ok(())
@@ -179,11 +200,27 @@ fn execute(
 
 /// An unfinished stage measures again: what an interrupted attempt noted is dropped.
 fn discard_of(results: &mut Results, stage: usize) {
-    results.measured.retain(|measured| measured.stage < stage);
-    results.setbacks.retain(|setback| setback.stage < stage);
+    results.measured.retain(|measured| measured.stage != stage);
+    results.setbacks.retain(|setback| setback.stage != stage);
     // Baselines are the same whenever they are measured.
     let baseline = |what: &str| what == "float" || what.starts_with("rtn ");
-    results.quality.retain(|quality| quality.stage < stage || baseline(&quality.what));
+    results.quality.retain(|quality| quality.stage != stage || baseline(&quality.what));
+}
+
+/// The checkpoints in a stage's folder, without states of its training.
+fn left_in(dir: &Path) -> Vec<String> {
+    let paths = entries(dir).unwrap_or_default().into_iter();
+    let names = paths.filter_map(|path| Some(path.file_name()?.to_str()?.to_owned()));
+    names.filter(|name| !name.starts_with('.') && !is_state(name)).collect()
+}
+
+/// What would need less memory than a stage does.
+fn less_memory(stage: &str, index: usize, reads_calibration: bool) -> String {
+    if reads_calibration {
+        "fewer data.calibration.samples, or a smaller data.calibration.length".to_owned()
+    } else {
+        format!("a smaller stage.{index}.{stage}.batch or data.train.length")
+    }
 }
 
 fn begin(ctx: &mut StageContext<'_>, name: &str, of: usize, dir: &Path) -> Result<()> {
@@ -250,40 +287,63 @@ fn announce_to_files(prepared: &Prepared, report: &mut Reporters) {
     report.emit(&Event::Text { tag: "recipe".to_owned(), text });
 }
 
-fn attach_files(
+fn attach_files(folder: &RunFolder, report: &mut Reporters) -> Result<()> {
+    let dir = folder.path();
+    let metrics = dir.join("metrics.jsonl");
+    report.push(JsonLines::open(&metrics)?);
+    report.push(LogFile::open(&dir.join("run.log"))?);
+    // Behind the metrics, whose lines it shows.
+    report.push(TensorBoard::open(&dir.join("tensorboard"), &metrics));
+    Ok(())
+}
+
+/// The mark of a run's beginning.
+const START: &str = "start";
+
+/// Says from which state a run that has begun goes on, unless its unfinished stage will: from one of
+/// its own.
+fn say_where_it_goes_on(
     prepared: &Prepared,
     record: &RunRecord,
     folder: &RunFolder,
     report: &mut Reporters,
-) -> Result<()> {
-    let dir = folder.path();
-    let metrics = dir.join("metrics.jsonl");
-    let mut board = TensorBoard::open(&dir.join("tensorboard"));
-    if let Some(position) = position(prepared, record, folder) {
-        cut_back(&metrics, &position)?;
-        // Curves inside blocks have an axis of their own, which must not be cut.
-        if matches!(position.at, At::Step(_)) && position.global_step > 0 {
-            board.resume(position.global_step);
-        }
+) {
+    if record.status == Status::Pending {
+        report.emit(&Event::Saved { mark: START.to_owned() });
+        return;
     }
-    report.push(JsonLines::open(&metrics)?);
-    report.push(LogFile::open(&dir.join("run.log"))?);
-    report.push(board);
-    Ok(())
+    let is_left = |stage: &StageRecord| matches!(stage.status, Status::Done | Status::Trained);
+    if record.status == Status::Running {
+        let text = "the attempt before this one ended without a word: killed, or out of memory";
+        report.emit(&Event::Note { text: text.to_owned() });
+    }
+    let open = record.stages.iter().position(|stage| stage.status != Status::Done);
+    let Some(stage) = open else { return };
+    let later = record.stages.iter().skip(stage + 1);
+    if later.clone().any(is_left) {
+        // Something that was lost is made again; what came behind it stays.
+        return;
+    }
+    let planned = &prepared.plan.stages[stage];
+    let name = planned.config.name();
+    let dir = |stage: usize| {
+        let name = prepared.plan.stages[stage].config.name();
+        folder.stage_dir(stage, name)
+    };
+    let (mark, position) = match (record.stages[stage].status, stage) {
+        (Status::Trained, _) => (mark_of(&dir(stage), Status::Trained), "its quality gate"),
+        _ if planned.config.stage().has_saved(&dir(stage)) => return,
+        (_, 0) => (START.to_owned(), "its start"),
+        _ => (mark_of(&dir(stage - 1), Status::Done), "its start"),
+    };
+    let (stage, position) = (name.to_owned(), position.to_owned());
+    report.emit(&Event::Resumed { stage, position, mark });
 }
 
-/// Where a run that has begun goes on.
-fn position(prepared: &Prepared, record: &RunRecord, folder: &RunFolder) -> Option<Position> {
-    let open = |stage: &StageRecord| !matches!(stage.status, Status::Done | Status::Trained);
-    let stage = record.stages.iter().position(open)?;
-    let begun = record.stages[stage].status != Status::Pending || stage > 0;
-    let planned = prepared.plan.stages.get(stage).filter(|_| begun)?;
-    let at = planned.config.stage().saved(&folder.stage_dir(stage, planned.config.name()));
-    let steps = match at {
-        At::Step(step) => step,
-        At::Block(_) => 0,
-    };
-    Some(Position { stage, at, global_step: planned.first_step + steps })
+/// What the record's note that a stage has got so far is called.
+fn mark_of(dir: &Path, status: Status) -> String {
+    let status = if status == Status::Done { "done" } else { "trained" };
+    mark(dir, status)
 }
 
 /// The last stage before `stage` that changes the model.

@@ -1,7 +1,7 @@
 //! `run.json`: what a run is made of, how far it got, and what came out.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -43,6 +43,9 @@ pub struct StageRecord {
     pub status: Status,
     /// Wall-clock seconds spent in it, over all attempts.
     pub seconds: f64,
+    /// The checkpoints that it left, once it has left its model.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<String>,
 }
 
 /// What a checkpoint depends on. Output folder and device are not part of it.
@@ -115,6 +118,7 @@ impl RunRecord {
             name: (*name).to_owned(),
             status: Status::Pending,
             seconds: 0.0,
+            files: Vec::new(),
         };
         Self {
             version: RECORD_VERSION,
@@ -155,15 +159,20 @@ impl RunRecord {
         }
     }
 
-    /// An export that is gone is written again: its stage counts as not begun.
-    pub(super) fn reopen_lost_exports(&mut self, dir: &Path) {
+    /// What is gone is made again: stages whose checkpoints are not all there count as not complete, and
+    /// those of exports as not begun. `stage_dir` gives a stage's folder.
+    pub(super) fn reopen_lost(&mut self, dir: &Path, stage_dir: impl Fn(usize, &str) -> PathBuf) {
         let folder = |format: &str| dir.join("export").join(format);
-        if self.results.exports.iter().all(|export| folder(&export.format).is_dir()) {
-            return;
-        }
-        self.status = Status::Stopped;
-        for stage in self.stages.iter_mut().filter(|stage| stage.name == "export") {
-            stage.status = Status::Pending;
+        let exported = self.results.exports.iter().all(|export| folder(&export.format).is_dir());
+        for (index, stage) in self.stages.iter_mut().enumerate() {
+            let checkpoints = stage_dir(index, &stage.name);
+            let whole = stage.files.iter().all(|file| checkpoints.join(file).is_file());
+            stage.status = match stage.status {
+                Status::Done | Status::Trained if !whole => Status::Stopped,
+                _ if stage.name == "export" && !exported => Status::Pending,
+                _ => continue,
+            };
+            self.status = Status::Stopped;
         }
     }
 

@@ -7,13 +7,14 @@
 //! weight alone needs no text; where the recipe has some, its block errors are reported too.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Instant;
 
 use burn::tensor::{Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use super::activations::Activations;
-use super::context::{StageContext, saved_mse, with_mse};
+use super::context::{StageContext, block_file, saved_mse, with_mse};
 use super::corpus::Data;
 use super::cost::{Cost, Lever, Scene};
 use super::inputs;
@@ -23,6 +24,7 @@ use super::state::ModelState;
 use super::streams::Streams;
 use super::visits::Visits;
 use crate::error::{Error, Result};
+use crate::exhausted;
 use crate::export::fewbit::Saved;
 use crate::method::{self, MethodConfig, Needs};
 use crate::model::{WeightSource, weight_name};
@@ -153,6 +155,10 @@ impl Stage for CalibrateConfig {
         }
     }
 
+    fn has_saved(&self, dir: &Path) -> bool {
+        block_file(dir, 0).exists()
+    }
+
     fn run(&self, ctx: &mut StageContext<'_>) -> Result<()> {
         if ctx.data.calibration.is_some() || self.reads_text() {
             block_by_block(self, ctx)?;
@@ -179,8 +185,15 @@ impl Stage for CalibrateConfig {
 /// taken, and every method reports its block errors.
 fn block_by_block(config: &CalibrateConfig, ctx: &mut StageContext<'_>) -> Result<()> {
     let mut streams = Streams::start(ctx)?;
-    for index in 0..ctx.model.config.n_blocks {
+    let blocks = ctx.model.config.n_blocks;
+    let saved = (0..blocks).take_while(|index| ctx.block_file(*index).exists()).count();
+    if let Some(last) = saved.checked_sub(1) {
+        let mark = ctx.block_mark(last);
+        ctx.say_resumed("calibrate", format!("block {saved}/{blocks}"), &mark);
+    }
+    for index in 0..blocks {
         ctx.stop.check()?;
+        exhausted::part(&format!("block {index}"));
         let start = Instant::now();
         let target = streams.target(ctx, index)?;
         let path = ctx.block_file(index);
@@ -206,6 +219,7 @@ fn block_by_block(config: &CalibrateConfig, ctx: &mut StageContext<'_>) -> Resul
         inputs::calibrate(ctx, &streams, index, &mut saved)?;
         let mse = finish_block(ctx, index, &mut streams, target, start)?;
         saved.metadata = with_mse(saved.metadata, mse);
+        ctx.report.emit(&Event::Saved { mark: ctx.block_mark(index) });
         saved.write(&path)?;
     }
     Ok(())

@@ -10,6 +10,7 @@ use burn::tensor::DType;
 use super::corpus::Data;
 use super::results::Results;
 use super::state::{LatentFile, ModelState};
+use super::states::mark;
 use crate::device::NamedDevice;
 use crate::error::{Error, Result};
 use crate::export::Provenance;
@@ -37,6 +38,8 @@ pub struct StageContext<'a> {
     pub latest: &'static str,
     /// Steps of all earlier stages, TensorBoard's axis.
     pub first_step: u64,
+    /// Whether no later stage has begun.
+    pub is_last: bool,
     /// Steps of this stage.
     pub steps: u64,
     /// Index of the last earlier stage that changed the model.
@@ -155,6 +158,18 @@ impl StageContext<'_> {
     /// The file of block `index`'s linears in this stage.
     pub(super) fn block_file(&self, index: usize) -> PathBuf {
         block_file(self.dir, index)
+    }
+
+    /// What block `index` of this stage, once saved, is called in reports.
+    pub(super) fn block_mark(&self, index: usize) -> String {
+        mark(self.dir, &format!("block-{index:04}"))
+    }
+
+    /// Says that this stage goes on from a state of its own. Where it is done again because something
+    /// was lost, what later stages reported stays.
+    pub(super) fn say_resumed(&mut self, stage: &str, position: String, mark: &str) {
+        let mark = if self.is_last { mark.to_owned() } else { String::new() };
+        self.report.emit(&Event::Resumed { stage: stage.to_owned(), position, mark });
     }
 
     /// Loads every linear this stage saved.

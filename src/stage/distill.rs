@@ -13,9 +13,10 @@ use super::corpus::Data;
 use super::cost::{Cost, Scene, TRAINED_WEIGHT_BYTES};
 use super::keys::{self, check_rate_unit, keys, neutralize};
 use super::kind::{Before, Effect, Judged, Stage, codes};
-use super::session::{self, Training, discard_state};
+use super::session::Training;
 use super::start::StartFrom;
 use super::state::{ModelState, Packed};
+use super::states::{self, has_states};
 use super::validate::ValidateConfig;
 use crate::error::{Error, Result};
 use crate::export::fewbit::Saved;
@@ -23,7 +24,6 @@ use crate::method::{self, MethodConfig};
 use crate::model::{Block, CausalLm, Loader, WeightSource};
 use crate::objective::ObjectiveConfig;
 use crate::quant::{Bits, GroupAxis, GroupLayout, GroupSize, ObserverConfig, Symmetry};
-use crate::report::At;
 use crate::train::{LearningRate, OptimizerConfig, RateUnit, ScheduleConfig};
 
 /// Keys of `[stage.distill]`.
@@ -71,6 +71,9 @@ pub struct DistillConfig {
     /// Steps between saves of the whole training state.
     #[serde(default = "super::keys::hundred")]
     pub checkpoint_every: u64,
+    /// How many of those states are kept.
+    #[serde(default = "super::keys::two")]
+    pub keep: usize,
     /// Steps between log points.
     #[serde(default = "super::keys::ten")]
     pub log_every: u64,
@@ -139,7 +142,7 @@ impl Stage for DistillConfig {
     fn cost(&self, scene: &Scene<'_>) -> Cost {
         let weights = TRAINED_WEIGHT_BYTES * scene.linears + 4 * (scene.linears + 2 * scene.rest);
         // The saved state, the best one, and one of them while it is written.
-        let disk = scene.linears * (1 + 36);
+        let disk = scene.linears + states::bytes(scene.linears, self.keep);
         let cost = scene.training(&keys!(self), weights, [0, scene.linears * 4 * 40], 60);
         cost.map_or_else(Cost::default, |cost| Cost { disk, ..cost })
     }
@@ -156,8 +159,8 @@ impl Stage for DistillConfig {
         neutralize!(self);
     }
 
-    fn saved(&self, dir: &Path) -> At {
-        At::Step(session::saved_step(dir).unwrap_or(0))
+    fn has_saved(&self, dir: &Path) -> bool {
+        has_states(dir)
     }
 
     fn run(&self, ctx: &mut StageContext<'_>) -> Result<()> {
@@ -216,7 +219,7 @@ fn finish(
         }
     }
     ctx.report_codes();
-    discard_state(ctx)
+    Ok(())
 }
 
 /// Puts the method on every linear of the plan.

@@ -150,7 +150,9 @@ impl Stage for ExportConfig {
 /// said; but of no more text than tells two models apart.
 fn protocol(ctx: &StageContext<'_>, stream: &TokenStream) -> PplConfig {
     let perplexity = |measured: &Measured| measured.task.perplexity().cloned();
-    let task = ctx.results.measured.iter().rev().find_map(perplexity).unwrap_or_default();
+    // An export that was lost and is written again knows no more than the first one did.
+    let before = ctx.results.measured.iter().filter(|measured| measured.stage < ctx.stage);
+    let task = before.rev().find_map(perplexity).unwrap_or_default();
     let Ok((context, _)) = task.windows(&ctx.model.config, stream.packed) else {
         return PplConfig { windows: Some(PARITY_WINDOWS), ..PplConfig::default() };
     };

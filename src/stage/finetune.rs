@@ -18,8 +18,9 @@ use super::cost::{Cost, Scene};
 use super::keys::{check_counts, keys, neutralize};
 use super::kind::{Before, Effect, Judged, Stage};
 use super::lora::{self, Adapters, Targets};
-use super::session::{self, Training, discard_state};
+use super::session::Training;
 use super::state::ModelState;
+use super::states::{self, has_states};
 use super::validate::ValidateConfig;
 use crate::data;
 use crate::error::{Error, Result};
@@ -27,7 +28,7 @@ use crate::export::fewbit::Saved;
 use crate::model::{CausalLm, LinearSpec, Loader, ModelConfig, weight_name};
 use crate::objective::{CrossEntropyObjective, ObjectiveConfig};
 use crate::quant::Repr;
-use crate::report::{At, Event, Reporter, size};
+use crate::report::{Event, Reporter, size};
 use crate::store::HostTensor;
 use crate::train::{OptimizerConfig, RateUnit, ScheduleConfig};
 
@@ -59,6 +60,9 @@ pub struct FinetuneConfig {
     /// Steps between saves of the whole training state.
     #[serde(default = "super::keys::hundred")]
     pub checkpoint_every: u64,
+    /// How many of those states are kept.
+    #[serde(default = "super::keys::two")]
+    pub keep: usize,
     /// Steps between log points.
     #[serde(default = "super::keys::ten")]
     pub log_every: u64,
@@ -296,7 +300,7 @@ impl Stage for FinetuneConfig {
         let cost = scene.training(&keys!(self), weights, [scene.linears * 4 * 8, 0], 20);
         cost.map_or_else(Cost::default, |cost| Cost {
             host: 4 * scene.linears,
-            disk: 4 * scene.linears + 40 * learned,
+            disk: 4 * scene.linears + states::bytes(learned, self.keep),
             ..cost
         })
     }
@@ -313,8 +317,8 @@ impl Stage for FinetuneConfig {
         neutralize!(self);
     }
 
-    fn saved(&self, dir: &Path) -> At {
-        At::Step(session::saved_step(dir).unwrap_or(0))
+    fn has_saved(&self, dir: &Path) -> bool {
+        has_states(dir)
     }
 
     fn run(&self, ctx: &mut StageContext<'_>) -> Result<()> {
@@ -347,7 +351,7 @@ impl Stage for FinetuneConfig {
             take(ctx, saved);
         }
         finish(ctx);
-        discard_state(ctx)
+        Ok(())
     }
 
     fn restore(&self, ctx: &mut StageContext<'_>) -> Result<()> {

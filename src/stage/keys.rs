@@ -14,6 +14,10 @@ pub(super) fn one() -> usize {
     1
 }
 
+pub(super) fn two() -> usize {
+    2
+}
+
 pub(super) fn eight() -> usize {
     8
 }
@@ -42,6 +46,8 @@ pub(super) struct Keys<'a> {
     pub optimizer: &'a OptimizerConfig,
     /// Steps between saves of the whole training state.
     pub checkpoint_every: u64,
+    /// How many of the saved states are kept.
+    pub keep: usize,
     /// Steps between log points.
     pub log_every: u64,
     /// How it is validated, and what is done when it fails.
@@ -59,6 +65,7 @@ macro_rules! keys {
             schedule: &$config.schedule,
             optimizer: &$config.optimizer,
             checkpoint_every: $config.checkpoint_every,
+            keep: $config.keep,
             log_every: $config.log_every,
             validate: &$config.validate,
         }
@@ -71,6 +78,7 @@ macro_rules! neutralize {
     ($config:expr) => {
         $config.allow_worse = false;
         $config.checkpoint_every = $crate::stage::keys::hundred();
+        $config.keep = $crate::stage::keys::two();
         $config.log_every = $crate::stage::keys::ten();
         $config.validate = $crate::stage::validate::ValidateConfig::default();
     };
@@ -85,6 +93,7 @@ impl Keys<'_> {
             ("batch", self.batch as u64),
             ("accumulate", self.accumulate as u64),
             ("checkpoint_every", self.checkpoint_every),
+            ("keep", self.keep as u64),
             ("log_every", self.log_every),
         ])?;
         self.validate.check()

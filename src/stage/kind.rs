@@ -12,7 +12,6 @@ use crate::export::FormatsConfig;
 use crate::method::MethodConfig;
 use crate::model::ModelConfig;
 use crate::quant::{ActivationQuant, Bits, GroupSize, ObserverConfig, Repr, ScaleDType, Symmetry};
-use crate::report::At;
 
 /// A kind of stage: the keys of `[stage.NAME]`, which say what is to be done, and the doing. What is
 /// left out has the answer of a stage that only looks at the model.
@@ -86,9 +85,9 @@ pub trait Stage {
     /// Sets the keys that change no result to their defaults, so that changing them goes on with a run.
     fn neutralize(&mut self) {}
 
-    /// How far an unfinished stage is saved in its folder `dir`.
-    fn saved(&self, _dir: &Path) -> At {
-        At::Step(0)
+    /// Whether an unfinished stage goes on from something in its folder `dir`, and says so itself.
+    fn has_saved(&self, _dir: &Path) -> bool {
+        false
     }
 
     /// Does it.

@@ -1,8 +1,6 @@
 //! How a training of the whole model is doing: validations, the best state so far, and what is done
 //! when it fails.
 
-use std::path::PathBuf;
-
 use burn::module::Module;
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
@@ -15,7 +13,6 @@ use crate::error::{Error, Result};
 use crate::model::CausalLm;
 use crate::objective::ObjectiveConfig;
 use crate::report::{Event, Reporter};
-use crate::stop::StopFlag;
 
 /// What a saved training state says about how the training went, so that a resumed run goes on alike.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
@@ -28,6 +25,9 @@ pub(super) struct Progress {
     last: Option<Point>,
     /// The step of the best state, and its validation where there was one.
     best: Option<(u64, Option<Point>)>,
+    /// The step of the last validation, whatever it found.
+    #[serde(default)]
+    validated: Option<u64>,
     /// Failures so far.
     setbacks: Vec<Setback>,
     /// Length, windows and tokens of what the validations were measured on; none in older files.
@@ -116,6 +116,16 @@ impl Monitor {
         self.slice.is_some() && (step.is_multiple_of(self.every) || step == self.steps)
     }
 
+    /// Whether the state after `step` steps has had its validation.
+    pub(super) fn has_validated(&self, step: u64) -> bool {
+        self.progress.validated.is_some_and(|validated| validated >= step)
+    }
+
+    /// Whether there is a state to go back to.
+    pub(super) fn has_best(&self) -> bool {
+        self.progress.best.is_some()
+    }
+
     /// Whether the state at the start has to be kept.
     pub(super) fn keeps_start(&self) -> bool {
         self.steps > 0
@@ -131,7 +141,7 @@ impl Monitor {
     /// what failed.
     ///
     /// # Errors
-    /// None of a signal: that is asked for between steps, where the state is saved first.
+    /// When a signal came: then nothing is measured.
     pub(super) fn validate(
         &mut self,
         student: &CausalLm,
@@ -143,7 +153,8 @@ impl Monitor {
         let student = student.clone().valid();
         let goal = teacher.zip(self.teacher.as_deref());
         let (config, device) = (&ctx.model.config, &ctx.device.device);
-        let point = slice.measure(&student, goal, config, device, &StopFlag::default())?;
+        let point = slice.measure(&student, goal, config, device, ctx.stop)?;
+        self.progress.validated = Some(step);
         let failure = self.progress.watch.validation(step, point.nll);
         let best = failure.is_none() && self.keeps_start() && self.is_best(step, &point);
         ctx.report.emit(&Event::Validation {
@@ -222,20 +233,22 @@ impl Monitor {
     /// The failure itself, when there is nothing to go back to or it has been tried often enough.
     pub(super) fn go_back(
         &mut self,
-        failure: &Failure,
+        (failure, culprit): (&Failure, Option<String>),
         step: u64,
         ctx: &mut StageContext<'_>,
     ) -> Result<u64> {
         let tried = self.progress.setbacks.len();
         let again = tried < self.config.retries as usize;
         let back_to = self.progress.best.map(|(step, _)| step).filter(|_| again);
-        let reason = failure.to_string();
+        let culprit = culprit.map_or(String::new(), |at| format!(" (gradient of {at})"));
+        let reason = format!("{failure}{culprit}");
         let before = self.rate_factor();
         let mut setback = Setback { stage: ctx.stage, step, reason, back_to, rate_factor: before };
         let Some(back_to) = back_to else {
+            let reason = setback.reason.clone();
             ctx.results.setbacks.push(setback);
             let times = if tried > 0 { format!(", after {tried} retries") } else { String::new() };
-            return Err(Error::failed(format!("{failure}{times}"))
+            return Err(Error::failed(format!("{reason}{times}"))
                 .at(format!("stage {}, {}, step {step}", ctx.stage, self.verb))
                 .fix(failure.remedy()));
         };
@@ -254,6 +267,7 @@ impl Monitor {
         });
         self.progress.setbacks.push(setback);
         self.progress.watch.go_back();
+        self.progress.validated = Some(back_to);
         // What was measured after the state that it goes back to is another training's.
         self.progress.last = self.progress.best.and_then(|(_, point)| point);
         Ok(back_to)
@@ -287,9 +301,4 @@ impl Monitor {
         self.progress.slice = is;
         Ok(())
     }
-}
-
-/// The file of the state that a training may go back to.
-pub(super) fn best_file(ctx: &StageContext<'_>) -> PathBuf {
-    ctx.dir.join("best.safetensors")
 }

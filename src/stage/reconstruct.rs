@@ -14,12 +14,15 @@
 //! Activations on fixed grids are quantized in training, and the grids learn together with the
 //! weights; grids that are chosen for each token are left out of it.
 
+mod descent;
 mod fit;
 mod keys;
+mod task;
 
 use std::path::Path;
 use std::time::Instant;
 
+use self::descent::Halfway;
 use self::fit::Fit;
 pub use self::keys::{ReconstructConfig, Within};
 use super::context::{StageContext, block_file, saved_mse, with_mse};
@@ -28,12 +31,14 @@ use super::cost::{Cost, Lever, Scene, TRAINED_WEIGHT_BYTES};
 use super::keys::check_rate_unit;
 use super::kind::{Before, Effect, Judged, Stage, codes};
 use super::state::ModelState;
+use super::states::{self, States, has_states, remove_states};
 use super::streams::Streams;
 use crate::error::{Error, Result};
+use crate::exhausted;
 use crate::export::fewbit::Saved;
 use crate::model::Residual;
 use crate::objective::ObjectiveConfig;
-use crate::report::{At, Event, Reporter, memory};
+use crate::report::{Event, Reporter, memory};
 
 impl Stage for ReconstructConfig {
     fn check(&self) -> Result<()> {
@@ -123,7 +128,7 @@ impl Stage for ReconstructConfig {
         Cost {
             device: TRAINED_WEIGHT_BYTES * scene.block + scene.tape(tokens, length),
             host: samples * sample,
-            disk: scene.linears,
+            disk: scene.linears + states::bytes(scene.block, self.keep),
             seconds: scene.speed.seconds(flops, moved, steps),
             lever: Some(Lever { key: "data.calibration.samples", value: samples, bytes: sample }),
         }
@@ -139,22 +144,22 @@ impl Stage for ReconstructConfig {
 
     fn neutralize(&mut self) {
         self.allow_worse = false;
+        self.checkpoint_every = keys::five_hundred();
+        self.keep = super::keys::two();
     }
 
-    fn saved(&self, dir: &Path) -> At {
-        At::Block((0..usize::MAX).take_while(|index| block_file(dir, *index).exists()).count())
+    fn has_saved(&self, dir: &Path) -> bool {
+        block_file(dir, 0).exists() || has_states(dir)
     }
 
     fn run(&self, ctx: &mut StageContext<'_>) -> Result<()> {
         let mut streams = Streams::start(ctx)?;
         let blocks = ctx.model.config.n_blocks;
-        let saved = (0..blocks).take_while(|index| ctx.block_file(*index).exists()).count();
-        if saved > 0 {
-            let (stage, position) = ("reconstruct".to_owned(), format!("block {saved}/{blocks}"));
-            ctx.report.emit(&Event::Resumed { stage, position });
-        }
+        let mut states = States::of(ctx.dir, self.keep)?;
+        let mut halfway = self.go_on(ctx, &states)?;
         for index in 0..blocks {
             ctx.stop.check()?;
+            exhausted::part(&format!("block {index}"));
             let start = Instant::now();
             let target = streams.target(ctx, index)?;
             let path = ctx.block_file(index);
@@ -165,12 +170,12 @@ impl Stage for ReconstructConfig {
                 streams.advance(ctx, index, target)?;
                 mse
             } else {
-                let (mut saved, before) = Fit::new(self, ctx, index, &streams, &target).run(ctx)?;
+                let fit = Fit::new(self, ctx, index, &streams, &target);
+                let (mut saved, before) = fit.run(ctx, &mut states, halfway.take())?;
                 ctx.take(saved.clone(), &path)?;
                 streams.advance(ctx, index, target)?;
                 let mse = [before, streams.quantized.mse(&streams.float)];
                 saved.metadata = with_mse(saved.metadata, mse);
-                saved.write(&path)?;
                 ctx.report.emit(&Event::Block {
                     stage: ctx.stage,
                     index,
@@ -182,6 +187,10 @@ impl Stage for ReconstructConfig {
                     seconds: start.elapsed().as_secs_f64(),
                     memory_gib: memory::peak_gib(),
                 });
+                ctx.report.emit(&Event::Saved { mark: ctx.block_mark(index) });
+                saved.write(&path)?;
+                states.finish()?;
+                remove_states(ctx.dir)?;
                 mse
             };
             ctx.note_block(index, mse);
@@ -192,5 +201,36 @@ impl Stage for ReconstructConfig {
 
     fn restore(&self, ctx: &mut StageContext<'_>) -> Result<()> {
         ctx.restore_linears()
+    }
+}
+
+impl ReconstructConfig {
+    /// Says from where an interrupted stage goes on; gives the state in the middle of a block, if that
+    /// is where.
+    fn go_on(&self, ctx: &mut StageContext<'_>, states: &States) -> Result<Option<Halfway>> {
+        let blocks = ctx.model.config.n_blocks;
+        let saved = (0..blocks).take_while(|index| ctx.block_file(*index).exists()).count();
+        let (mut mark, mut position) = (String::new(), format!("block {saved}/{blocks}"));
+        if let Some(last) = saved.checked_sub(1) {
+            mark = ctx.block_mark(last);
+        }
+        let found = if saved < blocks { states.newest()? } else { None };
+        let mut halfway = None;
+        if let Some(found) = &found {
+            halfway = Halfway::of(&found.state, saved)?;
+            if let Some(Halfway { course, .. }) = &halfway {
+                mark.clone_from(&found.mark);
+                let step = course.step + course.piece as u64 * self.steps;
+                let steps = self.steps * self.within.pieces().len() as u64;
+                position = format!("{position}, step {step}/{steps}");
+            }
+        }
+        if !mark.is_empty() {
+            ctx.say_resumed("reconstruct", position, &mark);
+        }
+        if let Some(found) = found {
+            found.warn(ctx.report);
+        }
+        Ok(halfway)
     }
 }

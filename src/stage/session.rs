@@ -1,7 +1,6 @@
 //! Training a whole model on windows of text: steps, log points, saved states. What learns of the
 //! model, and what becomes of it, is the stages' affair.
 
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use burn::module::Module;
@@ -10,11 +9,13 @@ use super::batch::Batch;
 use super::context::StageContext;
 use super::corpus::Data;
 use super::keys::Keys;
-use super::monitor::{Monitor, best_file};
-use super::training_state;
+use super::monitor::Monitor;
+use super::states::States;
+use super::training_state::{PARAMETERS, Snapshot, State};
 use super::watch::{Failure, Seen};
 use crate::data::Order;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
+use crate::exhausted;
 use crate::method;
 use crate::model::{Block, CausalLm, Loader, Positions};
 use crate::objective::ObjectiveConfig;
@@ -22,9 +23,6 @@ use crate::ops::Closeness;
 use crate::quant::ScaleDigits;
 use crate::report::{Event, Reporter, memory};
 use crate::train::{self, Optimizer, OptimizerConfig, RateUnit, StepStats, Still};
-
-/// The saved state in a stage's folder.
-const STATE_FILE: &str = "state.safetensors";
 
 /// How a whole model is trained.
 pub(super) struct Training<'a> {
@@ -53,8 +51,10 @@ impl Training<'_> {
         while session.step < self.keys.steps {
             if let Err(stopped) = ctx.stop.check() {
                 session.save(ctx)?;
+                session.states.finish()?;
                 return Err(stopped);
             }
+            session.states.check()?;
             session.advance(self, ctx)?;
             if session.step.is_multiple_of(self.keys.checkpoint_every)
                 && session.step < self.keys.steps
@@ -65,20 +65,6 @@ impl Training<'_> {
         session.leave_best(self, ctx)?;
         Ok(session.taken()?.valid())
     }
-}
-
-/// Removes the state of a training whose result is saved.
-///
-/// # Errors
-/// I/O errors.
-pub(super) fn discard_state(ctx: &StageContext<'_>) -> Result<()> {
-    // The state to go on from last: without it a training begins anew.
-    for state in [best_file(ctx), state_file(ctx)] {
-        if state.exists() {
-            std::fs::remove_file(&state).map_err(|e| Error::io("remove", &state, &e))?;
-        }
-    }
-    Ok(())
 }
 
 /// Everything a step needs. What a checkpoint holds is `student`'s learned parameters,
@@ -94,6 +80,7 @@ struct Session {
     /// Whether scales have few digits already.
     shortened: bool,
     monitor: Monitor,
+    states: States,
     timer: Timer,
 }
 
@@ -141,6 +128,7 @@ impl Session {
             step: 0,
             shortened: false,
             monitor,
+            states: States::of(ctx.dir, training.keys.keep)?,
             timer: Timer::new(),
         };
         if !session.load(training, ctx)? {
@@ -156,6 +144,7 @@ impl Session {
     /// One optimizer step.
     fn advance(&mut self, training: &Training<'_>, ctx: &mut StageContext<'_>) -> Result<()> {
         let step = self.step;
+        exhausted::part(&format!("step {step}"));
         if step >= ctx.shortens_at(training.keys.steps) && !self.shortened {
             self.shorten(ctx.scales)?;
         }
@@ -196,19 +185,20 @@ impl Session {
         let (student, stats) =
             stepped.map_err(|e| e.at(format!("stage {}, step {step}", ctx.stage)))?;
         self.student = Some(student);
-        let StepStats { loss, grad_norm } = stats;
+        let StepStats { loss, grad_norm, ref culprit } = stats;
+        let culprit = culprit.clone();
         let seen = Seen { step: step + 1, loss, grad_norm, factor: scheduled };
         // At no rate nothing is to be expected, but numbers.
         if training.rate > 0.0 {
             if let Some(failure) = self.monitor.step(&seen) {
-                return self.go_back(training, &failure, step + 1, ctx);
+                return self.go_back(training, (&failure, culprit), step + 1, ctx);
             }
         } else {
             stats.finite().map_err(|e| e.at(format!("stage {}, step {step}", ctx.stage)))?;
         }
         self.step += 1;
         if log_point {
-            self.report(training, ctx, stats, closeness, training.rate * factor);
+            self.report(training, ctx, &stats, closeness, training.rate * factor);
         } else {
             ctx.report.emit(&Event::Progress {
                 verb: training.verb.to_owned(),
@@ -217,16 +207,33 @@ impl Session {
                 detail: format!("loss {:.4}", stats.loss),
             });
         }
-        if self.monitor.is_due(self.step) {
-            match self.validate(ctx)? {
-                Err(failure) => return self.go_back(training, &failure, self.step, ctx),
-                // The last state is at hand.
-                Ok(true) if self.step == training.keys.steps => self.monitor.keep(self.step),
-                Ok(true) => self.keep(ctx)?,
-                Ok(false) => {}
-            }
+        self.validate_where_due(training, ctx)
+    }
+
+    /// The validation behind the last step, if there is one, and what follows from it.
+    fn validate_where_due(
+        &mut self,
+        training: &Training<'_>,
+        ctx: &mut StageContext<'_>,
+    ) -> Result<()> {
+        if !self.monitor.is_due(self.step) {
+            return Ok(());
         }
-        Ok(())
+        let validated = self.validate(ctx).or_else(|error| match error.kind() {
+            // A run that goes on begins with this validation.
+            Kind::Stopped(_) => self.save(ctx).and_then(|()| self.states.finish()).and(Err(error)),
+            _ => Err(error),
+        });
+        match validated? {
+            Err(failure) => self.go_back(training, (&failure, None), self.step, ctx),
+            // The last state is at hand.
+            Ok(true) if self.step == training.keys.steps => {
+                self.monitor.keep(self.step);
+                Ok(())
+            }
+            Ok(true) => self.keep(),
+            Ok(false) => Ok(()),
+        }
     }
 
     /// What there is to do before the first step of all.
@@ -236,7 +243,7 @@ impl Session {
             let _start = self.validate(ctx)?;
         }
         if self.monitor.keeps_start() {
-            self.keep(ctx)?;
+            self.keep()?;
         }
         Ok(())
     }
@@ -250,21 +257,24 @@ impl Session {
     }
 
     /// Keeps the current state as the one to go back to.
-    fn keep(&mut self, ctx: &StageContext<'_>) -> Result<()> {
+    fn keep(&mut self) -> Result<()> {
         self.monitor.keep(self.step);
         match &self.student {
-            Some(student) => {
-                training_state::save(&best_file(ctx), student, &self.optimizer, self.step, "")
-            }
+            Some(student) => self.states.write_best(self.snapshot(student, String::new())),
             None => Ok(()),
         }
+    }
+
+    fn snapshot(&self, student: &CausalLm, progress: String) -> Snapshot {
+        let facts = [("step", self.step.to_string()), ("progress", progress)];
+        Snapshot::of(student, &self.optimizer, facts)
     }
 
     /// Goes on from the state that was kept, with half the rate.
     fn go_back(
         &mut self,
         training: &Training<'_>,
-        failure: &Failure,
+        failure: (&Failure, Option<String>),
         step: u64,
         ctx: &mut StageContext<'_>,
     ) -> Result<()> {
@@ -281,12 +291,22 @@ impl Session {
             self.shorten(ScaleDigits::F32)?;
             self.shortened = false;
         }
+        self.states.finish()?;
+        self.take(&State::open(&self.states.best_file())?, optimizer, ctx)
+    }
+
+    /// A saved state becomes the current one.
+    fn take(
+        &mut self,
+        state: &State,
+        optimizer: &OptimizerConfig,
+        ctx: &StageContext<'_>,
+    ) -> Result<()> {
         let student = self.taken()?;
         self.optimizer = Optimizer::new(optimizer);
-        let device = &ctx.device.device;
-        let loaded = training_state::load(&best_file(ctx), student, &mut self.optimizer, device)?;
-        self.student = Some(loaded.0);
-        self.step = loaded.1;
+        state.optimizer(&mut self.optimizer, &ctx.device.device)?;
+        self.student = Some(state.parameters(PARAMETERS, student)?);
+        self.step = state.fact("step")?;
         Ok(())
     }
 
@@ -317,7 +337,7 @@ impl Session {
         &mut self,
         training: &Training<'_>,
         ctx: &mut StageContext<'_>,
-        stats: StepStats,
+        stats: &StepStats,
         closeness: Option<Closeness>,
         rate: f64,
     ) {
@@ -351,11 +371,11 @@ impl Session {
         });
     }
 
-    fn save(&self, ctx: &StageContext<'_>) -> Result<()> {
+    fn save(&mut self, ctx: &mut StageContext<'_>) -> Result<()> {
         match &self.student {
             Some(student) => {
-                let (path, progress) = (state_file(ctx), self.monitor.saved()?);
-                training_state::save(&path, student, &self.optimizer, self.step, &progress)
+                let state = self.snapshot(student, self.monitor.saved()?);
+                self.states.write(state, ctx.report)
             }
             None => Ok(()),
         }
@@ -363,34 +383,29 @@ impl Session {
 
     /// Goes on from a saved state; gives whether there is one.
     fn load(&mut self, training: &Training<'_>, ctx: &mut StageContext<'_>) -> Result<bool> {
-        let path = state_file(ctx);
-        let Some(student) = self.student.take_if(|_| path.exists()) else { return Ok(false) };
-        let device = &ctx.device.device;
-        let (student, step, progress) =
-            training_state::load(&path, student, &mut self.optimizer, device)?;
-        self.student = Some(student);
-        self.step = step;
-        let damaged = |e: Error| {
+        let Some(found) = self.states.newest()? else { return Ok(false) };
+        let state = &found.state;
+        self.take(state, training.keys.optimizer, ctx)?;
+        self.monitor.restore(&state.fact::<String>("progress")?, ctx).map_err(|e| {
             Error::failed(format!("the training state cannot be used: {}", e.what()))
-                .at(path.display())
-                .fix("remove that file to repeat the stage, or --fresh to start over")
-        };
-        self.monitor.restore(&progress, ctx).map_err(damaged)?;
-        ctx.report.emit(&Event::Resumed {
-            stage: training.verb.to_owned(),
-            position: format!("step {}/{}", self.step, training.keys.steps),
-        });
+                .at(ctx.dir.display())
+                .fix("--fresh to start over")
+        })?;
+        let position = format!("step {}/{}", self.step, training.keys.steps);
+        ctx.say_resumed(training.verb, position, &found.mark);
+        found.warn(ctx.report);
+        if self.monitor.has_best()
+            && let Err(error) = State::open(&self.states.best_file())
+        {
+            let text = format!("{}; what it goes back to is the present state", error.what());
+            ctx.report.emit(&Event::Warning { text });
+            self.keep()?;
+        }
+        if !self.monitor.has_validated(self.step) {
+            self.validate_where_due(training, ctx)?;
+        }
         Ok(true)
     }
-}
-
-fn state_file(ctx: &StageContext<'_>) -> PathBuf {
-    ctx.dir.join(STATE_FILE)
-}
-
-/// How many steps of the stage whose folder is `dir` are saved.
-pub(super) fn saved_step(dir: &Path) -> Option<u64> {
-    training_state::saved_step(&dir.join(STATE_FILE))
 }
 
 /// The student with its weights as they are quantized now.

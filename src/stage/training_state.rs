@@ -1,130 +1,199 @@
-//! The state of an unfinished training stage: learned parameters, optimizer moments and the step,
-//! in one file that is there whole or not at all. (The data order is a function of the step.)
+//! The state of an unfinished training: learned parameters, optimizer moments and the step, in one file
+//! that is there whole or not at all. (The data order is a function of the step.)
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor, TensorData};
+use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
+use crate::method;
 use crate::ops;
-use crate::store::safetensors::{Checkpoint, write_file};
-use crate::store::{HostTensor, TensorSource};
-use crate::train::Optimizer;
+use crate::store::safetensors::{Checkpoint, write_streamed};
+use crate::store::{DType, HostTensor, TensorSource, hex};
+use crate::train::{Later, Optimizer, later};
 
-/// Saves `module`'s learned parameters, `optimizer`'s state, `step`, and `progress`: how the training
-/// went, as text.
-///
-/// # Errors
-/// I/O errors; an earlier file stays then.
-pub(super) fn save<M: Module>(
-    path: &Path,
-    module: &M,
-    optimizer: &Optimizer,
-    step: u64,
-    progress: &str,
-) -> Result<()> {
-    let mut learned = Learned { path: Vec::new(), parameters: Vec::new() };
-    module.visit(&mut learned);
-    let (moments, optimizer_steps, largest_norm) = optimizer.save();
-    let parameters =
-        learned.parameters.into_iter().map(|(path, data)| (format!("param:{path}"), data));
-    let moments = moments.into_iter().map(|(path, data)| (format!("optim:{path}"), data));
-    let tensors: Vec<(String, HostTensor)> = parameters
-        .chain(moments)
-        .map(|(name, data)| {
-            let shape: Vec<usize> = data.shape().iter().copied().collect();
-            (name, HostTensor::f32(shape, &data.iter::<f32>().collect::<Vec<f32>>()))
-        })
-        .collect();
-    let metadata = BTreeMap::from([
-        ("sha256".to_owned(), hash(&tensors)),
-        ("progress".to_owned(), progress.to_owned()),
-        ("step".to_owned(), step.to_string()),
-        ("optimizer_steps".to_owned(), optimizer_steps.to_string()),
-        // Shortest text that reads back as the same number.
-        ("largest_norm".to_owned(), largest_norm.to_string()),
-    ]);
-    write_file(path, &tensors, &metadata)
+/// The learned parameters of what is trained.
+pub(super) const PARAMETERS: &str = "param:";
+const MOMENTS: &str = "optim:";
+/// The last tensor: a hash over all else in the file.
+const HASH: &str = "sha256";
+
+/// A state as it is now, whatever becomes of the tensors: their buffers are shared, not copied, until
+/// the training writes to them.
+pub(super) struct Snapshot {
+    tensors: Vec<Later>,
+    facts: BTreeMap<String, String>,
 }
 
-/// Restores what [`save`] wrote into `module` and `optimizer`; gives the module, the step and how the
-/// training went.
-///
-/// # Errors
-/// When the file is damaged or belongs to another module.
-pub(super) fn load<M: Module>(
-    path: &Path,
-    module: M,
-    optimizer: &mut Optimizer,
-    device: &Device,
-) -> Result<(M, u64, String)> {
-    let damaged = |what: &str| {
-        Error::failed(format!("the training state cannot be used: {what}"))
-            .at(path.display())
-            .fix("remove that file to repeat the stage, or --fresh to start over")
-    };
-    let file = Checkpoint::open_file(path).map_err(|e| damaged(e.what()))?;
-    let tensors: Vec<(String, HostTensor)> = file
-        .names()
-        .into_iter()
-        .map(|name| Ok((name.to_owned(), file.read(name)?)))
-        .collect::<Result<_>>()
-        .map_err(|e| damaged(e.what()))?;
-    if file.file_metadata().get("sha256") != Some(&hash(&tensors)) {
-        return Err(damaged("it does not match its hash"));
+impl Snapshot {
+    /// Of `module`'s learned parameters and `optimizer`'s state, beside `facts` by name.
+    pub(super) fn of<M: Module>(
+        module: &M,
+        optimizer: &Optimizer,
+        facts: impl IntoIterator<Item = (&'static str, String)>,
+    ) -> Self {
+        let (moments, steps, largest_norm) = optimizer.save();
+        let facts = facts.into_iter().chain([
+            ("optimizer_steps", steps.to_string()),
+            // Shortest text that reads back as the same number.
+            ("largest_norm", largest_norm.to_string()),
+        ]);
+        let facts = facts.map(|(name, fact)| (name.to_owned(), fact)).collect();
+        let moments =
+            moments.into_iter().map(|l| Later { name: format!("{MOMENTS}{}", l.name), ..l });
+        Self { tensors: moments.collect(), facts }.with(PARAMETERS, module)
     }
-    let number = |key: &str| file.file_metadata().get(key).and_then(|text| text.parse().ok());
-    let (Some(step), Some(optimizer_steps)) = (number("step"), number("optimizer_steps")) else {
-        return Err(damaged("it has no step"));
-    };
-    let largest_norm = file.file_metadata().get("largest_norm").and_then(|text| text.parse().ok());
-    let Some(largest_norm) = largest_norm else {
-        return Err(damaged("it has no gradient norm"));
-    };
-    let mut restore = Restore { path: Vec::new(), parameters: BTreeMap::new() };
-    let mut moments = Vec::new();
-    for (name, tensor) in tensors {
-        let data = TensorData::new(tensor.to_f32()?, tensor.shape);
-        match name.split_once(':') {
-            Some(("param", path)) => {
-                restore.parameters.insert(path.to_owned(), data);
+
+    /// With the learned parameters of another module, whose names begin with `prefix`.
+    pub(super) fn with<M: Module>(mut self, prefix: &'static str, module: &M) -> Self {
+        let tensors = std::mem::take(&mut self.tensors);
+        let mut learned = Learned { prefix, path: Vec::new(), tensors };
+        module.visit(&mut learned);
+        Self { tensors: learned.tensors, ..self }
+    }
+
+    /// Writes it, a tensor at a time.
+    ///
+    /// # Errors
+    /// I/O errors; an earlier file stays then.
+    pub(super) fn write(self, path: &Path) -> Result<()> {
+        let mut layout: Vec<(String, DType, Vec<usize>)> = (self.tensors.iter())
+            .map(|later| (later.name.clone(), DType::F32, later.shape.clone()))
+            .collect();
+        layout.push((HASH.to_owned(), DType::U8, vec![HASH_LEN]));
+        let mut tensors = self.tensors.into_iter();
+        let mut sum = Sum::of(&self.facts);
+        write_streamed(path, &layout, &self.facts, |_| match tensors.next() {
+            Some(Later { name, shape, values }) => {
+                let tensor = HostTensor::f32(shape, &values());
+                sum.add(&name, &tensor);
+                Ok(tensor)
             }
-            Some(("optim", path)) => moments.push((path.to_owned(), data)),
-            _ => return Err(damaged("it holds a tensor of no known kind")),
+            None => Ok(sum.tensor()),
+        })
+    }
+}
+
+/// A saved state whose hash is right.
+#[derive(Clone)]
+pub(super) struct State {
+    file: Checkpoint,
+}
+
+impl State {
+    /// Opens the state at `path`.
+    ///
+    /// # Errors
+    /// When the file cannot be read or is damaged.
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let damaged = |e: &str| {
+            Error::failed(format!("the training state cannot be used: {e}"))
+                .at(path.display())
+                .fix("remove that file to repeat the stage, or --fresh to start over")
+        };
+        let file = Checkpoint::open_file(path).map_err(|e| damaged(e.what()))?;
+        let mut sum = Sum::of(file.file_metadata());
+        for name in file.names().into_iter().filter(|name| *name != HASH) {
+            sum.add(name, &file.read(name).map_err(|e| damaged(e.what()))?);
+        }
+        match file.read(HASH) {
+            Ok(hash) if hash == sum.tensor() => Ok(Self { file }),
+            _ => Err(damaged("it does not match its hash")),
         }
     }
-    optimizer
-        .load(moments, optimizer_steps, largest_norm, device)
-        .map_err(|e| damaged(e.what()))?;
-    let module = module.map(&mut restore);
-    if let Some(left) = restore.parameters.keys().next() {
-        return Err(damaged(&format!("nothing learns its {left}")));
+
+    /// A fact by name.
+    ///
+    /// # Errors
+    /// When the state has none, or it is none of that kind.
+    pub(super) fn fact<T: std::str::FromStr>(&self, name: &str) -> Result<T> {
+        let fact = self.file.file_metadata().get(name).and_then(|fact| fact.parse().ok());
+        fact.ok_or_else(|| self.foreign(&format!("it has no {name}")))
     }
-    let progress = file.file_metadata().get("progress").cloned().unwrap_or_default();
-    Ok((module, step, progress))
+
+    /// Puts the parameters under `prefix` into `module`.
+    ///
+    /// # Errors
+    /// When they are not those that the module learns.
+    pub(super) fn parameters<M: Module>(&self, prefix: &str, module: M) -> Result<M> {
+        let mut left = BTreeMap::new();
+        for (path, tensor) in self.tensors(prefix)? {
+            left.insert(path, tensor);
+        }
+        let mut restore = Restore { path: Vec::new(), left };
+        let module = module.map(&mut restore);
+        match restore.left.keys().next() {
+            None => Ok(module),
+            Some(left) => Err(self.foreign(&format!("nothing learns its {left}"))),
+        }
+    }
+
+    /// Puts the optimizer's state into `optimizer`.
+    ///
+    /// # Errors
+    /// When it is incomplete.
+    pub(super) fn optimizer(&self, optimizer: &mut Optimizer, device: &Device) -> Result<()> {
+        let moments = self.tensors(MOMENTS)?;
+        let (steps, largest_norm) = (self.fact("optimizer_steps")?, self.fact("largest_norm")?);
+        optimizer.load(moments, steps, largest_norm, device)
+    }
+
+    /// Whether it has parameters under `prefix`.
+    pub(super) fn has(&self, prefix: &str) -> bool {
+        self.file.names().iter().any(|name| name.starts_with(prefix))
+    }
+
+    fn tensors(&self, prefix: &str) -> Result<Vec<(String, TensorData)>> {
+        let names = self.file.names();
+        let of = names.into_iter().filter_map(|name| Some((name, name.strip_prefix(prefix)?)));
+        of.map(|(name, path)| {
+            let tensor = self.file.read(name)?;
+            Ok((path.to_owned(), TensorData::new(tensor.to_f32()?, tensor.shape)))
+        })
+        .collect()
+    }
+
+    fn foreign(&self, what: &str) -> Error {
+        let file = self.file.files().first().map(|file| file.display().to_string());
+        Error::failed(format!("the training state cannot be used: {what}"))
+            .at(file.unwrap_or_default())
+            .fix("remove that file to repeat the stage, or --fresh to start over")
+    }
 }
 
-/// The step of a saved state; `None` where there is none that can be read.
-pub(super) fn saved_step(path: &Path) -> Option<u64> {
-    let file = path.exists().then(|| Checkpoint::open_file(path).ok())??;
-    file.file_metadata().get("step")?.parse().ok()
-}
+/// Bytes of a SHA-256 in hex.
+const HASH_LEN: usize = 64;
 
-/// SHA-256 over names and contents, whatever their order.
-fn hash(tensors: &[(String, HostTensor)]) -> String {
-    let hashes: BTreeMap<&str, String> =
-        tensors.iter().map(|(name, tensor)| (name.as_str(), tensor.sha256())).collect();
-    let list = hashes.into_iter().flat_map(|(name, hash)| [name.to_owned(), hash]);
-    let list = list.collect::<Vec<_>>().join("\n");
-    HostTensor::u8([list.len()], list.as_bytes()).sha256()
+/// The hash of a state, whatever the order of its tensors.
+struct Sum(BTreeMap<String, String>);
+
+impl Sum {
+    fn of(facts: &BTreeMap<String, String>) -> Self {
+        Self(facts.clone())
+    }
+
+    fn add(&mut self, name: &str, tensor: &HostTensor) {
+        self.0.insert(
+            name.to_owned(),
+            format!("{} {:?} {}", tensor.dtype, tensor.shape, tensor.sha256()),
+        );
+    }
+
+    fn tensor(&self) -> HostTensor {
+        let list = self.0.iter().flat_map(|(name, hash)| [name.as_str(), hash]);
+        let list = list.collect::<Vec<_>>().join("\n");
+        HostTensor::u8([HASH_LEN], hex(&Sha256::digest(list)).as_bytes())
+    }
 }
 
 /// Collects every learned parameter by path.
 struct Learned {
+    prefix: &'static str,
     path: Vec<String>,
-    parameters: Vec<(String, TensorData)>,
+    tensors: Vec<Later>,
 }
 
 impl ModuleVisitor for Learned {
@@ -137,17 +206,23 @@ impl ModuleVisitor for Learned {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let value = param.base();
-        if value.is_require_grad() {
-            self.parameters.push((self.path.join("."), value.inner().into_data()));
-        }
+        let (value, path) = (param.base(), self.path.join("."));
+        let values = if value.is_require_grad() {
+            value.inner()
+        } else if method::is_carried(&path) {
+            value
+        } else {
+            return;
+        };
+        let (shape, values) = later(values);
+        self.tensors.push(Later { name: format!("{}{path}", self.prefix), shape, values });
     }
 }
 
 /// Puts saved parameters back by path.
 struct Restore {
     path: Vec<String>,
-    parameters: BTreeMap<String, TensorData>,
+    left: BTreeMap<String, TensorData>,
 }
 
 impl ModuleMapper for Restore {
@@ -160,13 +235,56 @@ impl ModuleMapper for Restore {
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        match self.parameters.remove(&self.path.join(".")) {
-            None => param,
-            Some(data) => param.map(|old| {
-                let value = Tensor::<D>::from_data(data, &old.device().inner());
-                let value = ops::laid_out_like(&old.inner(), value);
-                Tensor::from_inner(value).require_grad()
-            }),
+        let Some(data) = self.left.remove(&self.path.join(".")) else { return param };
+        let learned = param.base().is_require_grad();
+        param.map(|old| {
+            let value = Tensor::<D>::from_data(data, &old.device().inner());
+            let value = ops::laid_out_like(&old.inner(), value);
+            let value = Tensor::from_inner(value);
+            if learned { value.require_grad() } else { value }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::nn::LinearConfig;
+
+    use super::*;
+    use crate::train::OptimizerConfig;
+
+    /// A saved linear of three inputs and two outputs.
+    fn written(path: &Path) {
+        let linear = LinearConfig::new(3, 2).init(&Device::flex().autodiff());
+        let optimizer = Optimizer::new(&OptimizerConfig::default());
+        let facts = [("step", "7".to_owned()), ("progress", "{}".to_owned())];
+        Snapshot::of(&linear, &optimizer, facts).write(path).unwrap();
+    }
+
+    #[test]
+    fn a_state_comes_back_and_any_bit_of_it_that_changed_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state.safetensors");
+        written(&path);
+        let state = State::open(&path).unwrap();
+        assert_eq!(state.fact::<u64>("step").unwrap(), 7);
+        let other = LinearConfig::new(3, 2).init(&Device::flex().autodiff());
+        let back = state.parameters(PARAMETERS, other).unwrap();
+        let again = dir.path().join("again.safetensors");
+        let facts = [("step", "7".to_owned()), ("progress", "{}".to_owned())];
+        let optimizer = Optimizer::new(&OptimizerConfig::default());
+        Snapshot::of(&back, &optimizer, facts).write(&again).unwrap();
+        let bytes = std::fs::read(&path).unwrap();
+        assert_eq!(std::fs::read(&again).unwrap(), bytes);
+
+        for at in 0..bytes.len() {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= 1 << (at % 8);
+            std::fs::write(&path, &damaged).unwrap();
+            assert!(State::open(&path).is_err(), "byte {at}");
+            std::fs::write(&path, &bytes[..at]).unwrap();
+            let error = State::open(&path).err().unwrap().to_string();
+            assert_eq!(error.lines().count(), 3, "{error}");
         }
     }
 }

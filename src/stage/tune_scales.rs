@@ -12,8 +12,9 @@ use super::corpus::Data;
 use super::cost::{Cost, Scene};
 use super::keys::{self, check_rate_unit, keys, neutralize};
 use super::kind::{Effect, Judged, Stage};
-use super::session::{self, Training, discard_state};
+use super::session::Training;
 use super::state::{ModelState, Packed};
+use super::states::{self, has_states};
 use super::validate::ValidateConfig;
 use crate::error::{Error, Result};
 use crate::export::{Adapter, AdapterHead, Tuned};
@@ -21,7 +22,7 @@ use crate::method::{self, MethodConfig};
 use crate::model::{Block, CausalLm, Loader};
 use crate::objective::{CrossEntropyObjective, ObjectiveConfig};
 use crate::quant::{CodedWeight, Learned, QuantizedWeight, SCALE_FLOOR, ScaleDType};
-use crate::report::{At, Event, Reporter, size};
+use crate::report::{Event, Reporter, size};
 use crate::train::{LearningRate, OptimizerConfig, RateUnit, ScheduleConfig};
 
 /// Keys of `[stage.tune_scales]`.
@@ -55,6 +56,9 @@ pub struct TuneScalesConfig {
     /// Steps between saves of the whole training state.
     #[serde(default = "super::keys::hundred")]
     pub checkpoint_every: u64,
+    /// How many of those states are kept.
+    #[serde(default = "super::keys::two")]
+    pub keep: usize,
     /// Steps between log points.
     #[serde(default = "super::keys::ten")]
     pub log_every: u64,
@@ -147,7 +151,9 @@ impl Stage for TuneScalesConfig {
         // Codes of at most a byte, their scales, and the tiles that exist as floats.
         let weights = scene.linears + 4 * scene.rest + teacher + (16 << 20);
         let cost = scene.training(&keys!(self), weights, [0; 2], 20);
-        cost.map_or_else(Cost::default, |cost| Cost { disk: scene.linears / 8, ..cost })
+        // A scale for 32 weights, at most.
+        let disk = scene.linears / 8 + states::bytes(scene.linears / 32, self.keep);
+        cost.map_or_else(Cost::default, |cost| Cost { disk, ..cost })
     }
 
     fn judged(&self) -> Option<Judged<'_>> {
@@ -162,8 +168,8 @@ impl Stage for TuneScalesConfig {
         neutralize!(self);
     }
 
-    fn saved(&self, dir: &Path) -> At {
-        At::Step(session::saved_step(dir).unwrap_or(0))
+    fn has_saved(&self, dir: &Path) -> bool {
+        has_states(dir)
     }
 
     fn run(&self, ctx: &mut StageContext<'_>) -> Result<()> {
@@ -207,7 +213,7 @@ impl Stage for TuneScalesConfig {
         let bytes = std::fs::metadata(&public).map_or(0, |data| data.len());
         let text = format!("adapter {}, {}", public.display(), size(bytes));
         ctx.report.emit(&Event::Note { text });
-        discard_state(ctx)
+        Ok(())
     }
 
     fn restore(&self, ctx: &mut StageContext<'_>) -> Result<()> {

@@ -153,7 +153,7 @@ fn is_dead(pid: u32) -> bool {
 }
 
 #[cfg(unix)]
-fn is_running(pid: u32) -> bool {
+pub(crate) fn is_running(pid: u32) -> bool {
     let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) else {
         return false;
     };
@@ -163,7 +163,7 @@ fn is_running(pid: u32) -> bool {
 
 /// Where processes cannot be asked for, leftovers are kept: that costs space, never data.
 #[cfg(not(unix))]
-fn is_running(_pid: u32) -> bool {
+pub(crate) fn is_running(_pid: u32) -> bool {
     true
 }
 

@@ -18,8 +18,8 @@ use std::path::Path;
 pub use self::checkpoint::{Checkpoint, Decode};
 use self::header::{check_new, encode_header};
 pub use self::shards::ShardWriter;
-use super::HostTensor;
 use super::folder::write_atomic_with;
+use super::{DType, HostTensor};
 use crate::error::{Error, Result};
 
 /// The file name of an unsharded model.
@@ -54,6 +54,36 @@ pub fn write_file(
             .chain(pieces)
             .try_for_each(|bytes| file.write_all(bytes))
             .map_err(|source| Error::io("write", path, &source))
+    })
+}
+
+/// As [`write_file`], but a tensor is made when its turn comes, and only one is in memory. `layout` has
+/// name, type and shape of each in the order in the file, larger elements first; `make` gives the
+/// tensor of an index.
+///
+/// # Errors
+/// Those of `make`; for a tensor that is not as the layout says; and on I/O errors.
+pub fn write_streamed(
+    path: &Path,
+    layout: &[(String, DType, Vec<usize>)],
+    metadata: &BTreeMap<String, String>,
+    mut make: impl FnMut(usize) -> Result<HostTensor>,
+) -> Result<()> {
+    let header =
+        encode_header(layout.iter().map(|(name, dtype, shape)| (name, *dtype, shape)), metadata);
+    let failed = |source| Error::io("write", path, &source);
+    write_atomic_with(path, |file| {
+        file.write_all(&header).map_err(failed)?;
+        let mut names = BTreeSet::new();
+        for (index, (name, dtype, shape)) in layout.iter().enumerate() {
+            let tensor = make(index)?;
+            check_new(name, &tensor, &mut names)?;
+            if (tensor.dtype, &tensor.shape) != (*dtype, shape) {
+                return Err(Error::failed("a tensor is not what was announced").at(name));
+            }
+            file.write_all(&tensor.bytes).map_err(failed)?;
+        }
+        Ok(())
     })
 }
 

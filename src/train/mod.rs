@@ -10,19 +10,21 @@ use burn::module::{Module, ParamId};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::Tensor;
 
-pub use optim::{Measure, Optimizer, OptimizerConfig, Rule};
+pub use optim::{Later, Measure, Optimizer, OptimizerConfig, Rule, Values, later};
 pub use schedule::{ACTIVATION_RATE, LearningRate, RateUnit, Role, ScheduleConfig};
 
 use crate::error::{Error, Result};
 use crate::ops;
 
 /// What a step reports.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct StepStats {
     /// Mean loss over the micro-batches.
     pub loss: f64,
     /// Global norm of the gradients, before clipping.
     pub grad_norm: f64,
+    /// Where the first number of a gradient stands that is not finite, if there is one.
+    pub culprit: Option<String>,
 }
 
 /// Runs `accumulate` micro-batches through `loss`, and one optimizer step on the mean of their
@@ -123,10 +125,11 @@ fn update<M: Module>(
 ) -> (M, StepStats) {
     let grad_norm = optimizer.global_norm(&module, &gradients);
     if !loss.is_finite() || !grad_norm.is_finite() {
-        return (module, StepStats { loss, grad_norm });
+        let culprit = optim::culprit(&module, &gradients);
+        return (module, StepStats { loss, grad_norm, culprit });
     }
     let module = optimizer.step(module, gradients, grad_norm, rate_of);
-    (module, StepStats { loss, grad_norm })
+    (module, StepStats { loss, grad_norm, culprit: None })
 }
 
 impl StepStats {
@@ -135,12 +138,16 @@ impl StepStats {
     /// # Errors
     /// A failure that names the number.
     pub fn finite(&self) -> Result<()> {
-        for (what, value) in [("the loss", self.loss), ("the gradient norm", self.grad_norm)] {
-            if !value.is_finite() {
-                return Err(Error::failed(format!("{what} became {value}"))
-                    .fix("a smaller learning_rate, or clip_norm = 1.0"));
-            }
-        }
-        Ok(())
+        self.fault().map_or(Ok(()), |fault| {
+            Err(Error::failed(fault).fix("a smaller learning_rate, or clip_norm = 1.0"))
+        })
+    }
+
+    /// Which number is not finite, and where it came from.
+    pub fn fault(&self) -> Option<String> {
+        let numbers = [("the loss", self.loss), ("the gradient norm", self.grad_norm)];
+        let (what, value) = numbers.into_iter().find(|(_, value)| !value.is_finite())?;
+        let at = self.culprit.as_ref().map_or(String::new(), |at| format!(" (gradient of {at})"));
+        Some(format!("{what} became {value}{at}"))
     }
 }

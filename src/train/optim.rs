@@ -134,13 +134,18 @@ impl Optimizer {
         module.map(&mut mapper)
     }
 
-    /// The state as named tensors, `(path.leaf, data)`, the number of steps taken, and the largest
-    /// gradient norm so far.
-    pub fn save(&self) -> (Vec<(String, TensorData)>, u64, f64) {
+    /// The state as named tensors, `path.leaf`, the number of steps taken, and the largest gradient
+    /// norm so far. Nothing is copied before a tensor is asked for its values.
+    pub fn save(&self) -> (Vec<Later>, u64, f64) {
         let mut tensors = Vec::new();
         for (path, (moments, rank)) in &self.moments {
-            let data = if *rank == 1 { moments.to_data::<1>() } else { moments.to_data::<2>() };
-            tensors.extend(LEAVES.map(|leaf| format!("{path}{leaf}")).into_iter().zip(data));
+            let later = match rank {
+                1 => moments.tensors::<1>().map(later),
+                _ => moments.tensors::<2>().map(later),
+            };
+            for (leaf, (shape, values)) in LEAVES.into_iter().zip(later) {
+                tensors.push(Later { name: format!("{path}{leaf}"), shape, values });
+            }
         }
         (tensors, self.steps, self.largest_norm)
     }
@@ -185,6 +190,25 @@ impl Optimizer {
     }
 }
 
+/// A tensor whose values are read when they are asked for, in whatever thread.
+pub struct Later {
+    /// Its name.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Its values.
+    pub values: Values,
+}
+
+/// Reads values, row-major.
+pub type Values = Box<dyn FnOnce() -> Vec<f32> + Send>;
+
+/// The shape of a tensor off the tape and its values as they are now, whatever becomes of it.
+pub fn later<const D: usize>(tensor: Tensor<D>) -> (Vec<usize>, Values) {
+    let shape = tensor.dims().to_vec();
+    (shape, Box::new(move || tensor.into_data().iter::<f32>().collect()))
+}
+
 /// What the two moments of a parameter are called in a saved state.
 const LEAVES: [&str; 2] = [".moment_1", ".moment_2"];
 
@@ -198,6 +222,42 @@ impl ModuleVisitor for SquaredNorm<'_> {
         if let Some(gradient) = self.gradients.get::<D>(param.id) {
             self.sum += ops::squared_norm(gradient);
         }
+    }
+}
+
+/// Where the first number of the gradients stands that is not finite: parameter and row.
+pub(super) fn culprit<M: Module>(module: &M, gradients: &GradientsParams) -> Option<String> {
+    let mut visitor = Culprit { gradients, path: Vec::new(), found: None };
+    module.visit(&mut visitor);
+    visitor.found
+}
+
+struct Culprit<'a> {
+    gradients: &'a GradientsParams,
+    path: Vec<String>,
+    found: Option<String>,
+}
+
+impl ModuleVisitor for Culprit<'_> {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let gradient = self.gradients.get::<D>(param.id).filter(|_| self.found.is_none());
+        let Some(gradient) = gradient else { return };
+        let columns = gradient.dims().last().map_or(1, |columns| (*columns).max(1));
+        let values = gradient.into_data();
+        let at = values.iter::<f32>().position(|value| !value.is_finite());
+        let path = self.path.join(".");
+        // A linear's weight is [in, out] here, and its rows are the outputs everywhere else.
+        let of_linear = D == 2 && path.ends_with("weight");
+        let row = |at: usize| if of_linear { at % columns } else { at / columns };
+        self.found = at.map(|at| format!("{path}, row {}", row(at)));
     }
 }
 

@@ -80,7 +80,7 @@ fn codes_stay_between_periods() {
     let device = Device::flex();
     let w = noisy(63, &device);
     let mut method = uniquanf("period = 3", 3, &w);
-    let before = host(method.codes().clone());
+    let before = host(method.codes());
     // The transform moves far, the codes only when their period comes.
     method.log_division = Param::from_tensor(matrix(&noise(64, 96, 1.5), 16, &device));
     for step in [1, 2] {
@@ -89,18 +89,18 @@ fn codes_stay_between_periods() {
         else {
             panic!("another method")
         };
-        assert_eq!(host(same.codes().clone()), before);
+        assert_eq!(host(same.codes()), before);
     }
     let moved = Method::UniQuanF(method.clone()).between_steps(w.clone(), Moment::Step(3));
     let Method::UniQuanF(moved) = moved else { panic!("another method") };
-    let ranks = |method: &fewbit::method::UniQuanF| ranks(method, &host(method.codes().clone()));
+    let ranks = |method: &fewbit::method::UniQuanF| ranks(method, &host(method.codes()));
     let steps: Vec<usize> =
         ranks(&moved).iter().zip(ranks(&method)).map(|(a, b)| a.abs_diff(b)).collect();
     assert!(steps.contains(&1) && steps.iter().all(|step| *step <= 1));
     let Method::UniQuanF(end) = Method::UniQuanF(method).between_steps(w, Moment::End) else {
         panic!("another method")
     };
-    assert_ne!(host(end.codes().clone()), host(moved.codes().clone()));
+    assert_ne!(host(end.codes()), host(moved.codes()));
 }
 
 /// Each code's place among the levels of its row.

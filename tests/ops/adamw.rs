@@ -57,7 +57,7 @@ impl Case {
         }
         let back = |x: Tensor<2>| host(if self.transposed { x.transpose() } else { x });
         let device = Device::flex();
-        let [first, second] = moments.unwrap().to_data::<2>();
+        let [first, second] = moments.unwrap().tensors::<2>().map(Tensor::into_data);
         [parameter, Tensor::from_data(first, &device), Tensor::from_data(second, &device)].map(back)
     }
 
@@ -132,12 +132,13 @@ fn what_others_hold_stays_as_it_is() {
         let numbers = AdamWStep { step: 1, ..case.numbers };
         let (next, moments) = ops::adamw_step(&numbers, parameter, gradient.clone(), None);
         let (kept, kept_moments) = (next.clone(), moments.clone());
-        let (before, [first, second]) = (host(next.clone()), moments.to_data::<2>());
+        let (before, [first, second]) =
+            (host(next.clone()), moments.tensors::<2>().map(Tensor::into_data));
         let numbers = AdamWStep { step: 2, ..case.numbers };
         let _ = ops::adamw_step(&numbers, next, gradient, Some(moments));
         assert_eq!(bits(&host(held)), bits(&host(case.lay(&case.parameter))));
         assert_eq!(bits(&host(kept)), bits(&before));
-        assert_eq!(kept_moments.to_data::<2>(), [first, second]);
+        assert_eq!(kept_moments.tensors::<2>().map(Tensor::into_data), [first, second]);
     }
     // A part of a tensor: the rest is not touched.
     let whole = dice.matrix([8, 16], 1.0);

@@ -12,7 +12,7 @@ pub fn line(event: &Event, width: usize) -> Option<String> {
         Event::Plan { text } => wrap("plan", text, width),
         Event::Note { text } => wrap("note", text, width),
         Event::Warning { text } => wrap("warning", text, width),
-        Event::Resumed { stage, position } => {
+        Event::Resumed { stage, position, .. } => {
             fit(&labelled("resumed", stage), &[Field::new(position)], width)
         }
         Event::StageStart { stage, of, name } => {
@@ -36,6 +36,7 @@ pub fn line(event: &Event, width: usize) -> Option<String> {
         }
         Event::Exported { .. } | Event::Done { .. } => ending(event, width)?,
         Event::BlockLoss { .. }
+        | Event::Saved { .. }
         | Event::Progress { .. }
         | Event::Histogram { .. }
         | Event::Text { .. } => return None,
@@ -206,7 +207,11 @@ mod tests {
             at(&needs(), 80),
             "needs     5.1 GB VRAM   3.9 GB RAM   7.4 GB disk   about 2 h 10 min on cuda:0"
         );
-        let resumed = Event::Resumed { stage: "distill".into(), position: "step 12/20".into() };
+        let resumed = Event::Resumed {
+            stage: "distill".into(),
+            position: "step 12/20".into(),
+            mark: String::new(),
+        };
         assert_eq!(at(&resumed, 80), "resumed   distill   step 12/20");
     }
 

@@ -1,27 +1,26 @@
 //! One block fitted to the float block's output, at once or piece by piece.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use burn::module::Module;
-use burn::nn::Linear;
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::tensor::DType;
 
+use super::descent::{Descent, Halfway};
 use super::keys::ReconstructConfig;
-use crate::data::{Order, coin_flips};
+use super::task::Task;
 use crate::error::Result;
 use crate::export::activations::{self, InputGrids};
-use crate::export::fewbit::Saved;
-use crate::method::{self, Moment};
+use crate::export::fewbit::{Saved, latent_names};
+use crate::method;
 use crate::model::{Block, LinearSpec};
-use crate::ops;
 use crate::quant::ActivationQuant;
-use crate::report::{Event, Reporter};
 use crate::stage::activations::Activations;
 use crate::stage::context::StageContext;
 use crate::stage::inputs::{self, Piece, StaticInputs, Student};
+use crate::stage::states::States;
 use crate::stage::streams::{Streams, float_block, loader};
 use crate::stage::visits::Visits;
-use crate::train::{self, Optimizer, RateUnit, Role};
 
 /// The training of one block.
 pub(super) struct Fit<'a> {
@@ -34,19 +33,6 @@ pub(super) struct Fit<'a> {
     quant: ActivationQuant,
     /// Share of the input entries from the quantized stream.
     input_prob: f64,
-}
-
-/// What one piece of a block is fitted on.
-struct Task<'a> {
-    piece: Piece,
-    /// Input on the quantized stream.
-    quantized: &'a Activations,
-    /// Input on the float stream.
-    float: &'a Activations,
-    /// The float piece's output on the float stream.
-    target: &'a Activations,
-    /// The float piece's output on the quantized stream, for the augmented loss.
-    augmented: Option<Activations>,
 }
 
 impl<'a> Fit<'a> {
@@ -63,8 +49,14 @@ impl<'a> Fit<'a> {
         Self { config, index, streams, target, quant, input_prob }
     }
 
-    /// The block's quantized linears with the grids of its inputs, and its error at the start.
-    pub(super) fn run(&self, ctx: &mut StageContext<'_>) -> Result<(Saved, f64)> {
+    /// The block's quantized linears with the grids of its inputs, and its error at the start. `halfway`
+    /// is a state in the middle of it to go on from.
+    pub(super) fn run(
+        &self,
+        ctx: &mut StageContext<'_>,
+        states: &mut States,
+        halfway: Option<Halfway>,
+    ) -> Result<(Saved, f64)> {
         let config = self.config;
         let prefix = ctx.model.config.block_prefix(self.index);
         let mut block = loader(ctx, ctx.model).block(self.index)?;
@@ -90,15 +82,29 @@ impl<'a> Fit<'a> {
         let mut student = Student { block, inputs: learned };
         // What lies between the pieces, on the float stream.
         let mut attended = Activations::default();
-        for piece in config.within.pieces() {
+        let (mut at, mut state) =
+            halfway.map(|h| (Some(h.course.piece), Some(h))).unwrap_or_default();
+        for (number, piece) in config.within.pieces().iter().enumerate() {
             let quantized =
                 |spec: &LinearSpec| ctx.specs.contains_key(&format!("{prefix}.{}", spec.name));
             // Queries and keys of a fused matrix are fitted with the values.
             if !student.block.specs().any(|spec| piece.holds(spec.role) && quantized(spec)) {
                 continue;
             }
-            student = self.fit(ctx, *piece, student, &grids, &mut attended)?;
+            if at.is_some_and(|at| number < at) {
+                let file = states.pieces_file();
+                self.take_piece(ctx, *piece, &file, &mut student.block, &mut saved)?;
+                continue;
+            }
+            let mut descent =
+                Descent::new(config, number, states, state.take_if(|_| at == Some(number)));
+            student = self.fit(ctx, *piece, student, &mut attended, &mut descent, &grids)?;
+            at = None;
             self.keep(ctx, *piece, &mut student.block, &mut saved)?;
+            if number + 1 < config.within.pieces().len() {
+                // Before any state of the next piece.
+                saved.write(&states.pieces_file())?;
+            }
         }
         let Student { block, inputs } = student;
         self.report_scales(ctx, &saved, &start);
@@ -116,15 +122,16 @@ impl<'a> Fit<'a> {
         ctx: &mut StageContext<'_>,
         piece: Piece,
         student: Student,
-        grids: &InputGrids,
         attended: &mut Activations,
+        descent: &mut Descent<'_>,
+        grids: &InputGrids,
     ) -> Result<Student> {
         let streams = self.streams;
         if piece == Piece::Whole && !self.config.augmented() {
             let (quantized, float) = (&streams.quantized, &streams.float);
             let target = self.target;
-            let task = Task { piece, quantized, float, target, augmented: None };
-            return self.train(ctx, &task, student.train(), grids);
+            let task = self.task(piece, quantized, float, target);
+            return descent.run(ctx, &task, &student.train(), grids);
         }
         let float_block = float_block(ctx, self.index)?;
         let through = |x: &Activations, piece: Piece, block: &Block| {
@@ -146,6 +153,10 @@ impl<'a> Fit<'a> {
                 (&streams.float, &*attended)
             }
             Piece::Mlp => {
+                if attended.is_empty() {
+                    // Of a block that goes on behind its attention.
+                    *attended = through(&streams.float, Piece::Attention, &float_block)?;
+                }
                 behind = streams.quantized.map(&ctx.device.device, |x| {
                     ctx.stop.check()?;
                     Ok(student.forward(Piece::Attention, x, &streams.positions, self.quant))
@@ -157,8 +168,57 @@ impl<'a> Fit<'a> {
         let augmented = self.config.augmented();
         let augmented = augmented.then(|| through(quantized, piece, &float_block)).transpose()?;
         drop(float_block);
-        let task = Task { piece, quantized, float, target, augmented };
-        self.train(ctx, &task, student.train(), grids)
+        let task = Task { augmented, ..self.task(piece, quantized, float, target) };
+        descent.run(ctx, &task, &student.train(), grids)
+    }
+
+    fn task<'t>(
+        &'t self,
+        piece: Piece,
+        quantized: &'t Activations,
+        float: &'t Activations,
+        target: &'t Activations,
+    ) -> Task<'t> {
+        let Self { config, index, streams, quant, input_prob, .. } = *self;
+        let (positions, augmented) = (&streams.positions, None);
+        Task {
+            config,
+            index,
+            piece,
+            quantized,
+            float,
+            target,
+            augmented,
+            positions,
+            quant,
+            input_prob,
+        }
+    }
+
+    /// Takes what a piece was fitted to before the block was interrupted.
+    fn take_piece(
+        &self,
+        ctx: &StageContext<'_>,
+        piece: Piece,
+        file: &Path,
+        block: &mut Block,
+        saved: &mut Saved,
+    ) -> Result<()> {
+        let prefix = ctx.model.config.block_prefix(self.index);
+        let mut found = Saved::read(file)?;
+        let config = block.config.clone();
+        for (spec, linear) in config.specs(self.index).iter().zip(&mut block.linears) {
+            let full = format!("{prefix}.{}", spec.name);
+            let at = found.linears.iter().position(|(name, ..)| *name == full);
+            let Some(at) = at.filter(|_| piece.holds(spec.role)) else { continue };
+            for name in latent_names(&full) {
+                saved.latents.extend(found.latents.remove_entry(&name));
+            }
+            let linear_of = found.linears.swap_remove(at);
+            ctx.set_weight(linear, linear_of.1.dequantize());
+            saved.linears.push(linear_of);
+        }
+        Ok(())
     }
 
     /// Folds the linears of a piece that has been fitted; the block goes on with what they stand for.
@@ -183,119 +243,6 @@ impl<'a> Fit<'a> {
         Ok(())
     }
 
-    /// Trains; `grids` are where the learned grids start.
-    fn train(
-        &self,
-        ctx: &mut StageContext<'_>,
-        task: &Task<'_>,
-        mut student: Student,
-        grids: &InputGrids,
-    ) -> Result<Student> {
-        let config = self.config;
-        let piece = task.piece;
-        let mut optimizer = Optimizer::new(&config.optimizer);
-        let mut stream = format!("stage {} block {}", ctx.stage, self.index);
-        if piece != Piece::Whole {
-            stream = format!("{stream} {piece:?}");
-        }
-        let order = Order::new(ctx.seed, stream.as_str(), self.target.len(), config.batch)?;
-        let rates = config.learning_rate;
-        let base = |path: &str| match inputs::highest_rate(path, grids) {
-            Some(highest) => rates.of(Role::Activation).min(highest),
-            None => method::role_of(path).map_or(0.0, |role| rates.of(role)),
-        };
-        let schedule = config.schedule.resolved(config.rate_unit, config.steps);
-        let mut best: Option<(f64, Student)> = None;
-        let shortens_at = ctx.shortens_at(config.steps);
-        for step in 0..config.steps {
-            ctx.stop.check()?;
-            if step == shortens_at {
-                method::shorten_all(piece_mut(piece, &mut student.block), ctx.scales);
-                // A loss with other scales is none of what will be left.
-                best = None;
-            }
-            let factor = schedule.factor(step, config.steps);
-            let rate_of = |path: &str| base(path) * factor;
-            let batch = order.batch(step);
-            let start = config.keep_best.then(|| student.clone());
-            if config.rate_unit == RateUnit::Grid {
-                let linears = student.block.linears();
-                let measures = linears.flat_map(|(_, linear)| method::measures(&linear.weight));
-                optimizer.measure_by(measures.collect());
-            }
-            let (trained, stats) =
-                train::step(student, &mut optimizer, 1, &rate_of, |student, _| {
-                    Ok(self.loss(ctx, task, student, &batch, &stream, step))
-                })
-                .map_err(|e| {
-                    e.at(format!("stage {}, block {}, step {step}", ctx.stage, self.index))
-                })?;
-            student = trained;
-            self.between_steps(piece, &mut student.block, Moment::Step(step + 1));
-            if let Some(start) = start
-                && best.as_ref().is_none_or(|(least, _)| stats.loss < *least)
-            {
-                best = Some((stats.loss, start));
-            }
-            let length = self.streams.positions.len();
-            report_step(config, ctx, (self.index, piece), step, length, stats.loss);
-        }
-        let mut student = best.map_or(student, |(_, best)| best).valid();
-        self.between_steps(piece, &mut student.block, Moment::End);
-        Ok(student)
-    }
-
-    /// The objective on one batch.
-    fn loss(
-        &self,
-        ctx: &StageContext<'_>,
-        task: &Task<'_>,
-        student: &Student,
-        batch: &[u32],
-        stream: &str,
-        step: u64,
-    ) -> Tensor<1> {
-        let device = &ctx.device.device;
-        let mut input = task.quantized.batch(batch, device);
-        if self.input_prob < 1.0 {
-            let float = task.float.batch(batch, device);
-            let shape = input.dims();
-            let stream = format!("{stream} inputs");
-            let count = shape.iter().product();
-            let mask = coin_flips(ctx.seed, &stream, step, count, self.input_prob);
-            let mask: Tensor<3> = Tensor::from_data(TensorData::new(mask, shape), device);
-            input = float.mask_where(mask.equal_elem(1.0), input);
-        }
-        let output = student.forward(task.piece, input, &self.streams.positions, self.quant);
-        let compare = |goal: &Activations| {
-            let goal = goal.batch(batch, device);
-            let (output, goal) = if self.config.relative_tokens() {
-                // A token whose output is zero counts as one of a tiny output, not infinitely.
-                let size = (goal.clone().square().mean_dim(2) + f32::MIN_POSITIVE).sqrt();
-                (output.clone() / size.clone(), goal / size)
-            } else {
-                (output.clone(), goal)
-            };
-            ops::block_mse(output, goal, self.config.sum_sequence())
-        };
-        let loss = compare(task.target);
-        match &task.augmented {
-            Some(augmented) => loss + compare(augmented),
-            None => loss,
-        }
-    }
-
-    fn between_steps(&self, piece: Piece, block: &mut Block, moment: Moment) {
-        if !self.config.method.has_hook() {
-            return;
-        }
-        for linear in piece_mut(piece, block) {
-            if let Some(weight) = method::between_steps(&linear.weight, moment) {
-                linear.weight = weight;
-            }
-        }
-    }
-
     /// How far the grids moved from `start`.
     fn report_scales(&self, ctx: &mut StageContext<'_>, saved: &Saved, start: &Coarseness) {
         let changes: Vec<f32> = (saved.linears.iter())
@@ -307,38 +254,6 @@ impl<'a> Fit<'a> {
         let step = ctx.first_step + self.config.steps * (self.index as u64 + 1);
         ctx.report_scale_change(&changes, step);
     }
-}
-
-/// The linears of a piece of a block.
-fn piece_mut(piece: Piece, block: &mut Block) -> impl Iterator<Item = &mut Linear> {
-    let specs = block.config.specs(block.index).iter();
-    let linears = specs.zip(&mut block.linears);
-    linears.filter(move |(spec, _)| piece.holds(spec.role)).map(|(_, linear)| linear)
-}
-
-fn report_step(
-    config: &ReconstructConfig,
-    ctx: &mut StageContext<'_>,
-    (index, piece): (usize, Piece),
-    step: u64,
-    length: usize,
-    loss: f64,
-) {
-    let of_piece = config.within.pieces().iter().position(|p| *p == piece).unwrap_or(0) as u64;
-    let (step, steps) =
-        (of_piece * config.steps + step, config.steps * config.within.pieces().len() as u64);
-    // The curve is always the plain mean, whatever the reduction, so that recipes compare.
-    let loss = if config.sum_sequence() { loss / length as f64 } else { loss };
-    let every = (steps / 50).max(1);
-    if step.is_multiple_of(every) || step + 1 == steps {
-        ctx.report.emit(&Event::BlockLoss { block: index, step, loss });
-    }
-    ctx.report.emit(&Event::Progress {
-        verb: format!("block {:>2}/{}", index + 1, ctx.model.config.n_blocks),
-        done: step + 1,
-        of: steps,
-        detail: format!("mse {loss:.3e}"),
-    });
 }
 
 /// How coarse the grid of every group is, by linear.

@@ -54,6 +54,12 @@ pub struct ReconstructConfig {
     /// Go on, with a warning, when the quality gate finds the model worse than plain rounding.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub allow_worse: bool,
+    /// Steps between saves of the state in the middle of a block.
+    #[serde(default = "five_hundred")]
+    pub checkpoint_every: u64,
+    /// How many of those states are kept.
+    #[serde(default = "two")]
+    pub keep: usize,
     /// Keep the parameters of the step with the lowest loss instead of the last (SignRound's).
     #[serde(default)]
     pub keep_best: bool,
@@ -92,6 +98,10 @@ impl Within {
 
 fn mse() -> ObjectiveConfig {
     ObjectiveConfig::Mse(MseObjective::default())
+}
+
+pub(super) fn five_hundred() -> u64 {
+    500
 }
 
 fn two() -> usize {

@@ -1,0 +1,298 @@
+//! The steps that fit a block, or a piece of it: from a state in the middle where there is one, and
+//! again at a lower rate where they lead nowhere.
+
+use burn::module::Module;
+use serde::{Deserialize, Serialize};
+
+use super::keys::ReconstructConfig;
+use super::task::Task;
+use crate::data::Order;
+use crate::error::{Error, Result};
+use crate::export::activations::InputGrids;
+use crate::method::{self, Moment};
+use crate::report::{Event, Reporter};
+use crate::stage::context::StageContext;
+use crate::stage::inputs::{self, Piece, Student};
+use crate::stage::states::States;
+use crate::stage::training_state::{PARAMETERS, Snapshot, State};
+use crate::train::{self, Optimizer, RateUnit, Role, StepStats};
+
+/// How often a block is fitted again, each time at half the rate.
+const RETRIES: i32 = 3;
+/// A block whose loss is on average this many times what it was in the first steps has diverged.
+const DIVERGED: f64 = 2.0;
+/// Steps that such averages are taken over, at least: single batches differ by more than that.
+const FEWEST: u64 = 10;
+/// The parameters of the best step so far, where that is what is kept.
+const BEST: &str = "best:";
+
+/// How far the fitting of a block is.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
+pub(super) struct Course {
+    /// Which piece of the block.
+    pub piece: usize,
+    /// Steps done.
+    pub step: u64,
+    /// How often the rate was halved.
+    halvings: i32,
+    /// The least loss so far, where its parameters are kept.
+    best: Option<f64>,
+    /// Sum of the losses of the first steps, and of the last ones.
+    first: f64,
+    last: f64,
+}
+
+impl Course {
+    /// Takes note of the loss of the next step of `steps`.
+    fn note(&mut self, loss: f64, steps: u64) {
+        let some = window(steps);
+        if self.step < some {
+            self.first += loss;
+        }
+        if self.step >= steps - some {
+            self.last += loss;
+        }
+        self.step += 1;
+    }
+
+    /// What is wrong with a fit of `steps` steps, if anything.
+    fn fault(&self, steps: u64) -> Option<String> {
+        let some = window(steps) as f64;
+        let means = [self.first, self.last].map(|sum| sum / some);
+        // Too few steps say nothing.
+        let diverged = steps >= 2 * FEWEST && means[1] > DIVERGED * means[0];
+        diverged.then(|| {
+            format!(
+                "it diverged: its loss rose from {:.3e} to {:.3e} on average",
+                means[0], means[1]
+            )
+        })
+    }
+}
+
+/// Steps at either end that are averaged.
+fn window(steps: u64) -> u64 {
+    (steps / 10).max(FEWEST).min(steps)
+}
+
+/// A saved state in the middle of a block.
+pub(super) struct Halfway {
+    state: State,
+    pub course: Course,
+}
+
+impl Halfway {
+    /// The state as one of block `index`; `None` where it is another block's.
+    ///
+    /// # Errors
+    /// When it is none of a block.
+    pub(super) fn of(state: &State, index: usize) -> Result<Option<Self>> {
+        if state.fact::<usize>("block")? != index {
+            return Ok(None);
+        }
+        let course: String = state.fact("course")?;
+        let course = serde_json::from_str(&course)
+            .map_err(|e| Error::failed(format!("the training state cannot be used: {e}")))?;
+        Ok(Some(Self { state: state.clone(), course }))
+    }
+}
+
+/// The steps of one piece of a block.
+pub(super) struct Descent<'a> {
+    config: &'a ReconstructConfig,
+    states: &'a mut States,
+    halfway: Option<Halfway>,
+    course: Course,
+    optimizer: Optimizer,
+    /// The student of the best step.
+    best: Option<Student>,
+}
+
+impl<'a> Descent<'a> {
+    /// Those of the piece of this number, from its start or from a state in the middle of it.
+    pub(super) fn new(
+        config: &'a ReconstructConfig,
+        piece: usize,
+        states: &'a mut States,
+        halfway: Option<Halfway>,
+    ) -> Self {
+        let course = Course { piece, ..Course::default() };
+        let optimizer = Optimizer::new(&config.optimizer);
+        Self { config, states, halfway, course, optimizer, best: None }
+    }
+
+    /// Trains; `grids` are where the learned grids start.
+    pub(super) fn run(
+        &mut self,
+        ctx: &mut StageContext<'_>,
+        task: &Task<'_>,
+        start: &Student,
+        grids: &InputGrids,
+    ) -> Result<Student> {
+        let mut student = start.clone();
+        if let Some(Halfway { state, course }) = self.halfway.take() {
+            self.course = course;
+            state.optimizer(&mut self.optimizer, &ctx.device.device)?;
+            if state.has(BEST) {
+                self.best = Some(state.parameters(BEST, start.clone())?);
+            }
+            student = state.parameters(PARAMETERS, student)?;
+        }
+        loop {
+            let (fault, left) = match self.steps(ctx, task, student, grids)? {
+                Ok(student) => (self.course.fault(self.config.steps), Some(student)),
+                Err(fault) => (Some(fault), None),
+            };
+            match (fault, left) {
+                (None, Some(student)) => return Ok(self.end(task, student)),
+                (fault, _) => self.begin_again(ctx, task.index, &fault.unwrap_or_default())?,
+            }
+            student = start.clone();
+        }
+    }
+
+    /// What the last step leaves, or the best one.
+    fn end(&mut self, task: &Task<'_>, student: Student) -> Student {
+        let mut student = self.best.take().unwrap_or(student).valid();
+        task.between_steps(&mut student.block, Moment::End);
+        student
+    }
+
+    /// Goes back to the start, at half the rate.
+    fn begin_again(&mut self, ctx: &mut StageContext<'_>, index: usize, fault: &str) -> Result<()> {
+        let Course { piece, step, halvings, .. } = self.course;
+        if halvings == RETRIES {
+            return Err(Error::failed(format!(
+                "the block cannot be fitted, after {RETRIES} retries: {fault}"
+            ))
+            .at(format!("stage {}, block {index}, step {step}", ctx.stage))
+            .fix("a smaller learning_rate, or optimizer.clip_norm = 1.0"));
+        }
+        let rate = 0.5f64.powi(halvings + 1);
+        let text = format!(
+            "block {}, step {step}: {fault}; it is fitted again from its start, at {rate} of the rate",
+            index + 1
+        );
+        ctx.report.emit(&Event::Warning { text });
+        self.course = Course { piece, halvings: halvings + 1, ..Course::default() };
+        self.optimizer = Optimizer::new(&self.config.optimizer);
+        self.best = None;
+        Ok(())
+    }
+
+    /// The steps that are left; the inner error says what went wrong with the numbers.
+    fn steps(
+        &mut self,
+        ctx: &mut StageContext<'_>,
+        task: &Task<'_>,
+        mut student: Student,
+        grids: &InputGrids,
+    ) -> Result<Result<Student, String>> {
+        let (config, piece) = (self.config, task.piece);
+        let mut stream = format!("stage {} block {}", ctx.stage, task.index);
+        if piece != Piece::Whole {
+            stream = format!("{stream} {piece:?}");
+        }
+        let order = Order::new(ctx.seed, stream.as_str(), task.target.len(), config.batch)?;
+        let rates = config.learning_rate;
+        let base = |path: &str| match inputs::highest_rate(path, grids) {
+            Some(highest) => rates.of(Role::Activation).min(highest),
+            None => method::role_of(path).map_or(0.0, |role| rates.of(role)),
+        };
+        let schedule = config.schedule.resolved(config.rate_unit, config.steps);
+        let shortens_at = ctx.shortens_at(config.steps);
+        let mut shortened = false;
+        while self.course.step < config.steps {
+            let step = self.course.step;
+            if let Err(stopped) = ctx.stop.check() {
+                self.save(ctx, task, &student)?;
+                self.states.finish()?;
+                return Err(stopped);
+            }
+            self.states.check()?;
+            if step >= shortens_at && !shortened {
+                method::shorten_all(task.linears_mut(&mut student.block), ctx.scales);
+                shortened = true;
+                if step == shortens_at {
+                    // A loss with other scales is none of what will be left.
+                    (self.best, self.course.best) = (None, None);
+                }
+            }
+            let factor = schedule.factor(step, config.steps) * 0.5f64.powi(self.course.halvings);
+            let rate_of = |path: &str| base(path) * factor;
+            let batch = order.batch(step);
+            let start = config.keep_best.then(|| student.clone());
+            if config.rate_unit == RateUnit::Grid {
+                let linears = student.block.linears();
+                let measures = linears.flat_map(|(_, linear)| method::measures(&linear.weight));
+                self.optimizer.measure_by(measures.collect());
+            }
+            let stepped =
+                train::checked_step(student, &mut self.optimizer, 1, &rate_of, |student, _| {
+                    Ok(task.loss(ctx, student, &batch, &stream, step))
+                });
+            let (trained, stats) = stepped.map_err(|e| {
+                e.at(format!("stage {}, block {}, step {step}", ctx.stage, task.index))
+            })?;
+            if let Some(fault) = stats.fault() {
+                return Ok(Err(fault));
+            }
+            student = trained;
+            task.between_steps(&mut student.block, Moment::Step(step + 1));
+            self.note(ctx, task, start, &stats);
+            if (step + 1).is_multiple_of(config.checkpoint_every) && step + 1 < config.steps {
+                self.save(ctx, task, &student)?;
+            }
+        }
+        Ok(Ok(student))
+    }
+
+    /// Takes note of a step, and says so; `start` is the student before it, where that may be kept.
+    fn note(
+        &mut self,
+        ctx: &mut StageContext<'_>,
+        task: &Task<'_>,
+        start: Option<Student>,
+        stats: &StepStats,
+    ) {
+        if let Some(start) = start
+            && self.course.best.is_none_or(|least| stats.loss < least)
+        {
+            (self.best, self.course.best) = (Some(start), Some(stats.loss));
+        }
+        let (config, step) = (self.config, self.course.step);
+        self.course.note(stats.loss, config.steps);
+        let pieces = config.within.pieces().len() as u64;
+        let (step, steps) = (self.course.piece as u64 * config.steps + step, config.steps * pieces);
+        // The curve is always the plain mean, whatever the reduction, so that recipes compare.
+        let length = task.positions.len();
+        let loss = if config.sum_sequence() { stats.loss / length as f64 } else { stats.loss };
+        let every = (steps / 50).max(1);
+        let (stage, block) = (ctx.stage, task.index);
+        if step.is_multiple_of(every) || step + 1 == steps {
+            ctx.report.emit(&Event::BlockLoss { stage, block, step, loss });
+        }
+        ctx.report.emit(&Event::Progress {
+            verb: format!("block {:>2}/{}", block + 1, ctx.model.config.n_blocks),
+            done: step + 1,
+            of: steps,
+            detail: format!("mse {loss:.3e}"),
+        });
+    }
+
+    fn save(
+        &mut self,
+        ctx: &mut StageContext<'_>,
+        task: &Task<'_>,
+        student: &Student,
+    ) -> Result<()> {
+        let course = serde_json::to_string(&self.course)
+            .map_err(|e| Error::failed(format!("cannot encode how far a block is: {e}")))?;
+        let facts = [("block", task.index.to_string()), ("course", course)];
+        let mut state = Snapshot::of(student, &self.optimizer, facts);
+        if let Some(best) = &self.best {
+            state = state.with(BEST, best);
+        }
+        self.states.write(state, ctx.report)
+    }
+}
