@@ -9,7 +9,7 @@ mod http;
 mod part;
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
@@ -25,6 +25,9 @@ use crate::store::folder::free_bytes;
 const WANTED: [&str; 4] = [".json", ".safetensors", ".jinja", "tokenizer.model"];
 /// More than the longest listing, less than memory.
 const LISTING_BYTES: u64 = 64 << 20;
+
+/// What is known before anybody is asked.
+const ABSENT: &str = "there is no such folder";
 
 /// `owner/name@revision`, which is no folder here.
 #[derive(Debug)]
@@ -44,11 +47,6 @@ impl fmt::Display for Id<'_> {
 }
 
 impl Id<'_> {
-    /// What is known before anybody is asked.
-    fn absent(&self) -> &'static str {
-        "there is no such folder"
-    }
-
     /// What to try, the path that is here first.
     fn instead(&self, fix: &str) -> String {
         match &self.near {
@@ -95,14 +93,12 @@ pub(super) fn snapshot(id: &Id<'_>) -> Result<PathBuf> {
     let cache = Cache::of(id);
     if is_offline() {
         return cache.snapshot_of(id.revision).ok_or_else(|| {
-            let what =
-                format!("{}, nor a copy in the cache, and HF_HUB_OFFLINE is set", id.absent());
+            let what = format!("{ABSENT}, nor a copy in the cache, and HF_HUB_OFFLINE is set");
             Error::usage(what).at(id).fix(id.instead("unset it, or give a local folder"))
         });
     }
     let mut screen = Terminal::new();
-    if let Some(near) = &id.near {
-        let text = format!("there is no folder {id} ({near} is here); asking the hub for {id}");
+    if let Some(text) = doubt(id) {
         screen.emit(&Event::Note { text });
     }
     let hub = Hub::from_environment();
@@ -131,6 +127,16 @@ pub(super) fn snapshot(id: &Id<'_>) -> Result<PathBuf> {
     // Last: what a revision stands for is all there.
     cache.note(id.revision, &commit)?;
     Ok(cache.snapshot(&commit))
+}
+
+/// Why an id may be a path that is not spelt right.
+fn doubt(id: &Id<'_>) -> Option<String> {
+    let here = match &id.near {
+        Some(near) => format!(" ({near} is here)"),
+        None if Path::new(id.owner).is_dir() => " here".to_owned(),
+        None => return None,
+    };
+    Some(format!("there is no folder {id}{here}; asking the hub for {id}"))
 }
 
 /// The commit and its files that are wanted.

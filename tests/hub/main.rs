@@ -248,7 +248,7 @@ fn what_an_earlier_process_left_is_gone_on_from_and_not_believed() {
     assert_eq!(left(&weights[..50_000], true), [range(50_000)]);
     assert_eq!(left(&weights, false), []);
     // Damaged, or of something longer: from the start.
-    assert_eq!(left(&[7; 50_000], false), [range(50_000), None]);
+    assert_eq!(left(&vec![7; 50_000], false), [range(50_000), None]);
     assert_eq!(left(&vec![7; weights.len() + 1], false), [None]);
 }
 
@@ -373,4 +373,9 @@ fn an_id_that_is_almost_a_path_says_both() {
       at   models/lama, http://127.0.0.1:1
       try  models/llama, which is here; or check the network, or give a local folder
     ");
+
+    let args = ["inspect", "models/other"];
+    let other = run(&place, command(&place, &server.address, &args));
+    let note = other.err.find("there is no folder models/other here; asking the hub").unwrap();
+    assert!(note < other.err.find("error: ").unwrap(), "{}", other.err);
 }

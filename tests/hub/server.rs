@@ -150,7 +150,7 @@ pub(crate) fn git_sha1(bytes: &[u8]) -> String {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    bytes.iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"))
 }
 
 fn read(stream: &TcpStream) -> Option<Request> {
@@ -170,11 +170,13 @@ fn read(stream: &TcpStream) -> Option<Request> {
 }
 
 fn send(mut stream: TcpStream, reply: &Reply) {
-    let mut head = format!("HTTP/1.1 {} Status\r\nConnection: close\r\n", reply.status);
-    for (name, value) in &reply.headers {
-        head += &format!("{name}: {value}\r\n");
-    }
-    head += &format!("Content-Length: {}\r\n\r\n", reply.body.len());
+    let mut lines = vec![
+        format!("HTTP/1.1 {} Status", reply.status),
+        "Connection: close".to_owned(),
+        format!("Content-Length: {}", reply.body.len()),
+    ];
+    lines.extend(reply.headers.iter().map(|(name, value)| format!("{name}: {value}")));
+    let head = lines.join("\r\n") + "\r\n\r\n";
     let body = &reply.body[..reply.cut.unwrap_or(reply.body.len())];
     // The other side may have gone.
     let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body));

@@ -9,8 +9,8 @@ use ureq::http::{Response, Uri};
 use ureq::tls::{RootCerts, TlsConfig};
 use ureq::{Agent, Body};
 
-use super::Id;
 use super::cache::{token, variable};
+use super::{ABSENT, Id};
 use crate::error::{Error, Result};
 
 const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
@@ -173,11 +173,11 @@ impl Hub {
                 format!("ask for access on {page}, then {login}"),
             ),
             401 if self.token.is_some() => (
-                Error::usage(format!("{}, and the hub has none for this token", id.absent())),
+                Error::usage(format!("{ABSENT}, and the hub has none for this token")),
                 id.instead(&format!("check the id; for a private model {login} anew")),
             ),
             401 => (
-                Error::usage(format!("{}, and the hub shows none without a token", id.absent())),
+                Error::usage(format!("{ABSENT}, and the hub shows none without a token")),
                 id.instead(&format!("check the id; for a gated or private model {login}")),
             ),
             404 if code == "RevisionNotFound" => (
@@ -189,7 +189,7 @@ impl Hub {
                 "the same command again, or another revision".to_owned(),
             ),
             404 => (
-                Error::usage(format!("{}, and the hub has none", id.absent())),
+                Error::usage(format!("{ABSENT}, and the hub has none")),
                 id.instead("check the id"),
             ),
             _ => (
@@ -210,7 +210,7 @@ impl Hub {
 
     /// Nobody answers.
     pub(super) fn unreachable(&self, id: &Id<'_>, what: &str) -> Error {
-        Error::failed(format!("{}, and the hub cannot be reached: {what}", id.absent()))
+        Error::failed(format!("{ABSENT}, and the hub cannot be reached: {what}"))
             .at(id)
             .at(self.address())
             .fix(id.instead("check the network, or give a local folder"))
