@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+#[cfg(unix)]
+use std::time::{Duration, Instant};
 
 #[cfg(unix)]
 use signal_hook::consts::{SIGHUP, SIGUSR1, SIGXFSZ};
@@ -10,36 +12,60 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::error::{Error, Kind, Result};
 
+/// `timeout` and some schedulers send a signal to the process and once more to its group, which is one
+/// request to stop.
+#[cfg(unix)]
+const SAME: Duration = Duration::from_millis(500);
+
 /// Set by a signal; polled between steps by everything that takes time.
 #[derive(Clone, Debug, Default)]
 pub struct StopFlag(Arc<AtomicUsize>);
 
 impl StopFlag {
-    /// A flag that those signals set. A second one ends the process at once. A SIGHUP that is ignored
-    /// (`nohup`) stays so.
+    /// A flag that those signals set. One that comes half a second after the first or later ends the
+    /// process at once. A SIGHUP that is ignored (`nohup`) stays so.
     ///
     /// # Errors
     /// When the handlers cannot be installed.
     pub fn from_signals() -> Result<Self> {
         let flag = Self::default();
-        let armed = Arc::new(AtomicBool::new(false));
-        for signal in signals() {
-            let install = || -> std::io::Result<()> {
-                // In this order: the first signal finds `armed` unset, sets it, and only the
-                // second one takes the default action.
-                signal_hook::flag::register_conditional_default(signal, Arc::clone(&armed))?;
-                signal_hook::flag::register(signal, Arc::clone(&armed))?;
-                signal_hook::flag::register_usize(signal, Arc::clone(&flag.0), signal as usize)?;
-                Ok(())
-            };
-            install()
-                .map_err(|e| Error::failed(format!("cannot install a signal handler: {e}")))?;
-        }
-        // A file beyond the shell's limit is then an error of the write, with a path and a remedy.
-        #[cfg(unix)]
-        signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)))
+        flag.install()
             .map_err(|e| Error::failed(format!("cannot install a signal handler: {e}")))?;
         Ok(flag)
+    }
+
+    #[cfg(unix)]
+    fn install(&self) -> std::io::Result<()> {
+        let signals = signals();
+        for &signal in &signals {
+            signal_hook::flag::register_usize(signal, Arc::clone(&self.0), signal as usize)?;
+        }
+        // A file beyond the shell's limit is then an error of the write, with a path and a remedy.
+        signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)))?;
+        let mut coming = signal_hook::iterator::Signals::new(&signals)?;
+        let watch = move || {
+            let mut first: Option<Instant> = None;
+            for signal in coming.forever() {
+                if first.get_or_insert_with(Instant::now).elapsed() > SAME {
+                    // Only a signal without a default action is refused here.
+                    let _ = signal_hook::low_level::emulate_default_handler(signal);
+                }
+            }
+        };
+        std::thread::Builder::new().name("signals".to_owned()).spawn(watch).map(drop)
+    }
+
+    #[cfg(not(unix))]
+    fn install(&self) -> std::io::Result<()> {
+        let armed = Arc::new(AtomicBool::new(false));
+        for signal in [SIGINT, SIGTERM] {
+            // In this order: the first signal finds `armed` unset, sets it, and only the second one takes
+            // the default action.
+            signal_hook::flag::register_conditional_default(signal, Arc::clone(&armed))?;
+            signal_hook::flag::register(signal, Arc::clone(&armed))?;
+            signal_hook::flag::register_usize(signal, Arc::clone(&self.0), signal as usize)?;
+        }
+        Ok(())
     }
 
     /// An error of kind [`Kind::Stopped`] once a signal has come.
@@ -68,12 +94,6 @@ fn signals() -> Vec<i32> {
         signals.push(SIGHUP);
     }
     signals
-}
-
-/// The signals that ask to stop.
-#[cfg(not(unix))]
-fn signals() -> Vec<i32> {
-    vec![SIGINT, SIGTERM]
 }
 
 /// Whether this process was started with a signal ignored, where the system tells (Linux).

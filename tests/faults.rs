@@ -4,9 +4,12 @@
 
 mod common;
 
-use std::process::{Command, Stdio};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use common::{Ended, Place, events, few_stories, story};
+use rustix::process::{Pid, Signal, kill_process};
 
 const RECIPE: &str = r#"output = "run"
 device = "cpu"
@@ -127,7 +130,7 @@ fn a_second_process_is_told_which_one_is_at_work_and_a_dead_one_is_none() {
     let pid = run.id();
     while !place.path("run/run.json").exists() {
         assert!(run.try_wait().unwrap().is_none(), "the run ended");
-        std::thread::sleep(std::time::Duration::from_millis(2));
+        std::thread::sleep(Duration::from_millis(2));
     }
     let second = place.run(&long);
     run.kill().unwrap();
@@ -137,4 +140,44 @@ fn a_second_process_is_told_which_one_is_at_work_and_a_dead_one_is_none() {
     // Killed: the next one takes the folder over.
     let next = place.run(&[&long[..], &["--dry-run"]].concat());
     assert_eq!(next.code, 0, "{}", next.err);
+}
+
+#[test]
+fn a_signal_that_is_sent_twice_is_one_request_and_a_later_one_ends_at_once() {
+    let long = "stage.0.reconstruct.steps=100000";
+    let started = |place: &Place| {
+        let mut command = place.command(&[&TRAIN[..], &["--set", long]].concat());
+        let mut run = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let metrics = place.path("run/metrics.jsonl");
+        let fits = || std::fs::read_to_string(&metrics).is_ok_and(|t| t.contains("block_loss"));
+        while !fits() {
+            assert!(run.try_wait().unwrap().is_none(), "the run ended");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        run
+    };
+    let send = |run: &Child, signal| kill_process(Pid::from_child(run), signal);
+    // As `timeout` does: to the process, and to its group.
+    let place = prepared();
+    let mut run = started(&place);
+    for pause in [0, 0, 1, 5] {
+        std::thread::sleep(Duration::from_millis(pause));
+        // It may have ended before the last ones.
+        let _ = send(&run, Signal::INT);
+    }
+    assert_eq!(run.wait().unwrap().code(), Some(130));
+    assert!(place.path("run/checkpoints/00-reconstruct/state-000001.safetensors").exists());
+
+    // One that does not get to look at its flag is ended by a second signal.
+    std::fs::create_dir(place.path("model")).unwrap();
+    let fifo = place.path("model/config.json");
+    assert!(Command::new("mkfifo").arg(fifo).status().unwrap().success());
+    let mut command = place.command(&["eval", "--model", "model", "--data", "few.json"]);
+    let mut run = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(800));
+    send(&run, Signal::INT).unwrap();
+    std::thread::sleep(Duration::from_millis(700));
+    assert!(run.try_wait().unwrap().is_none(), "it waits for a config that never comes");
+    send(&run, Signal::INT).unwrap();
+    assert_eq!(run.wait().unwrap().signal(), Some(Signal::INT.as_raw()));
 }
