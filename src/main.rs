@@ -13,7 +13,7 @@ struct Allocator;
 
 // SAFETY: every call goes to mimalloc as it came, and what mimalloc gives comes back as it is; where it
 // gives nothing, nothing comes back at all.
-#[allow(unsafe_code)]
+#[allow(unsafe_code)] // an allocator cannot be written without
 unsafe impl GlobalAlloc for Allocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: the caller's promise is mimalloc's.

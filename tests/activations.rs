@@ -3,10 +3,8 @@
 
 mod common;
 
-use common::{Place, events, few_stories};
+use common::{Place, TRAIN, events, few_stories};
 use serde_json::Value;
-
-const TRAIN: [&str; 3] = ["train", "--recipe", "recipe.toml"];
 
 /// Around `[quant]` and a stage: embedded model, little data, both export formats.
 const FRAME: &str = r#"output = "run"

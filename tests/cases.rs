@@ -6,7 +6,7 @@ mod common;
 
 use std::path::Path;
 
-use common::{Place, copy_folder};
+use common::{Place, TRAIN, copy_folder};
 use fewbit::store::TensorSource;
 use fewbit::store::safetensors::Checkpoint;
 
@@ -27,8 +27,6 @@ fn refuses(place: &Place, args: &[&str], parts: &[&str]) {
 }
 
 const CHECK: [&str; 3] = ["check", "--recipe", "recipe.toml"];
-const TRAIN: [&str; 3] = ["train", "--recipe", "recipe.toml"];
-
 fn logits<'a>(model: &'a str, tokens: &'a str) -> [&'a str; 7] {
     ["logits", "--model", model, "--tokens", tokens, "--output", "l.safetensors"]
 }

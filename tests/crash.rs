@@ -12,26 +12,12 @@ use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
-use common::{Place, few_stories, story};
+use common::{Place, TRAIN, story};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 /// Every way of training, in the small.
-const RECIPE: &str = r#"output = "run"
-device = "cpu"
-model.path = "model"
-quant.bits = 4
-
-[data]
-validation.path = "few.json"
-[data.calibration]
-path = "text.json"
-samples = 8
-length = 64
-[data.train]
-path = "text.json"
-length = 64
-
+const STAGES: &str = r#"
 [[stage]]
 [stage.reconstruct]
 method.uniquanf = { period = 3 }
@@ -79,15 +65,9 @@ format.dequantized = {}
 
 /// Time for a run to end once it is asked to.
 const PATIENCE: Duration = Duration::from_mins(1);
-const TRAIN: [&str; 3] = ["train", "--recipe", "recipe.toml"];
 
 fn prepared() -> Place {
-    let place = Place::new();
-    place.write("recipe.toml", RECIPE);
-    place.write("few.json", few_stories(4));
-    place.write("text.json", few_stories(40));
-    place.copy_model("stories260k", "model");
-    place
+    Place::with_small_run(STAGES)
 }
 
 /// What a run leaves that another run of the recipe leaves too.

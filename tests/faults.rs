@@ -8,7 +8,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use common::{Ended, Place, events, few_stories, story};
+use common::{Ended, Place, TRAIN, events, few_stories, story};
 use rustix::process::{Pid, Signal, kill_process};
 
 const RECIPE: &str = r#"output = "run"
@@ -48,8 +48,6 @@ format.fewbit = {}
 task.ppl = { context = 64 }
 "#;
 
-const TRAIN: [&str; 3] = ["train", "--recipe", "recipe.toml"];
-
 fn prepared() -> Place {
     let place = Place::new();
     place.write("recipe.toml", RECIPE);
@@ -72,6 +70,26 @@ fn a_block_that_diverges_is_fitted_again_at_lower_rates_and_then_named() {
     assert_eq!(warnings.len(), 3, "{warnings:?}");
     let last = warnings[2]["text"].as_str().unwrap();
     assert!(last.starts_with("block 1, step ") && last.ends_with("at 0.125 of the rate"), "{last}");
+}
+
+#[test]
+fn a_block_that_got_worse_is_fitted_again_and_at_last_left_with_a_warning() {
+    let told = |rate: &str| {
+        let place = prepared();
+        let rate = format!("stage.0.reconstruct.learning_rate={rate}");
+        let worse = "stage.0.reconstruct.allow_worse=true";
+        place.run(&[&TRAIN[..], &["--set", &rate, "--set", worse]].concat());
+        let events = events(&place.path("run/metrics.jsonl")).into_iter();
+        let texts = events.filter(|event| event["event"] == "warning");
+        let texts = texts.map(|event| event["text"].as_str().unwrap().to_owned());
+        texts.filter(|text| text.starts_with("block ")).collect::<Vec<_>>()
+    };
+    assert!(told("1e-2").is_empty(), "a healthy rate");
+    let again = told("0.3");
+    assert!(again[0].contains("it diverged: its loss on the first batch rose from"), "{again:?}");
+    assert!(again[0].ends_with("fitted again from its start, at 0.5 of the rate"), "{again:?}");
+    let left = told("3");
+    assert!(left.iter().any(|text| text.ends_with(", at every rate")), "{left:?}");
 }
 
 #[test]

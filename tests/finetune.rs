@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use common::{Place, copy_folder, datasets};
+use common::{Place, TRAIN, copy_folder, datasets};
 use fewbit::model::ModelConfig;
 use fewbit::stage::{FinetuneMethod, LoraConfig, QloraConfig, Targets};
 use fewbit::store::safetensors::{Checkpoint, ShardWriter};
@@ -33,8 +33,6 @@ length = 64
 const EVALUATE: &str = "[[stage]]\n[stage.evaluate]\ntask.ppl = { context = 64 }\n";
 const DENSE: &str = "[[stage]]\n[stage.export]\nformat.dequantized = {}\n";
 const PACKED: &str = "[[stage]]\n[stage.export]\nformat.fewbit = {}\n";
-
-const TRAIN: [&str; 3] = ["train", "--recipe", "recipe.toml"];
 
 const LORA: &str = "lora = { rank = 2, alpha = 6 }";
 const QLORA: &str = "qlora = { rank = 2, alpha = 6, block = 4 }";

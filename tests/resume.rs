@@ -8,27 +8,13 @@ use std::path::PathBuf;
 use std::process::{Child, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Ended, Place, events, few_stories};
+use common::{Ended, Place, TRAIN, events, few_stories};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 /// Five blocks to reconstruct, then a distillation, then scales to tune; long enough for a signal to
 /// land inside.
-const RECIPE: &str = r#"output = "run"
-device = "cpu"
-model.path = "model"
-quant.bits = 4
-
-[data]
-validation.path = "few.json"
-[data.calibration]
-path = "text.json"
-samples = 8
-length = 64
-[data.train]
-path = "text.json"
-length = 64
-
+const STAGES: &str = r"
 [[stage]]
 [stage.reconstruct]
 method.flexround = {}
@@ -59,22 +45,16 @@ task.ppl = { context = 64 }
 [[stage]]
 [stage.export]
 format.fewbit = {}
-"#;
+";
 
 /// Time for anything to happen in a run.
 const PATIENCE: Duration = Duration::from_mins(2);
-const TRAIN: [&str; 3] = ["train", "--recipe", "recipe.toml"];
 const STATE: &str = "run/checkpoints/01-distill/state-000001.safetensors";
 const TUNING: &str = "run/checkpoints/02-tune_scales/state-000001.safetensors";
 
 /// A place with the recipe, its model and its text.
 fn prepared() -> Place {
-    let place = Place::new();
-    place.write("recipe.toml", RECIPE);
-    place.write("few.json", few_stories(4));
-    place.write("text.json", few_stories(40));
-    place.copy_model("stories260k", "model");
-    place
+    Place::with_small_run(STAGES)
 }
 
 /// A run in the background; killed when dropped, so that a failing test leaves nothing behind.
@@ -153,12 +133,8 @@ fn all_steps(place: &Place, stage: usize) -> Vec<u64> {
 #[test]
 fn a_training_that_fails_fails_alike_after_a_resume() {
     // A rate that no training survives: it goes back three times, then the run ends.
-    let absurd = RECIPE.replacen("learning_rate = 1e-3", "learning_rate = 1e30", 1);
-    let place = || {
-        let place = prepared();
-        place.write("recipe.toml", &absurd);
-        place
-    };
+    let absurd = STAGES.replacen("learning_rate = 1e-3", "learning_rate = 1e30", 1);
+    let place = || Place::with_small_run(&absurd);
     let setbacks = |place: &Place| {
         let record: Value = serde_json::from_str(&place.read("run/run.json")).unwrap();
         record["results"]["setbacks"].clone()
@@ -295,11 +271,8 @@ fn kill_in_distill(place: &Place) {
 
 #[test]
 fn a_finished_run_says_so_and_refuses_what_changed() {
-    let place = prepared();
-    place.write(
-        "recipe.toml",
-        RECIPE.replace("= 25", "= 1").replace("= 48", "= 1").replace("= 40", "= 1"),
-    );
+    let short = STAGES.replace("= 25", "= 1").replace("= 48", "= 1").replace("= 40", "= 1");
+    let place = Place::with_small_run(&short);
     place.ok(&TRAIN);
     let before = place.tree("run/export");
 

@@ -6,15 +6,13 @@ mod common;
 use std::path::Path;
 
 use burn::tensor::{DType, Device, Tensor};
-use common::{Place, datasets, few_stories};
+use common::{Place, TRAIN, datasets, few_stories};
 use fewbit::data::{TokenStream, Tokenizer, read_documents};
 use fewbit::export::{OpenModel, open_model};
 use fewbit::model::{CausalLm, Loader, ModelConfig, Positions, WeightSource};
 use fewbit::store::TensorSource;
 use fewbit::store::safetensors::Checkpoint;
 use serde_json::Value;
-
-const TRAIN: [&str; 3] = ["train", "--recipe", "recipe.toml"];
 
 const FRAME: &str = r#"output = "run"
 device = "cpu"

@@ -26,7 +26,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::data::{DataFormat, Marks, Tokenizer};
 use crate::device::{self, NamedDevice};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::exhausted;
 use crate::export::{Adapter, OpenModel, open_model};
 use crate::model::{CausalLm, Loader};
@@ -97,16 +97,10 @@ pub fn main() -> ExitCode {
 
 /// A panic as an error: a device without memory panics where an operation runs.
 fn of_panic(text: &str) -> Error {
-    if !exhausted::is_said_by(text) {
-        return Error::failed(format!("internal error: {text}"))
-            .fix("RUST_LOG=debug for the place, and report it; what was saved is kept");
-    }
-    let [place, fix] = exhausted::work();
-    let first = text.lines().next().unwrap_or_default();
-    let error = Error::new(Kind::Resources, format!("out of memory: {first}"));
-    let error = if place.is_empty() { error } else { error.at(place) };
-    let fix = if fix.is_empty() { "a smaller batch or shorter windows".to_owned() } else { fix };
-    error.fix(format!("{fix}, or a larger device; what was saved is kept"))
+    exhausted::error_of(text).unwrap_or_else(|| {
+        Error::failed(format!("internal error: {text}"))
+            .fix("RUST_LOG=debug for the place, and report it; what was saved is kept")
+    })
 }
 
 fn run(command: Command) -> Result<()> {

@@ -96,7 +96,7 @@ fn execute(
     report: &mut Reporters,
     stop: &StopFlag,
 ) -> Result<()> {
-    let Prepared { plan, device, mut model, data, fingerprint, .. } = prepared;
+    let Prepared { plan, device, mut model, data, fingerprint, smaller, .. } = prepared;
     let provenance = Provenance {
         model: model.name.clone(),
         model_sha256: fingerprint.model,
@@ -144,8 +144,7 @@ fn execute(
             results: &mut results,
             provenance: &provenance,
         };
-        let fix = less_memory(name, index, matches!(name, "reconstruct" | "calibrate"));
-        exhausted::working_on(format!("stage {index} ({name})"), fix);
+        exhausted::working_on(format!("stage {index} ({name})"), smaller[index].as_str());
         let start = Instant::now();
         let mut outcome = match was {
             Status::Done | Status::Trained => {
@@ -212,15 +211,6 @@ fn left_in(dir: &Path) -> Vec<String> {
     let paths = entries(dir).unwrap_or_default().into_iter();
     let names = paths.filter_map(|path| Some(path.file_name()?.to_str()?.to_owned()));
     names.filter(|name| !name.starts_with('.') && !is_state(name)).collect()
-}
-
-/// What would need less memory than a stage does.
-fn less_memory(stage: &str, index: usize, reads_calibration: bool) -> String {
-    if reads_calibration {
-        "fewer data.calibration.samples, or a smaller data.calibration.length".to_owned()
-    } else {
-        format!("a smaller stage.{index}.{stage}.batch or data.train.length")
-    }
 }
 
 fn begin(ctx: &mut StageContext<'_>, name: &str, of: usize, dir: &Path) -> Result<()> {

@@ -44,6 +44,8 @@ pub struct Prepared {
     pub fingerprint: Fingerprint,
     /// What the run will need.
     pub needs: Needs,
+    /// For each stage, what would need less memory, in words; empty where no setting does.
+    pub smaller: Vec<String>,
     /// What its weights will take in the format that it is for.
     pub target: Option<Target>,
     /// What is scarce but may do, a sentence.
@@ -67,12 +69,15 @@ pub struct Target {
 /// Exit 2 for the recipe, exit 3 for what does not fit.
 pub fn prepare(options: &Options, stop: &StopFlag) -> Result<Prepared> {
     let mut prepared = fitted(options, stop)?;
-    if !prepared.has_run() {
+    let has_run = prepared.has_run();
+    if !has_run {
         // Nothing to compare with: what it refuses, it refuses before weights are hashed.
         RunFolder::check(&prepared, options.fresh)?;
     }
     prepared.fingerprint.model = identity::of_model(&prepared.model, stop)?;
-    RunFolder::check(&prepared, options.fresh)?;
+    if has_run {
+        RunFolder::check(&prepared, options.fresh)?;
+    }
     Ok(prepared)
 }
 
@@ -96,8 +101,9 @@ fn fitted(options: &Options, stop: &StopFlag) -> Result<Prepared> {
     check_exports(&plan, &model, &device)?;
     let (needs, peaks) = Needs::estimate(&plan, &model, &data, &device);
     let scarce = needs.check(&peaks, &plan.recipe.output)?;
+    let smaller = peaks.iter().map(needs::Peak::smaller).collect();
     let fingerprint = identity::without_model(&plan, &data)?;
-    Ok(Prepared { plan, device, model, data, fingerprint, needs, target, scarce })
+    Ok(Prepared { plan, device, model, data, fingerprint, needs, smaller, target, scarce })
 }
 
 fn open_model(recipe: &Recipe) -> Result<ModelState> {

@@ -119,10 +119,7 @@ impl State {
     /// # Errors
     /// When they are not those that the module learns.
     pub(super) fn parameters<M: Module>(&self, prefix: &str, module: M) -> Result<M> {
-        let mut left = BTreeMap::new();
-        for (path, tensor) in self.tensors(prefix)? {
-            left.insert(path, tensor);
-        }
+        let left = self.tensors(prefix)?.into_iter().collect();
         let mut restore = Restore { path: Vec::new(), left };
         let module = module.map(&mut restore);
         match restore.left.keys().next() {

@@ -12,6 +12,27 @@ use std::time::Duration;
 use serde_json::Value;
 use tempfile::TempDir;
 
+/// What stands before the stages of [`Place::with_small_run`].
+const SMALL_RUN: &str = r#"output = "run"
+device = "cpu"
+model.path = "model"
+quant.bits = 4
+
+[data]
+validation.path = "few.json"
+[data.calibration]
+path = "text.json"
+samples = 8
+length = 64
+[data.train]
+path = "text.json"
+length = 64
+
+"#;
+
+/// Runs what [`Place::with_small_run`] wrote.
+pub(crate) const TRAIN: [&str; 3] = ["train", "--recipe", "recipe.toml"];
+
 /// A folder that is the working directory of every command run in it.
 pub(crate) struct Place(TempDir);
 
@@ -41,6 +62,16 @@ impl Place {
 
     pub(crate) fn read(&self, name: &str) -> String {
         std::fs::read_to_string(self.path(name)).unwrap()
+    }
+
+    /// A place with a small run: stages on stories260k in `recipe.toml`, with text of its own.
+    pub(crate) fn with_small_run(stages: &str) -> Self {
+        let place = Self::new();
+        place.write("recipe.toml", format!("{SMALL_RUN}{stages}"));
+        place.write("few.json", few_stories(4));
+        place.write("text.json", few_stories(40));
+        place.copy_model("stories260k", "model");
+        place
     }
 
     /// Copies a folder of `datasets/`, writable, to `name`.

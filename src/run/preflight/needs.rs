@@ -141,6 +141,16 @@ pub(super) struct Peak {
     lever: Option<(String, Lever)>,
 }
 
+impl Peak {
+    /// What makes the stage smaller, in words; empty where nothing does.
+    pub(super) fn smaller(&self) -> String {
+        let lever = self.lever.as_ref().filter(|(_, lever)| lever.value > 1);
+        lever.map_or_else(String::new, |(key, lever)| {
+            format!("a smaller {key} than {}", lever.value)
+        })
+    }
+}
+
 /// The setting that takes `over` bytes off the largest of the peaks, whichever it is then.
 fn fitting(peaks: &[Peak], over: u64) -> Option<String> {
     let largest = peaks.iter().max_by_key(|peak| peak.bytes)?;
