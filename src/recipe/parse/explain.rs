@@ -5,7 +5,7 @@ use std::ops::Range;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::names::{known_names, unknown};
+use super::names::{known_names, nearest, unknown};
 use super::overrides::Override;
 use super::place::{Found, last_key, locate};
 use super::source::Source;
@@ -69,8 +69,19 @@ fn not_one_choice(found: &Found<'_, '_>, source: &Source<'_>) -> (Option<Range<u
     let choices: Vec<_> = keys.iter().map(|key| key.get_ref().as_ref()).collect();
     // The override that added a choice is to blame, though the table itself is in the file.
     let added = keys.iter().find(|key| source.override_at(key.span().start).is_some());
+    // A slip of the pen, rather than another choice.
+    let meant = added.and_then(|key| {
+        let others: Vec<&str> =
+            choices.iter().copied().filter(|choice| choice != key.get_ref()).collect();
+        nearest(key.get_ref(), &others)
+    });
     let fix = match (added, name.rsplit_once('.')) {
         _ if keys.is_empty() => "name the choice as a key of this table".to_owned(),
+        // Both may be choices: lora and qlora.
+        (Some(key), _) if let Some(meant) = meant => format!(
+            "`{meant}`, which is there; instead of it: --set '{}={{ {key} = {{ … }} }}'",
+            found.path.join(".")
+        ),
         (Some(key), _) => {
             format!(
                 "replace the whole table: --set '{}={{ {key} = {{ … }} }}'",

@@ -192,6 +192,11 @@ mod tests {
             "replace the whole table: --set 'stage.1.distill.method={ lrq = { … } }'",
         );
         assert_set_error(
+            "stage.1.distil.steps=3",
+            "`stage.1` has 2 choices (distill, distil), expected exactly one",
+            "`distill`, which is there; instead of it: --set 'stage.1={ distil = { … } }'",
+        );
+        assert_set_error(
             "stage.0.reconstruct.steps=many",
             "`steps`: expected an integer, found string \"many\"",
             "write an integer",
