@@ -45,6 +45,7 @@ learning_rate = 1e-3
 checkpoint_every = 5
 log_every = 1
 validate.every = 8
+on_policy = { share = 0.5, every = 6, max_new_tokens = 8, prompt_tokens = 8 }
 [[stage]]
 [stage.tune_scales]
 method.peqa = {}

@@ -174,3 +174,57 @@ fn validation_can_be_turned_off() {
     assert_eq!(ended.err.matches("without [data.validation] nothing tells").count(), 1);
     assert!(of_kind(&place, "gate").is_empty());
 }
+
+#[test]
+fn a_training_without_a_better_state_ends_early() {
+    let place = prepared();
+    let ended = place.run(&train(&[
+        "stage.1.distill.learning_rate=1e-12",
+        "stage.1.distill.validate.patience=2",
+    ]));
+    assert_eq!(ended.code, 0, "{}", ended.err);
+    let validations = of_kind(&place, "validation");
+    let steps: Vec<u64> = validations.iter().filter_map(|v| v["step"].as_u64()).collect();
+    assert_eq!(steps, [0, 4, 8]);
+    assert!(ended.err.contains("ended at step 8 of 40: no better state"), "{}", ended.err);
+    let refused = place.run(&train(&["stage.1.distill.validate={patience=2, keep_best=false}"]));
+    assert_eq!(refused.code, 2);
+    assert!(refused.err.contains("none is looked for"), "{}", refused.err);
+}
+
+#[test]
+fn the_student_is_compared_on_what_it_wrote() {
+    let place = prepared();
+    let own = "stage.1.distill.on_policy={share=0.5, every=15, max_new_tokens=12, prompt_tokens=9}";
+    let ended = place.run(&train(&[own]));
+    assert_eq!(ended.code, 0, "{}", ended.err);
+    let folder = place.path("run/checkpoints/01-distill");
+    let samples = |step: u64| -> Vec<Value> {
+        let text = std::fs::read_to_string(folder.join(format!("samples-{step:06}.json"))).unwrap();
+        let mut file: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(file["step"], step);
+        serde_json::from_value(file["samples"].take()).unwrap()
+    };
+    let tokens = |sample: &Value, key: &str| sample[key].as_array().unwrap().len();
+    // Half of 4 rows in each of 15 steps; of 40 steps the last 10.
+    for (step, count) in [(0, 30), (15, 30), (30, 20)] {
+        let samples = samples(step);
+        assert_eq!(samples.len(), count);
+        for sample in &samples {
+            assert_eq!(tokens(sample, "prompt"), 9);
+            assert!((1..=12).contains(&tokens(sample, "answer")), "{sample}");
+        }
+        assert!(samples.iter().any(|sample| sample["answer"] != samples[0]["answer"]));
+    }
+    assert_ne!(samples(0), samples(15));
+    // Comparing needs a teacher, whatever the stage's own objective.
+    let refused =
+        place.run(&train(&[own, "stage.1.distill.objective={cross_entropy={}}", "output=other"]));
+    assert_eq!(refused.code, 2);
+    assert!(refused.err.contains("compares with no teacher"), "{}", refused.err);
+    let both = "stage.1.distill.on_policy={share=1.0, every=20, max_new_tokens=8, \
+                objective={kl_reverse={}}}";
+    let other = ["stage.1.distill.objective={cross_entropy={}}", "output=other", both];
+    let ended = place.run(&train(&other));
+    assert_eq!(ended.code, 0, "{}", ended.err);
+}

@@ -8,8 +8,8 @@ use burn::tensor::{DType, Device, Tensor};
 use fewbit::data::{TokenStream, Tokenizer, read_documents};
 use fewbit::method::{FakeQuant, MethodConfig, RtnConfig, Start, attach};
 use fewbit::model::{
-    Block, CausalLm, KvCache, Loader, ModelConfig, Positions, RopeScaling, Sampler, generate,
-    model_types, open_folder,
+    Block, CausalLm, Generation, KvCache, Loader, ModelConfig, Positions, Prompt, RopeScaling,
+    Sampler, model_types, open_folder,
 };
 use fewbit::ops;
 use fewbit::quant::{Bits, GroupSize, ObserverConfig, QuantSpec, Symmetry};
@@ -78,15 +78,34 @@ impl Loaded {
 
     /// Greedy continuation through the cache, past any end token.
     fn greedy(&self, prompt: &[u32], count: usize) -> Vec<u32> {
-        let endless = ModelConfig { eos: Vec::new(), ..self.config.clone() };
-        let sampler = Sampler { temperature: 0.0, top_p: 1.0, seed: 0 };
-        let mut tokens = Vec::new();
-        generate(&self.model, &endless, &self.device, prompt, count, sampler, |token| {
-            tokens.push(token);
-            true
+        self.greedy_together(&[prompt], count).swap_remove(0)
+    }
+
+    /// Greedy continuations of prompts that may differ in length, in one batch.
+    fn greedy_together(&self, prompts: &[&[u32]], count: usize) -> Vec<Vec<u32>> {
+        let Self { model, device, .. } = self;
+        let sampler = Sampler::default();
+        let how = Generation { model, device, sampler, max_new: count, ends: &[] };
+        let mut texts = vec![Vec::new(); prompts.len()];
+        let prompts = prompts.iter().map(|tokens| Prompt { tokens, stream: 0 });
+        how.batch(&prompts.collect::<Vec<_>>(), &mut |row, token| {
+            texts[row].push(token);
+            Ok(true)
         })
         .unwrap();
-        tokens
+        texts
+    }
+
+    /// Logits of documents that share a sequence and do not see each other.
+    fn packed_logits(&self, documents: [&[u32]; 2]) -> Vec<Vec<f32>> {
+        let tokens = documents.concat();
+        let first = documents[0].len();
+        let starts: Vec<u32> =
+            (0..tokens.len()).map(|place| if place < first { 0 } else { first as u32 }).collect();
+        let positions =
+            Positions::with_starts(&self.config, 0, &[&starts], DType::F32, &self.device);
+        let hidden = self.model.hidden(CausalLm::tokens(&[&tokens], &self.device), &positions);
+        self.rows(hidden)
     }
 }
 
@@ -182,6 +201,17 @@ fn tiny_model_agrees(dir: &Path) -> String {
             assert_eq!(argmax(&loaded.logits(&text)[text.len() - 1]), token as usize, "{text:?}");
             text.push(token);
         }
+    }
+    // Documents that share a sequence, and texts that are continued together, are as by themselves.
+    let short = first.map(|first| first - 1).or(longest).unwrap_or(usize::MAX);
+    let [a, b] =
+        [&reference.tokens_a[..], &reference.tokens_b[..]].map(|t| &t[..t.len().min(short)]);
+    let alone = [loaded.logits(a), loaded.logits(b)].concat();
+    close("packed", &loaded.packed_logits([a, b]), &alone);
+    let prompts = [&reference.tokens_a[..], &reference.tokens_b[..10], &reference.tokens_a[..3]];
+    if longest.is_none() {
+        let alone = prompts.map(|prompt| loaded.greedy(prompt, 8));
+        assert_eq!(loaded.greedy_together(&prompts, 8), alone);
     }
     // As transformers 4 spelled it.
     if let Ok(old) = std::fs::read_to_string(dir.join("config.old.json")) {

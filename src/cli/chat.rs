@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
-use super::generate::{SamplingArgs, Writer};
+use super::generate::{ANSWER, Writer};
+use super::sampling::SamplingArgs;
 use super::{ModelArgs, output, read_adapter};
 use crate::error::{Error, Kind, Result};
 use crate::export::{Adapter, Adapters};
-use crate::model::CausalLm;
+use crate::model::{CausalLm, Memory, Sampler};
 use crate::stop::StopFlag;
 
 /// How long a line is waited for before the stop flag is asked again.
@@ -51,9 +52,12 @@ pub(super) fn run(args: &ChatArgs, stop: &StopFlag) -> Result<()> {
     let tokenizer = session.tokenizer()?;
     let adapters = Adapters::new(&session.opened, &adapters)?;
     let model = session.load()?;
-    let writer = Writer { session: &session, tokenizer: &tokenizer, stop };
-    let sampling = args.sampling.clone();
-    let mut chat = Chat { writer, model, adapters, sampling };
+    let generation = session.opened.generation()?;
+    let sampler = args.sampling.sampler(generation.sampler);
+    let (ends, stops) = (generation.ends, &args.sampling.stop);
+    let max_new = args.sampling.max_new_tokens.unwrap_or(ANSWER);
+    let writer = Writer { session: &session, tokenizer: &tokenizer, stop, ends, max_new, stops };
+    let mut chat = Chat { writer, model, adapters, sampler, memory: Memory::default() };
     let first = chat.adapters.names().next().map(str::to_owned);
     if first.is_some() {
         chat.adapters.switch(&mut chat.model, first.as_deref())?;
@@ -108,7 +112,8 @@ struct Chat<'a> {
     writer: Writer<'a>,
     model: CausalLm,
     adapters: Adapters,
-    sampling: SamplingArgs,
+    sampler: Sampler,
+    memory: Memory,
 }
 
 impl Chat<'_> {
@@ -147,9 +152,10 @@ impl Chat<'_> {
     fn answer(&mut self, line: &str) -> Result<()> {
         match self.writer.prompt(line) {
             Ok(prompt) => {
-                self.writer.go_on(&self.model, prompt, false, &self.sampling)?;
+                let Self { writer, model, memory, sampler, .. } = self;
+                writer.go_on(model, memory, (&prompt, ""), *sampler)?;
                 // The next line gets draws of its own.
-                self.sampling.seed = self.sampling.seed.wrapping_add(1);
+                self.sampler.seed = self.sampler.seed.wrapping_add(1);
             }
             Err(error) => output::aside(&format!("{}\n", error.what())),
         }
@@ -182,6 +188,8 @@ impl Chat<'_> {
         }
         let start = Instant::now();
         self.adapters.switch(&mut self.model, (name != NONE).then_some(name))?;
+        // Its keys and values are those of other scales.
+        self.memory = Memory::default();
         let took = 1e3 * start.elapsed().as_secs_f64();
         let now = match self.adapters.on() {
             Some(name) => format!("adapter {name} is on"),

@@ -1,59 +1,75 @@
-//! `fewbit generate`: a smoke test with real text.
+//! `fewbit generate`: texts continued, one as it comes or several together.
 
 use clap::Args;
+use serde_json::json;
 
+use super::sampling::SamplingArgs;
 use super::{AdaptedArgs, Session, output};
-use crate::data::Tokenizer;
+use crate::data::{Answer, Tokenizer};
 use crate::error::{Error, Result};
-use crate::model::{self, CausalLm, Sampler};
+use crate::model::{CausalLm, Ended, Generation, Memory, Prompt, Sampler};
 use crate::stop::StopFlag;
+
+/// Tokens of a text, unless it is said how many.
+const TEXT: usize = 128;
+/// Tokens of an answer.
+pub(super) const ANSWER: usize = 512;
 
 /// Arguments of `generate`.
 #[derive(Args, Debug)]
 pub(super) struct GenerateArgs {
     #[command(flatten)]
     source: AdaptedArgs,
-    /// The text to continue
-    #[arg(long)]
-    prompt: String,
+    /// The text to continue; several are continued together
+    #[arg(long, required = true)]
+    prompt: Vec<String>,
     #[command(flatten)]
     sampling: SamplingArgs,
-}
-
-/// How much is written, and how its tokens are chosen.
-#[derive(Args, Clone, Debug)]
-pub(super) struct SamplingArgs {
-    /// Tokens to add at most
-    #[arg(long, value_name = "N", default_value_t = 128)]
-    max_new_tokens: usize,
-    /// 0 is greedy
-    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
-    temperature: f32,
-    /// Keep the smallest set of tokens that reaches this probability
-    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = top_p)]
-    top_p: f32,
-    /// Seed of the draws
-    #[arg(long, value_name = "S", default_value_t = 0)]
-    pub(super) seed: u64,
-}
-
-fn temperature(text: &str) -> Result<f32, String> {
-    let value = text.parse().ok().filter(|value: &f32| value.is_finite() && *value >= 0.0);
-    value.ok_or_else(|| "a number from 0 up".to_owned())
-}
-
-fn top_p(text: &str) -> Result<f32, String> {
-    let value = text.parse().ok().filter(|value: &f32| *value > 0.0 && *value <= 1.0);
-    value.ok_or_else(|| "a number above 0, at most 1".to_owned())
+    /// One JSON object for each prompt: prompt, text, tokens, and why it ended
+    #[arg(long)]
+    json: bool,
 }
 
 pub(super) fn run(args: &GenerateArgs, stop: &StopFlag) -> Result<()> {
     let session = args.source.open()?;
     let tokenizer = session.tokenizer()?;
-    let writer = Writer { session: &session, tokenizer: &tokenizer, stop };
-    let prompt = writer.prompt(&args.prompt).map_err(|e| e.at("--prompt"))?;
+    let ends = session.opened.generation()?.ends;
+    let sampler = args.sampling.sampler(Sampler::default());
+    let max_new = args.sampling.max_new_tokens.unwrap_or(TEXT);
+    let stops = &args.sampling.stop;
+    let writer = Writer { session: &session, tokenizer: &tokenizer, stop, ends, max_new, stops };
+    let tokens = |text: &String| writer.prompt(text).map_err(|e| e.at("--prompt"));
+    let prompts: Vec<Vec<u32>> = args.prompt.iter().map(tokens).collect::<Result<_>>()?;
     let model = session.load()?;
-    writer.go_on(&model, prompt, true, &args.sampling)
+    if let ([prompt], false) = (&prompts[..], args.json) {
+        let given = &args.prompt[0];
+        return writer.go_on(&model, &mut Memory::default(), (prompt, given), sampler).map(drop);
+    }
+    for ((text, (answer, ended)), index) in
+        args.prompt.iter().zip(writer.together(&model, &prompts, sampler)?).zip(0..)
+    {
+        if args.json {
+            output::json(&json!({
+                "prompt": text,
+                "text": answer.text(),
+                "tokens": answer.tokens().len(),
+                "ended": name(ended),
+            }))?;
+        } else {
+            let between = if index > 0 { "\n" } else { "" };
+            output::line(&format!("{between}{text}{}", answer.text()))?;
+        }
+    }
+    Ok(())
+}
+
+fn name(ended: Ended) -> &'static str {
+    match ended {
+        Ended::Token(_) => "end",
+        Ended::Length => "length",
+        Ended::Context => "context",
+        Ended::Caller => "stop",
+    }
 }
 
 /// Continues prompts on stdout.
@@ -64,70 +80,94 @@ pub(super) struct Writer<'a> {
     pub(super) tokenizer: &'a Tokenizer,
     /// Asked at every token.
     pub(super) stop: &'a StopFlag,
+    /// Tokens that end a text.
+    pub(super) ends: Vec<u32>,
+    /// Tokens that are written at most.
+    pub(super) max_new: usize,
+    /// Texts that end one.
+    pub(super) stops: &'a [String],
 }
 
-/// A text that fits in the model's context, as tokens without the one put before it.
-pub(super) struct Prompt(Vec<u32>);
-
 impl Writer<'_> {
-    /// The tokens of `text`.
+    /// The tokens of `text`, behind the token that opens a text.
     ///
     /// # Errors
     /// A usage error when there are none, or too many to add one.
-    pub(super) fn prompt(&self, text: &str) -> Result<Prompt> {
-        let text = self.tokenizer.encode(text)?;
-        let tokens = text.len() + usize::from(self.session.bos(self.tokenizer)?.is_some());
-        let limit = self.session.opened.config.max_positions;
-        if tokens == 0 || tokens >= limit {
-            let what = format!("the prompt has {tokens} tokens, and the model's context {limit}");
-            return Err(Error::usage(what).fix("a prompt of another length"));
-        }
-        Ok(Prompt(text))
+    pub(super) fn prompt(&self, text: &str) -> Result<Vec<u32>> {
+        let mut tokens: Vec<u32> = self.session.bos(self.tokenizer)?.into_iter().collect();
+        tokens.extend(self.tokenizer.encode(text)?);
+        self.fitting(tokens)
     }
 
-    /// Prints the continuation of `prompt` as it comes, and the prompt itself where `echo` says so.
+    /// Tokens that the model's context has room behind.
+    ///
+    /// # Errors
+    /// As [`Writer::prompt`].
+    pub(super) fn fitting(&self, tokens: Vec<u32>) -> Result<Vec<u32>> {
+        let (count, limit) = (tokens.len(), self.session.opened.config.max_positions);
+        if count == 0 || count >= limit {
+            let what = format!("the prompt has {count} tokens, and the model's context {limit}");
+            return Err(Error::usage(what).fix("a prompt of another length"));
+        }
+        Ok(tokens)
+    }
+
+    fn generation<'m>(&'m self, model: &'m CausalLm, sampler: Sampler) -> Generation<'m> {
+        let device = &self.session.device.device;
+        Generation { model, device, sampler, max_new: self.max_new, ends: &self.ends }
+    }
+
+    /// Prints the continuation of a prompt as it comes, behind a text that is there already, and gives it.
     ///
     /// # Errors
     /// When a signal came, or stdout cannot be written.
     pub(super) fn go_on(
         &self,
         model: &CausalLm,
-        Prompt(mut text): Prompt,
-        echo: bool,
-        sampling: &SamplingArgs,
-    ) -> Result<()> {
-        let Self { session, tokenizer, stop } = self;
-        let prompt: Vec<u32> = session.bos(tokenizer)?.into_iter().chain(text.clone()).collect();
-        let mut shown = if echo { 0 } else { ready(&tokenizer.decode(&text, true)?).len() };
-        let SamplingArgs { max_new_tokens, temperature, top_p, seed } = *sampling;
-        let sampler = Sampler { temperature, top_p, seed };
-        let (config, device) = (&session.opened.config, &session.device.device);
-        let mut outcome = Ok(());
-        let mut each = |token: u32| {
-            text.push(token);
-            outcome = stop.check().and_then(|()| show(&tokenizer.decode(&text, true)?, &mut shown));
-            outcome.is_ok() && !output::is_closed()
+        memory: &mut Memory,
+        (prompt, given): (&[u32], &str),
+        sampler: Sampler,
+    ) -> Result<(String, Ended)> {
+        let mut answer = Answer::new(self.tokenizer, prompt, self.stops);
+        // Nothing is shown before the model has said something.
+        let (mut shown, mut given) = (0, given);
+        let mut show = |text: &str| {
+            let new = text.get(shown..).unwrap_or_default();
+            shown = text.len().max(shown);
+            output::print(&format!("{}{new}", std::mem::take(&mut given)))
         };
-        let (most, each) = (max_new_tokens, &mut each);
-        let computed = model::generate(model, config, device, &prompt, most, sampler, each);
-        outcome?;
-        computed.map_err(|e| e.at(session.opened.dir.display()))?;
-        let whole = tokenizer.decode(&text, true)?;
-        output::line(whole.get(shown..).unwrap_or_default())
+        let mut each = |token: u32| {
+            self.stop.check()?;
+            let more = answer.push(token)?;
+            show(answer.settled())?;
+            Ok(more && !output::is_closed())
+        };
+        let row = Prompt { tokens: prompt, stream: 0 };
+        let ended = self.generation(model, sampler).one(memory, row, &mut each);
+        let ended = ended.map_err(|e| e.at(self.session.opened.dir.display()))?;
+        answer.finish()?;
+        show(answer.text())?;
+        output::line("")?;
+        Ok((answer.text().to_owned(), ended))
     }
-}
 
-/// A text but for a character at its end whose bytes have not all come.
-fn ready(text: &str) -> &str {
-    text.trim_end_matches(char::REPLACEMENT_CHARACTER)
-}
-
-/// Prints what is new of `text`.
-fn show(text: &str, shown: &mut usize) -> Result<()> {
-    let ready = ready(text);
-    if let Some(new) = ready.get(*shown..) {
-        output::print(new)?;
-        *shown = ready.len().max(*shown);
+    /// The continuations of several prompts.
+    fn together(
+        &self,
+        model: &CausalLm,
+        prompts: &[Vec<u32>],
+        sampler: Sampler,
+    ) -> Result<Vec<(Answer<'_>, Ended)>> {
+        let mut answers: Vec<Answer<'_>> =
+            prompts.iter().map(|prompt| Answer::new(self.tokenizer, prompt, self.stops)).collect();
+        let rows: Vec<Prompt<'_>> =
+            prompts.iter().zip(0..).map(|(tokens, stream)| Prompt { tokens, stream }).collect();
+        let ended = self.generation(model, sampler).batch(&rows, &mut |row, token| {
+            self.stop.check()?;
+            answers[row].push(token)
+        });
+        let ended = ended.map_err(|e| e.at(self.session.opened.dir.display()))?;
+        answers.iter_mut().try_for_each(Answer::finish)?;
+        Ok(answers.into_iter().zip(ended).collect())
     }
-    Ok(())
 }

@@ -9,6 +9,7 @@ mod inspect;
 mod logits;
 mod output;
 mod recipes;
+mod sampling;
 mod sizes;
 mod train;
 mod verify;

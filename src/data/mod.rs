@@ -2,6 +2,7 @@
 //!
 //! Nothing here knows a model or a device. Token ids are `u32`; a window is a slice of one stream.
 
+mod answer;
 pub mod documents;
 pub mod examples;
 mod growth;
@@ -10,6 +11,7 @@ pub mod packing;
 pub mod tokenizer;
 pub mod windows;
 
+pub use answer::Answer;
 pub use documents::{read_documents, sha256_of};
 pub use examples::{DataFormat, Example, read_completions, read_instructions};
 pub use order::{Order, coin_flips, seed_of};

@@ -7,8 +7,8 @@
 //!
 //! Only the completion and the EOS behind it are supervised, which is to say predicted and counted.
 //! A completion that is empty supervises nothing, not even its EOS: it is a fault of the data, and
-//! should not teach a model to be silent. Nor is a window's first token, which nothing predicts.
-//! Examples that share a window see each other as documents of a text do.
+//! should not teach a model to be silent. Nor is an example's first token, which nothing predicts.
+//! Examples that share a window do not see each other: each counts its positions from its own start.
 
 use std::path::Path;
 
@@ -92,6 +92,7 @@ impl TokenStream {
             documents,
             supervised: Some(packer.supervised),
             packed: Some(length),
+            starts: Some(packer.starts),
             cut: packer.cut,
         })
     }
@@ -115,6 +116,7 @@ struct Packer {
     pad: u32,
     tokens: Vec<u32>,
     supervised: Vec<bool>,
+    starts: Vec<u32>,
     cut: usize,
 }
 
@@ -130,15 +132,18 @@ impl Packer {
         if self.tokens.len() % self.length + ids.len() > self.length {
             self.fill();
         }
-        let opens = self.tokens.len().is_multiple_of(self.length);
-        let counts = |at: usize| at >= first && !completion.is_empty() && !(opens && at == 0);
+        // Nothing predicts an example's first token.
+        let counts = |at: usize| at >= first && !completion.is_empty() && at > 0;
         self.supervised.extend((0..ids.len()).map(counts));
+        let start = (self.tokens.len() % self.length) as u32;
         self.tokens.extend(ids);
+        self.starts.resize(self.tokens.len(), start);
     }
 
     /// Fills the window that is open.
     fn fill(&mut self) {
         let whole = self.tokens.len().next_multiple_of(self.length);
+        self.starts.resize(whole, (self.tokens.len() % self.length) as u32);
         self.tokens.resize(whole, self.pad);
         self.supervised.resize(whole, false);
     }
@@ -185,6 +190,9 @@ mod tests {
         let expected = [[0, 3, 3, 1, 0, 4, 4, 1, 1], [0, 5, 5, 5, 1, 0, 3, 4, 1]].concat();
         assert_eq!(stream.tokens, expected);
         assert_eq!(supervised(&stream), [2, 3, 6, 7, 11, 12, 13, 16, 17]);
+        // Padding is by itself too.
+        assert_eq!(stream.starts(0, 9).unwrap(), [0, 0, 0, 0, 4, 4, 4, 4, 8]);
+        assert_eq!(stream.starts(1, 9).unwrap(), [0, 0, 0, 0, 0, 5, 5, 5, 5]);
         assert_eq!(stream.windows(9), 2);
         assert_eq!(stream.supervision(1, 9).unwrap(), &stream.supervised.as_ref().unwrap()[9..]);
         // One that fits exactly leaves nothing to fill.
@@ -206,12 +214,13 @@ mod tests {
 
     #[test]
     fn nothing_that_is_not_predicted_is_supervised() {
-        // Without BOS and prompt the completion's first token opens the window; a second example
-        // in it is predicted from the first.
+        // Without BOS and prompt the completion's first token opens the example, and nothing stands
+        // before it, whatever the window holds.
         let marks = Marks { bos: None, eos: Some(1) };
         let stream = pack(&[("", "a b"), ("", "c")], marks, 5).unwrap();
         assert_eq!(stream.tokens, [3, 4, 1, 5, 1]);
-        assert_eq!(supervised(&stream), [1, 2, 3, 4]);
+        assert_eq!(supervised(&stream), [1, 2, 4]);
+        assert_eq!(stream.starts(0, 5).unwrap(), [0, 0, 0, 3, 3]);
         // An empty completion teaches nothing beside one that is not.
         let stream = pack(&[("a", ""), ("b", "c")], MARKS, 8).unwrap();
         assert_eq!(supervised(&stream), [5, 6]);
@@ -248,6 +257,7 @@ mod tests {
         let stream = load(&[&text], DataFormat::Text).unwrap();
         assert_eq!((&stream.tokens[..], stream.counted()), (&[0, 3, 4, 5][..], 4));
         assert_eq!((stream.packed, stream.supervision(0, 4)), (None, None));
+        assert_eq!(stream.starts(0, 4), None);
         let error = load(&[&empty], DataFormat::Completion).unwrap_err().to_string();
         assert!(error.contains("\n  at   ") && error.contains("4.jsonl"), "{error}");
     }

@@ -18,6 +18,8 @@ pub struct TokenStream {
     pub supervised: Option<Vec<bool>>,
     /// The window length that examples were packed for; `None` for text.
     pub packed: Option<usize>,
+    /// Where in its window the example of each token starts, `[tokens]`; `None` for text.
+    pub starts: Option<Vec<u32>>,
     /// Examples that were longer than a window and lost their end.
     pub cut: usize,
 }
@@ -67,6 +69,15 @@ impl TokenStream {
     /// As [`window`](Self::window).
     pub fn supervision(&self, index: usize, length: usize) -> Option<&[bool]> {
         self.supervised.as_deref().map(|flags| &flags[index * length..][..length])
+    }
+
+    /// Where in window `index` the example of each token starts, `[length]`; `None` where windows hold
+    /// nothing but one text.
+    ///
+    /// # Panics
+    /// As [`window`](Self::window).
+    pub fn starts(&self, index: usize, length: usize) -> Option<&[u32]> {
+        self.starts.as_deref().map(|starts| &starts[index * length..][..length])
     }
 
     /// Number of tokens that count: the supervised ones, or all.

@@ -17,7 +17,9 @@ use super::read::{DAMAGED, Packed};
 use super::record::{LinearRecord, MANIFEST_FILE};
 use crate::data::Tokenizer;
 use crate::error::{Error, Result};
-use crate::model::{ModelConfig, ModelTap, Place, Places, WeightSource, open_folder, weight_name};
+use crate::model::{
+    GenerationConfig, ModelConfig, ModelTap, Place, Places, WeightSource, open_folder, weight_name,
+};
 use crate::quant::{GroupLayout, QuantizedWeight};
 use crate::store::safetensors::{Checkpoint, Decode};
 use crate::store::{TensorSource, embedded, hex};
@@ -218,6 +220,27 @@ impl OpenModel {
             }
         };
         tokenizer.fitting(self.config.vocab).map_err(|e| e.at(self.dir.display()))
+    }
+
+    /// How its makers generate.
+    ///
+    /// # Errors
+    /// When `generation_config.json` cannot be read.
+    pub fn generation(&self) -> Result<GenerationConfig> {
+        let name = "generation_config.json";
+        let text = match self.files.get(name) {
+            Some(text) => Some(text.clone()),
+            None if self.files.is_empty() => {
+                let path = self.dir.join(name);
+                let read = |path: &Path| std::fs::read_to_string(path);
+                path.is_file()
+                    .then(|| read(&path).map_err(|e| Error::io("read", &path, &e)))
+                    .transpose()?
+            }
+            None => None,
+        };
+        let ends = self.config.eos.iter().copied();
+        GenerationConfig::parse(text.as_deref(), ends).map_err(|e| e.at(self.dir.display()))
     }
 
     /// A tensor of the GGUF file; `None` where the model is no such file.

@@ -8,6 +8,7 @@ use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Tensor, activation};
 
+use super::KvCache;
 use super::arch::{Activation, LinearSpec, ModelConfig, NormKind, QueryNorm, Residual, Role, Site};
 use super::positions::Positions;
 use crate::ops::{self, Attending};
@@ -62,24 +63,6 @@ impl Norm {
             let value = bias.val() / factors.clone();
             *bias = Param::initialized(bias.id, value).set_require_grad(false);
         }
-    }
-}
-
-/// Keys and values of earlier positions of one block, each `[batch, kv_heads, past, head_dim]`.
-#[derive(Clone, Debug, Default)]
-pub struct KvCache(Option<(Tensor<4>, Tensor<4>)>);
-
-impl KvCache {
-    /// All keys and values, with those of new positions at their end.
-    fn extended(&mut self, k: Tensor<4>, v: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
-        let (k, v) = match self.0.take() {
-            None => (k, v),
-            Some((past_k, past_v)) => {
-                (Tensor::cat(vec![past_k, k], 2), Tensor::cat(vec![past_v, v], 2))
-            }
-        };
-        self.0 = Some((k.clone(), v.clone()));
-        (k, v)
     }
 }
 
@@ -320,6 +303,11 @@ impl Block {
 
 /// Attention of new positions over those and the cached ones.
 fn cached(attending: &Attending, cache: &mut KvCache, [q, k, v]: [Tensor<3>; 3]) -> Tensor<3> {
+    if cache.is_empty() {
+        let [keys, values] = [k.clone(), v.clone()].map(|x| attending.heads(x));
+        cache.extended(attending.rotate(keys), values);
+        return ops::causal_attention(q, k, v, attending);
+    }
     let q = attending.scaled(q);
     let [q, k, v] = [q, k, v].map(|x| attending.heads(x));
     let (k, v) = cache.extended(attending.rotate(k), v);

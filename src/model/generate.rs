@@ -1,65 +1,268 @@
-//! Text generation with a key and value cache: a smoke test with real text.
+//! Texts continued token by token, several together, with a key and value cache.
+//!
+//! Texts of a batch end at the same place: shorter ones stand behind padding that nothing sees
+//! ([`Positions::with_starts`]), and one that has ended leaves the batch.
 
 use burn::tensor::{DType, Device, Tensor};
-use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::{CausalLm, KvCache, ModelConfig, Positions};
+use super::{CausalLm, KvCache, Positions, Sampler};
 use crate::error::{Error, Result};
 
-/// How the next token is chosen.
+/// How texts are continued.
 #[derive(Clone, Copy, Debug)]
-pub struct Sampler {
-    /// 0 is greedy; otherwise logits are divided by it.
-    pub temperature: f32,
-    /// Keep the smallest set of tokens whose probability reaches this; 1 keeps all.
-    pub top_p: f32,
-    /// Seed of the draws.
-    pub seed: u64,
+pub struct Generation<'a> {
+    /// By which model.
+    pub model: &'a CausalLm,
+    /// Where it lives.
+    pub device: &'a Device,
+    /// How tokens are chosen.
+    pub sampler: Sampler,
+    /// Tokens that are added to a text at most.
+    pub max_new: usize,
+    /// Tokens that end a text.
+    pub ends: &'a [u32],
 }
 
-/// Continues `prompt` by at most `max_new` tokens; calls `each` with every new token. Stops at an
-/// end token, when the context is full, or when `each` returns `false`.
-///
-/// `prompt` must not be empty.
-///
-/// # Errors
-/// As [`finite`].
-pub fn generate(
-    model: &CausalLm,
-    config: &ModelConfig,
-    device: &Device,
-    prompt: &[u32],
-    max_new: usize,
-    sampler: Sampler,
-    mut each: impl FnMut(u32) -> bool,
-) -> Result<()> {
-    let mut rng = ChaCha8Rng::seed_from_u64(sampler.seed);
-    let mut caches = vec![KvCache::default(); model.blocks.len()];
-    let mut past = 0;
-    let mut all: Vec<u32> = prompt.to_vec();
-    let mut next: Vec<u32> = prompt.to_vec();
-    for _ in 0..max_new {
-        if past + next.len() > config.max_positions {
-            break;
-        }
-        if config.rotates_anew(past, past + next.len()) {
-            // Keys in the cache were rotated for a shorter text.
-            caches.fill(KvCache::default());
-            (past, next) = (0, all.clone());
-        }
-        let positions = Positions::new(config, past, next.len(), model.dtype(), device);
-        past += next.len();
-        let logits = step(model, &next, &positions, &mut caches, device);
-        finite(&logits)?;
-        let token = sampler.choose(&logits, &mut rng);
-        if config.eos.contains(&token) || !each(token) {
-            break;
-        }
-        all.push(token);
-        next = vec![token];
+/// A text to be continued.
+#[derive(Clone, Copy, Debug)]
+pub struct Prompt<'a> {
+    /// Its tokens; not empty.
+    pub tokens: &'a [u32],
+    /// Which row of the sampler's draws is its own.
+    pub stream: u64,
+}
+
+/// Why a text ended.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Ended {
+    /// The model said so, with this token.
+    Token(u32),
+    /// It has all the tokens it may have.
+    Length,
+    /// The model's context is full.
+    Context,
+    /// The caller said so.
+    Caller,
+}
+
+impl Ended {
+    /// Whether the text is whole.
+    pub fn is_whole(self) -> bool {
+        matches!(self, Self::Token(_) | Self::Caller)
     }
-    Ok(())
+}
+
+/// A text whose keys and values are kept, so that a longer one that begins like it costs less.
+#[derive(Debug, Default)]
+pub struct Memory {
+    tokens: Vec<u32>,
+    caches: Vec<KvCache>,
+}
+
+impl Generation<'_> {
+    /// Continues `prompts` together; calls `each` with the place of a prompt and its new token, end
+    /// tokens aside, and ends a text for which it returns `false`. Gives why each ended.
+    ///
+    /// # Errors
+    /// As [`finite`], and what `each` says.
+    pub fn batch(
+        &self,
+        prompts: &[Prompt<'_>],
+        each: &mut dyn FnMut(usize, u32) -> Result<bool>,
+    ) -> Result<Vec<Ended>> {
+        self.go_on(&mut Memory::default(), prompts, each)
+    }
+
+    /// Continues one prompt, the keys and values of whose beginning may be in `memory`, which is then
+    /// of the text as it was continued.
+    ///
+    /// # Errors
+    /// As [`Generation::batch`].
+    pub fn one(
+        &self,
+        memory: &mut Memory,
+        prompt: Prompt<'_>,
+        each: &mut dyn FnMut(u32) -> Result<bool>,
+    ) -> Result<Ended> {
+        let ended = self.go_on(memory, &[prompt], &mut |_, token| each(token))?;
+        Ok(ended.first().copied().unwrap_or(Ended::Caller))
+    }
+
+    fn go_on(
+        &self,
+        memory: &mut Memory,
+        prompts: &[Prompt<'_>],
+        each: &mut dyn FnMut(usize, u32) -> Result<bool>,
+    ) -> Result<Vec<Ended>> {
+        let mut ended = vec![Ended::Length; prompts.len()];
+        if self.max_new == 0 || prompts.is_empty() {
+            return Ok(ended);
+        }
+        let mut batch = Batch::new(self, memory, prompts);
+        while !batch.rows.is_empty() {
+            if batch.is_full(self) {
+                for row in &batch.rows {
+                    ended[row.place] = Ended::Context;
+                }
+                break;
+            }
+            let mut logits = batch.step(self);
+            let vocab = logits.len() / batch.rows.len();
+            let mut kept = Vec::with_capacity(batch.rows.len());
+            for (index, logits) in logits.chunks_exact_mut(vocab).enumerate() {
+                finite(logits)?;
+                let row = &mut batch.rows[index];
+                let token = self.sampler.choose(logits, &row.text, &mut row.draws);
+                let end = if self.ends.contains(&token) {
+                    Some(Ended::Token(token))
+                } else {
+                    row.text.push(token);
+                    row.added += 1;
+                    let more = each(row.place, token)?;
+                    let long = row.added == self.max_new;
+                    (!more).then_some(Ended::Caller).or(long.then_some(Ended::Length))
+                };
+                match end {
+                    Some(end) => ended[row.place] = end,
+                    None => kept.push(index),
+                }
+            }
+            batch.keep(&kept);
+        }
+        if let [prompt] = prompts {
+            memory.caches = batch.caches;
+            memory.tokens = batch.alone.unwrap_or_else(|| prompt.tokens.to_vec());
+            memory.tokens.truncate(batch.past);
+        }
+        Ok(ended)
+    }
+}
+
+/// A text of a batch.
+struct Row {
+    /// Which prompt it continues.
+    place: usize,
+    text: Vec<u32>,
+    added: usize,
+    draws: ChaCha8Rng,
+    /// Padding before it.
+    padding: usize,
+}
+
+struct Batch {
+    rows: Vec<Row>,
+    caches: Vec<KvCache>,
+    /// Positions in the caches, padding included.
+    past: usize,
+    /// The text of a batch of one, when it has ended.
+    alone: Option<Vec<u32>>,
+}
+
+impl Batch {
+    fn new(how: &Generation<'_>, memory: &mut Memory, prompts: &[Prompt<'_>]) -> Self {
+        let longest = prompts.iter().map(|prompt| prompt.tokens.len()).max().unwrap_or(0);
+        let row = |(place, prompt): (usize, &Prompt<'_>)| Row {
+            place,
+            text: prompt.tokens.to_vec(),
+            added: 0,
+            draws: how.sampler.draws(prompt.stream),
+            padding: longest - prompt.tokens.len(),
+        };
+        let rows: Vec<Row> = prompts.iter().enumerate().map(row).collect();
+        let mut past = 0;
+        let mut caches = std::mem::take(&mut memory.caches);
+        if let ([row], false) = (&rows[..], caches.is_empty()) {
+            let same = row.text.iter().zip(&memory.tokens).take_while(|(a, b)| a == b).count();
+            // The last token has to be computed for its logits.
+            past = same.min(row.text.len().saturating_sub(1));
+        }
+        for cache in &mut caches {
+            cache.truncate(past);
+        }
+        caches.resize(how.model.blocks.len(), KvCache::default());
+        Self { rows, caches, past, alone: None }
+    }
+
+    /// Positions of the batch, padding included.
+    fn total(&self) -> usize {
+        self.rows.first().map_or(0, |row| row.padding + row.text.len())
+    }
+
+    /// Whether the longest text fills the context.
+    fn is_full(&self, how: &Generation<'_>) -> bool {
+        let longest = self.rows.iter().map(|row| row.text.len()).max();
+        longest.unwrap_or(0) > how.model.config.max_positions
+    }
+
+    /// The logits behind each text, `[rows, vocab]`.
+    fn step(&mut self, how: &Generation<'_>) -> Vec<f32> {
+        let Generation { model, device, .. } = how;
+        let config = &model.config;
+        let total = self.total();
+        if self
+            .rows
+            .iter()
+            .any(|row| config.rotates_anew(self.past.saturating_sub(row.padding), row.text.len()))
+        {
+            // Keys in the cache were rotated for a shorter text.
+            self.caches.fill(KvCache::default());
+            self.past = 0;
+        }
+        let past = self.past;
+        let padded = self.rows.iter().any(|row| row.padding > 0);
+        let tokens: Vec<Vec<u32>> = self
+            .rows
+            .iter()
+            .map(|row| {
+                (past..total)
+                    .map(|place| place.checked_sub(row.padding).map_or(0, |place| row.text[place]))
+                    .collect()
+            })
+            .collect();
+        let positions = if padded {
+            let starts: Vec<Vec<u32>> = self
+                .rows
+                .iter()
+                .map(|row| (past..total).map(|place| place.min(row.padding) as u32).collect())
+                .collect();
+            let starts: Vec<&[u32]> = starts.iter().map(Vec::as_slice).collect();
+            Positions::with_starts(config, past, &starts, model.dtype(), device)
+        } else {
+            Positions::new(config, past, total - past, model.dtype(), device)
+        };
+        self.past = total;
+        let tokens: Vec<&[u32]> = tokens.iter().map(Vec::as_slice).collect();
+        let mut hidden = model.embed(CausalLm::tokens(&tokens, device), &positions);
+        for (index, (block, cache)) in model.blocks.iter().zip(&mut self.caches).enumerate() {
+            let tap = |site, x| model.tap.apply(index, site, x);
+            hidden = block.forward_tapped(hidden, &positions, Some(cache), &tap);
+        }
+        let [rows, seq, d_model] = hidden.dims();
+        let last: Tensor<2> = hidden.narrow(1, seq - 1, 1).reshape([rows, d_model]);
+        let logits = model.logits(model.finish(last));
+        logits.cast(DType::F32).into_data().iter::<f32>().collect()
+    }
+
+    /// Goes on with some rows.
+    fn keep(&mut self, kept: &[usize]) {
+        if kept.len() == self.rows.len() {
+            return;
+        }
+        let mut index = 0;
+        if let ([row], []) = (&mut self.rows[..], kept) {
+            self.alone = Some(std::mem::take(&mut row.text));
+        }
+        self.rows.retain(|_| {
+            index += 1;
+            kept.contains(&(index - 1))
+        });
+        if !kept.is_empty() {
+            for cache in &mut self.caches {
+                cache.select(kept);
+            }
+        }
+    }
 }
 
 /// Refuses logits that are no numbers: the weights are damaged, or too large for the type of activations.
@@ -73,75 +276,5 @@ pub fn finite(logits: &[f32]) -> Result<()> {
             format!("the model computes {value} in place of a logit"),
             "another copy of the model: its weights are damaged; or --compute f32",
         )),
-    }
-}
-
-/// Logits after the last of `tokens`.
-fn step(
-    model: &CausalLm,
-    tokens: &[u32],
-    positions: &Positions,
-    caches: &mut [KvCache],
-    device: &Device,
-) -> Vec<f32> {
-    let mut hidden = model.embed(CausalLm::tokens(&[tokens], device), positions);
-    for (index, (block, cache)) in model.blocks.iter().zip(caches).enumerate() {
-        let tap = |site, x| model.tap.apply(index, site, x);
-        hidden = block.forward_tapped(hidden, positions, Some(cache), &tap);
-    }
-    let [_, seq, d_model] = hidden.dims();
-    let last: Tensor<2> = hidden.narrow(1, seq - 1, 1).reshape([1, d_model]);
-    let logits = model.logits(model.finish(last));
-    logits.cast(DType::F32).into_data().iter::<f32>().collect()
-}
-
-impl Sampler {
-    fn choose(&self, logits: &[f32], rng: &mut impl Rng) -> u32 {
-        let by_logit = |a: &usize, b: &usize| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
-        let mut order: Vec<usize> = (0..logits.len()).collect();
-        if self.temperature <= 0.0 {
-            return order.into_iter().min_by(by_logit).unwrap_or(0) as u32;
-        }
-        order.sort_unstable_by(by_logit);
-        let top = logits[order[0]];
-        let weights: Vec<f64> =
-            order.iter().map(|i| f64::from((logits[*i] - top) / self.temperature).exp()).collect();
-        let total: f64 = weights.iter().sum();
-        let mut kept = 0.0;
-        let mut count = 0;
-        while count < weights.len() && (count == 0 || kept < f64::from(self.top_p) * total) {
-            kept += weights[count];
-            count += 1;
-        }
-        let mut draw = rng.random::<f64>() * kept;
-        for (index, weight) in order[..count].iter().zip(&weights) {
-            draw -= weight;
-            if draw < 0.0 {
-                return *index as u32;
-            }
-        }
-        order[count - 1] as u32
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn greedy_takes_the_first_of_the_highest() {
-        let mut rng = ChaCha8Rng::seed_from_u64(0);
-        let greedy = Sampler { temperature: 0.0, top_p: 1.0, seed: 0 };
-        assert_eq!(greedy.choose(&[0.0, 2.0, 2.0, -1.0], &mut rng), 1);
-    }
-
-    #[test]
-    fn a_small_top_p_is_greedy_and_draws_follow_the_probabilities() {
-        let mut rng = ChaCha8Rng::seed_from_u64(0);
-        let narrow = Sampler { temperature: 1.0, top_p: 1e-6, seed: 0 };
-        assert!((0..50).all(|_| narrow.choose(&[0.0, 2.0, 1.0], &mut rng) == 1));
-        let fair = Sampler { temperature: 1.0, top_p: 1.0, seed: 0 };
-        let hits = (0..4000).filter(|_| fair.choose(&[0.0, 0.0], &mut rng) == 0).count();
-        assert!((1800..2200).contains(&hits), "{hits}");
     }
 }

@@ -8,10 +8,13 @@
 mod arch;
 mod block;
 mod by_block;
+mod cache;
 mod experts;
 mod generate;
+mod generation_config;
 mod load;
 mod positions;
+mod sampler;
 mod sizes;
 mod tap;
 
@@ -27,11 +30,14 @@ pub use arch::{
     Places, QueryNorm, QueryScaling, ROPE_FACTORS, Residual, Role, Rope, RopeScaling, Site, Span,
     model_types, weight_name,
 };
-pub use block::{Block, KvCache, Norm, Norms, Tap};
+pub use block::{Block, Norm, Norms, Tap};
 pub use by_block::{ByBlock, Forward};
-pub use generate::{Sampler, finite, generate};
+pub use cache::KvCache;
+pub use generate::{Ended, Generation, Memory, Prompt, finite};
+pub use generation_config::GenerationConfig;
 pub use load::{Loader, WeightSource, companions, head_name, licences, open_folder};
 pub use positions::Positions;
+pub use sampler::Sampler;
 pub use sizes::{ModelShape, TRAINING_BYTES, Trainable};
 pub use tap::ModelTap;
 

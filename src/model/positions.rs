@@ -1,16 +1,18 @@
 //! A run of positions: rotations, masks and rows of a learned table, for each kind of attention.
 
+use std::sync::Arc;
+
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use super::arch::{ModelConfig, Span};
-use crate::ops::{Attending, Scores};
+use crate::ops::{Attending, Scores, Sight};
 
 /// Rotations and masks of one run of positions.
 #[derive(Clone, Debug)]
 pub struct Positions {
     /// One for each of the description's spans.
     spans: Vec<Attending>,
-    /// Rows of a learned table, `[1, seq]`.
+    /// Rows of a learned table, `[1 or batch, seq]`.
     rows: Option<Tensor<2, Int>>,
     len: usize,
 }
@@ -24,17 +26,24 @@ impl Positions {
         dtype: DType,
         device: &Device,
     ) -> Self {
-        let run = Run { config, past, seq, dtype, device };
-        let rows = config.arch.positions.as_ref().map(|table| {
-            let row = |position: usize| ((position + table.offset) as u32).cast_signed();
-            let ids: Vec<i32> = (past..past + seq).map(row).collect();
-            Tensor::from_data(TensorData::new(ids, [1, seq]), device)
-        });
-        Self {
-            spans: config.arch.spans.iter().map(|span| run.span(span)).collect(),
-            rows,
-            len: seq,
-        }
+        Run { config, past, seq, starts: None, dtype, device }.positions()
+    }
+
+    /// As [`Positions::new`] for sequences with documents of their own: each token counts its position
+    /// from the start of its document and sees nothing before that.
+    ///
+    /// `starts` are places in the sequence, the cached ones included, `[batch, seq]`: not falling along
+    /// a sequence, and none behind its token.
+    pub fn with_starts(
+        config: &ModelConfig,
+        past: usize,
+        starts: &[&[u32]],
+        dtype: DType,
+        device: &Device,
+    ) -> Self {
+        let seq = starts.first().map_or(0, |row| row.len());
+        let starts = Some(Arc::new(starts.concat()));
+        Run { config, past, seq, starts, dtype, device }.positions()
     }
 
     /// Number of positions.
@@ -52,7 +61,7 @@ impl Positions {
         &self.spans[config.arch.span_of.get(index).copied().unwrap_or(0)]
     }
 
-    /// Rows of a learned table, `[1, seq]`.
+    /// Rows of a learned table, `[1 or batch, seq]`.
     pub(super) fn rows(&self) -> Option<Tensor<2, Int>> {
         self.rows.clone()
     }
@@ -62,26 +71,59 @@ struct Run<'a> {
     config: &'a ModelConfig,
     past: usize,
     seq: usize,
+    /// `[batch, seq]`.
+    starts: Option<Arc<Vec<u32>>>,
     dtype: DType,
     device: &'a Device,
 }
 
 impl Run<'_> {
-    fn span(&self, span: &Span) -> Attending {
-        let (config, past, seq) = (self.config, self.past, self.seq);
-        // Without rotation one pair is turned by nothing.
-        let (frequencies, size) = match &span.rope {
-            Some(rope) => (rope.inverse_frequencies(past + seq), rope.attention_factor()),
-            None => (vec![0.0], 1.0),
+    fn positions(&self) -> Positions {
+        let rows = self.config.arch.positions.as_ref().map(|table| {
+            let row = |position: usize| ((position + table.offset) as u32).cast_signed();
+            let sequences = self.sequences();
+            let ids: Vec<i32> = sequences.iter().flatten().copied().map(row).collect();
+            Tensor::from_data(TensorData::new(ids, [sequences.len(), self.seq]), self.device)
+        });
+        let spans = self.config.arch.spans.iter().map(|span| self.span(span)).collect();
+        Positions { spans, rows, len: self.seq }
+    }
+
+    /// The position of each token of each sequence, counted from its document; one sequence where all
+    /// are alike.
+    fn sequences(&self) -> Vec<Vec<usize>> {
+        let places = self.past..self.past + self.seq;
+        let Some(starts) = &self.starts else { return vec![places.collect()] };
+        let from = |starts: &[u32]| {
+            places.clone().zip(starts).map(|(place, start)| place - *start as usize).collect()
         };
-        let shape = [1, 1, seq, frequencies.len()];
-        let table = |f: fn(f64) -> f64| {
-            let values: Vec<f32> = (past..past + seq)
-                .flat_map(|position| {
-                    let angle = move |w: &f32| f64::from(position as f32 * w);
-                    frequencies.iter().map(move |w| (size * f(angle(w))) as f32)
-                })
-                .collect();
+        starts.chunks(self.seq.max(1)).map(from).collect()
+    }
+
+    fn span(&self, span: &Span) -> Attending {
+        let Self { config, past, seq, .. } = *self;
+        let sequences = self.sequences();
+        let half = span.rope.as_ref().map_or(1, |rope| rope.dims / 2);
+        let [mut cos, mut sin] = [(); 2].map(|()| Vec::with_capacity(sequences.len() * seq * half));
+        for positions in &sequences {
+            let total = positions.iter().max().map_or(0, |last| last + 1);
+            // Without rotation one pair is turned by nothing.
+            let (frequencies, size) = match &span.rope {
+                Some(rope) => (rope.inverse_frequencies(total), rope.attention_factor()),
+                None => (vec![0.0], 1.0),
+            };
+            for position in positions {
+                let angles = frequencies.iter().map(|w| f64::from(*position as f32 * w));
+                let turned =
+                    angles.map(|angle| [angle.cos(), angle.sin()].map(|x| (size * x) as f32));
+                for [x, y] in turned {
+                    cos.push(x);
+                    sin.push(y);
+                }
+            }
+        }
+        let table = |values: Vec<f32>| {
+            let shape = [sequences.len(), 1, seq, half];
             Tensor::<4>::from_data(TensorData::new(values, shape), self.device).cast(self.dtype)
         };
         Attending {
@@ -92,35 +134,24 @@ impl Run<'_> {
                 scale: config.arch.attention_scale,
                 cap: config.arch.score_cap,
             },
-            cos: table(f64::cos),
-            sin: table(f64::sin),
-            query_factors: self.query_factors(),
-            mask: self.mask(span.window),
+            cos: table(cos),
+            sin: table(sin),
+            query_factors: self.query_factors(&sequences),
+            sight: Sight::new(
+                [past, seq, config.n_heads / config.n_kv_heads],
+                span.window,
+                self.starts.clone(),
+            ),
         }
     }
 
-    fn mask(&self, window: Option<usize>) -> Tensor<4> {
-        let copies = self.config.n_heads / self.config.n_kv_heads;
-        let (rows, total) = (copies * self.seq, self.past + self.seq);
-        let window = window.unwrap_or(usize::MAX);
-        let mask: Vec<f32> = (0..rows)
-            .flat_map(|row| {
-                let live = self.past + row % self.seq + 1;
-                let seen = live.saturating_sub(window)..live;
-                (0..total).map(move |key| if seen.contains(&key) { 0.0 } else { f32::NEG_INFINITY })
-            })
-            .collect();
-        let mask = TensorData::new(mask, [1, 1, rows, total]);
-        Tensor::<4>::from_data(mask, self.device).cast(self.dtype)
-    }
-
-    fn query_factors(&self) -> Option<Tensor<3>> {
+    fn query_factors(&self, sequences: &[Vec<usize>]) -> Option<Tensor<3>> {
         let scaling = self.config.arch.query_scaling?;
-        let factor = |position: usize| {
-            (1.0 + scaling.beta * (1.0 + (position as f64 / scaling.original).floor()).ln()) as f32
+        let factor = |position: &usize| {
+            (1.0 + scaling.beta * (1.0 + (*position as f64 / scaling.original).floor()).ln()) as f32
         };
-        let factors: Vec<f32> = (self.past..self.past + self.seq).map(factor).collect();
-        let factors = TensorData::new(factors, [1, self.seq, 1]);
+        let factors: Vec<f32> = sequences.iter().flatten().map(factor).collect();
+        let factors = TensorData::new(factors, [sequences.len(), self.seq, 1]);
         Some(Tensor::<3>::from_data(factors, self.device).cast(self.dtype))
     }
 }

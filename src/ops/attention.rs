@@ -1,13 +1,14 @@
 //! Causal attention with grouped key and value heads: rotated or not, over all earlier positions or a
 //! window of them. One operation on the tape.
 
-use burn::tensor::{Tensor, activation};
+use burn::tensor::{Tensor, TensorData, activation};
+
+use std::sync::{Arc, OnceLock};
 
 #[cfg(feature = "flex")]
 use {
     super::bridge::{self, Operation, Plain, Rows, reads, tensor},
     super::kernel::attention as attention_kernel,
-    std::sync::Arc,
 };
 
 /// How scores are made, whatever the positions.
@@ -30,14 +31,69 @@ pub struct Scores {
 pub struct Attending {
     /// How scores are made.
     pub scores: Scores,
-    /// `[1, 1, seq, rotated / 2]`; the features behind the rotated ones pass.
+    /// `[1 or batch, 1, seq, rotated / 2]`; the features behind the rotated ones pass.
     pub cos: Tensor<4>,
-    /// `[1, 1, seq, rotated / 2]`.
+    /// As `cos`.
     pub sin: Tensor<4>,
-    /// Factors of the queries, `[1, seq, 1]`.
+    /// Factors of the queries, `[1 or batch, seq, 1]`.
     pub query_factors: Option<Tensor<3>>,
-    /// 0 or -inf, `[1, 1, heads per kv head * seq, past + seq]`.
-    pub mask: Tensor<4>,
+    /// Whom they see.
+    pub sight: Sight,
+}
+
+/// Which keys the queries of a run of positions see: those of their window up to their own, where
+/// sequences are packed not before their own document.
+#[derive(Clone, Debug)]
+pub struct Sight {
+    /// Positions in the cache before the run.
+    pub past: usize,
+    /// Positions of the run.
+    pub seq: usize,
+    /// Query heads that share a key head.
+    pub copies: usize,
+    /// Keys that a query sees, its own among them.
+    pub window: usize,
+    /// The first key that a query may see, not falling along a sequence and not behind the query's
+    /// own, `[batch, seq]`; absent: 0.
+    pub starts: Option<Arc<Vec<u32>>>,
+    /// Made when first asked for: the kernel does without.
+    mask: OnceLock<Tensor<4>>,
+}
+
+impl Sight {
+    /// As its fields.
+    pub fn new(
+        [past, seq, copies]: [usize; 3],
+        window: Option<usize>,
+        starts: Option<Arc<Vec<u32>>>,
+    ) -> Self {
+        let window = window.unwrap_or(usize::MAX);
+        Self { past, seq, copies, window, starts, mask: OnceLock::new() }
+    }
+
+    /// 0 or -inf, `[1 or batch, 1, heads per kv head * seq, past + seq]`, of the type and on the device
+    /// of `like`.
+    fn mask<const D: usize>(&self, like: &Tensor<D>) -> Tensor<4> {
+        let make = || {
+            let total = self.past + self.seq;
+            let everywhere = vec![0; self.seq];
+            let starts = self.starts.as_deref().unwrap_or(&everywhere);
+            let mut mask = Vec::with_capacity(starts.len() * self.copies * total);
+            for starts in starts.chunks(self.seq.max(1)) {
+                for row in 0..self.copies * self.seq {
+                    let seen = self.past + row % self.seq + 1;
+                    let start = starts[row % self.seq] as usize;
+                    let seen = seen.saturating_sub(self.window).max(start)..seen;
+                    let hidden = |key| if seen.contains(&key) { 0.0 } else { f32::NEG_INFINITY };
+                    mask.extend((0..total).map(hidden));
+                }
+            }
+            let sequences = starts.len().checked_div(self.seq).unwrap_or(1);
+            let mask = TensorData::new(mask, [sequences, 1, self.copies * self.seq, total]);
+            Tensor::<4>::from_data(mask, &like.device()).cast(like.dtype())
+        };
+        self.mask.get_or_init(make).clone()
+    }
 }
 
 impl Attending {
@@ -90,7 +146,8 @@ impl Attending {
             Some(cap) => (scores / cap).tanh() * cap,
             None => scores,
         };
-        let weights = activation::softmax(scores + self.mask.clone(), 3);
+        let mask = self.sight.mask(&self.cos);
+        let weights = activation::softmax(scores + mask, 3);
         let mixed = weights.matmul(v).reshape([batch, heads, seq, head_dim]).swap_dims(1, 2);
         mixed.reshape([batch, seq, heads * head_dim])
     }
@@ -122,6 +179,7 @@ pub fn causal_attention(
             cos: bridge::frozen(attending.cos.clone()),
             sin: bridge::frozen(attending.sin.clone()),
             scores: attending.scores,
+            starts: attending.sight.starts.clone(),
         };
         return tensor(bridge::apply(operation, [q, k, v].map(Tensor::into_dispatch)));
     }
@@ -135,10 +193,32 @@ struct Attention {
     cos: Plain,
     sin: Plain,
     scores: Scores,
+    starts: Option<Arc<Vec<u32>>>,
+}
+
+/// The constants of the kernel, as rows of values.
+#[cfg(feature = "flex")]
+struct Constants {
+    cos: Rows,
+    sin: Rows,
 }
 
 #[cfg(feature = "flex")]
 impl Attention {
+    fn constants(&self) -> Constants {
+        let [cos, sin] = [&self.cos, &self.sin].map(|table| Rows::of(table.clone()));
+        Constants { cos, sin }
+    }
+
+    fn tables<'a>(&'a self, Constants { cos, sin }: &'a Constants) -> attention_kernel::Tables<'a> {
+        attention_kernel::Tables {
+            each: cos.shape()[0] > 1,
+            cos: cos.values(),
+            sin: sin.values(),
+            starts: self.starts.as_deref().map(Vec::as_slice),
+        }
+    }
+
     fn shape(&self, q: &Rows, k: &Rows) -> attention_kernel::Shape {
         let Scores { head_dim, neighbours, window, scale, cap } = self.scores;
         let (queries, keys) = (q.shape(), k.shape());
@@ -164,15 +244,14 @@ impl Operation<3> for Attention {
 
     fn forward(&self, inputs: [Plain; 3]) -> (Plain, Self::Saved) {
         let [q, k, v] = inputs.map(Rows::of);
-        let [cos, sin] = [&self.cos, &self.sin].map(|table| Rows::of(table.clone()));
+        let constants = self.constants();
         let mut out = vec![0.0; q.values().len()];
         let log_sums = attention_kernel::attention(
             &self.shape(&q, &k),
             q.values(),
             k.values(),
             v.values(),
-            cos.values(),
-            sin.values(),
+            self.tables(&constants),
             &mut out,
         );
         let out = q.like(out).plain();
@@ -187,7 +266,7 @@ impl Operation<3> for Attention {
         _: [bool; 3],
     ) -> [Option<Plain>; 3] {
         let [q, k, v] = inputs.map(Rows::of);
-        let [cos, sin] = [&self.cos, &self.sin].map(|table| Rows::of(table.clone()));
+        let constants = self.constants();
         let (out, gradient) = (Rows::of(out), Rows::of(gradient));
         let mut dq = vec![0.0; q.values().len()];
         let mut dk = vec![0.0; k.values().len()];
@@ -198,8 +277,7 @@ impl Operation<3> for Attention {
             q.values(),
             k.values(),
             v.values(),
-            cos.values(),
-            sin.values(),
+            self.tables(&constants),
             out.values(),
             &log_sums,
             &mut dq,

@@ -23,7 +23,7 @@ mod search;
 mod vector;
 
 pub use adamw::{AdamWStep, Moments, adamw_step, adamw_step_in_units, laid_out_like, squared_norm};
-pub use attention::{Attending, Scores, causal_attention};
+pub use attention::{Attending, Scores, Sight, causal_attention};
 pub use binary_coding::{Unified, nearest_codes};
 pub use block::{block_mse, layer_norm, rms_norm, swiglu};
 pub use bridge::composed;

@@ -3,65 +3,128 @@
 //! The head is frozen, so the loss's gradient is brought back to the hidden state chunk by chunk,
 //! and nothing of size `[tokens, vocab]` outlives its chunk.
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use super::logits::{chunks, flat};
+use super::on_policy::Sample;
 use crate::data::TokenStream;
 use crate::error::{Error, Result};
-use crate::model::{CausalLm, Positions};
+use crate::model::{CausalLm, ModelConfig, Positions};
 use crate::objective::{ObjectiveConfig, Targets};
 use crate::ops::{self, Closeness};
 
 /// Token windows on the device.
 pub(super) struct Batch {
     tokens: Tensor<2, Int>,
+    positions: Positions,
     next: Tensor<2, Int>,
     next_weights: Tensor<2>,
     weights: Tensor<2>,
 }
 
-impl Batch {
-    pub(super) fn new(
-        stream: &TokenStream,
-        windows: &[u32],
-        length: usize,
-        device: &Device,
-    ) -> Self {
-        let rows: Vec<&[u32]> =
-            windows.iter().map(|w| stream.window(*w as usize, length)).collect();
-        let count = rows.len() * length;
-        let last = |i: usize| i % length == length - 1;
-        let flat: Vec<i32> =
-            rows.iter().flat_map(|row| row.iter().map(|id| id.cast_signed())).collect();
-        let next = (0..count).map(|i| if last(i) { 0 } else { flat[i + 1] }).collect();
+/// Where batches come from and go to.
+#[derive(Clone, Copy)]
+pub(super) struct Feed<'a> {
+    /// The text.
+    pub stream: &'a TokenStream,
+    /// Tokens of its windows.
+    pub length: usize,
+    /// Their positions, where they are all alike.
+    pub positions: &'a Positions,
+    /// The model's shape.
+    pub config: &'a ModelConfig,
+    /// The type of activations.
+    pub dtype: DType,
+    /// Where tensors live.
+    pub device: &'a Device,
+}
+
+impl Feed<'_> {
+    /// Some windows of the text.
+    pub(super) fn windows(&self, windows: &[u32]) -> Batch {
+        let Self { stream, length, .. } = *self;
+        let windows: Vec<usize> = windows.iter().map(|window| *window as usize).collect();
+        let rows: Vec<&[u32]> = windows.iter().map(|w| stream.window(*w, length)).collect();
         let supervised: Vec<Option<&[bool]>> =
-            windows.iter().map(|w| stream.supervision(*w as usize, length)).collect();
+            windows.iter().map(|w| stream.supervision(*w, length)).collect();
         // Whether the token after position `i` is predicted and counts.
+        let last = |i: usize| i % length == length - 1;
         let counts = |i: usize| {
             !last(i) && supervised[i / length].is_none_or(|window| window[i % length + 1])
         };
-        let predicted = (0..count).filter(|i| counts(*i)).count().max(1) as f32;
-        let weights = (0..count).map(|i| if counts(i) { 1.0 / predicted } else { 0.0 }).collect();
         // Text is compared with a teacher everywhere, examples where they are supervised.
         let compared = |i: usize| supervised[i / length].is_none() || counts(i);
-        let total = (0..count).filter(|i| compared(*i)).count().max(1) as f32;
-        let all = (0..count).map(|i| if compared(i) { 1.0 / total } else { 0.0 }).collect();
-        let column = |values: Vec<f32>| TensorData::new(values, [count, 1]);
+        let starts: Option<Vec<&[u32]>> =
+            windows.iter().map(|w| stream.starts(*w, length)).collect();
+        let positions = match starts {
+            None => self.positions.clone(),
+            Some(starts) => {
+                Positions::with_starts(self.config, 0, &starts, self.dtype, self.device)
+            }
+        };
+        Batch::new(&rows, positions, counts, compared, self.device)
+    }
+
+    /// Texts that a model wrote, each behind its prompt: compared with a teacher where they were
+    /// written, and nowhere an example to follow.
+    pub(super) fn written(&self, samples: &[&Sample]) -> Batch {
+        let length = samples.iter().map(|sample| sample.tokens().count()).max().unwrap_or(0);
+        let rows: Vec<Vec<u32>> = samples
+            .iter()
+            .map(|sample| {
+                let mut row: Vec<u32> = sample.tokens().collect();
+                row.resize(length, 0);
+                row
+            })
+            .collect();
+        let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
+        // The position before each token that was written.
+        let compared = |i: usize| {
+            let sample = samples[i / length];
+            let first = sample.prompt.len();
+            (first..first + sample.answer.len()).contains(&(i % length + 1))
+        };
+        let positions = Positions::new(self.config, 0, length, self.dtype, self.device);
+        Batch::new(&rows, positions, |_| false, compared, self.device)
+    }
+}
+
+impl Batch {
+    /// Rows of one length. `counts` says of a position whether the token after it is an example to
+    /// follow, `compared` whether student and teacher are compared there.
+    fn new(
+        rows: &[&[u32]],
+        positions: Positions,
+        counts: impl Fn(usize) -> bool,
+        compared: impl Fn(usize) -> bool,
+        device: &Device,
+    ) -> Self {
+        let flat: Vec<i32> = rows.concat().iter().map(|id| id.cast_signed()).collect();
+        let count = flat.len();
+        let next = (0..count).map(|i| if counts(i) { flat[i + 1] } else { 0 }).collect();
+        let shares = |which: &dyn Fn(usize) -> bool| {
+            let all = (0..count).filter(|i| which(*i)).count().max(1) as f32;
+            let share = |i| if which(i) { 1.0 / all } else { 0.0 };
+            let values: Vec<f32> = (0..count).map(share).collect();
+            Tensor::from_data(TensorData::new(values, [count, 1]), device)
+        };
         Self {
-            tokens: CausalLm::tokens(&rows, device),
+            tokens: CausalLm::tokens(rows, device),
+            positions,
             next: Tensor::from_data(TensorData::new::<i32, _>(next, [count, 1]), device),
-            next_weights: Tensor::from_data(column(weights), device),
-            weights: Tensor::from_data(column(all), device),
+            next_weights: shares(&counts),
+            weights: shares(&compared),
         }
     }
 
+    /// Tokens.
+    pub(super) fn len(&self) -> usize {
+        self.tokens.dims().iter().product()
+    }
+
     /// The teacher's confidence, a sum over tokens, in parts.
-    pub(super) fn confidences(
-        &self,
-        teacher: &CausalLm,
-        positions: &Positions,
-    ) -> impl Iterator<Item = f64> {
-        let hidden = flat(teacher.hidden(self.tokens.clone(), positions));
+    pub(super) fn confidences(&self, teacher: &CausalLm) -> impl Iterator<Item = f64> {
+        let hidden = flat(teacher.hidden(self.tokens.clone(), &self.positions));
         chunks(hidden.dims()[0], teacher.vocab()).map(move |range| {
             let part = |tensor: &Tensor<2>| tensor.clone().slice_dim(0, range.clone());
             ops::confidence(teacher.logits(part(&hidden)), part(&self.weights))
@@ -73,10 +136,10 @@ impl Batch {
         &self,
         student: &CausalLm,
         teacher: Option<&CausalLm>,
-        positions: &Positions,
         objective: &ObjectiveConfig,
         compare: bool,
     ) -> Result<(Tensor<1>, Option<Closeness>)> {
+        let positions = &self.positions;
         let hidden = flat(student.hidden(self.tokens.clone(), positions));
         let free = hidden.clone().inner();
         let goal = teacher.map(|teacher| flat(teacher.hidden(self.tokens.clone(), positions)));

@@ -13,6 +13,7 @@ use super::corpus::Data;
 use super::cost::{Cost, Scene, TRAINED_WEIGHT_BYTES};
 use super::keys::{self, check_rate_unit, keys, neutralize};
 use super::kind::{Before, Effect, Judged, Stage, codes};
+use super::on_policy::OnPolicy;
 use super::session::Training;
 use super::start::StartFrom;
 use super::state::{ModelState, Packed};
@@ -80,6 +81,9 @@ pub struct DistillConfig {
     /// Validation while it trains, the best state, and what is done when the training fails.
     #[serde(default, skip_serializing_if = "ValidateConfig::is_default")]
     pub validate: ValidateConfig,
+    /// What the student writes itself, to be compared with its teacher on that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_policy: Option<OnPolicy>,
     /// Go on, with a warning, when the quality gate finds the model worse than at the start of the
     /// stage or than plain rounding.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -90,6 +94,9 @@ impl Stage for DistillConfig {
     fn check(&self) -> Result<()> {
         keys!(self).check("distill")?;
         check_rate_unit(self.rate_unit, &self.optimizer)?;
+        if let Some(on_policy) = &self.on_policy {
+            on_policy.check(self.batch, &self.objective)?;
+        }
         if !self.method.learns() {
             return Err(Error::usage(format!("method.{} learns nothing", self.method.name()))
                 .fix("method.seq = {} here, or [stage.calibrate]"));
@@ -128,7 +135,7 @@ impl Stage for DistillConfig {
     }
 
     fn needs_float(&self) -> bool {
-        self.objective.needs_teacher()
+        self.objective.needs_teacher() || self.on_policy.is_some()
     }
 
     fn check_data(&self, _model: &ModelState, data: &Data) -> Result<()> {
@@ -175,6 +182,7 @@ impl Stage for DistillConfig {
             rate_of: &|path| method::role_of(path).map_or(0.0, |role| base.of(role)),
             rate_unit: self.rate_unit,
             fake_quant: self.method.tunes().is_none(),
+            on_policy: self.on_policy.as_ref(),
         };
         let student = training.run(student, ctx)?;
         finish(self, ctx, &student, &start)

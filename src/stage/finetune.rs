@@ -333,6 +333,7 @@ impl Stage for FinetuneConfig {
             rate_of: &|_| self.learning_rate,
             rate_unit: RateUnit::Absolute,
             fake_quant: false,
+            on_policy: None,
         };
         let student = training.run(student, ctx)?;
         // The public copy first: the stage is done once its own is there.

@@ -25,6 +25,7 @@ mod logits;
 mod lora;
 mod monitor;
 mod observed;
+mod on_policy;
 mod reconstruct;
 mod results;
 mod session;

@@ -25,6 +25,9 @@ pub(super) struct Progress {
     last: Option<Point>,
     /// The step of the best state, and its validation where there was one.
     best: Option<(u64, Option<Point>)>,
+    /// Validations since the best one.
+    #[serde(default)]
+    since_best: u32,
     /// The step of the last validation, whatever it found.
     #[serde(default)]
     validated: Option<u64>,
@@ -177,7 +180,13 @@ impl Monitor {
             self.progress.start.get_or_insert(point);
         }
         self.progress.last = Some(point);
+        self.progress.since_best = if best { 0 } else { self.progress.since_best + 1 };
         Ok(Ok(best))
+    }
+
+    /// Whether the training has been long enough without a better state.
+    pub(super) fn is_out_of_patience(&self) -> bool {
+        self.config.patience.is_some_and(|most| self.progress.since_best >= most)
     }
 
     fn is_best(&self, step: u64, point: &Point) -> bool {
@@ -198,7 +207,9 @@ impl Monitor {
     pub(super) fn better_than_last(&self) -> Option<u64> {
         let (step, best) = self.progress.best?;
         let (last, best) = (self.progress.last?, best?);
-        let better = step < self.steps && self.counts(step) && last.is_worse_than(&best);
+        // A training that ends before its scales are short leaves a state with long ones anyhow.
+        let counts = self.counts(step) || self.is_out_of_patience();
+        let better = step < self.steps && counts && last.is_worse_than(&best);
         (self.config.keep_best && better).then_some(step)
     }
 
@@ -268,6 +279,7 @@ impl Monitor {
         self.progress.setbacks.push(setback);
         self.progress.watch.go_back();
         self.progress.validated = Some(back_to);
+        self.progress.since_best = 0;
         // What was measured after the state that it goes back to is another training's.
         self.progress.last = self.progress.best.and_then(|(_, point)| point);
         Ok(back_to)

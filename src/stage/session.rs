@@ -4,16 +4,18 @@
 use std::time::{Duration, Instant};
 
 use burn::module::Module;
+use burn::tensor::Tensor;
 
-use super::batch::Batch;
+use super::batch::Feed;
 use super::context::StageContext;
-use super::corpus::Data;
+use super::corpus::{Corpus, Data};
 use super::keys::Keys;
 use super::monitor::Monitor;
+use super::on_policy::{OnPolicy, Samples, Writing};
 use super::states::States;
 use super::training_state::{PARAMETERS, Snapshot, State};
 use super::watch::{Failure, Seen};
-use crate::data::Order;
+use crate::data::{Order, seed_of};
 use crate::error::{Error, Kind, Result};
 use crate::exhausted;
 use crate::method;
@@ -38,6 +40,8 @@ pub(super) struct Training<'a> {
     pub rate_unit: RateUnit,
     /// Whether weights are fake-quantized, once for all micro-batches of a step.
     pub fake_quant: bool,
+    /// What the student writes itself, and is compared with its teacher on.
+    pub on_policy: Option<&'a OnPolicy>,
 }
 
 impl Training<'_> {
@@ -48,8 +52,11 @@ impl Training<'_> {
     /// Whatever goes wrong; a signal, after a save.
     pub(super) fn run(&self, student: CausalLm, ctx: &mut StageContext<'_>) -> Result<CausalLm> {
         let mut session = Session::start(self, student, ctx)?;
-        while session.step < self.keys.steps {
-            if let Err(stopped) = ctx.stop.check() {
+        while session.step < self.keys.steps && !session.monitor.is_out_of_patience() {
+            if let Err(stopped) = ctx.stop.check().and_then(|()| session.write(self, ctx)) {
+                if !matches!(stopped.kind(), Kind::Stopped(_)) {
+                    return Err(stopped);
+                }
                 session.save(ctx)?;
                 session.states.finish()?;
                 return Err(stopped);
@@ -61,6 +68,12 @@ impl Training<'_> {
             {
                 session.save(ctx)?;
             }
+        }
+        if session.step < self.keys.steps {
+            let (step, of) = (session.step, self.keys.steps);
+            let text =
+                format!("ended at step {step} of {of}: no better state since validate.patience");
+            ctx.report.emit(&Event::Note { text });
         }
         session.leave_best(self, ctx)?;
         Ok(session.taken()?.valid())
@@ -76,6 +89,8 @@ struct Session {
     optimizer: Optimizer,
     order: Order,
     positions: Positions,
+    /// What the student wrote last.
+    samples: Option<Samples>,
     step: u64,
     /// Whether scales have few digits already.
     shortened: bool,
@@ -114,8 +129,10 @@ impl Session {
         )?;
         let device = &ctx.device.device;
         let positions = Positions::new(&ctx.model.config, 0, corpus.length, ctx.compute, device);
-        let teacher = training.keys.objective.needs_teacher().then(|| teacher(ctx)).transpose()?;
-        let objective = confident(training, ctx, teacher.as_ref(), &order, &positions)?;
+        let compares = training.keys.objective.needs_teacher() || training.on_policy.is_some();
+        let teacher = compares.then(|| teacher(ctx)).transpose()?;
+        let feed = feed(ctx, corpus, &positions);
+        let objective = confident(training, ctx, teacher.as_ref(), &order, &feed)?;
         let watched = (training.verb, training.keys.steps, training.keys.objective);
         let monitor = Monitor::new(training.keys.validate, watched, ctx, teacher.as_ref())?;
         let mut session = Self {
@@ -125,6 +142,7 @@ impl Session {
             optimizer: Optimizer::new(training.keys.optimizer),
             order,
             positions,
+            samples: None,
             step: 0,
             shortened: false,
             monitor,
@@ -155,22 +173,42 @@ impl Session {
         let rate_of = |path: &str| (training.rate_of)(path) * factor;
         let drawn = self.order.batch(step);
         let student = self.taken()?;
-        let (teacher, positions, timer) = (&self.teacher, &self.positions, &mut self.timer);
+        let (teacher, timer) = (self.teacher.as_ref(), &mut self.timer);
+        let feed = feed(ctx, corpus, &self.positions);
         let objective = &self.objective;
+        let own = training.on_policy.zip(self.samples.as_ref());
         let log_point =
             (step + 1).is_multiple_of(training.keys.log_every) || step + 1 == training.keys.steps;
         let mut closeness = None;
         let loss = |student: &CausalLm, part: usize| {
             let waiting = Instant::now();
-            let windows = &drawn[part * training.keys.batch..][..training.keys.batch];
-            let batch = Batch::new(&corpus.stream, windows, corpus.length, &ctx.device.device);
-            timer.data += waiting.elapsed();
-            timer.tokens += windows.len() * corpus.length;
+            let size = training.keys.batch;
+            let windows = &drawn[part * size..][..size];
             let compare = log_point && part == 0;
-            let (loss, measured) =
-                batch.loss(student, teacher.as_ref(), positions, objective, compare)?;
-            closeness = closeness.take().or(measured);
-            Ok(loss)
+            let written = own.map_or(0, |(keys, _)| keys.rows(size));
+            let mut parts = Vec::new();
+            if let Some((keys, samples)) = own {
+                let samples = samples.of(step, [part, training.keys.accumulate], written);
+                let batch = feed.written(&samples);
+                parts.push((batch, keys.objective.as_ref().unwrap_or(objective), written));
+            }
+            if written < size {
+                parts.push((feed.windows(&windows[written..]), objective, size - written));
+            }
+            timer.data += waiting.elapsed();
+            let mut sum: Option<Tensor<1>> = None;
+            for (batch, objective, rows) in parts {
+                timer.tokens += batch.len();
+                let (loss, measured) = batch.loss(student, teacher, objective, compare)?;
+                closeness = closeness.take().or(measured);
+                let share = rows as f64 / size as f64;
+                let loss = if rows == size { loss } else { loss * share };
+                sum = Some(match sum {
+                    None => loss,
+                    Some(sum) => sum + loss,
+                });
+            }
+            sum.ok_or_else(|| Error::failed("an empty batch"))
         };
         let (optimizer, accumulate) = (&mut self.optimizer, training.keys.accumulate);
         if training.rate_unit == RateUnit::Grid {
@@ -208,6 +246,60 @@ impl Session {
             });
         }
         self.validate_where_due(training, ctx)
+    }
+
+    /// Has the student write what the next steps compare it by, where that is due.
+    fn write(&mut self, training: &Training<'_>, ctx: &mut StageContext<'_>) -> Result<()> {
+        let Some(keys) = training.on_policy else { return Ok(()) };
+        let at = Samples::written_at(self.step, keys);
+        if self.samples.as_ref().is_some_and(|samples| samples.step == at && at < self.step) {
+            return Ok(());
+        }
+        if at < self.step
+            && let Some(samples) = Samples::read(ctx.dir, at)
+        {
+            self.samples = Some(samples);
+            return Ok(());
+        }
+        let Some(student) = &self.student else { return Ok(()) };
+        let corpus = Data::need(ctx.data.train.as_ref(), "train")?;
+        let Keys { batch, accumulate, steps, .. } = training.keys;
+        let rows = keys.rows(batch);
+        let windows: Vec<u32> = (at..(at + keys.every).min(steps))
+            .flat_map(|step| {
+                let drawn = self.order.batch(step);
+                let parts = (0..accumulate).map(|part| drawn[part * batch..][..rows].to_vec());
+                parts.flatten().collect::<Vec<u32>>()
+            })
+            .collect();
+        let student = if training.fake_quant {
+            still(student).module.valid()
+        } else {
+            student.clone().valid()
+        };
+        let writing = Writing {
+            keys,
+            student: &student,
+            text: &corpus.stream,
+            length: corpus.length,
+            device: &ctx.device.device,
+            stop: ctx.stop,
+            seed: seed_of(ctx.seed, &format!("stage {}", ctx.stage)),
+        };
+        let (verb, done) = (training.verb, self.step);
+        let report = &mut *ctx.report;
+        let samples = writing.write(at, &windows, &mut |written, of| {
+            report.emit(&Event::Progress {
+                verb: verb.to_owned(),
+                done,
+                of: steps,
+                detail: format!("the student writes {written}/{of}"),
+            });
+        });
+        let samples = samples.map_err(|e| e.at(format!("stage {}, step {done}", ctx.stage)))?;
+        samples.save(ctx.dir)?;
+        self.samples = Some(samples);
+        Ok(())
     }
 
     /// The validation behind the last step, if there is one, and what follows from it.
@@ -408,6 +500,18 @@ impl Session {
     }
 }
 
+/// What the batches of a stage are made from.
+fn feed<'a>(ctx: &'a StageContext<'_>, corpus: &'a Corpus, positions: &'a Positions) -> Feed<'a> {
+    Feed {
+        stream: &corpus.stream,
+        length: corpus.length,
+        positions,
+        config: &ctx.model.config,
+        dtype: ctx.compute,
+        device: &ctx.device.device,
+    }
+}
+
 /// The student with its weights as they are quantized now.
 fn still(student: &CausalLm) -> Still<CausalLm> {
     let mut module = student.clone();
@@ -435,20 +539,18 @@ fn confident(
     ctx: &StageContext<'_>,
     teacher: Option<&CausalLm>,
     order: &Order,
-    positions: &Positions,
+    feed: &Feed<'_>,
 ) -> Result<ObjectiveConfig> {
     let batches = training.keys.objective.confidence_batches();
     let (Some(teacher), 1..) = (teacher, batches) else {
         return Ok(training.keys.objective.clone());
     };
-    let corpus = Data::need(ctx.data.train.as_ref(), "train")?;
     let mut sum = 0.0;
     for step in 0..batches {
         ctx.stop.check()?;
         let drawn = order.batch(step);
-        let windows = &drawn[..training.keys.batch];
-        let batch = Batch::new(&corpus.stream, windows, corpus.length, &ctx.device.device);
-        sum = batch.confidences(teacher, positions).fold(sum, |sum, part| sum + part);
+        let batch = feed.windows(&drawn[..training.keys.batch]);
+        sum = batch.confidences(teacher).fold(sum, |sum, part| sum + part);
     }
     Ok(training.keys.objective.clone().with_confidence(sum / batches as f64))
 }

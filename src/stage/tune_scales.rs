@@ -183,6 +183,7 @@ impl Stage for TuneScalesConfig {
             rate_of: &|path| method::role_of(path).map_or(0.0, |role| base.of(role)),
             rate_unit: self.rate_unit,
             fake_quant: false,
+            on_policy: None,
         };
         let student = training.run(student, ctx)?;
         let mut tuned = Vec::new();

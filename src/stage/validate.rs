@@ -32,13 +32,17 @@ pub struct ValidateConfig {
     /// Leave the state with the lowest validation (divergence from the teacher where there is one,
     /// else loss) when the last one is worse by more than noise; `true`.
     pub keep_best: bool,
+    /// End the training after this many validations in a row that were not the best so far; needs
+    /// `keep_best`. Absent: never.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub patience: Option<u32>,
     /// How often a training that fails goes back to its best state with half the rate; 3.
     pub retries: u32,
 }
 
 impl Default for ValidateConfig {
     fn default() -> Self {
-        Self { every: None, windows: 4, length: 256, keep_best: true, retries: 3 }
+        Self { every: None, windows: 4, length: 256, keep_best: true, patience: None, retries: 3 }
     }
 }
 
@@ -52,6 +56,16 @@ impl ValidateConfig {
         if self.windows == 0 {
             return Err(Error::usage("validate.windows = 0 measures nothing")
                 .fix("validate.windows = 4, or validate.every = 0"));
+        }
+        if self.patience == Some(0) {
+            let what = "validate.patience = 0 ends a training before it begins";
+            return Err(Error::usage(what).fix("validate.patience = 3"));
+        }
+        if self.patience.is_some() && (!self.keep_best || self.every == Some(0)) {
+            let what = "validate.patience waits for a better state, and none is looked for";
+            return Err(
+                Error::usage(what).fix("validate.keep_best = true, and validate.every not 0")
+            );
         }
         if self.length < 2 {
             let what = format!("validate.length = {} predicts nothing", self.length);

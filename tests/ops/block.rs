@@ -1,7 +1,7 @@
 //! What a decoder block does: matrix products, norm, gated activation, attention, and its error.
 
 use burn::tensor::{Device, Tensor, TensorData};
-use fewbit::ops::{self, Attending, Scores};
+use fewbit::ops::{self, Attending, Scores, Sight};
 use proptest::prelude::*;
 
 use crate::{Dice, Matrix, Outcome, Sum, alike, close, length};
@@ -211,17 +211,10 @@ impl AttentionCase {
             // A part of each head may pass.
             all.narrow(3, 0, self.rotated)
         };
-        let (seq, stack) = (self.seq, self.heads / self.kv_heads);
-        let window = scores.window.unwrap_or(seq);
-        let seen = |row: usize, key: usize| {
-            let live = row % seq + 1;
-            if (live.saturating_sub(window)..live).contains(&key) { 0.0 } else { f32::NEG_INFINITY }
-        };
-        let mask: Vec<f32> =
-            (0..stack * seq).flat_map(|row| (0..seq).map(move |key| seen(row, key))).collect();
-        let mask = Tensor::from_data(TensorData::new(mask, [1, 1, stack * seq, seq]), device);
+        let sizes = [0, self.seq, self.heads / self.kv_heads];
         let (cos, sin) = (table(f32::cos), table(f32::sin));
-        Attending { scores, cos, sin, query_factors: None, mask }
+        let sight = Sight::new(sizes, scores.window, None);
+        Attending { scores, cos, sin, query_factors: None, sight }
     }
 
     pub(crate) fn plain(&self) -> Scores {

@@ -11,6 +11,7 @@ mod unit;
 
 use rayon::prelude::*;
 
+pub(crate) use self::rows::Tables;
 use self::unit::{GradientScratch, Problem, Results, Scratch};
 use crate::ops::vector::LANES;
 
@@ -45,18 +46,17 @@ pub(crate) struct Shape {
 ///
 /// # Shapes
 /// - q, out: `[batch, seq, heads * head_dim]`; k, v: `[batch, seq, kv_heads * head_dim]`
-/// - cos, sin: `[seq, rotated / 2]`, of the first features of each head; result: `[batch, heads, seq]`
+/// - result: `[batch, heads, seq]`
 pub(crate) fn attention(
     shape: &Shape,
     q: &[f32],
     k: &[f32],
     v: &[f32],
-    cos: &[f32],
-    sin: &[f32],
+    tables: Tables<'_>,
     out: &mut [f32],
 ) -> Vec<f32> {
     debug_assert_eq!(out.len(), q.len());
-    let problem = Problem::new(shape, [q, k, v], [cos, sin]);
+    let problem = Problem::new(shape, [q, k, v], tables);
     let mut log_sum_exp = vec![0.0; shape.batch * shape.heads * shape.seq];
     split(shape, out, shape.stack() * shape.head_dim)
         .into_par_iter()
@@ -83,8 +83,7 @@ pub(crate) fn attention_backward(
     q: &[f32],
     k: &[f32],
     v: &[f32],
-    cos: &[f32],
-    sin: &[f32],
+    tables: Tables<'_>,
     out: &[f32],
     log_sum_exp: &[f32],
     dq: &mut [f32],
@@ -93,7 +92,7 @@ pub(crate) fn attention_backward(
 ) {
     debug_assert!([d_out.len(), out.len(), dq.len()] == [q.len(); 3]);
     debug_assert!([dk.len(), dv.len()] == [k.len(); 2]);
-    let problem = Problem::new(shape, [q, k, v], [cos, sin]);
+    let problem = Problem::new(shape, [q, k, v], tables);
     let width = shape.head_dim;
     split(shape, dq, shape.stack() * width)
         .into_par_iter()
@@ -108,7 +107,7 @@ pub(crate) fn attention_backward(
                 gradients.dv.fill(0.0);
                 let results = Results { d_out, out, log_sum_exp };
                 problem.backward(unit, scratch, gradients, &results, &mut dq);
-                problem.rotate_back(0, &gradients.dk, &mut dk);
+                problem.rotate_back(unit, 0, &gradients.dk, &mut dk);
                 for (out, sum) in dv.iter_mut().zip(gradients.dv.chunks_exact(width)) {
                     out.copy_from_slice(sum);
                 }

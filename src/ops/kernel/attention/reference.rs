@@ -1,7 +1,7 @@
 //! Attention by its definition, in f64 and one query at a time.
 
 use super::super::sample::noise;
-use super::{Shape, attention, attention_backward};
+use super::{Shape, Tables, attention, attention_backward};
 
 pub(super) struct Case {
     pub(super) shape: Shape,
@@ -10,6 +10,8 @@ pub(super) struct Case {
     pub(super) v: Vec<f32>,
     pub(super) cos: Vec<f32>,
     pub(super) sin: Vec<f32>,
+    pub(super) each: bool,
+    pub(super) starts: Option<Vec<u32>>,
     pub(super) d_out: Vec<f32>,
 }
 
@@ -35,12 +37,14 @@ impl Case {
             v: noise(narrow, 0.6, 1.0),
             cos: (0..seq * head_dim / 2).map(|i| angle(i).cos()).collect(),
             sin: (0..seq * head_dim / 2).map(|i| angle(i).sin()).collect(),
+            each: false,
+            starts: None,
             d_out: noise(wide, 0.8, 1.0),
         }
     }
 
     /// In each way that families differ: a window, a cap, neighbours, a part of each head, another
-    /// scale; at last all of them.
+    /// scale; documents that sequences are packed with; at last all of them.
     pub(super) fn ways(shape: [usize; 5]) -> Vec<Self> {
         let way = |change: &dyn Fn(&mut Self)| {
             let mut case = Self::new(shape, 1.0);
@@ -54,6 +58,19 @@ impl Case {
                 *table = table.chunks(pairs).flat_map(|row| row[..kept].to_vec()).collect();
             }
         };
+        let documents = |case: &mut Self| {
+            let Shape { batch, seq, .. } = case.shape;
+            let length = |b: usize| [5, 23, 64][b % 3];
+            let start = |i: usize| (i % seq / length(i / seq) * length(i / seq)) as u32;
+            case.starts = Some((0..batch * seq).map(start).collect());
+            let pairs = case.cos.len() / seq;
+            let place = |i: usize| i / pairs % seq - start(i / pairs) as usize;
+            for table in [&mut case.cos, &mut case.sin] {
+                *table =
+                    (0..batch * seq * pairs).map(|i| table[place(i) * pairs + i % pairs]).collect();
+            }
+            case.each = true;
+        };
         vec![
             way(&|_| ()),
             way(&|case| case.shape.window = 2),
@@ -63,8 +80,10 @@ impl Case {
             way(&|case| case.shape.neighbours = true),
             way(&|case| case.shape.scale = 0.7),
             way(&part),
+            way(&documents),
             way(&|case| {
                 part(case);
+                documents(case);
                 let Shape { window, cap, neighbours, scale, .. } = &mut case.shape;
                 (*window, *cap, *neighbours, *scale) = (19, Some(2.0), true, 0.4);
             }),
@@ -73,11 +92,12 @@ impl Case {
 
     /// out, log-sum-exp, dq, dk and dv.
     pub(super) fn run(&self) -> [Vec<f32>; 5] {
-        let Self { shape, q, k, v, cos, sin, d_out } = self;
+        let Self { shape, q, k, v, cos, sin, each, starts, d_out } = self;
+        let tables = Tables { each: *each, cos, sin, starts: starts.as_deref() };
         let (mut out, mut dq) = (vec![f32::NAN; q.len()], vec![f32::NAN; q.len()]);
         let (mut dk, mut dv) = (vec![f32::NAN; k.len()], vec![f32::NAN; k.len()]);
-        let sums = attention(shape, q, k, v, cos, sin, &mut out);
-        attention_backward(shape, d_out, q, k, v, cos, sin, &out, &sums, &mut dq, &mut dk, &mut dv);
+        let sums = attention(shape, q, k, v, tables, &mut out);
+        attention_backward(shape, d_out, q, k, v, tables, &out, &sums, &mut dq, &mut dk, &mut dv);
         [out, sums, dq, dk, dv]
     }
 
@@ -101,7 +121,8 @@ impl Case {
             let dot = |a: &[f64], at: usize, b: &[f64], bt: usize| -> f64 {
                 (0..head_dim).map(|i| a[at + i] * b[bt + i]).sum()
             };
-            let seen = (t + 1).saturating_sub(window)..t + 1;
+            let start = self.starts.as_ref().map_or(0, |starts| starts[b * seq + t] as usize);
+            let seen = (t + 1).saturating_sub(window).max(start)..t + 1;
             let score = |key| capped(scale * dot(&q, wide, &k, narrow(key)));
             let scores: Vec<f64> = seen.clone().map(score).collect();
             let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -128,7 +149,8 @@ impl Case {
 
     pub(super) fn turned(&self, x: &[f64], turn: f64) -> Vec<f64> {
         let Shape { batch, seq, head_dim, neighbours, .. } = self.shape;
-        let (half, width) = (self.cos.len() / seq, x.len() / batch / seq);
+        let sequences = if self.each { batch } else { 1 };
+        let (half, width) = (self.cos.len() / seq / sequences, x.len() / batch / seq);
         let turned = |i: usize| {
             let (position, feature) = (i / width % seq, i % head_dim);
             if feature >= 2 * half {
@@ -139,7 +161,8 @@ impl Case {
             } else {
                 (feature % half, feature < half, half)
             };
-            let angle = position * half + pair;
+            let sequence = if self.each { i / width / seq } else { 0 };
+            let angle = (sequence * seq + position) * half + pair;
             let (cos, sin) = (f64::from(self.cos[angle]), f64::from(self.sin[angle]) * turn);
             let sin_side = if first { -x[i + step] } else { x[i - step] };
             x[i] * cos + sin_side * sin

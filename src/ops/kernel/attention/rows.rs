@@ -8,6 +8,37 @@ const SHORT: usize = 8;
 
 type Vector = [f32; LANES];
 
+/// How positions are turned, and which keys their queries see.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tables<'a> {
+    /// Whether sequences differ in their cosines and sines.
+    pub(crate) each: bool,
+    /// Cosines of the first features of each head, `[seq, rotated / 2]`, or `[batch, seq, rotated / 2]`
+    /// where they differ.
+    pub(crate) cos: &'a [f32],
+    /// Sines, as the cosines.
+    pub(crate) sin: &'a [f32],
+    /// The first key that a query may see, not falling along a sequence, `[batch, seq]`; none: 0.
+    pub(crate) starts: Option<&'a [u32]>,
+}
+
+/// Whom the queries of one sequence see.
+#[derive(Clone, Copy)]
+pub(super) struct Sight<'a> {
+    /// Keys up to its own.
+    pub(super) window: usize,
+    /// The first of them, `[seq]`.
+    pub(super) starts: Option<&'a [u32]>,
+}
+
+impl Sight<'_> {
+    /// The first key that the query at a position sees.
+    pub(super) fn first(self, position: usize) -> usize {
+        let start = self.starts.map_or(0, |starts| starts[position] as usize);
+        (position + 1).saturating_sub(self.window).max(start)
+    }
+}
+
 /// Queries `start..end` of a unit and the keys they may see.
 pub(super) struct Tile {
     pub(super) start: usize,
@@ -21,11 +52,10 @@ pub(super) struct Tile {
 }
 
 impl Tile {
-    /// Of the row of a position, the keys before its window and those up to itself, from the first
-    /// key of the tile on.
-    pub(super) fn live(&self, position: usize, window: usize) -> (usize, usize) {
-        let live = position + 1;
-        (live.saturating_sub(window).saturating_sub(self.first), live - self.first)
+    /// Of the row of a position, the keys before those it sees and the keys up to itself, from the
+    /// first key of the tile on.
+    fn live(&self, position: usize, sight: Sight<'_>) -> (usize, usize) {
+        (sight.first(position).saturating_sub(self.first), position + 1 - self.first)
     }
 }
 
@@ -72,7 +102,7 @@ pub(super) fn rotate_neighbours(x: &[f32], [cos, sin]: [&[f32]; 2], turn: f32, o
 pub(super) fn softmax_tile(
     tile: &Tile,
     stack: usize,
-    window: usize,
+    sight: Sight<'_>,
     scores: &mut [f32],
     sums: &mut [f32],
     totals: &mut [f32],
@@ -80,7 +110,7 @@ pub(super) fn softmax_tile(
     let (sums, totals) = (&mut sums[..tile.rows], &mut totals[..tile.rows]);
     let rows = scores.chunks_exact_mut(tile.keys).zip(sums.iter_mut().zip(totals.iter_mut()));
     for (row, (scores, (sum, total))) in rows.enumerate() {
-        let (early, live) = tile.live(tile.start + row / stack, window);
+        let (early, live) = tile.live(tile.start + row / stack, sight);
         let (scores, live, early) = without_early(scores, live, early);
         let (whole, last, later) = live_vectors(scores, live);
         hide_early(whole, last, early, f32::NEG_INFINITY);
@@ -104,7 +134,7 @@ pub(super) fn softmax_tile(
 pub(super) fn softmax_backward_tile(
     tile: &Tile,
     stack: usize,
-    window: usize,
+    sight: Sight<'_>,
     scores: &mut [f32],
     slopes: &mut [f32],
     log_sums: &[f32],
@@ -113,7 +143,7 @@ pub(super) fn softmax_backward_tile(
     let rows = scores.chunks_exact_mut(tile.keys).zip(slopes.chunks_exact_mut(tile.keys));
     let rows = rows.zip(log_sums.iter().zip(shifts)).take(tile.rows);
     for (row, ((scores, slopes), (&log_sum, &shift))) in rows.enumerate() {
-        let (early, live) = tile.live(tile.start + row / stack, window);
+        let (early, live) = tile.live(tile.start + row / stack, sight);
         let (slopes, ..) = without_early(slopes, live, early);
         let (scores, live, early) = without_early(scores, live, early);
         let (whole, last, later) = live_vectors(scores, live);
@@ -191,7 +221,7 @@ fn live_vectors(row: &mut [f32], live: usize) -> (&mut [Vector], &mut Vector, u3
     (whole, &mut last[0], later as u32)
 }
 
-/// A row without the whole vectors of keys before the window, which become 0: the rest, how many of it
+/// A row without the whole vectors of keys that it does not see yet, which become 0: the rest, how many of it
 /// are live, and how many lanes of its first vector stand before the window.
 #[inline(always)]
 fn without_early(row: &mut [f32], live: usize, early: usize) -> (&mut [f32], usize, usize) {

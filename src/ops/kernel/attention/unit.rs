@@ -5,7 +5,8 @@ use faer::{Accum, MatMut, MatRef, Par};
 
 use super::Shape;
 use super::rows::{
-    Tile, dot, rotate_neighbours, rotate_row, share_out, softmax_backward_tile, softmax_tile,
+    Sight, Tables, Tile, dot, rotate_neighbours, rotate_row, share_out, softmax_backward_tile,
+    softmax_tile,
 };
 use crate::ops::vector::{LANES, Level, at};
 
@@ -86,23 +87,23 @@ pub(super) struct Problem<'a> {
     q: &'a [f32],
     k: &'a [f32],
     v: &'a [f32],
-    cos: &'a [f32],
-    sin: &'a [f32],
+    tables: Tables<'a>,
+    /// Of the angles between one sequence and the next; 0 where they share them.
+    angles: usize,
 }
 
 impl<'a> Problem<'a> {
-    pub(super) fn new(
-        shape: &'a Shape,
-        [q, k, v]: [&'a [f32]; 3],
-        [cos, sin]: [&'a [f32]; 2],
-    ) -> Self {
+    pub(super) fn new(shape: &'a Shape, [q, k, v]: [&'a [f32]; 3], tables: Tables<'a>) -> Self {
         let Shape { batch, seq, heads, kv_heads, head_dim, .. } = *shape;
         debug_assert!(heads.is_multiple_of(kv_heads) && head_dim.is_multiple_of(2));
         debug_assert_eq!(q.len(), batch * seq * heads * head_dim);
         debug_assert!([k.len(), v.len()] == [batch * seq * kv_heads * head_dim; 2]);
-        let half = cos.len().checked_div(seq).unwrap_or(0);
-        debug_assert!(cos.len() == sin.len() && 2 * half <= head_dim);
-        Self { shape, level: Level::best(), half, q, k, v, cos, sin }
+        let sequences = if tables.each { batch } else { 1 };
+        let half = tables.cos.len().checked_div(seq * sequences).unwrap_or(0);
+        debug_assert!(tables.cos.len() == tables.sin.len() && 2 * half <= head_dim);
+        debug_assert!(tables.starts.is_none_or(|starts| starts.len() == batch * seq));
+        let angles = if tables.each { seq * half } else { 0 };
+        Self { shape, level: Level::best(), half, q, k, v, tables, angles }
     }
 
     pub(super) fn forward(
@@ -115,11 +116,11 @@ impl<'a> Problem<'a> {
         let Shape { seq, head_dim, .. } = *self.shape;
         let stack = self.shape.stack();
         self.load_keys(unit, scratch);
-        for tile in self.tiles() {
+        let sight = self.sight(unit);
+        for tile in self.tiles(sight) {
             self.score(unit, &tile, scratch);
             let Scratch { scores, maxima, totals, mixed, v, .. } = &mut *scratch;
-            let window = self.shape.window;
-            at!(self.level, softmax_tile(&tile, stack, window, scores, maxima, totals));
+            at!(self.level, softmax_tile(&tile, stack, sight, scores, maxima, totals));
             for (row, sum) in maxima[..tile.rows].iter().enumerate() {
                 log_sum_exp[row % stack * seq + tile.start + row / stack] = *sum;
             }
@@ -143,7 +144,8 @@ impl<'a> Problem<'a> {
         let stack = self.shape.stack();
         let GradientScratch { d_out, d_scores, slopes, dk, dv } = gradients;
         self.load_keys(unit, scratch);
-        for tile in self.tiles() {
+        let sight = self.sight(unit);
+        for tile in self.tiles(sight) {
             let Tile { start, rows, first, keys, .. } = tile;
             self.load_d_out(unit, &tile, results, d_out, &mut scratch.totals);
             self.score(unit, &tile, scratch);
@@ -158,10 +160,9 @@ impl<'a> Problem<'a> {
             for (row, sum) in maxima[..rows].iter_mut().enumerate() {
                 *sum = results.log_sum_exp[row % stack * seq + start + row / stack];
             }
-            let window = self.shape.window;
             at!(
                 self.level,
-                softmax_backward_tile(&tile, stack, window, scores, d_scores, maxima, totals)
+                softmax_backward_tile(&tile, stack, sight, scores, d_scores, maxima, totals)
             );
             if self.shape.cap.is_some() {
                 d_scores.iter_mut().zip(slopes.iter()).for_each(|(d, slope)| *d *= slope);
@@ -171,15 +172,22 @@ impl<'a> Problem<'a> {
             let (queries, scale) = (matrix(q, rows, head_dim), self.shape.scale);
             product(&mut dk[skipped..], Accum::Add, slopes.transpose(), queries, scale);
             product(mixed, Accum::Replace, slopes, matrix(&k[skipped..], keys, head_dim), scale);
-            self.rotate_back(start, mixed, &mut dq[start..tile.end]);
+            self.rotate_back(unit, start, mixed, &mut dq[start..tile.end]);
         }
     }
 
-    pub(super) fn tiles(&self) -> impl Iterator<Item = Tile> {
+    /// Whom a unit's queries see.
+    fn sight(&self, unit: usize) -> Sight<'a> {
+        let Shape { seq, kv_heads, window, .. } = *self.shape;
+        let starts = self.tables.starts.map(|starts| &starts[unit / kv_heads * seq..][..seq]);
+        Sight { window, starts }
+    }
+
+    fn tiles(&self, sight: Sight<'a>) -> impl Iterator<Item = Tile> {
         let (seq, tile, stack) = (self.shape.seq, self.shape.tile(), self.shape.stack());
         (0..seq).step_by(tile.max(1)).map(move |start| {
             let end = (start + tile).min(seq);
-            let first = (start + 1).saturating_sub(self.shape.window) / LANES * LANES;
+            let first = sight.first(start) / LANES * LANES;
             let keys = end.next_multiple_of(LANES) - first;
             Tile { start, end, rows: (end - start) * stack, first, keys }
         })
@@ -257,21 +265,29 @@ impl<'a> Problem<'a> {
         width: usize,
         packed: &mut [f32],
     ) {
+        let sequence = unit / self.shape.kv_heads;
         at!(self.level, {
             for (position, packed) in positions.zip(packed.chunks_exact_mut(width)) {
                 let x = self.piece(x, unit, position, width);
-                self.turn(x, position, 1.0, packed);
+                self.turn(x, [sequence, position], 1.0, packed);
             }
         });
     }
 
     /// The inverse rotation of packed rows, from position `start` on, into a unit's columns.
-    pub(super) fn rotate_back(&self, start: usize, packed: &[f32], out: &mut [&mut [f32]]) {
+    pub(super) fn rotate_back(
+        &self,
+        unit: usize,
+        start: usize,
+        packed: &[f32],
+        out: &mut [&mut [f32]],
+    ) {
+        let sequence = unit / self.shape.kv_heads;
         at!(self.level, {
             let mut rest = packed;
             for (position, out) in (start..).zip(out) {
                 let (row, after) = rest.split_at(out.len());
-                self.turn(row, position, -1.0, out);
+                self.turn(row, [sequence, position], -1.0, out);
                 rest = after;
             }
         });
@@ -280,9 +296,17 @@ impl<'a> Problem<'a> {
     /// Rotates the heads of one position, side by side; the features behind the rotated ones pass.
     #[allow(clippy::inline_always)] // it must be compiled for the caller's instruction set
     #[inline(always)]
-    pub(super) fn turn(&self, x: &[f32], position: usize, turn: f32, out: &mut [f32]) {
+    pub(super) fn turn(
+        &self,
+        x: &[f32],
+        [sequence, position]: [usize; 2],
+        turn: f32,
+        out: &mut [f32],
+    ) {
         let (half, head_dim) = (self.half, self.shape.head_dim);
-        let angles = [self.cos, self.sin].map(|table| &table[position * half..][..half]);
+        let Tables { cos, sin, .. } = self.tables;
+        let at = sequence * self.angles + position * half;
+        let angles = [cos, sin].map(|table| &table[at..][..half]);
         if 2 * half == head_dim && !self.shape.neighbours {
             return rotate_row(x, angles, turn, out);
         }
