@@ -37,7 +37,7 @@ const LAYERS: [(&str, &[&str]); 14] = [
         "export",
         &["task", "method", "model", "data::DataFormat", "data::Tokenizer", "quant", "store"],
     ),
-    ("task", &["model", "data", "ops", "store::hex"]),
+    ("task", &["model", "data", "ops", "store::folder", "store::hex", "store::locate"]),
     // The role of a parameter is the word both sides share: method says it, train reads rates by it.
     ("method", &["train::Measure", "train::Role", "quant", "ops"]),
     // A linear may be held as codes: the one form of quantization that a forward computes with.

@@ -1,37 +1,38 @@
-//! `fewbit eval`: a number and the protocol that produced it.
+//! `fewbit eval`: numbers and the protocols that produced them.
 
-use std::path::PathBuf;
+mod ask;
+mod show;
+
+use std::path::{Path, PathBuf};
 
 use clap::Args;
-use clap::builder::PossibleValuesParser;
-use serde::Serialize;
-use serde_json::{Value, json};
 
+use self::ask::Asked;
+use self::show::{Adapter, Found};
 use super::{AdaptedArgs, Session, data_format, output};
-use crate::data::{DataFormat, Marks, TokenStream, sha256_of};
-use crate::error::Result;
-use crate::recipe;
+use crate::data::{DataFormat, Marks, TokenStream, Tokenizer, sha256_of};
+use crate::error::{Error, Result};
 use crate::report::Event;
 use crate::report::Reporter;
 use crate::report::terminal::Terminal;
 use crate::stop::StopFlag;
-use crate::store::folder::sha256_file;
+use crate::store::folder::{sha256_file, write_atomic};
 use crate::store::locate;
-use crate::task::{self, Bench, Score, TaskConfig};
+use crate::task::{Bench, Files, Material, Prepared, Source, TaskConfig};
 
 /// Arguments of `eval`.
 #[derive(Args, Debug)]
 pub(super) struct EvalArgs {
     #[command(flatten)]
     source: AdaptedArgs,
-    /// What to measure
-    #[arg(long, value_name = "TASK", default_value = "ppl", value_parser = PossibleValuesParser::new(task::NAMES))]
-    task: String,
+    /// What to measure, and on which file where not on --data; repeatable
+    #[arg(long, value_name = "TASK[=FILE]", default_value = "ppl", value_parser = ask::asked)]
+    task: Vec<Asked>,
     /// Text (JSONL with "text", a JSON list of strings, or plain text), or examples of the --format;
-    /// several are joined in order
-    #[arg(long, value_name = "FILE", required = true)]
+    /// several are joined in order. For tasks with rows: a file of them, or a folder
+    #[arg(long, value_name = "FILE")]
     data: Vec<String>,
-    /// What the data holds: text, completion ("prompt", "completion") or instruction
+    /// What a text holds: text, completion ("prompt", "completion") or instruction
     /// ("instruction", "input", "output"); of examples only completions count
     #[arg(long, default_value = "text", value_parser = data_format)]
     format: DataFormat,
@@ -45,137 +46,160 @@ pub(super) struct EvalArgs {
     /// Use only this many windows, evenly spread
     #[arg(long)]
     windows: Option<usize>,
-    /// Sets a key of the task, as under task.NAME of a recipe; repeatable
+    /// Use only this many rows, the first ones
+    #[arg(long, value_name = "ROWS")]
+    limit: Option<usize>,
+    /// Sets a key of the task, as under task.NAME of a recipe; of one among several: TASK.KEY=VALUE;
+    /// repeatable
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// Put no BOS token before documents
     #[arg(long)]
     no_bos: bool,
+    /// Write what was found row by row, one JSON object a line
+    #[arg(long, value_name = "FILE")]
+    samples: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
 pub(super) fn run(args: &EvalArgs, stop: &StopFlag) -> Result<()> {
+    let tasks = args.tasks()?;
+    if let Some(samples) = &args.samples {
+        locate::output_file(samples)?;
+    }
     let session = args.source.open()?;
-    let task = args.task()?;
-    let config = &session.opened.config;
-    let window = |packed| {
-        let window = task.task().window(config, packed);
-        window.map_err(|refused| refused.error.at(format!("--{}", refused.key)))
+    let ready: Vec<Ready> = {
+        let ready = tasks.into_iter().zip(&args.task);
+        ready.map(|(task, asked)| args.ready(&session, task, asked)).collect::<Result<_>>()?
     };
-    let length = window(None)?;
-    window(args.format.is_packed().then_some(length))?;
-    let paths: Vec<PathBuf> = args.data.iter().map(|d| locate::data(d)).collect::<Result<_>>()?;
-    let tokenizer = session.tokenizer()?;
-    let mut marks = session.marks(&tokenizer)?;
-    marks.bos = marks.bos.filter(|_| !args.no_bos);
-    let stream = TokenStream::load(&paths, args.format, &tokenizer, marks, length)?;
+    let config = &session.opened.config;
+    let tokenizer = ready.iter().any(|ready| ready.is_on_rows() && session.opened.has_tokenizer());
+    let tokenizer = tokenizer.then(|| session.tokenizer()).transpose()?;
     // Before the weights are read.
-    let check = task.task().check_text(config, &stream);
-    check.map_err(|error| error.at(args.data.join(", ")))?;
+    let prepared: Vec<Box<dyn Prepared + '_>> = ready
+        .iter()
+        .map(|ready| {
+            let Ready { task, text, files, names } = ready;
+            let text = text.as_ref().map(|text| &text.stream);
+            let material = Material { config, text, files, tokenizer: tokenizer.as_ref() };
+            task.task().prepare(&material).map_err(|error| error.at(names.join(", ")))
+        })
+        .collect::<Result<_>>()?;
     let model = session.load()?;
     let mut terminal = Terminal::new();
-    let mut progress = |done, of| {
-        let (verb, detail) = ("eval".to_owned(), String::new());
-        terminal.emit(&Event::Progress { verb, done, of, detail });
-    };
-    let bench = Bench { config, text: &stream, device: &session.device.device, stop };
-    let score = task.task().measure(&bench, &model, &mut progress)?;
+    let bench = Bench { config, device: &session.device.device, stop, reference: None };
+    let mut found = Vec::new();
+    for (prepared, ready) in prepared.iter().zip(&ready) {
+        let mut progress = |done, of| {
+            let (verb, detail) = (format!("eval {}", ready.task.label()), String::new());
+            terminal.emit(&Event::Progress { verb, done, of, detail });
+        };
+        let score = prepared.measure(&bench, &model, &mut progress)?;
+        found.push(Found { ready, score });
+    }
     terminal.flush();
-    let data_sha256 = sha256_of(&paths)?;
-    let adapter = named_adapter(&session)?;
+    if let Some(path) = &args.samples {
+        write_atomic(path, show::samples(&found).as_bytes())?;
+    }
+    let adapter = adapter_of(&session)?;
+    let model =
+        show::Model { name: &args.source.model.model, device: &session.device.name, adapter };
     if args.json {
-        let rest = json!({
-            "bos": marks.bos.is_some(),
-            "format": args.format,
-            "documents": stream.documents,
-            "cut": stream.cut,
-            "data_sha256": data_sha256,
-            "model": args.source.model.model,
-            "adapter": adapter,
-            "device": session.device.name,
-        });
-        return output::json(&json!(Found { task: task.name(), score, rest }));
+        return output::json(&show::json(&found, &model));
     }
-    output::line(&format!(
-        "{}\n\
-         protocol   {},\n           \
-         {}\n\
-         data       {} sha256 {}\n\
-         model      {} on {}{}",
-        task.task().result(&score),
-        task.task().protocol(&score),
-        counted(&stream, marks),
-        args.data.join(" + "),
-        &data_sha256[..12],
-        args.source.model.model,
-        session.device.name,
-        adapter.map_or_else(String::new, |adapter| adapter.line()),
-    ))
+    output::line(&show::text(&found, &model))
 }
 
-impl EvalArgs {
-    /// The task with its keys.
-    fn task(&self) -> Result<TaskConfig> {
-        let lengths =
-            [("context", self.context), ("stride", self.stride), ("windows", self.windows)];
-        let lengths =
-            lengths.into_iter().filter_map(|(key, value)| Some(format!("{key}={}", value?)));
-        let keys = lengths.chain(self.set.iter().cloned());
-        let set: Vec<String> = keys.map(|key| format!("{}.{key}", self.task)).collect();
-        recipe::parse(&format!("[{}]\n", self.task), "--task", &set).map(|(task, _)| task)
-    }
+/// A task and what it is measured on.
+struct Ready {
+    task: TaskConfig,
+    text: Option<Text>,
+    files: Files,
+    /// What was asked for, as it was spelt.
+    names: Vec<String>,
 }
 
-/// The JSON object, in its order.
-#[derive(Serialize)]
-struct Found {
-    task: &'static str,
-    #[serde(flatten)]
-    score: Score,
-    #[serde(flatten)]
-    rest: Value,
-}
-
-/// The adapter that was measured with the model.
-#[derive(Serialize)]
-struct NamedAdapter {
-    name: String,
-    path: PathBuf,
+/// A text as it is measured.
+struct Text {
+    stream: TokenStream,
+    marks: Marks,
+    format: DataFormat,
     sha256: String,
 }
 
-impl NamedAdapter {
-    fn line(&self) -> String {
-        let Self { name, path, sha256 } = self;
-        format!("\nadapter    {name} {} sha256 {}", path.display(), &sha256[..12])
+impl Ready {
+    fn is_on_rows(&self) -> bool {
+        self.text.is_none()
     }
 }
 
-fn named_adapter(session: &Session) -> Result<Option<NamedAdapter>> {
+impl EvalArgs {
+    /// The tasks with their keys.
+    fn tasks(&self) -> Result<Vec<TaskConfig>> {
+        let mut tasks = ask::tasks(&self.task, &self.keys(), &self.set)?;
+        for (task, asked) in tasks.iter_mut().zip(&self.task) {
+            let data = asked.file.as_ref().map_or_else(|| self.data.clone(), |f| vec![f.clone()]);
+            if !data.is_empty() {
+                task.task_mut().read(&crate::data::Paths(data));
+            }
+            if let (Source::Rows(_), Some(limit)) = (task.task().source(), self.limit) {
+                task.task_mut().limit(limit);
+            }
+        }
+        Ok(tasks)
+    }
+
+    /// Keys that options of their own set, of tasks on text.
+    fn keys(&self) -> Vec<String> {
+        let keys = [("context", self.context), ("stride", self.stride), ("windows", self.windows)];
+        let keys = keys.into_iter().filter_map(|(key, value)| Some(format!("{key}={}", value?)));
+        keys.collect()
+    }
+
+    fn ready(&self, session: &Session, task: TaskConfig, asked: &Asked) -> Result<Ready> {
+        let option = |key: &str| if self.set.is_empty() { format!("--{key}") } else { key.into() };
+        task.task().check().map_err(|refused| refused.error.at(option(refused.key)))?;
+        let names = asked.file.as_ref().map_or_else(|| self.data.clone(), |f| vec![f.clone()]);
+        let files = Files::find(&task.task().source())?;
+        let text = match task.task().source() {
+            Source::Rows(_) => None,
+            Source::Text => Some(self.text(session, &task, &names)?),
+        };
+        Ok(Ready { task, text, files, names })
+    }
+
+    fn text(&self, session: &Session, task: &TaskConfig, names: &[String]) -> Result<Text> {
+        let config = &session.opened.config;
+        let window = |packed| {
+            let window = task.task().window(config, packed);
+            window.map_err(|refused| refused.error.at(format!("--{}", refused.key)))
+        };
+        let length = window(None)?;
+        window(self.format.is_packed().then_some(length))?;
+        if names.is_empty() {
+            return Err(Error::usage(format!(
+                "{} is measured on text, and none is named",
+                task.label()
+            ))
+            .at("--data")
+            .fix(format!("--data FILE, or --task {}=FILE", task.label())));
+        }
+        let paths: Vec<PathBuf> = names.iter().map(|d| locate::data(d)).collect::<Result<_>>()?;
+        let tokenizer: Tokenizer = session.tokenizer()?;
+        let mut marks = session.marks(&tokenizer)?;
+        marks.bos = marks.bos.filter(|_| !self.no_bos);
+        let stream = TokenStream::load(&paths, self.format, &tokenizer, marks, length)?;
+        Ok(Text { stream, marks, format: self.format, sha256: sha256_of(&paths)? })
+    }
+}
+
+fn adapter_of(session: &Session) -> Result<Option<Adapter>> {
     let Some((adapter, path)) = session.opened.adapter.as_ref().zip(session.adapter.as_ref())
     else {
         return Ok(None);
     };
-    let (name, sha256) = (adapter.head().name.clone(), sha256_file(path)?);
-    Ok(Some(NamedAdapter { name, path: path.clone(), sha256 }))
-}
-
-/// Which tokens of the windows count, and what stands around documents.
-fn counted(stream: &TokenStream, marks: Marks) -> String {
-    let bos = if marks.bos.is_some() { "BOS before each document" } else { "no BOS" };
-    let Some(length) = stream.packed else {
-        return format!("first token of a window not predicted, {bos}");
-    };
-    let bos = bos.replace("document", "example");
-    let eos = if marks.eos.is_some() { "EOS behind it" } else { "no EOS" };
-    let cut = match stream.cut {
-        0 => String::new(),
-        cut => format!(", {cut} of them cut at {length} tokens"),
-    };
-    format!(
-        "completion tokens only, {bos}, {eos},\n           {} examples packed whole{cut}",
-        stream.documents
-    )
+    let (name, sha256) = (adapter.head().name.clone(), sha256_file(Path::new(path))?);
+    Ok(Some(Adapter { name, path: path.clone(), sha256 }))
 }

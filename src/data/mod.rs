@@ -8,6 +8,7 @@ pub mod examples;
 mod growth;
 pub mod order;
 pub mod packing;
+mod paths;
 pub mod tokenizer;
 pub mod windows;
 
@@ -16,5 +17,6 @@ pub use documents::{read_documents, sha256_of};
 pub use examples::{DataFormat, Example, read_completions, read_instructions};
 pub use order::{Order, coin_flips, seed_of};
 pub use packing::Marks;
+pub use paths::Paths;
 pub use tokenizer::Tokenizer;
 pub use windows::{ScoredWindow, TokenStream};

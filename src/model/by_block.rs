@@ -14,12 +14,28 @@ pub trait Forward {
     fn ends(&self) -> &CausalLm;
 
     /// The residual streams after the final norm, `[batch, seq, d_model]` for each batch of tokens,
-    /// `[batch, seq]`.
+    /// `[batch, seq]`, at its own positions.
     ///
     /// # Errors
     /// When weights cannot be read.
-    fn hidden(&self, batches: Vec<Tensor<2, Int>>, positions: &Positions)
-    -> Result<Vec<Tensor<3>>>;
+    fn streams(&self, batches: Vec<(Tensor<2, Int>, &Positions)>) -> Result<Vec<Tensor<3>>>;
+
+    /// As [`Forward::streams`], every batch at the same positions.
+    ///
+    /// # Errors
+    /// When weights cannot be read.
+    fn hidden(
+        &self,
+        batches: Vec<Tensor<2, Int>>,
+        positions: &Positions,
+    ) -> Result<Vec<Tensor<3>>> {
+        self.streams(batches.into_iter().map(|tokens| (tokens, positions)).collect())
+    }
+
+    /// The model, where it is in memory whole: what generates needs it.
+    fn whole(&self) -> Option<&CausalLm> {
+        None
+    }
 
     /// How many batches of this many tokens to give [`Forward::hidden`] at once.
     fn batches_at_once(&self, _tokens: usize) -> usize {
@@ -32,12 +48,12 @@ impl Forward for CausalLm {
         self
     }
 
-    fn hidden(
-        &self,
-        batches: Vec<Tensor<2, Int>>,
-        positions: &Positions,
-    ) -> Result<Vec<Tensor<3>>> {
-        Ok(batches.into_iter().map(|tokens| self.hidden(tokens, positions)).collect())
+    fn streams(&self, batches: Vec<(Tensor<2, Int>, &Positions)>) -> Result<Vec<Tensor<3>>> {
+        Ok(batches.into_iter().map(|(tokens, at)| Self::hidden(self, tokens, at)).collect())
+    }
+
+    fn whole(&self) -> Option<&CausalLm> {
+        Some(self)
     }
 }
 
@@ -71,20 +87,16 @@ impl Forward for ByBlock<'_> {
         &self.ends
     }
 
-    fn hidden(
-        &self,
-        batches: Vec<Tensor<2, Int>>,
-        positions: &Positions,
-    ) -> Result<Vec<Tensor<3>>> {
-        let mut streams: Vec<Tensor<3>> =
-            batches.into_iter().map(|tokens| self.ends.embed(tokens, positions)).collect();
+    fn streams(&self, batches: Vec<(Tensor<2, Int>, &Positions)>) -> Result<Vec<Tensor<3>>> {
+        let embedded = batches.into_iter().map(|(tokens, at)| (self.ends.embed(tokens, at), at));
+        let mut streams: Vec<_> = embedded.collect();
         for index in 0..self.loader.config.n_blocks {
             let block = self.loader.block(index)?;
             let tap = |site, x| self.ends.tap.apply(index, site, x);
-            let forward = |hidden| block.forward_tapped(hidden, positions, None, &tap);
+            let forward = |(hidden, at)| (block.forward_tapped(hidden, at, None, &tap), at);
             streams = streams.into_iter().map(forward).collect();
         }
-        Ok(streams.into_iter().map(|hidden| self.ends.finish(hidden)).collect())
+        Ok(streams.into_iter().map(|(hidden, _)| self.ends.finish(hidden)).collect())
     }
 
     fn batches_at_once(&self, tokens: usize) -> usize {

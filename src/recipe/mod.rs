@@ -5,19 +5,16 @@ mod builtin;
 mod parse;
 mod plan;
 
-use std::fmt;
 use std::path::PathBuf;
 
 use burn::tensor::DType;
-use serde::de::value::SeqAccessDeserializer;
-use serde::de::{self, SeqAccess};
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 
 pub use builtin::{Builtin, builtins, find};
 pub use parse::{parse, to_toml};
 pub use plan::{Base, Plan, PlannedStage};
 
-pub use crate::data::DataFormat;
+pub use crate::data::{DataFormat, Paths};
 use crate::export::Format;
 use crate::quant::{
     ActivationConfig, ActivationQuant, Bits, GroupSize, KvCacheConfig, ObserverConfig, ScaleDigits,
@@ -141,37 +138,6 @@ pub struct DataConfig {
     /// or an example of which only the completion is learned (JSONL or a JSON list of objects).
     #[serde(default)]
     pub format: DataFormat,
-}
-
-/// One path or several.
-#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
-#[serde(transparent)]
-pub struct Paths(pub Vec<String>);
-
-impl<'de> Deserialize<'de> for Paths {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Visitor;
-        impl<'de> de::Visitor<'de> for Visitor {
-            type Value = Paths;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a path or a list of paths")
-            }
-
-            fn visit_str<E: de::Error>(self, path: &str) -> Result<Paths, E> {
-                Ok(Paths(vec![path.to_owned()]))
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Paths, A::Error> {
-                let paths = Vec::deserialize(SeqAccessDeserializer::new(list))?;
-                if paths.is_empty() {
-                    return Err(de::Error::custom("path = [] names no file"));
-                }
-                Ok(Paths(paths))
-            }
-        }
-        deserializer.deserialize_any(Visitor)
-    }
 }
 
 /// `[quant]`.

@@ -180,7 +180,8 @@ fn base_of(model: &ModelState) -> Base {
 fn load_data(plan: &Plan, model: &ModelState) -> Result<Data> {
     let section = &plan.recipe.data;
     let any = [&section.calibration, &section.train, &section.validation];
-    if any.iter().all(|config| config.is_none()) {
+    let rows = plan.stages.iter().any(|stage| stage.config.stage().needs_tokenizer());
+    if any.iter().all(|config| config.is_none()) && !rows {
         return Ok(Data::default());
     }
     let tokenizer = Tokenizer::load(&model.dir)?
@@ -209,6 +210,7 @@ fn load_data(plan: &Plan, model: &ModelState) -> Result<Data> {
         calibration: load(&section.calibration, "calibration")?,
         validation: load(&section.validation, "validation")?,
         bos,
+        tokenizer: rows.then_some(tokenizer),
     })
 }
 

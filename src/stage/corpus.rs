@@ -1,6 +1,6 @@
 //! The texts of a recipe, tokenized.
 
-use crate::data::{DataFormat, TokenStream};
+use crate::data::{DataFormat, TokenStream, Tokenizer};
 use crate::error::{Error, Result};
 
 /// One data set, tokenized.
@@ -30,6 +30,8 @@ pub struct Data {
     pub validation: Option<Corpus>,
     /// Token put before documents.
     pub bos: Option<u32>,
+    /// The model's tokenizer, where a stage tokenizes as it runs.
+    pub tokenizer: Option<Tokenizer>,
 }
 
 impl Data {

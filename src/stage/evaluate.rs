@@ -13,19 +13,23 @@ use super::results::Measured;
 use super::state::{BASE, ModelState, Packed};
 use crate::error::{Error, Result};
 use crate::method::{self, MethodConfig, RtnConfig};
-use crate::model::{Loader, ModelTap, WeightSource, weight_name};
+use crate::model::{Loader, ModelConfig, ModelTap, WeightSource, weight_name};
 use crate::quant::{GroupAxis, GroupLayout, QuantSpec, QuantizedWeight, Symmetry};
 use crate::report::{Event, Number, Reporter};
-use crate::task::{Bench, Score, TaskConfig};
+use crate::task::{Bench, Files, Material, Prepared, Score, Source, TaskConfig};
 
 /// Keys of `[stage.evaluate]`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct EvaluateConfig {
     /// What is measured.
-    pub task: TaskConfig,
-    /// What is measured beside it, so that a number never stands alone; the float model unless
-    /// said otherwise, where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task: Option<TaskConfig>,
+    /// What is measured besides, or in its place.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tasks: Vec<TaskConfig>,
+    /// What is measured beside the current model, so that a number never stands alone; the float model
+    /// unless said otherwise, where there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub baselines: Option<Vec<Baseline>>,
 }
@@ -42,26 +46,47 @@ pub enum Baseline {
 
 impl Stage for EvaluateConfig {
     fn check(&self) -> Result<()> {
-        Ok(())
+        if self.all().next().is_none() {
+            return Err(Error::usage("evaluate has no task")
+                .fix("task.ppl = {}, or tasks = [...] with several"));
+        }
+        self.all().try_for_each(|task| task.task().check().map_err(|r| r.error.at(r.key)))
     }
 
     fn needs_float(&self) -> bool {
         self.baselines.as_ref().is_some_and(|all| !all.is_empty())
+            || self.all().any(|task| task.task().needs_reference())
+    }
+
+    fn needs_tokenizer(&self) -> bool {
+        self.all().any(|task| matches!(task.task().source(), Source::Rows(_)))
+    }
+
+    fn own_data(&self) -> Result<Vec<(String, String)>> {
+        let found = self.all().map(|task| {
+            let files = Files::find(&task.task().source()).map_err(|e| e.at(place(task)))?;
+            Ok((task.label(), files.sha256))
+        });
+        let found: Result<Vec<_>> = found.collect();
+        Ok(found?.into_iter().filter(|(_, sha256)| !sha256.is_empty()).collect())
     }
 
     fn check_data(&self, model: &ModelState, data: &Data) -> Result<()> {
-        let corpus = Data::need(data.validation.as_ref(), "validation")?;
-        let at = |e: Error| e.at(format!("task.{}", self.task.name()));
-        let task = self.task.task();
-        task.window(&model.config, corpus.stream.packed).map_err(|refused| at(refused.error))?;
-        task.check_text(&model.config, &corpus.stream).map_err(|e| e.at("data.validation"))
+        for task in self.all() {
+            let files = Files::find(&task.task().source()).map_err(|e| e.at(place(task)))?;
+            Measuring { task, files: &files }.prepare(&model.config, data).map(drop)?;
+        }
+        Ok(())
     }
 
     fn cost(&self, scene: &Scene<'_>) -> Cost {
-        let Some(corpus) = &scene.data.validation else { return Cost::default() };
         let models = 1 + self.baselines.as_ref().map_or(1, Vec::len) as u64;
         let weights = scene.linears + scene.rest;
-        let tokens = corpus.stream.tokens.len() as u64 * models;
+        let tokens = self.all().map(|task| match (task.task().source(), &scene.data.validation) {
+            (Source::Text, Some(corpus)) => corpus.stream.tokens.len() as u64,
+            _ => 0,
+        });
+        let tokens = tokens.sum::<u64>() * models;
         Cost {
             device: 4 * weights + scene.tape(2048, 2048),
             seconds: scene.speed.seconds(2.0 * (weights * tokens) as f64, 0.0, 0.0),
@@ -70,20 +95,26 @@ impl Stage for EvaluateConfig {
     }
 
     fn run(&self, ctx: &mut StageContext<'_>) -> Result<()> {
-        let mut task = self.task.clone();
-        // `samples` of the data is what a task measures that says nothing else.
-        if let Some(samples) = ctx.data.validation.as_ref().and_then(|corpus| corpus.samples) {
-            task.task_mut().limit(samples);
+        // `samples` of the data is what a task on it measures that says nothing else.
+        let samples = ctx.data.validation.as_ref().and_then(|corpus| corpus.samples);
+        let mut tasks: Vec<TaskConfig> = self.all().cloned().collect();
+        for task in &mut tasks {
+            if let (Source::Text, Some(samples)) = (task.task().source(), samples) {
+                task.task_mut().limit(samples);
+            }
         }
-        let task = &task;
+        let files = tasks.iter().map(|task| Files::find(&task.task().source()));
+        let files: Vec<Files> = files.collect::<Result<_>>()?;
+        let all: Vec<Measuring<'_>> =
+            tasks.iter().zip(&files).map(|(task, files)| Measuring { task, files }).collect();
         let baselines = match &self.baselines {
             Some(baselines) => baselines.clone(),
             None => ctx.model.float().map_or_else(|_| Vec::new(), |_| vec![Baseline::Float]),
         };
         for baseline in &baselines {
             match baseline {
-                Baseline::Float => float(task, ctx).map(drop)?,
-                Baseline::Rtn => rtn(task, ctx)?,
+                Baseline::Float => float(&all, ctx)?,
+                Baseline::Rtn => rtn(&all, ctx)?,
             }
         }
         let what = if ctx.model.quantized.is_empty() && ctx.model.tuned.is_empty() {
@@ -94,21 +125,63 @@ impl Stage for EvaluateConfig {
             format!("after {}", ctx.latest)
         };
         if what != "float" || baselines.is_empty() {
-            let result = measure(ctx, &Packed(ctx.model), ctx.model.tap(), task)?;
-            record(ctx, what, result, task);
+            let found = measure(ctx, &Packed(ctx.model), ctx.model.tap(), &all)?;
+            record(ctx, &what, found, &all);
         }
         Ok(())
     }
 }
 
-/// The float model's numbers, measured once per protocol and run.
-fn float(task: &TaskConfig, ctx: &mut StageContext<'_>) -> Result<Score> {
-    if let Some(known) = known_float(ctx, task) {
-        return Ok(known);
+impl EvaluateConfig {
+    /// Every task.
+    fn all(&self) -> impl Iterator<Item = &TaskConfig> {
+        self.task.iter().chain(&self.tasks)
     }
-    let result = measure(ctx, ctx.model.float()?, ModelTap::default(), task)?;
-    record(ctx, "float".to_owned(), result.clone(), task);
-    Ok(result)
+}
+
+/// A task, and the files of its rows.
+#[derive(Clone, Copy)]
+struct Measuring<'a> {
+    task: &'a TaskConfig,
+    files: &'a Files,
+}
+
+impl<'a> Measuring<'a> {
+    fn is_on_text(&self) -> bool {
+        matches!(self.task.task().source(), Source::Text)
+    }
+
+    /// Refuses what it cannot be measured on.
+    fn prepare(&self, config: &'a ModelConfig, data: &'a Data) -> Result<Box<dyn Prepared + 'a>> {
+        let task = self.task.task();
+        let at = |error: Error| error.at(place(self.task));
+        let tokenizer = data.tokenizer.as_ref();
+        let material = Material { config, text: None, files: self.files, tokenizer };
+        if !self.is_on_text() {
+            return task.prepare(&material).map_err(at);
+        }
+        let corpus = Data::need(data.validation.as_ref(), "validation")?;
+        task.window(config, corpus.stream.packed).map_err(|refused| at(refused.error))?;
+        let material = Material { text: Some(&corpus.stream), ..material };
+        task.prepare(&material).map_err(|e| e.at("data.validation"))
+    }
+}
+
+/// Where a task stands in recipes.
+fn place(task: &TaskConfig) -> String {
+    format!("task.{}", task.name())
+}
+
+/// The float model's numbers, measured once per protocol and run.
+fn float(all: &[Measuring<'_>], ctx: &mut StageContext<'_>) -> Result<()> {
+    let unknown = all.iter().filter(|measuring| known_float(ctx, measuring.task).is_none());
+    let unknown: Vec<Measuring<'_>> = unknown.copied().collect();
+    if unknown.is_empty() {
+        return Ok(());
+    }
+    let found = measure(ctx, ctx.model.float()?, ModelTap::default(), &unknown)?;
+    record(ctx, "float", found, &unknown);
+    Ok(())
 }
 
 fn known_float(ctx: &StageContext<'_>, task: &TaskConfig) -> Option<Score> {
@@ -118,10 +191,10 @@ fn known_float(ctx: &StageContext<'_>, task: &TaskConfig) -> Option<Score> {
 
 /// What rounding alone would give at these bits, activations treated alike: the price that learning
 /// has to beat.
-fn rtn(task: &TaskConfig, ctx: &mut StageContext<'_>) -> Result<()> {
+fn rtn(all: &[Measuring<'_>], ctx: &mut StageContext<'_>) -> Result<()> {
     let Some((baseline, what)) = rounded(ctx)? else { return Ok(()) };
-    let result = measure(ctx, &baseline, ctx.model.tap(), task)?;
-    record(ctx, what, result, task);
+    let found = measure(ctx, &baseline, ctx.model.tap(), all)?;
+    record(ctx, &what, found, all);
     Ok(())
 }
 
@@ -186,52 +259,75 @@ impl WeightSource for Rounded<'_> {
     }
 }
 
-/// The task on the model that `source` holds and the validation data; `tap` acts on activations.
+/// The tasks on the model that `source` holds; `tap` acts on activations.
 fn measure(
     ctx: &StageContext<'_>,
     source: &dyn WeightSource,
     tap: ModelTap,
-    task: &TaskConfig,
-) -> Result<Score> {
-    let corpus = Data::need(ctx.data.validation.as_ref(), "validation")?;
+    all: &[Measuring<'_>],
+) -> Result<Vec<Score>> {
     let config = &ctx.model.config;
     let device = &ctx.device.device;
     let model = Loader { config, source, device, dtype: ctx.compute }.model()?.with_tap(tap);
-    let bench = Bench { config, text: &corpus.stream, device, stop: ctx.stop };
-    task.task().measure(&bench, &model, &mut |_, _| ())
+    let bench = Bench { config, device, stop: ctx.stop, reference: None };
+    let score = |measuring: &Measuring<'_>| {
+        let prepared = measuring.prepare(config, ctx.data)?;
+        let found = prepared.measure(&bench, &model, &mut |_, _| ());
+        found.map_err(|error| error.at(place(measuring.task)))
+    };
+    all.iter().map(score).collect()
 }
 
-fn record(ctx: &mut StageContext<'_>, what: String, result: Score, task: &TaskConfig) {
-    let corpus = ctx.data.validation.as_ref();
+fn record(ctx: &mut StageContext<'_>, what: &str, found: Vec<Score>, all: &[Measuring<'_>]) {
+    for (result, measuring) in found.into_iter().zip(all) {
+        record_one(ctx, what.to_owned(), result, *measuring);
+    }
+}
+
+fn record_one(
+    ctx: &mut StageContext<'_>,
+    what: String,
+    mut result: Score,
+    measuring: Measuring<'_>,
+) {
+    let Measuring { task, files } = measuring;
+    let corpus = ctx.data.validation.as_ref().filter(|_| measuring.is_on_text());
+    let (data, data_sha256) = match corpus {
+        Some(corpus) => (corpus.name.clone(), corpus.sha256.clone()),
+        None => (files.name.clone(), files.sha256.clone()),
+    };
     let ratio = known_float(ctx, task).filter(|_| what != "float");
-    let tags = task.task().numbers().iter().map(|number| number.tag);
-    let numbers = tags
-        .zip(&result.numbers)
-        .map(|(tag, (name, value))| Number {
-            name: name.clone(),
-            tag: tag.to_owned(),
-            value: *value,
-        })
-        .collect();
+    let tag = |name: &str| {
+        let known = task.task().numbers().iter().find(|number| number.name == name);
+        known.map_or_else(String::new, |number| number.tag.to_owned())
+    };
+    let number = |(name, value): &(String, f64)| Number {
+        name: name.clone(),
+        tag: tag(name),
+        value: *value,
+    };
+    let mut protocol = result.protocol.clone();
+    let bos = protocol.remove("bos").and_then(|bos| bos.as_bool());
     ctx.report.emit(&Event::Evaluation {
         stage: ctx.stage,
         what: what.clone(),
-        task: task.name().to_owned(),
-        numbers,
+        task: task.label(),
+        numbers: result.numbers.iter().map(number).collect(),
         tokens: result.tokens,
-        protocol: result.protocol.clone(),
+        protocol,
         marks: task.task().marks(&result),
-        bos: ctx.data.bos.is_some(),
-        data: corpus.map(|corpus| corpus.name.clone()).unwrap_or_default(),
+        bos: bos.unwrap_or(ctx.data.bos.is_some()),
+        data,
         ratio_to_float: ratio.map(|float| result.first() / float.first()),
         global_step: ctx.first_step,
         track: what.starts_with("after"),
     });
+    result.samples.clear();
     ctx.results.measured.push(Measured {
         stage: ctx.stage,
         what,
         result,
-        data_sha256: corpus.map(|corpus| corpus.sha256.clone()).unwrap_or_default(),
+        data_sha256,
         task: task.clone(),
     });
 }

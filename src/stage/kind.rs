@@ -56,6 +56,19 @@ pub trait Stage {
         false
     }
 
+    /// Whether it reads text that is tokenized as it runs.
+    fn needs_tokenizer(&self) -> bool {
+        false
+    }
+
+    /// What it reads that `[data]` does not name: what it goes by, and its SHA-256.
+    ///
+    /// # Errors
+    /// When a file is not there.
+    fn own_data(&self) -> Result<Vec<(String, String)>> {
+        Ok(Vec::new())
+    }
+
     /// Finds the texts it needs, and enough of them.
     ///
     /// # Errors

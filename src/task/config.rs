@@ -47,7 +47,27 @@ tasks! {
     Ppl { "ppl", PplConfig },
 }
 
+/// What a name on the command line stands for: a task, and keys of it.
+pub fn named(name: &str) -> Option<(&'static str, Vec<String>)> {
+    NAMES.iter().find(|known| **known == name).map(|known| (*known, Vec::new()))
+}
+
+/// Every name that [`named`] knows.
+pub fn every_name() -> Vec<&'static str> {
+    NAMES.to_vec()
+}
+
+/// Whether the task of this name is measured on text.
+pub fn is_on_text(name: &str) -> bool {
+    name == "ppl"
+}
+
 impl TaskConfig {
+    /// What it goes by in reports.
+    pub fn label(&self) -> String {
+        self.name().to_owned()
+    }
+
     /// The protocol of a perplexity, under which exports are checked.
     pub fn perplexity(&self) -> Option<&PplConfig> {
         match self {

@@ -1,46 +1,59 @@
 //! What every task says of itself, and measures.
 
+use std::path::PathBuf;
+
 use burn::tensor::Device;
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 
-use crate::data::TokenStream;
+use super::files::Files;
+use crate::data::{Paths, TokenStream, Tokenizer};
 use crate::error::{Error, Result};
 use crate::model::{Forward, ModelConfig};
 use crate::stop::StopFlag;
 
-/// A task: the keys of `task.NAME`, which are its protocol, and the measuring.
+/// A task: the keys of `task.NAME`, which are its protocol.
 pub trait Task {
-    /// Its numbers, the first the one that models are compared by.
+    /// Its numbers, the first the one that models are compared by. A score may lack some of them.
     fn numbers(&self) -> &'static [Number];
 
-    /// The length of its windows for a model; examples are packed for them, unless they are `packed`
-    /// into windows already.
+    /// What it is measured on.
+    fn source(&self) -> Source<'_>;
+
+    /// Whether it compares with another model: [`Bench::reference`].
+    fn needs_reference(&self) -> bool {
+        false
+    }
+
+    /// Refuses keys that make no sense whatever the model.
+    ///
+    /// # Errors
+    /// Names the key.
+    fn check(&self) -> Result<(), Refused> {
+        Ok(())
+    }
+
+    /// Of a task on text, the length of its windows for a model; examples are packed for them, unless
+    /// they are `packed` into windows already.
     ///
     /// # Errors
     /// When its keys make no sense for the model, or for those windows.
-    fn window(&self, model: &ModelConfig, packed: Option<usize>) -> Result<usize, Refused>;
+    fn window(&self, model: &ModelConfig, packed: Option<usize>) -> Result<usize, Refused> {
+        Ok(packed.unwrap_or(model.max_positions))
+    }
 
-    /// Refuses a text that is too short for it.
+    /// Sets the files of its rows, where its keys name none.
+    fn read(&mut self, _data: &Paths) {}
+
+    /// Measures no more than this many windows or rows, unless its keys say how many.
+    fn limit(&mut self, _count: usize) {}
+
+    /// Reads and checks what it is measured on; no weight is read for it.
     ///
     /// # Errors
-    /// A preflight error.
-    fn check_text(&self, model: &ModelConfig, text: &TokenStream) -> Result<()>;
-
-    /// Measures no more than this many windows, unless its keys say how many.
-    fn limit(&mut self, _windows: usize) {}
-
-    /// Measures a model. `progress(done, of)` is called now and then.
-    ///
-    /// # Errors
-    /// When the text does not fit the protocol, the model gives a value that is not finite, or a signal
-    /// came.
-    fn measure(
-        &self,
-        bench: &Bench<'_>,
-        model: &dyn Forward,
-        progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<Score>;
+    /// When a text is too short, a file lacks a column, a row has no answer, or the model has no tokenizer
+    /// where one is needed.
+    fn prepare<'a>(&'a self, material: &Material<'a>) -> Result<Box<dyn Prepared + 'a>>;
 
     /// The numbers of a score in words, for a line.
     fn result(&self, score: &Score) -> String {
@@ -62,6 +75,33 @@ pub trait Task {
     }
 }
 
+/// A task that has its material, to be put to one model after the other.
+pub trait Prepared {
+    /// Measures a model. `progress(done, of)` is called now and then.
+    ///
+    /// # Errors
+    /// When the model gives a value that is not finite, weights cannot be read, or a signal came.
+    fn measure(
+        &self,
+        bench: &Bench<'_>,
+        model: &dyn Forward,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Score>;
+}
+
+/// The key of a task that names its rows.
+pub const DATA: &str = "data";
+
+/// What a task is measured on.
+#[derive(Clone, Debug)]
+pub enum Source<'a> {
+    /// The validation text: [`Material::text`].
+    Text,
+    /// Rows of files of its own, by the key that names them: [`Material::files`]. The key [`DATA`] names
+    /// what is measured; nothing but the command line may fill it.
+    Rows(Vec<(&'static str, Option<&'a Paths>)>),
+}
+
 /// A number that a task gives.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Number {
@@ -71,20 +111,66 @@ pub struct Number {
     pub tag: &'static str,
 }
 
-/// What a task measures on, the model aside.
+/// What a task is prepared from.
+#[derive(Clone, Copy)]
+pub struct Material<'a> {
+    /// The model's shape.
+    pub config: &'a ModelConfig,
+    /// The text of a task that is measured on text.
+    pub text: Option<&'a TokenStream>,
+    /// The files of a task with rows.
+    pub files: &'a Files,
+    /// The model's tokenizer, where it has one and it is asked for.
+    pub tokenizer: Option<&'a Tokenizer>,
+}
+
+impl<'a> Material<'a> {
+    /// The text.
+    ///
+    /// # Errors
+    /// When none was given.
+    pub fn text(&self) -> Result<&'a TokenStream> {
+        self.text.ok_or_else(|| Error::usage("this task is measured on text").fix("a text file"))
+    }
+
+    /// The files that a key names.
+    ///
+    /// # Errors
+    /// When it names none.
+    pub fn files(&self, key: &str) -> Result<&'a [PathBuf]> {
+        self.files.of(key).ok_or_else(|| {
+            Error::usage("this task is measured on rows, and no file of them is named")
+                .at(key)
+                .fix(format!("{key} = a file of rows, or a list of them"))
+        })
+    }
+
+    /// The model's tokenizer.
+    ///
+    /// # Errors
+    /// When it has none.
+    pub fn tokenizer(&self) -> Result<&'a Tokenizer> {
+        self.tokenizer.ok_or_else(|| {
+            Error::preflight("this task reads text, and the model has no tokenizer")
+                .fix("the tokenizer.json that belongs to this model, beside its weights")
+        })
+    }
+}
+
+/// Where and how a model is measured.
 pub struct Bench<'a> {
     /// The model's shape.
     pub config: &'a ModelConfig,
-    /// The text.
-    pub text: &'a TokenStream,
     /// Where tensors live.
     pub device: &'a Device,
     /// Set by signals.
     pub stop: &'a StopFlag,
+    /// The model to compare with: the float one in recipes.
+    pub reference: Option<&'a dyn Forward>,
 }
 
 /// What a task says of a model, and under which protocol.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Score {
     /// Numbers by name, in the task's order.
     pub numbers: Vec<(String, f64)>,
@@ -92,6 +178,8 @@ pub struct Score {
     pub tokens: u64,
     /// The protocol, by key.
     pub protocol: Map<String, Value>,
+    /// What was found row by row, one object each; it is no part of [`Score::entries`].
+    pub samples: Vec<Value>,
 }
 
 impl Score {
@@ -102,7 +190,7 @@ impl Score {
             Some(((*name).to_owned(), entries.remove(*name)?.as_f64()?))
         };
         let numbers = task.numbers().iter().filter_map(&mut number).collect();
-        Self { numbers, tokens, protocol: entries }
+        Self { numbers, tokens, protocol: entries, samples: Vec::new() }
     }
 
     /// A number by its name.

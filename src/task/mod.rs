@@ -4,12 +4,14 @@
 //! list in `config.rs`, one file each.
 
 mod config;
+mod files;
 mod gauge;
 mod kind;
 mod perplexity;
 pub mod recorded;
 
-pub use config::{NAMES, TaskConfig};
+pub use config::{NAMES, TaskConfig, every_name, is_on_text, named};
+pub use files::Files;
 pub use gauge::{Gauge, GaugeText, Gauged};
-pub use kind::{Bench, Number, Refused, Score, Task};
+pub use kind::{Bench, DATA, Material, Number, Prepared, Refused, Score, Source, Task};
 pub use perplexity::{Perplexity, PplConfig, measure};

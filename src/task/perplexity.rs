@@ -11,7 +11,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::kind::{Bench, Number, Refused, Score, Task};
+use super::kind::{Bench, Material, Number, Prepared, Refused, Score, Source, Task};
 use crate::data::{ScoredWindow, TokenStream};
 use crate::error::{Error, Result};
 use crate::model::{CausalLm, Forward, ModelConfig, Positions};
@@ -115,37 +115,23 @@ impl Task for PplConfig {
         }
     }
 
-    fn window(&self, model: &ModelConfig, packed: Option<usize>) -> Result<usize, Refused> {
-        self.windows(model, packed).map(|(context, _)| context)
+    fn source(&self) -> Source<'_> {
+        Source::Text
     }
 
-    fn check_text(&self, model: &ModelConfig, text: &TokenStream) -> Result<()> {
-        let (context, stride) = self.windows(model, text.packed)?;
-        text.strided(context, stride).map(drop)
+    fn window(&self, model: &ModelConfig, packed: Option<usize>) -> Result<usize, Refused> {
+        self.windows(model, packed).map(|(context, _)| context)
     }
 
     fn limit(&mut self, windows: usize) {
         self.windows.get_or_insert(windows);
     }
 
-    fn measure(
-        &self,
-        bench: &Bench<'_>,
-        model: &dyn Forward,
-        progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<Score> {
-        let Bench { config, text, device, stop } = *bench;
-        let found = measure(model, config, text, self, device, stop, progress)?;
-        let mut protocol = Map::new();
-        protocol.insert("context".to_owned(), found.context.into());
-        protocol.insert("stride".to_owned(), found.stride.into());
-        protocol.insert("windows".to_owned(), found.windows.into());
-        if found.completions_only {
-            protocol.insert("completions_only".to_owned(), true.into());
-        }
-        let numbers = [("perplexity", found.perplexity), ("nll_per_token", found.nll_per_token)];
-        let numbers = numbers.map(|(name, value)| (name.to_owned(), value)).into();
-        Ok(Score { numbers, tokens: found.tokens, protocol })
+    fn prepare<'a>(&'a self, material: &Material<'a>) -> Result<Box<dyn Prepared + 'a>> {
+        let text = material.text()?;
+        let (context, stride) = self.windows(material.config, text.packed)?;
+        text.strided(context, stride)?;
+        Ok(Box::new(Windowed { task: self, text }))
     }
 
     fn result(&self, score: &Score) -> String {
@@ -173,6 +159,34 @@ impl Task for PplConfig {
             marks.push(["completions only".to_owned(), "completions".to_owned()]);
         }
         marks
+    }
+}
+
+/// A text to measure perplexities on.
+struct Windowed<'a> {
+    task: &'a PplConfig,
+    text: &'a TokenStream,
+}
+
+impl Prepared for Windowed<'_> {
+    fn measure(
+        &self,
+        bench: &Bench<'_>,
+        model: &dyn Forward,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Score> {
+        let Bench { config, device, stop, .. } = *bench;
+        let found = measure(model, config, self.text, self.task, device, stop, progress)?;
+        let mut protocol = Map::new();
+        protocol.insert("context".to_owned(), found.context.into());
+        protocol.insert("stride".to_owned(), found.stride.into());
+        protocol.insert("windows".to_owned(), found.windows.into());
+        if found.completions_only {
+            protocol.insert("completions_only".to_owned(), true.into());
+        }
+        let numbers = [("perplexity", found.perplexity), ("nll_per_token", found.nll_per_token)];
+        let numbers = numbers.map(|(name, value)| (name.to_owned(), value)).into();
+        Ok(Score { numbers, tokens: found.tokens, protocol, ..Score::default() })
     }
 }
 

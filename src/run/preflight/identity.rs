@@ -1,5 +1,7 @@
 //! What checkpoints depend on: the recipe, and the model and data by their hashes.
 
+use std::collections::BTreeMap;
+
 use sha2::{Digest, Sha256};
 
 use crate::error::Result;
@@ -22,15 +24,18 @@ pub(super) fn without_model(plan: &Plan, data: &Data) -> Result<Fingerprint> {
         ("train", &data.train),
         ("validation", &data.validation),
     ];
+    let mut hashes: BTreeMap<String, String> = corpora
+        .into_iter()
+        .filter_map(|(role, corpus)| Some((role.to_owned(), corpus.as_ref()?.sha256.clone())))
+        .collect();
+    for (index, stage) in plan.stages.iter().enumerate() {
+        let own = stage.config.stage().own_data()?.into_iter();
+        hashes.extend(own.map(|(what, sha256)| (format!("stage.{index}.{what}"), sha256)));
+    }
     Ok(Fingerprint {
         recipe: to_toml(&plan.recipe.clone().neutral())?,
         model: String::new(),
-        data: corpora
-            .into_iter()
-            .filter_map(|(role, corpus)| {
-                corpus.as_ref().map(|corpus| (role.to_owned(), corpus.sha256.clone()))
-            })
-            .collect(),
+        data: hashes,
     })
 }
 
