@@ -129,6 +129,8 @@ pub(super) struct Slice {
 
 struct Batch {
     rows: Vec<Vec<u32>>,
+    /// Where the example of each token starts, where rows are packed with examples.
+    starts: Option<Vec<Vec<u32>>>,
     /// The token after each position.
     next: Vec<i32>,
     /// Whether it is there and counts.
@@ -158,7 +160,13 @@ impl Slice {
         let batches: Vec<Batch> = windows
             .chunks((TOKENS_PER_BATCH / length).max(1))
             .map(|windows| {
-                let mut batch = Batch { rows: Vec::new(), next: Vec::new(), counts: Vec::new() };
+                let starts = windows.iter().map(|window| stream.starts(*window, length));
+                let mut batch = Batch {
+                    rows: Vec::new(),
+                    starts: starts.map(|starts| starts.map(<[u32]>::to_vec)).collect(),
+                    next: Vec::new(),
+                    counts: Vec::new(),
+                };
                 for window in windows {
                     let row = stream.window(*window, length);
                     let flags = stream.supervision(*window, length);
@@ -201,16 +209,23 @@ impl Slice {
         device: &Device,
         stop: &StopFlag,
     ) -> Result<Vec<Tensor<2>>> {
-        let positions = Positions::new(config, 0, self.length, model.ends().dtype(), device);
-        let tokens = |batch: &Batch| {
-            let rows: Vec<&[u32]> = batch.rows.iter().map(Vec::as_slice).collect();
-            CausalLm::tokens(&rows, device)
+        let dtype = model.ends().dtype();
+        let positions = Positions::new(config, 0, self.length, dtype, device);
+        let own = |batch: &Batch| {
+            let starts: Vec<&[u32]> = batch.starts.as_ref()?.iter().map(Vec::as_slice).collect();
+            Some(Positions::with_starts(config, 0, &starts, dtype, device))
+        };
+        let own: Vec<Option<Positions>> = self.batches.iter().map(own).collect();
+        let input = |index: usize| {
+            let rows: Vec<&[u32]> = self.batches[index].rows.iter().map(Vec::as_slice).collect();
+            (CausalLm::tokens(&rows, device), own[index].as_ref().unwrap_or(&positions))
         };
         let at_once = model.batches_at_once(TOKENS_PER_BATCH.max(self.length));
         let mut all = Vec::new();
-        for batches in self.batches.chunks(at_once) {
+        let indices: Vec<usize> = (0..self.batches.len()).collect();
+        for batches in indices.chunks(at_once) {
             stop.check()?;
-            let hidden = model.hidden(batches.iter().map(tokens).collect(), &positions)?;
+            let hidden = model.streams(batches.iter().map(|index| input(*index)).collect())?;
             all.extend(hidden.into_iter().map(flat));
         }
         Ok(all)

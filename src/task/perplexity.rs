@@ -221,10 +221,18 @@ pub fn measure(
         stop.check()?;
         progress(done, windows.len() as u64);
         let rows = |window: &ScoredWindow| &stream.tokens[window.start..][..context];
-        let inputs = batches
-            .iter()
-            .map(|batch| CausalLm::tokens(&batch.iter().map(rows).collect::<Vec<_>>(), device));
-        let hidden = model.hidden(inputs.collect(), &positions)?;
+        // Examples that share a window have positions of their own.
+        let own = |batch: &&[ScoredWindow]| -> Option<Positions> {
+            let starts = batch.iter().map(|window| stream.starts(window.start / context, context));
+            let starts: Vec<&[u32]> = starts.collect::<Option<_>>()?;
+            Some(Positions::with_starts(config, 0, &starts, model.ends().dtype(), device))
+        };
+        let own: Vec<Option<Positions>> = batches.iter().map(own).collect();
+        let inputs = batches.iter().zip(&own).map(|(batch, own)| {
+            let rows: Vec<&[u32]> = batch.iter().map(rows).collect();
+            (CausalLm::tokens(&rows, device), own.as_ref().unwrap_or(&positions))
+        });
+        let hidden = model.streams(inputs.collect())?;
         for (batch, hidden) in batches.iter().zip(hidden) {
             done += batch.len() as u64;
             let losses = batch_nll(model.ends(), stream, batch, context, &hidden, device);
