@@ -6,6 +6,8 @@
 mod config;
 mod files;
 mod gauge;
+pub mod gsm8k;
+pub mod ifeval;
 mod kind;
 mod perplexity;
 pub mod recorded;
