@@ -125,7 +125,7 @@ fn eval_says_what_it_counted() {
     assert!(text.starts_with("exit 3\nerror: the line has no `text` key"), "{text}");
     let unknown = place.run(&["eval", "--model", "x", "--data", "y", "--format", "chat"]);
     assert_eq!(unknown.code, 2);
-    assert!(unknown.err.contains("text, completion, instruction"), "{}", unknown.err);
+    assert!(unknown.err.contains("text, messages, instruction"), "{}", unknown.err);
 }
 
 #[test]
@@ -169,13 +169,13 @@ fn what_a_recipe_cannot_mean_is_refused() {
     exit 2
     error: unknown choice `completions` for `format`
       at   --set data.validation.format=completions
-      try  `completion` (known here: completion, instruction, text)
+      try  `completion` (known here: auto, completion, instruction, messages, text, tokens)
     ");
     assert_snapshot!(check("data.validation.fromat=text"), @r"
     exit 2
     error: unknown key `fromat`
       at   --set data.validation.fromat=text
-      try  `format` (known here: format, length, path, samples)
+      try  `format` (known here: chat_template, chat_template_kwargs, date, format, length, mix, path, samples, train_on)
     ");
     assert_snapshot!(check("stage.1.evaluate.task.ppl.context=64"), @r"
     exit 2

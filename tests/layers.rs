@@ -15,7 +15,18 @@ const LAYERS: [(&str, &[&str]); 14] = [
     ("run", &["recipe", "stage", "export", "model", "data", "quant", "store"]),
     (
         "recipe",
-        &["stage", "export::Format", "method", "model", "data::DataFormat", "quant", "store"],
+        &[
+            "stage",
+            "export::Format",
+            "method",
+            "model",
+            "data::DataFormat",
+            "data::Reading",
+            "data::TemplateChoice",
+            "data::TrainOn",
+            "quant",
+            "store",
+        ],
     ),
     (
         "stage",
@@ -35,7 +46,16 @@ const LAYERS: [(&str, &[&str]); 14] = [
     // The gate measures what tasks measure; a loss that is allowed is round-to-nearest's.
     (
         "export",
-        &["task", "method", "model", "data::DataFormat", "data::Tokenizer", "quant", "store"],
+        &[
+            "task",
+            "method",
+            "model",
+            "data::ChatTemplate",
+            "data::Reading",
+            "data::Tokenizer",
+            "quant",
+            "store",
+        ],
     ),
     ("task", &["model", "data", "ops", "store::folder", "store::hex", "store::locate"]),
     // The role of a parameter is the word both sides share: method says it, train reads rates by it.

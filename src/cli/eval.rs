@@ -9,8 +9,9 @@ use clap::Args;
 
 use self::ask::Asked;
 use self::show::{Adapter, Found};
-use super::{AdaptedArgs, Session, data_format, output};
-use crate::data::{DataFormat, Marks, TokenStream, Tokenizer, sha256_of};
+use super::data::ReadingArgs;
+use super::{AdaptedArgs, Session, output};
+use crate::data::{Marks, Reading, TokenStream, Tokenizer, sha256_of};
 use crate::error::{Error, Result};
 use crate::report::Event;
 use crate::report::Reporter;
@@ -28,14 +29,12 @@ pub(super) struct EvalArgs {
     /// What to measure, and on which file where not on --data; repeatable
     #[arg(long, value_name = "TASK[=FILE]", default_value = "ppl", value_parser = ask::asked)]
     task: Vec<Asked>,
-    /// Text (JSONL with "text", a JSON list of strings, or plain text), or examples of the --format;
-    /// several are joined in order. For tasks with rows: a file of them, or a folder
+    /// Text (JSONL with "text", a JSON list of strings, or plain text), or examples of the
+    /// --data-format; several are joined in order. For tasks with rows: a file of them, or a folder
     #[arg(long, value_name = "FILE")]
     data: Vec<String>,
-    /// What a text holds: text, completion ("prompt", "completion") or instruction
-    /// ("instruction", "input", "output"); of examples only completions count
-    #[arg(long, default_value = "text", value_parser = data_format)]
-    format: DataFormat,
+    #[command(flatten)]
+    reading: ReadingArgs,
     /// Window length in tokens, which examples are packed into whole [default: the model's context,
     /// at most 2048]
     #[arg(long)]
@@ -125,7 +124,7 @@ struct Ready {
 struct Text {
     stream: TokenStream,
     marks: Marks,
-    format: DataFormat,
+    reading: Reading,
     sha256: String,
 }
 
@@ -177,7 +176,6 @@ impl EvalArgs {
             window.map_err(|refused| refused.error.at(format!("--{}", refused.key)))
         };
         let length = window(None)?;
-        window(self.format.is_packed().then_some(length))?;
         if names.is_empty() {
             return Err(Error::usage(format!(
                 "{} is measured on text, and none is named",
@@ -186,12 +184,17 @@ impl EvalArgs {
             .at("--data")
             .fix(format!("--data FILE, or --task {}=FILE", task.label())));
         }
-        let paths: Vec<PathBuf> = names.iter().map(|d| locate::data(d)).collect::<Result<_>>()?;
+        let mut paths: Vec<PathBuf> = Vec::new();
+        for name in names {
+            paths.extend(locate::data_files(name)?);
+        }
+        let reading = self.reading.reading()?.resolved(&paths)?;
+        window(reading.format.is_packed().then_some(length))?;
         let tokenizer: Tokenizer = session.tokenizer()?;
         let mut marks = session.marks(&tokenizer)?;
         marks.bos = marks.bos.filter(|_| !self.no_bos);
-        let stream = TokenStream::load(&paths, self.format, &tokenizer, marks, length)?;
-        Ok(Text { stream, marks, format: self.format, sha256: sha256_of(&paths)? })
+        let stream = session.read(&paths, &reading, &tokenizer, marks, length)?;
+        Ok(Text { stream, marks, reading, sha256: sha256_of(&paths)? })
     }
 }
 

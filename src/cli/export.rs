@@ -6,7 +6,7 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{ArgGroup, Args};
 
 use super::{AdaptedArgs, ModelArgs, Session, data_format, output};
-use crate::data::{DataFormat, TokenStream, sha256_of};
+use crate::data::{DataFormat, Reading, TokenStream, sha256_of};
 use crate::error::{Error, Result};
 use crate::export::{Exported, Format, FormatsConfig, Gate, Manifest, OpenModel, write_opened};
 use crate::model::WeightSource;
@@ -227,7 +227,7 @@ struct Text {
     stream: TokenStream,
     task: PplConfig,
     sha256: String,
-    format: DataFormat,
+    reading: Reading,
 }
 
 impl Text {
@@ -235,8 +235,11 @@ impl Text {
         let sha256 = sha256_of(&[data])?;
         let recorded = session.opened.manifest.as_ref().and_then(|m| m.parity.as_ref());
         let recorded = recorded.filter(|parity| parity.data_sha256 == sha256);
-        let format = format.or(recorded.map(|parity| parity.format)).unwrap_or_default();
-        let recorded = recorded.filter(|parity| parity.format == format);
+        let reading = match (format, recorded) {
+            (None, Some(parity)) => parity.reading.clone(),
+            (format, _) => Reading::from(format.unwrap_or_default()).resolved(&[data])?,
+        };
+        let recorded = recorded.filter(|parity| parity.reading == reading);
         let task = PplConfig {
             context: recorded.map(|parity| parity.context),
             stride: recorded.and_then(|parity| parity.stride),
@@ -247,14 +250,15 @@ impl Text {
             PplConfig { context: task.context, ..PplConfig::default() }.windows(config, None)?;
         let tokenizer = session.tokenizer()?;
         let marks = session.marks(&tokenizer)?;
-        let stream = TokenStream::load(&[data], format, &tokenizer, marks, context)?;
+        let stream = session.read(&[data.to_owned()], &reading, &tokenizer, marks, context)?;
         let (context, stride) = task.windows(config, stream.packed)?;
         stream.strided(context, stride).map_err(|e| e.at(data.display()))?;
-        Ok(Self { stream, task, sha256, format })
+        Ok(Self { stream, task, sha256, reading })
     }
 
     fn gauge(&self) -> GaugeText<'_> {
-        let Self { stream, task, sha256, format } = self;
-        GaugeText { stream, task: task.clone(), sha256: sha256.clone(), format: *format }
+        let Self { stream, task, sha256, reading } = self;
+        let (task, sha256, reading) = (task.clone(), sha256.clone(), reading.clone());
+        GaugeText { stream, task, sha256, reading }
     }
 }

@@ -2,6 +2,7 @@
 
 mod adapter;
 mod chat;
+mod data;
 mod eval;
 mod export;
 mod generate;
@@ -25,7 +26,7 @@ use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use crate::data::{DataFormat, Marks, Tokenizer};
+use crate::data::{DataFormat, Marks, Reader, Reading, TokenStream, Tokenizer};
 use crate::device::{self, NamedDevice};
 use crate::error::{Error, Result};
 use crate::exhausted;
@@ -55,6 +56,8 @@ enum Command {
     Check(train::CheckArgs),
     /// List, show or copy the built-in recipes
     Recipes(recipes::RecipesArgs),
+    /// Show what a data set becomes
+    Data(data::DataArgs),
     /// Measure a model, with the protocol beside the number
     Eval(eval::EvalArgs),
     /// Write a format from a run's packed export, or from any model that can be read
@@ -110,6 +113,7 @@ fn run(command: Command) -> Result<()> {
         Command::Train(args) => train::train(args, &stop),
         Command::Check(args) => train::check(args, &stop),
         Command::Recipes(args) => recipes::run(args),
+        Command::Data(args) => data::run(&args),
         Command::Eval(args) => eval::run(&args, &stop),
         Command::Export(args) => export::run(&args, &stop),
         Command::Adapter(args) => adapter::run(&args, &stop),
@@ -255,6 +259,19 @@ impl Session {
 
     fn tokenizer(&self) -> Result<Tokenizer> {
         self.opened.tokenizer()
+    }
+
+    /// Reads data with the model's tokenizer and chat template.
+    fn read(
+        &self,
+        paths: &[PathBuf],
+        reading: &Reading,
+        tokenizer: &Tokenizer,
+        marks: Marks,
+        length: usize,
+    ) -> Result<TokenStream> {
+        let (template, vocab) = (&|| self.opened.chat_template(), self.opened.config.vocab);
+        Reader { tokenizer, template, marks, length, vocab }.read(paths, reading)
     }
 
     /// What an export must not change of this model.

@@ -1,6 +1,6 @@
 //! Writing to stdout and stderr. A reader that went away (`fewbit ... | head`) is no error.
 
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -27,6 +27,11 @@ pub(super) fn print(text: &str) -> Result<()> {
 /// Whether a write to stdout found that its reader went away.
 pub(super) fn is_closed() -> bool {
     CLOSED.load(Ordering::Relaxed)
+}
+
+/// Whether stdout takes no colours: it is no terminal, or nobody wants them.
+pub(super) fn is_plain() -> bool {
+    !std::io::stdout().is_terminal() || std::env::var_os("NO_COLOR").is_some()
 }
 
 /// Writes a line to stdout.

@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::{ModelArgs, Session, output};
-use crate::data::{TokenStream, sha256_of};
+use crate::data::sha256_of;
 use crate::error::{Error, Kind, Result};
 use crate::export::{self, Manifest, OpenModel, open_model};
 use crate::model::{ByBlock, WeightSource, weight_name};
@@ -232,8 +232,7 @@ fn check_perplexity(
     }
     let tokenizer = session.tokenizer()?;
     let marks = session.marks(&tokenizer)?;
-    let (format, length) = (recorded.format, recorded.context);
-    let stream = TokenStream::load(&[&path], format, &tokenizer, marks, length)?;
+    let stream = session.read(&[path], &recorded.reading, &tokenizer, marks, recorded.context)?;
     let task = PplConfig {
         context: Some(recorded.context),
         stride: recorded.stride,

@@ -1,15 +1,16 @@
 //! Documents from a data file, and the hash that names the data in a report.
 //!
-//! Three shapes are read: JSONL with a `text` key on each line, a JSON list of strings, and plain
-//! text (the whole file is one document). The content decides; the extension only settles whether
+//! Three shapes are read: JSONL with a `text` key on each line, a JSON list of strings or of such objects, and
+//! plain text (the whole file is one document); Parquet with a column `text` where it is built in. The content decides; the extension only settles whether
 //! a file that opens like JSON but does not parse is broken JSON or prose.
 
 use std::path::Path;
 
 use serde_json::Value;
-use serde_json::error::Category;
 use sha2::{Digest as _, Sha256};
 
+use super::examples::{DataFormat, Fields, other_format};
+use super::rows::{self, Kind, Row};
 use crate::error::{Error, Result};
 use crate::store::folder::sha256_file;
 use crate::store::hex;
@@ -24,25 +25,56 @@ const SHAPES: &str = "give {\"text\": \"…\"} on each line, a JSON list of stri
 /// If the file cannot be read, is not UTF-8, holds no document, or breaks its own shape; the
 /// error names the file and the line.
 pub fn read_documents(path: &Path) -> Result<Vec<String>> {
-    let bytes = std::fs::read(path).map_err(|source| Error::io("read", path, &source))?;
-    let text = decode_utf8(bytes, path)?;
-    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
-    let documents = match (text.trim_start().chars().next(), is_named_json(path)) {
-        (None, _) => return Err(refused("the file is empty", path).fix(SHAPES)),
-        (Some('['), true) => string_list(text, path)?,
-        (Some('['), false) => match string_list(text, path) {
-            Ok(list) => list,
-            Err(_) if !is_json(text) => vec![text.to_owned()],
-            Err(error) => return Err(error),
-        },
-        (Some('{'), false) if !first_line_is_object(text) => vec![text.to_owned()],
-        (Some('{'), _) | (Some(_), true) => json_lines(text, path)?,
-        (Some(_), false) => vec![text.to_owned()],
+    let mut all = Vec::new();
+    each(path, &mut |text| {
+        all.push(text);
+        Ok(())
+    })?;
+    Ok(all)
+}
+
+/// Gives each document of `path` to `take`, in file order; only the one at hand is held.
+///
+/// # Errors
+/// As [`read_documents`], and what `take` refuses.
+pub(super) fn each(path: &Path, take: &mut dyn FnMut(String) -> Result<()>) -> Result<()> {
+    let named = is_named_json(path);
+    let prose = match rows::kind(path)? {
+        Kind::Text => !named,
+        // Valid JSON of another shape is a mistake under any name.
+        Kind::List => !named && !rows::is_json(path)?,
+        Kind::Object => !named && !rows::opens_with_an_object(path)?,
+        Kind::Empty | Kind::Parquet => false,
     };
-    if documents.is_empty() {
-        return Err(refused("the file holds no documents", path).fix(SHAPES));
+    if prose {
+        let bytes = std::fs::read(path).map_err(|source| Error::io("read", path, &source))?;
+        let text = decode_utf8(bytes, path)?;
+        return take(text.strip_prefix('\u{feff}').unwrap_or(&text).to_owned());
     }
-    Ok(documents)
+    let mut any = false;
+    rows::each(path, SHAPES, &mut |row| {
+        any = true;
+        let text = text_of(&row).map_err(|what| {
+            let fix = other_format(&row, DataFormat::Text).unwrap_or_else(|| SHAPES.to_owned());
+            refused(what, path).at(row.place()).fix(fix)
+        })?;
+        take(text)
+    })?;
+    if any {
+        return Ok(());
+    }
+    Err(refused("the file holds no documents", path).fix(SHAPES))
+}
+
+/// The text of a record: a string of a list, or an object with `text`.
+fn text_of(row: &Row) -> Result<String, String> {
+    match &row.value {
+        Value::String(text) if row.unit == "entry" => Ok(text.clone()),
+        Value::Object(object) => {
+            Fields { object, unit: row.unit }.required("text").map(str::to_owned)
+        }
+        other => Err(format!("the {} is {}, expected an object", row.unit, kind_of(other))),
+    }
 }
 
 /// SHA-256 of data files as lower-case hexadecimal.
@@ -64,7 +96,7 @@ pub fn sha256_of<P: AsRef<Path>>(paths: &[P]) -> Result<String> {
 }
 
 /// First bytes of compressed files, and what undoes them.
-const COMPRESSED: [(&[u8], &str, &str); 5] = [
+pub(super) const COMPRESSED: [(&[u8], &str, &str); 5] = [
     (b"\x1f\x8b", "gzip", "gunzip"),
     (b"\x28\xb5\x2f\xfd", "Zstandard", "unzstd"),
     (b"\xfd7zXZ\0", "xz", "unxz"),
@@ -76,7 +108,7 @@ const COMPRESSED: [(&[u8], &str, &str); 5] = [
 ///
 /// # Errors
 /// When they are compressed, hold zeros as UTF-16 does, or are no UTF-8.
-pub(super) fn decode_utf8(bytes: Vec<u8>, path: &Path) -> Result<String> {
+fn decode_utf8(bytes: Vec<u8>, path: &Path) -> Result<String> {
     let packed = COMPRESSED.iter().find(|(start, ..)| bytes.starts_with(start));
     // Prose may begin with the letters of a signature.
     let prose = || std::str::from_utf8(&bytes).is_ok() && bytes.iter().all(|byte| *byte > 8);
@@ -87,72 +119,33 @@ pub(super) fn decode_utf8(bytes: Vec<u8>, path: &Path) -> Result<String> {
     }
     let wide = [b"\xff\xfe", b"\xfe\xff"].iter().any(|mark| bytes.starts_with(*mark));
     if wide || bytes.contains(&0) {
-        let what = "the file is no UTF-8 text: it holds zero bytes, as UTF-16 and binary files do";
-        let iconv = format!("`iconv -f UTF-16 -t UTF-8 {}` if it is UTF-16", path.display());
-        return Err(refused(what, path).fix(iconv));
+        return Err(not_text(path));
     }
     String::from_utf8(bytes).map_err(|error| {
         let valid = error.utf8_error().valid_up_to();
-        let line = error.as_bytes()[..valid].split(|byte| *byte == b'\n').count();
-        refused("the file is not valid UTF-8", path)
-            .at(format!("line {line}"))
-            .fix("convert it to UTF-8 text first")
+        not_utf8(path, error.as_bytes()[..valid].split(|byte| *byte == b'\n').count())
     })
 }
 
-fn is_named_json(path: &Path) -> bool {
+/// A file with zero bytes in it.
+pub(super) fn not_text(path: &Path) -> Error {
+    let what = "the file is no UTF-8 text: it holds zero bytes, as UTF-16 and binary files do";
+    let iconv = format!("`iconv -f UTF-16 -t UTF-8 {}` if it is UTF-16", path.display());
+    refused(what, path).fix(iconv)
+}
+
+/// A file whose line `line` is in no UTF-8.
+pub(super) fn not_utf8(path: &Path, line: usize) -> Error {
+    refused("the file is not valid UTF-8", path)
+        .at(format!("line {line}"))
+        .fix("convert it to UTF-8 text first")
+}
+
+/// Whether a file's name says that it is JSON.
+pub(super) fn is_named_json(path: &Path) -> bool {
     path.extension().and_then(|extension| extension.to_str()).is_some_and(|extension| {
         ["json", "jsonl", "ndjson"].iter().any(|known| extension.eq_ignore_ascii_case(known))
     })
-}
-
-fn is_json(text: &str) -> bool {
-    serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok()
-}
-
-fn first_line_is_object(text: &str) -> bool {
-    let first = text.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
-    matches!(serde_json::from_str(first), Ok(Value::Object(_)))
-}
-
-fn string_list(text: &str, path: &Path) -> Result<Vec<String>> {
-    serde_json::from_str(text).map_err(|error| {
-        let what = match error.classify() {
-            Category::Data => {
-                format!("the list holds something else than strings: {}", bare(&error))
-            }
-            _ => format!("the file is not valid JSON: {}", bare(&error)),
-        };
-        refused(what, path).at(format!("line {}", error.line())).fix(SHAPES)
-    })
-}
-
-fn json_lines(text: &str, path: &Path) -> Result<Vec<String>> {
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    lines
-        .map(|(index, line)| {
-            json_line(line)
-                .map_err(|what| refused(what, path).at(format!("line {}", index + 1)).fix(SHAPES))
-        })
-        .collect()
-}
-
-/// The document of one line, or what is wrong with the line.
-fn json_line(line: &str) -> Result<String, String> {
-    let value = serde_json::from_str(line)
-        .map_err(|error| format!("the line is not valid JSON: {}", bare(&error)))?;
-    let Value::Object(mut object) = value else {
-        return Err(format!("the line is {}, expected an object", kind_of(&value)));
-    };
-    match object.remove("text") {
-        Some(Value::String(text)) => Ok(text),
-        Some(other) => Err(format!("`text` is {}, expected a string", kind_of(&other))),
-        None => {
-            let keys: Vec<_> = object.keys().map(String::as_str).collect();
-            let found = if keys.is_empty() { "nothing".to_owned() } else { keys.join(", ") };
-            Err(format!("the line has no `text` key (found: {found})"))
-        }
-    }
 }
 
 /// The parser's message without its position: the line in it counts within one JSONL line.
@@ -220,8 +213,7 @@ mod tests {
         // Valid JSON of another shape is a mistake under any name.
         assert_eq!(
             refusal("a.txt", "[\"one\",\n{\"text\": 1}]"),
-            "the list holds something else than strings: invalid type: map, expected a string\n  \
-             at   a.txt, line 2"
+            "`text` is a number, expected a string\n  at   a.txt, entry 2"
         );
     }
 

@@ -1,10 +1,7 @@
-//! Prompts with their completions from a data file, and the one text an instruction becomes.
+//! What the records of a data file are: the formats, and how a record of each is read.
 //!
-//! Two shapes of object are read, from JSONL or from a JSON list: `prompt` and `completion`, or the
-//! Alpaca form `instruction`, `input` (may be absent, null or empty) and `output`. Other keys are
-//! ignored.
-//!
-//! An instruction becomes this prompt, its output the completion right behind it:
+//! An instruction that does not go through a chat template becomes this prompt, its output the completion
+//! right behind it:
 //!
 //! ```text
 //! INSTRUCTION
@@ -21,7 +18,9 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::documents::{bare, decode_utf8, kind_of, refused};
+use super::chat::Chat;
+use super::documents::kind_of;
+use super::rows::{self, Kind, Row};
 use crate::error::{Error, Result};
 
 /// What the documents of a data set are.
@@ -31,22 +30,35 @@ pub enum DataFormat {
     /// Plain text, every token of which counts.
     #[default]
     Text,
-    /// Objects with `prompt` and `completion`; only the completion counts.
-    Completion,
+    /// Conversations; what the model says in them counts.
+    Messages,
     /// Objects with `instruction`, `input` and `output`; only the output counts.
     Instruction,
+    /// Objects with `prompt` and `completion`; only the completion counts.
+    Completion,
+    /// Token ids, with labels where some do not count.
+    Tokens,
+    /// The one that the first record shows.
+    Auto,
 }
+
+/// A format's names of keys, by which it is told: any of these sets, all of its names there.
+type Marks = &'static [&'static [&'static str]];
 
 impl DataFormat {
     /// Every format.
-    pub const ALL: [Self; 3] = [Self::Text, Self::Completion, Self::Instruction];
+    pub const ALL: [Self; 6] =
+        [Self::Text, Self::Messages, Self::Instruction, Self::Completion, Self::Tokens, Self::Auto];
 
     /// Its name in recipes and on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Text => "text",
-            Self::Completion => "completion",
+            Self::Messages => "messages",
             Self::Instruction => "instruction",
+            Self::Completion => "completion",
+            Self::Tokens => "tokens",
+            Self::Auto => "auto",
         }
     }
 
@@ -54,6 +66,105 @@ impl DataFormat {
     pub fn is_packed(self) -> bool {
         self != Self::Text
     }
+
+    fn marks(self) -> Marks {
+        match self {
+            Self::Text => &[&["text"]],
+            Self::Messages => &[&["messages"], &["conversations"], &["conversation"]],
+            Self::Instruction => &[&["instruction", "output"]],
+            Self::Completion => &[&["prompt", "completion"]],
+            Self::Tokens => &[&["input_ids"]],
+            Self::Auto => &[],
+        }
+    }
+
+    /// A record as a remedy shows it.
+    fn shape(self) -> &'static str {
+        match self {
+            Self::Text | Self::Auto => "{\"text\": \"…\"}",
+            Self::Messages => "{\"messages\": [{\"role\": \"user\", \"content\": \"…\"}, …]}",
+            Self::Instruction => "{\"instruction\": \"…\", \"output\": \"…\"}",
+            Self::Completion => "{\"prompt\": \"…\", \"completion\": \"…\"}",
+            Self::Tokens => "{\"input_ids\": [1, …], \"labels\": [-100, …]}",
+        }
+    }
+
+    /// What to give, where records are not of this format.
+    pub(super) fn fix(self) -> String {
+        format!("give {} on each line, or a JSON list of such objects", self.shape())
+    }
+
+    /// The formats whose keys an object has.
+    fn fitting(object: &Map<String, Value>) -> Vec<Self> {
+        let has =
+            |keys: &&[&str]| keys.iter().all(|key| object.get(*key).is_some_and(|v| !v.is_null()));
+        Self::ALL
+            .into_iter()
+            .filter(|format| format.marks().iter().any(|keys| has(&keys)))
+            .collect()
+    }
+
+    /// The format of a file: this one, or where it is [`DataFormat::Auto`] the one of the first record.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or its first record fits none or several.
+    pub fn of(self, path: &Path) -> Result<Self> {
+        if self != Self::Auto {
+            return Ok(self);
+        }
+        let named = super::documents::is_named_json(path);
+        match rows::kind(path)? {
+            Kind::Text if !named => return Ok(Self::Text),
+            Kind::Object if !named && !rows::opens_with_an_object(path)? => return Ok(Self::Text),
+            Kind::List if !named && !rows::is_json(path)? => return Ok(Self::Text),
+            _ => {}
+        }
+        let (mut found, mut seen) = (None, false);
+        let shapes =
+            "format = \"text\", \"messages\", \"instruction\", \"completion\" or \"tokens\"";
+        let first = rows::each(path, shapes, &mut |row| {
+            seen = true;
+            found = Some(Self::of_row(&row).map_err(|what| {
+                let error = Error::preflight(what).at(path.display()).at(row.place());
+                error.fix(shapes)
+            })?);
+            Err(Error::failed("enough"))
+        });
+        match (found, first) {
+            (Some(format), _) => Ok(format),
+            (None, Err(error)) => Err(error),
+            (None, Ok(())) if !seen => {
+                Err(Error::preflight("the file holds no records").at(path.display()).fix(shapes))
+            }
+            (None, Ok(())) => Ok(Self::Text),
+        }
+    }
+
+    fn of_row(row: &Row) -> Result<Self, String> {
+        let object = match &row.value {
+            Value::String(_) => return Ok(Self::Text),
+            Value::Object(object) => object,
+            other => {
+                return Err(format!("the {} is {}, which no format is", row.unit, kind_of(other)));
+            }
+        };
+        match Self::fitting(object)[..] {
+            [one] => Ok(one),
+            [] => Err(format!("no format has keys such as these: {}", listed(object))),
+            [one, other, ..] => Err(format!(
+                "the {} fits format \"{}\" and \"{}\"",
+                row.unit,
+                one.name(),
+                other.name()
+            )),
+        }
+    }
+}
+
+/// The keys of an object, for a message.
+fn listed(object: &Map<String, Value>) -> String {
+    let keys: Vec<_> = object.keys().map(String::as_str).take(12).collect();
+    if keys.is_empty() { "nothing".to_owned() } else { keys.join(", ") }
 }
 
 /// A prompt and what is to follow it.
@@ -65,13 +176,91 @@ pub struct Example {
     pub completion: String,
 }
 
+/// What a record stands for.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Document {
+    /// A text.
+    Text(String),
+    /// A prompt and its completion.
+    Example(Example),
+    /// A conversation.
+    Chat(Chat),
+    /// Tokens, and which of them count.
+    Tokens(Vec<u32>, Vec<bool>),
+}
+
+/// Reads the records of `path` as `format`, in file order. `chat`: examples become conversations of two
+/// messages.
+///
+/// # Errors
+/// If the file cannot be read, holds no record, or has one of another shape: the error names the file and
+/// the line, and the format that fits where there is one. And what `take` refuses, with the record's place.
+pub(super) fn each(
+    path: &Path,
+    format: DataFormat,
+    chat: bool,
+    take: &mut dyn FnMut(Document, &str) -> Result<()>,
+) -> Result<()> {
+    let fix = format.fix();
+    let mut any = false;
+    rows::each(path, &fix, &mut |row| {
+        any = true;
+        let document = of_row(&row, format, chat).map_err(|what| {
+            let fix = other_format(&row, format).unwrap_or_else(|| fix.clone());
+            Error::preflight(what).at(path.display()).at(row.place()).fix(fix)
+        })?;
+        let place = row.place();
+        take(document, &place).map_err(|error| error.at(path.display()).at(place))
+    })?;
+    if any {
+        return Ok(());
+    }
+    Err(Error::preflight("the file holds no examples").at(path.display()).fix(fix))
+}
+
+/// What to say where a record is of another format.
+pub(super) fn other_format(row: &Row, format: DataFormat) -> Option<String> {
+    let object = row.value.as_object()?;
+    let fitting = DataFormat::fitting(object);
+    let other = fitting.iter().find(|other| **other != format)?;
+    let alone = !fitting.contains(&format);
+    alone.then(|| format!("format = \"{}\": the {} has its keys", other.name(), row.unit))
+}
+
+fn of_row(row: &Row, format: DataFormat, chat: bool) -> Result<Document, String> {
+    let Value::Object(object) = &row.value else {
+        return Err(format!("the {} is {}, expected an object", row.unit, kind_of(&row.value)));
+    };
+    let fields = Fields { object, unit: row.unit };
+    Ok(match format {
+        DataFormat::Text | DataFormat::Auto => Document::Text(fields.required("text")?.to_owned()),
+        DataFormat::Messages => Document::Chat(conversation(&fields)?),
+        DataFormat::Tokens => tokens(&fields)?,
+        DataFormat::Completion if chat => {
+            let [prompt, completion] = [fields.required("prompt")?, fields.required("completion")?];
+            Document::Chat(Chat::of_pair(prompt, completion))
+        }
+        DataFormat::Instruction if chat => {
+            let (instruction, output) =
+                (fields.required("instruction")?, fields.required("output")?);
+            let asked = match fields.optional("input")? {
+                "" => instruction.to_owned(),
+                input => format!("{instruction}\n\n{input}"),
+            };
+            Document::Chat(Chat::of_pair(&asked, output))
+        }
+        DataFormat::Completion => Document::Example(completion(&fields)?),
+        DataFormat::Instruction => Document::Example(instruction(&fields)?),
+    })
+}
+
 /// Reads the examples of `path`, objects with `prompt` and `completion`, in file order.
 ///
 /// # Errors
 /// If the file cannot be read, is not UTF-8, holds no example, or has an entry of another shape;
 /// the error names the file and the line, or the entry of a list.
 pub fn read_completions(path: &Path) -> Result<Vec<Example>> {
-    read(path, &Shape { of: completion, keys: "{\"prompt\": \"…\", \"completion\": \"…\"}" })
+    read(path, DataFormat::Completion)
 }
 
 /// Reads the examples of `path`, objects with `instruction`, `input` and `output`, in file order.
@@ -79,84 +268,52 @@ pub fn read_completions(path: &Path) -> Result<Vec<Example>> {
 /// # Errors
 /// As [`read_completions`].
 pub fn read_instructions(path: &Path) -> Result<Vec<Example>> {
-    read(path, &Shape { of: instruction, keys: "{\"instruction\": \"…\", \"output\": \"…\"}" })
+    read(path, DataFormat::Instruction)
 }
 
-struct Shape {
-    /// The example of an object, or what is wrong with it.
-    of: fn(&Fields<'_>) -> Result<Example, String>,
-    /// The object as a remedy shows it.
-    keys: &'static str,
-}
-
-impl Shape {
-    fn fix(&self) -> String {
-        format!("give {} on each line, or a JSON list of such objects", self.keys)
-    }
-
-    fn example(&self, value: &Value, unit: &'static str) -> Result<Example, String> {
-        match value {
-            Value::Object(object) => (self.of)(&Fields { object, unit }),
-            other => Err(format!("the {unit} is {}, expected an object", kind_of(other))),
+fn read(path: &Path, format: DataFormat) -> Result<Vec<Example>> {
+    let mut all = Vec::new();
+    each(path, format, false, &mut |document, _| {
+        if let Document::Example(example) = document {
+            all.push(example);
         }
-    }
-}
-
-fn read(path: &Path, shape: &Shape) -> Result<Vec<Example>> {
-    let bytes = std::fs::read(path).map_err(|source| Error::io("read", path, &source))?;
-    let text = decode_utf8(bytes, path)?;
-    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
-    let examples = match text.trim_start().chars().next() {
-        None => return Err(refused("the file is empty", path).fix(shape.fix())),
-        Some('[') => list(text, path, shape)?,
-        Some(_) => lines(text, path, shape)?,
-    };
-    if examples.is_empty() {
-        return Err(refused("the file holds no examples", path).fix(shape.fix()));
-    }
-    Ok(examples)
-}
-
-fn list(text: &str, path: &Path, shape: &Shape) -> Result<Vec<Example>> {
-    let entries: Vec<Value> = serde_json::from_str(text).map_err(|error| {
-        refused(format!("the file is not valid JSON: {}", bare(&error)), path)
-            .at(format!("line {}", error.line()))
-            .fix(shape.fix())
+        Ok(())
     })?;
-    let examples = entries.iter().enumerate().map(|(index, entry)| {
-        shape
-            .example(entry, "entry")
-            .map_err(|what| refused(what, path).at(format!("entry {}", index + 1)).fix(shape.fix()))
-    });
-    examples.collect()
+    Ok(all)
 }
 
-fn lines(text: &str, path: &Path, shape: &Shape) -> Result<Vec<Example>> {
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let examples = lines.map(|(index, line)| {
-        serde_json::from_str(line)
-            .map_err(|error| format!("the line is not valid JSON: {}", bare(&error)))
-            .and_then(|value| shape.example(&value, "line"))
-            .map_err(|what| refused(what, path).at(format!("line {}", index + 1)).fix(shape.fix()))
-    });
-    examples.collect()
+/// Reads the conversations of `path`, in file order.
+///
+/// # Errors
+/// As [`read_completions`].
+pub fn read_conversations(path: &Path) -> Result<Vec<Chat>> {
+    let mut all = Vec::new();
+    each(path, DataFormat::Messages, true, &mut |document, _| {
+        if let Document::Chat(chat) = document {
+            all.push(chat);
+        }
+        Ok(())
+    })?;
+    Ok(all)
 }
 
 /// One object of a file.
-struct Fields<'a> {
-    object: &'a Map<String, Value>,
+pub(super) struct Fields<'a> {
+    pub(super) object: &'a Map<String, Value>,
     /// What holds the object: `line` or `entry`.
-    unit: &'static str,
+    pub(super) unit: &'static str,
 }
 
 impl Fields<'_> {
-    fn required(&self, key: &str) -> Result<&str, String> {
-        if let Some(value) = self.object.get(key) {
-            return string(key, value);
-        }
-        let keys: Vec<_> = self.object.keys().map(String::as_str).collect();
-        let found = if keys.is_empty() { "nothing".to_owned() } else { keys.join(", ") };
-        Err(format!("the {} has no `{key}` key (found: {found})", self.unit))
+    fn value(&self, key: &str) -> Result<&Value, String> {
+        let found = listed(self.object);
+        self.object
+            .get(key)
+            .ok_or_else(|| format!("the {} has no `{key}` key (found: {found})", self.unit))
+    }
+
+    pub(super) fn required(&self, key: &str) -> Result<&str, String> {
+        string(key, self.value(key)?)
     }
 
     /// Empty where the key is absent or null.
@@ -188,6 +345,84 @@ fn instruction(fields: &Fields<'_>) -> Result<Example, String> {
     Ok(Example { prompt, completion: fields.required("output")?.to_owned() })
 }
 
+/// A conversation under any of its names, with the tools and documents beside it.
+fn conversation(fields: &Fields<'_>) -> Result<Chat, String> {
+    let names = ["messages", "conversations", "conversation"];
+    let there = names.iter().find(|name| fields.object.get(**name).is_some_and(|v| !v.is_null()));
+    let mut chat = Chat::of_messages(fields.value(there.unwrap_or(&names[0]))?)?;
+    if let Some(tools) = fields.object.get("tools") {
+        chat.set_tools(tools)?;
+    }
+    if let Some(documents) = fields.object.get("documents") {
+        chat.set_documents(documents)?;
+    }
+    // ShareGPT keeps the system's words beside the conversation.
+    if let Some(Value::String(system)) = fields.object.get("system")
+        && !system.is_empty()
+        && chat.messages.first().and_then(|first| first.get("role")?.as_str()) != Some("system")
+    {
+        chat.messages.insert(0, serde_json::json!({"role": "system", "content": system}));
+    }
+    Ok(chat)
+}
+
+/// The label of a token that does not count.
+const IGNORED: i64 = -100;
+
+/// Token ids with `labels`, or a `loss_mask` or `completion_mask` of 0 and 1; all count where there is none.
+/// An `attention_mask` takes padding away.
+fn tokens(fields: &Fields<'_>) -> Result<Document, String> {
+    let ids = integers("input_ids", fields.value("input_ids")?)?;
+    let beside = |key: &str| -> Result<Option<Vec<i64>>, String> {
+        let Some(value) = fields.object.get(key).filter(|value| !value.is_null()) else {
+            return Ok(None);
+        };
+        let list = integers(key, value)?;
+        if list.len() == ids.len() {
+            return Ok(Some(list));
+        }
+        Err(format!("`{key}` has {} entries, and `input_ids` {}", list.len(), ids.len()))
+    };
+    let mut counts = vec![true; ids.len()];
+    if let Some(labels) = beside("labels")? {
+        for (at, label) in labels.iter().enumerate() {
+            if *label != IGNORED && *label != ids[at] {
+                return Err(format!(
+                    "label {} is {label} and token {}: a label is {IGNORED} or the token of its own place",
+                    at + 1,
+                    ids[at]
+                ));
+            }
+            counts[at] = *label != IGNORED;
+        }
+    }
+    for key in ["loss_mask", "completion_mask"] {
+        for (at, flag) in beside(key)?.into_iter().flatten().enumerate() {
+            counts[at] &= flag != 0;
+        }
+    }
+    let attended = beside("attention_mask")?;
+    let kept = |at: &usize| attended.as_ref().is_none_or(|mask| mask[*at] != 0);
+    let kept: Vec<usize> = (0..ids.len()).filter(kept).collect();
+    let id = |at: usize| {
+        u32::try_from(ids[at])
+            .map_err(|_| format!("`input_ids` holds {}, which is no token", ids[at]))
+    };
+    let ids: Result<_, String> = kept.iter().map(|at| id(*at)).collect();
+    Ok(Document::Tokens(ids?, kept.iter().map(|at| counts[*at]).collect()))
+}
+
+fn integers(key: &str, value: &Value) -> Result<Vec<i64>, String> {
+    let Value::Array(list) = value else {
+        return Err(format!("`{key}` is {}, expected a list of numbers", kind_of(value)));
+    };
+    let number = |value: &Value| value.as_i64().or_else(|| Some(i64::from(value.as_bool()?)));
+    let numbers = list.iter().map(|value| {
+        number(value)
+            .ok_or_else(|| format!("`{key}` holds {}, expected whole numbers", kind_of(value)))
+    });
+    numbers.collect()
+}
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -12,8 +12,9 @@
 
 use std::path::Path;
 
-use super::documents::read_documents;
-use super::examples::{DataFormat, Example, read_completions, read_instructions};
+use super::chat::ChatTemplate;
+use super::examples::{DataFormat, Example};
+use super::reading::{Reader, Reading};
 use super::tokenizer::Tokenizer;
 use super::windows::TokenStream;
 use crate::error::{Error, Result};
@@ -29,7 +30,8 @@ pub struct Marks {
 
 impl TokenStream {
     /// Reads and tokenizes the data files `paths`, joined in order. Examples are packed into
-    /// windows of `length` tokens; plain text has no windows yet and does not look at it.
+    /// windows of `length` tokens; plain text has no windows yet and does not look at it. What goes
+    /// through a chat template has to be read by a [`Reader`] with one.
     ///
     /// # Errors
     /// If a file cannot be read or is of another format, or nothing in it is supervised.
@@ -40,18 +42,10 @@ impl TokenStream {
         marks: Marks,
         length: usize,
     ) -> Result<Self> {
-        let paths = paths.iter().map(AsRef::as_ref);
-        let read = match format {
-            DataFormat::Text => {
-                let documents = joined(paths, read_documents)?;
-                return Self::build(&documents, tokenizer, marks.bos);
-            }
-            DataFormat::Completion => read_completions,
-            DataFormat::Instruction => read_instructions,
-        };
-        let names: Vec<String> = paths.clone().map(|path| path.display().to_string()).collect();
-        let packed = Self::pack(joined(paths, read)?, tokenizer, marks, length);
-        packed.map_err(|error| error.at(names.join(", ")))
+        let template = &|| Ok(None::<ChatTemplate>);
+        let vocab = tokenizer.vocab_size();
+        let reading = Reading::from(format).resolved(paths)?;
+        Reader { tokenizer, template, marks, length, vocab }.read(paths, &reading)
     }
 
     /// Tokenizes `examples` and packs them greedily, in order and unsplit, into windows of `length`
@@ -66,86 +60,126 @@ impl TokenStream {
         marks: Marks,
         length: usize,
     ) -> Result<Self> {
-        if length < 2 {
-            return Err(Error::usage(format!("windows of {length} tokens predict nothing"))
-                .fix("a length of at least 2 tokens"));
+        let mut packer = Packer::new(length, marks)?;
+        packer.push_examples(examples, tokenizer)?;
+        let stream = packer.finish();
+        if !stream.supervised.iter().flatten().any(|counts| *counts) {
+            return Err(stream.teaches_nothing(DataFormat::Completion, length));
         }
-        let documents = examples.len();
-        let (prompts, completions): (Vec<String>, Vec<String>) =
-            examples.into_iter().map(|example| (example.prompt, example.completion)).unzip();
-        let prompts = tokenizer.encode_all(&prompts)?;
-        let completions = tokenizer.encode_continuations(&completions)?;
-        let mut packer = Packer { length, pad: marks.eos.unwrap_or(0), ..Packer::default() };
-        for (prompt, completion) in prompts.iter().zip(&completions) {
-            packer.push(prompt, completion, marks);
-        }
-        packer.fill();
-        if !packer.supervised.contains(&true) {
-            return Err(Error::preflight(format!(
-                "the data set has zero supervised tokens: its {documents} completions are empty \
-                 or lie beyond {length} tokens"
-            ))
-            .fix("completions that are not empty, shorter prompts, or longer windows"));
-        }
-        Ok(Self {
-            tokens: packer.tokens,
-            documents,
-            supervised: Some(packer.supervised),
-            packed: Some(length),
-            starts: Some(packer.starts),
-            cut: packer.cut,
-        })
+        Ok(stream)
     }
-}
 
-fn joined<'p, T>(
-    paths: impl Iterator<Item = &'p Path>,
-    read: impl Fn(&Path) -> Result<Vec<T>>,
-) -> Result<Vec<T>> {
-    let mut all = Vec::new();
-    for path in paths {
-        all.extend(read(path)?);
+    /// Why a data set without a supervised token is none.
+    pub(super) fn teaches_nothing(&self, format: DataFormat, length: usize) -> Error {
+        let documents = self.documents;
+        let (what, fix) = match format {
+            DataFormat::Messages => (
+                format!("its {documents} conversations have no answer of an assistant within"),
+                "conversations with turns of the role assistant behind others, or longer windows",
+            ),
+            DataFormat::Tokens => (
+                format!("all labels of its {documents} records are -100 within"),
+                "labels that are the token where it is to be learned, or longer windows",
+            ),
+            _ => (
+                format!("its {documents} completions are empty or lie beyond"),
+                "completions that are not empty, shorter prompts, or longer windows",
+            ),
+        };
+        Error::preflight(format!("the data set has zero supervised tokens: {what} {length} tokens"))
+            .fix(fix)
     }
-    Ok(all)
 }
 
 /// Windows being filled.
 #[derive(Default)]
-struct Packer {
+pub(super) struct Packer {
     length: usize,
-    pad: u32,
-    tokens: Vec<u32>,
+    marks: Marks,
+    stream: TokenStream,
     supervised: Vec<bool>,
     starts: Vec<u32>,
-    cut: usize,
 }
 
 impl Packer {
-    fn push(&mut self, prompt: &[u32], completion: &[u32], marks: Marks) {
-        let mut ids: Vec<u32> = marks.bos.into_iter().chain(prompt.iter().copied()).collect();
-        let first = ids.len();
-        ids.extend(completion.iter().copied().chain(marks.eos));
+    /// One for windows of `length` tokens.
+    ///
+    /// # Errors
+    /// If `length` is below 2.
+    pub(super) fn new(length: usize, marks: Marks) -> Result<Self> {
+        if length < 2 {
+            return Err(Error::usage(format!("windows of {length} tokens predict nothing"))
+                .fix("a length of at least 2 tokens"));
+        }
+        Ok(Self { length, marks, ..Self::default() })
+    }
+
+    /// Tokenizes and packs prompts with their completions.
+    pub(super) fn push_examples(
+        &mut self,
+        examples: Vec<Example>,
+        tokenizer: &Tokenizer,
+    ) -> Result<()> {
+        let (prompts, completions): (Vec<String>, Vec<String>) =
+            examples.into_iter().map(|example| (example.prompt, example.completion)).unzip();
+        let prompts = tokenizer.encode_all(&prompts)?;
+        let completions = tokenizer.encode_continuations(&completions)?;
+        let Marks { bos, eos } = self.marks;
+        for (prompt, completion) in prompts.iter().zip(&completions) {
+            let mut ids: Vec<u32> = bos.into_iter().chain(prompt.iter().copied()).collect();
+            let first = ids.len();
+            ids.extend(completion.iter().copied().chain(eos));
+            let counts = |at: usize| at >= first && !completion.is_empty();
+            let counts = (0..ids.len()).map(counts).collect();
+            self.push(ids, counts, true);
+        }
+        Ok(())
+    }
+
+    /// Packs an example, cut where it is longer than a window. One of which nothing counts then is left
+    /// out, unless `keep`.
+    pub(super) fn push(&mut self, mut ids: Vec<u32>, mut counts: Vec<bool>, keep: bool) {
+        self.stream.documents += 1;
+        self.stream.lengths.push(ids.len() as u32);
         if ids.len() > self.length {
             ids.truncate(self.length);
-            self.cut += 1;
+            counts.truncate(self.length);
+            self.stream.cut += 1;
         }
-        if self.tokens.len() % self.length + ids.len() > self.length {
+        let teaches = counts.contains(&true);
+        self.stream.empty += usize::from(!teaches);
+        if ids.is_empty() || !teaches && !keep {
+            return;
+        }
+        if self.stream.tokens.len() % self.length + ids.len() > self.length {
             self.fill();
         }
+        let start = self.stream.tokens.len() % self.length;
         // Nothing predicts an example's first token.
-        let counts = |at: usize| at >= first && !completion.is_empty() && at > 0;
-        self.supervised.extend((0..ids.len()).map(counts));
-        let start = (self.tokens.len() % self.length) as u32;
-        self.tokens.extend(ids);
-        self.starts.resize(self.tokens.len(), start);
+        counts[0] = false;
+        self.supervised.extend(counts);
+        self.starts.extend(std::iter::repeat_n(start as u32, ids.len()));
+        self.stream.tokens.extend(ids);
     }
 
     /// Fills the window that is open.
     fn fill(&mut self) {
-        let whole = self.tokens.len().next_multiple_of(self.length);
-        self.starts.resize(whole, (self.tokens.len() % self.length) as u32);
-        self.tokens.resize(whole, self.pad);
+        let from = self.stream.tokens.len();
+        let whole = from.next_multiple_of(self.length);
+        self.stream.tokens.resize(whole, self.marks.eos.unwrap_or(0));
         self.supervised.resize(whole, false);
+        self.starts.resize(whole, (from % self.length) as u32);
+    }
+
+    /// What was packed.
+    pub(super) fn finish(mut self) -> TokenStream {
+        self.fill();
+        TokenStream {
+            supervised: Some(self.supervised),
+            starts: Some(self.starts),
+            packed: Some(self.length),
+            ..self.stream
+        }
     }
 }
 
@@ -155,6 +189,15 @@ mod tests {
     use crate::data::tokenizer::tests::words;
 
     const MARKS: Marks = Marks { bos: Some(0), eos: Some(1) };
+
+    #[test]
+    fn every_token_knows_where_its_example_starts() {
+        let stream = pack(&[("a", "a"), ("b", "b"), ("c", "c c"), ("a", "b")], MARKS, 9).unwrap();
+        let starts = stream.starts.as_ref().unwrap();
+        assert_eq!(starts[..9], [0, 0, 0, 0, 4, 4, 4, 4, 8], "the filling is one of its own");
+        assert_eq!(stream.document_starts(1, 9).unwrap(), [0, 0, 0, 0, 0, 5, 5, 5, 5]);
+        assert_eq!((stream.lengths, stream.empty), (vec![4, 4, 5, 4], 0));
+    }
 
     fn pack(examples: &[(&str, &str)], marks: Marks, length: usize) -> Result<TokenStream> {
         let tokenizer = words(None).1.unwrap();

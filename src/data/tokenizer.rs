@@ -1,10 +1,12 @@
 //! A Hugging Face folder's tokenizer: text to token ids and back, without special tokens of its own.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::chat::special_tokens;
 use super::growth::excess;
 use crate::error::{Error, Result};
 
@@ -29,6 +31,7 @@ pub struct Tokenizer {
     folder: PathBuf,
     bos: Option<String>,
     eos: Option<String>,
+    special: BTreeMap<String, String>,
 }
 
 impl Tokenizer {
@@ -70,7 +73,8 @@ impl Tokenizer {
         guarded("does not load", || inner.with_truncation(None).map(drop))?;
         inner.with_padding(None);
         let (bos, eos) = (special(config, "bos_token"), special(config, "eos_token"));
-        Ok(Self { inner, folder: folder.to_owned(), bos, eos })
+        let special = special_tokens(config, &Value::Null);
+        Ok(Self { inner, folder: folder.to_owned(), bos, eos, special })
     }
 
     /// The token ids of `text`, no special tokens added.
@@ -135,6 +139,24 @@ impl Tokenizer {
     /// If the tokenizer's decoder fails.
     pub fn decode(&self, tokens: &[u32], skip_special: bool) -> Result<String> {
         self.guarded("cannot decode", || self.inner.decode(tokens, skip_special))
+    }
+
+    /// The special tokens that `tokenizer_config.json` names, as chat templates know them: `bos_token` and its
+    /// like.
+    pub fn special_texts(&self) -> &BTreeMap<String, String> {
+        &self.special
+    }
+
+    /// The texts that are one token wherever they stand, such as `<|im_end|>`.
+    pub fn added_texts(&self) -> Vec<String> {
+        let added: BTreeMap<u32, _> = self.inner.get_added_tokens_decoder().into_iter().collect();
+        added.into_values().map(|token| token.content).filter(|text| !text.is_empty()).collect()
+    }
+
+    /// The ids of special tokens: those that mark a text and are none of it.
+    pub fn special_ids(&self) -> BTreeSet<u32> {
+        let added = self.inner.get_added_tokens_decoder().into_iter();
+        added.filter(|(_, token)| token.special).map(|(id, _)| id).collect()
     }
 
     /// Number of tokens, added ones included. A model's vocabulary may be padded beyond it.

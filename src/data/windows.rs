@@ -4,6 +4,7 @@
 //! packed into windows as the stream is made. Windows start at multiples of their length and the
 //! tail that does not fill one is dropped.
 
+use crate::data::mixing::SourceShare;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 
@@ -18,10 +19,19 @@ pub struct TokenStream {
     pub supervised: Option<Vec<bool>>,
     /// The window length that examples were packed for; `None` for text.
     pub packed: Option<usize>,
-    /// Where in its window the example of each token starts, `[tokens]`; `None` for text.
-    pub starts: Option<Vec<u32>>,
     /// Examples that were longer than a window and lost their end.
     pub cut: usize,
+    /// Examples that teach nothing: nothing is answered in them, or only beyond the window's end.
+    pub empty: usize,
+    /// Where the example of each token starts in its window, `[tokens]`, counted from the window's first
+    /// token; what fills up a window is one of its own. `None` for text.
+    pub starts: Option<Vec<u32>>,
+    /// Tokens of each document, those that were cut off included.
+    pub lengths: Vec<u32>,
+    /// Which stored window is visited when, in a mix; `None`: each once, in order.
+    pub visits: Option<Vec<u32>>,
+    /// The sources of a mix.
+    pub sources: Vec<SourceShare>,
 }
 
 /// A window of the perplexity protocol.
@@ -49,9 +59,21 @@ impl TokenStream {
         Ok(Self { tokens, documents: documents.len(), ..Self::default() })
     }
 
-    /// Number of whole windows of `length` tokens; 0 for a `length` of 0.
+    /// Number of whole windows of `length` tokens; 0 for a `length` of 0. In a mix windows may come again.
     pub fn windows(&self, length: usize) -> usize {
-        self.tokens.len().checked_div(length).unwrap_or(0)
+        match &self.visits {
+            Some(visits) if self.packed == Some(length) => visits.len(),
+            _ => self.tokens.len().checked_div(length).unwrap_or(0),
+        }
+    }
+
+    /// The first token of window `index`.
+    fn first_of(&self, index: usize, length: usize) -> usize {
+        let stored = match &self.visits {
+            Some(visits) if self.packed == Some(length) => visits[index] as usize,
+            _ => index,
+        };
+        stored * length
     }
 
     /// The tokens of window `index`, `[length]`.
@@ -59,7 +81,7 @@ impl TokenStream {
     /// # Panics
     /// If `index` is not below [`windows(length)`](Self::windows).
     pub fn window(&self, index: usize, length: usize) -> &[u32] {
-        &self.tokens[index * length..][..length]
+        &self.tokens[self.first_of(index, length)..][..length]
     }
 
     /// Which tokens of window `index` are predicted and counted, `[length]`; `None` where all are
@@ -68,7 +90,18 @@ impl TokenStream {
     /// # Panics
     /// As [`window`](Self::window).
     pub fn supervision(&self, index: usize, length: usize) -> Option<&[bool]> {
-        self.supervised.as_deref().map(|flags| &flags[index * length..][..length])
+        let first = self.first_of(index, length);
+        self.supervised.as_deref().map(|flags| &flags[first..][..length])
+    }
+
+    /// Where the example of each token of window `index` starts in it, `[length]`; `None` for text, whose
+    /// documents are not kept apart.
+    ///
+    /// # Panics
+    /// As [`window`](Self::window).
+    pub fn document_starts(&self, index: usize, length: usize) -> Option<&[u32]> {
+        let first = self.first_of(index, length);
+        self.starts.as_deref().map(|starts| &starts[first..][..length])
     }
 
     /// Where in window `index` the example of each token starts, `[length]`; `None` where windows hold
@@ -77,7 +110,7 @@ impl TokenStream {
     /// # Panics
     /// As [`window`](Self::window).
     pub fn starts(&self, index: usize, length: usize) -> Option<&[u32]> {
-        self.starts.as_deref().map(|starts| &starts[index * length..][..length])
+        self.starts.as_deref().map(|starts| &starts[self.first_of(index, length)..][..length])
     }
 
     /// Number of tokens that count: the supervised ones, or all.
@@ -88,7 +121,8 @@ impl TokenStream {
         }
     }
 
-    /// `samples` window indices spread evenly over the `N` windows: `floor(i * N / samples)`.
+    /// `samples` window indices spread evenly over the `N` windows: `floor(i * N / samples)`; in a mix, whose
+    /// windows are mixed already, the first ones.
     ///
     /// # Errors
     /// If the stream has fewer than `samples` windows, or `samples` or `length` is 0.
@@ -106,6 +140,9 @@ impl TokenStream {
             } else {
                 format!("add text, shorten the windows, or set samples to at most {windows}")
             }));
+        }
+        if self.visits.is_some() && self.packed == Some(length) {
+            return Ok((0..samples).collect());
         }
         // u128: the product of two stream-sized numbers may pass 64 bits.
         let index = |i: usize| (i as u128 * windows as u128 / samples as u128) as usize;

@@ -15,7 +15,7 @@ use super::gguf::model as gguf;
 use super::manifest::Manifest;
 use super::read::{DAMAGED, Packed};
 use super::record::{LinearRecord, MANIFEST_FILE};
-use crate::data::Tokenizer;
+use crate::data::{ChatTemplate, Tokenizer};
 use crate::error::{Error, Result};
 use crate::model::{
     GenerationConfig, ModelConfig, ModelTap, Place, Places, WeightSource, open_folder, weight_name,
@@ -241,6 +241,19 @@ impl OpenModel {
         };
         let ends = self.config.eos.iter().copied();
         GenerationConfig::parse(text.as_deref(), ends).map_err(|e| e.at(self.dir.display()))
+    }
+
+    /// The model's chat template; `None` where it has none.
+    ///
+    /// # Errors
+    /// When a file of it cannot be read, or it is no Jinja.
+    pub fn chat_template(&self) -> Result<Option<ChatTemplate>> {
+        if self.files.is_empty() {
+            return ChatTemplate::of_folder(&self.dir);
+        }
+        let config = self.files.get("tokenizer_config.json");
+        let template = config.map(|config| ChatTemplate::of_config(config, &self.dir));
+        Ok(template.transpose()?.flatten())
     }
 
     /// A tensor of the GGUF file; `None` where the model is no such file.

@@ -106,6 +106,6 @@ pub(super) fn record(manifest: &mut Manifest, gate: &Gate<'_>, gauged: &Gauged) 
         stride: (exported.stride != exported.context).then_some(exported.stride),
         windows: Some(exported.windows),
         data_sha256: text.sha256.clone(),
-        format: text.format,
+        reading: text.reading.clone(),
     });
 }

@@ -13,7 +13,7 @@ use super::approximate::Loss;
 use super::formats::Format;
 use super::record::{FORMAT_VERSION, LinearRecord, MANIFEST_FILE, Provenance};
 use super::seal::{BLANK, is_whole, sealed};
-use crate::data::DataFormat;
+use crate::data::Reading;
 use crate::error::{Error, Result};
 
 /// Everything that `verify` checks and a reader needs.
@@ -97,9 +97,9 @@ pub struct ParityRecord {
     pub windows: Option<usize>,
     /// SHA-256 of the text.
     pub data_sha256: String,
-    /// What its documents are; packed examples have windows of `context` tokens.
-    #[serde(default)]
-    pub format: DataFormat,
+    /// What its documents are, and how they became tokens; packed examples have windows of `context` tokens.
+    #[serde(flatten)]
+    pub reading: Reading,
 }
 
 impl Manifest {
@@ -191,6 +191,6 @@ mod tests {
         let text = r#"{"trained": 2.0, "exported": 2.0, "tokens": 3, "context": 4,
             "data_sha256": "ab"}"#;
         let record: ParityRecord = serde_json::from_str(text).unwrap();
-        assert_eq!(record.format, DataFormat::Text);
+        assert_eq!(record.reading, Reading::default());
     }
 }

@@ -15,6 +15,7 @@ pub use parse::{parse, to_toml};
 pub use plan::{Base, Plan, PlannedStage};
 
 pub use crate::data::{DataFormat, Paths};
+use crate::data::{Reading, TemplateChoice, TrainOn};
 use crate::export::Format;
 use crate::quant::{
     ActivationConfig, ActivationQuant, Bits, GroupSize, KvCacheConfig, ObserverConfig, ScaleDigits,
@@ -124,9 +125,12 @@ impl Default for DataSection {
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
     /// A file or a list of files, joined in order; `format` says what is in them. Absent in
-    /// `[data.calibration]`: what `[data.train]` reads, with its format.
+    /// `[data.calibration]`: what `[data.train]` reads, in its way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<Paths>,
+    /// Several sources in place of `path`, with their weights; not in `[data.validation]`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mix: Vec<MixSource>,
     /// Windows drawn, evenly spread; default all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub samples: Option<usize>,
@@ -135,9 +139,63 @@ pub struct DataConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub length: Option<usize>,
     /// What a document is: plain text (JSONL with `text`, a JSON list of strings, or a text file),
-    /// or an example of which only the completion is learned (JSONL or a JSON list of objects).
+    /// or an example of which only the answers are learned (JSONL or a JSON list of objects).
     #[serde(default)]
     pub format: DataFormat,
+    /// What of a conversation is learned: `assistant`, `last`, `each` or `all`.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub train_on: TrainOn,
+    /// `true`: instructions and completions go through the model's chat template too; a path: through this
+    /// one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chat_template: Option<TemplateChoice>,
+    /// Values for further names in the chat template, such as `enable_thinking`.
+    #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
+    pub chat_template_kwargs: serde_json::Map<String, serde_json::Value>,
+    /// What a chat template that asks is told of today's date.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub date: Option<String>,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+impl DataConfig {
+    /// How documents become tokens.
+    pub fn reading(&self) -> Reading {
+        Reading {
+            format: self.format,
+            train_on: self.train_on,
+            chat_template: self.chat_template.clone(),
+            chat_template_kwargs: self.chat_template_kwargs.clone(),
+            date: self.date.clone(),
+        }
+    }
+
+    /// The same windows of what another one reads.
+    #[must_use]
+    pub fn reading_as(&self, other: &Self) -> Self {
+        Self { samples: self.samples, length: self.length, ..other.clone() }
+    }
+}
+
+/// A source of a mix.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct MixSource {
+    /// A file or a list of files.
+    pub path: Paths,
+    /// Its share of the windows, beside the others' weights; 1.
+    #[serde(default = "one")]
+    pub weight: f64,
+    /// What its documents are; default: what the data set says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<DataFormat>,
+}
+
+fn one() -> f64 {
+    1.0
 }
 
 /// `[quant]`.

@@ -12,10 +12,10 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 pub use folder::RunFolder;
-pub use preflight::{Needs, Prepared, Target, prepare};
+pub use preflight::{Needs, Prepared, Target, data_of, model_sha256, prepare};
 pub use record::{Fingerprint, RunRecord, StageRecord, Status};
 
-use crate::data::TokenStream;
+use crate::data::{SourceShare, TokenStream};
 use crate::error::{Error, Kind, Result};
 use crate::exhausted;
 use crate::export::Provenance;
@@ -264,9 +264,18 @@ fn packing(role: &str, stream: &TokenStream) -> Option<String> {
     };
     let (windows, counted, tokens) =
         (stream.windows(length), stream.counted(), stream.tokens.len());
+    let empty = match stream.empty {
+        0 => String::new(),
+        empty => format!("; {empty} teach nothing"),
+    };
+    let share = |source: &SourceShare| {
+        format!("{:.1} % {}", 100.0 * source.visits as f64 / windows.max(1) as f64, source.name)
+    };
+    let shares: Vec<String> = stream.sources.iter().map(share).collect();
+    let mix = if shares.is_empty() { String::new() } else { format!("; {}", shares.join(", ")) };
     Some(format!(
-        "data.{role} packs {} examples into {windows} windows of {length} tokens{cut}; {counted} of \
-         {tokens} tokens are supervised",
+        "data.{role} packs {} examples into {windows} windows of {length} tokens{cut}{empty}; {counted} of \
+         {tokens} tokens are supervised{mix}",
         stream.documents
     ))
 }

@@ -5,6 +5,7 @@ mod identity;
 mod limits;
 mod needs;
 
+pub use self::identity::model_sha256;
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -14,7 +15,8 @@ use serde::Serialize;
 pub use self::needs::Needs;
 use super::record::RECORD_FILE;
 use super::{Fingerprint, Options, RunFolder};
-use crate::data::{Marks, TokenStream, Tokenizer, sha256_of};
+use crate::data::sha256_of;
+use crate::data::{ChatTemplate, Marks, Reader, Reading, TemplateChoice, TokenStream, Tokenizer};
 use crate::device::{self, NamedDevice};
 use crate::error::{Error, Kind, Result};
 use crate::export::{
@@ -22,7 +24,7 @@ use crate::export::{
 };
 use crate::model::open_folder;
 use crate::quant::{GroupAxis, GroupSize, QuantSpec, Repr, ScaleDigits, Symmetry};
-use crate::recipe::{self, Base, DataConfig, Paths, Plan, Recipe};
+use crate::recipe::{self, Base, DataConfig, DataSection, Paths, Plan, Recipe};
 use crate::stage::{Corpus, Data, ModelState, StandIns};
 use crate::stop::StopFlag;
 use crate::store::locate;
@@ -74,7 +76,7 @@ pub fn prepare(options: &Options, stop: &StopFlag) -> Result<Prepared> {
         // Nothing to compare with: what it refuses, it refuses before weights are hashed.
         RunFolder::check(&prepared, options.fresh)?;
     }
-    prepared.fingerprint.model = identity::of_model(&prepared.model, stop)?;
+    prepared.fingerprint.model = identity::model_sha256(&prepared.model.dir, prepared.model.checkpoint.files(), stop)?;
     if has_run {
         RunFolder::check(&prepared, options.fresh)?;
     }
@@ -96,7 +98,8 @@ fn fitted(options: &Options, stop: &StopFlag) -> Result<Prepared> {
     let mut plan = Plan::new(recipe, &model.config, &base_of(&model), &text, &options.set)?;
     let target = settle_target(&mut plan, &model, &device)?;
     stop.check()?;
-    let data = load_data(&plan, &model)?;
+    let rows = plan.stages.iter().any(|stage| stage.config.stage().needs_tokenizer());
+    let data = load_data(&plan.recipe.data, &model, rows)?;
     check_data(&plan, &model, &data)?;
     check_exports(&plan, &model, &device)?;
     let (needs, peaks) = Needs::estimate(&plan, &model, &data, &device);
@@ -177,10 +180,20 @@ fn base_of(model: &ModelState) -> Base {
     Base { linears: linears.collect() }
 }
 
-fn load_data(plan: &Plan, model: &ModelState) -> Result<Data> {
-    let section = &plan.recipe.data;
+/// The data sets of a recipe, and the folder of its model; nothing else of the run is looked at.
+///
+/// # Errors
+/// As [`prepare`].
+pub fn data_of(options: &Options) -> Result<(Data, PathBuf)> {
+    let (text, file) = recipe::find(&options.recipe)?;
+    let (recipe, _): (Recipe, _) = recipe::parse(&text, &file, &options.set)?;
+    let model = open_model(&recipe)?;
+    Ok((load_data(&recipe.data, &model, false)?, model.dir))
+}
+
+/// The texts; also a tokenizer for stages that read `rows` of their own.
+fn load_data(section: &DataSection, model: &ModelState, rows: bool) -> Result<Data> {
     let any = [&section.calibration, &section.train, &section.validation];
-    let rows = plan.stages.iter().any(|stage| stage.config.stage().needs_tokenizer());
     if any.iter().all(|config| config.is_none()) && !rows {
         return Ok(Data::default());
     }
@@ -196,11 +209,16 @@ fn load_data(plan: &Plan, model: &ModelState) -> Result<Data> {
     let load = |config: &Option<DataConfig>, role: &str| -> Result<Option<Corpus>> {
         let Some(config) = config else { return Ok(None) };
         let config = match (&config.path, &section.train) {
-            (None, Some(train)) if role == "calibration" => {
-                DataConfig { path: train.path.clone(), format: train.format, ..config.clone() }
+            (None, Some(train)) if role == "calibration" && config.mix.is_empty() => {
+                config.reading_as(train)
             }
             _ => config.clone(),
         };
+        if role == "validation" && !config.mix.is_empty() {
+            return Err(Error::usage("a validation text is measured whole, and has no weights")
+                .at("data.validation.mix")
+                .fix("path = a list of files"));
+        }
         let corpus = load_corpus(&config, model, &tokenizer, marks);
         corpus.map(Some).map_err(|e| e.at(format!("data.{role}")))
     };
@@ -228,20 +246,69 @@ fn load_corpus(
         ))
         .fix(format!("length = {}", model.config.max_positions.min(DEFAULT_LENGTH))));
     }
-    let Some(Paths(paths)) = &config.path else {
-        return Err(Error::usage("no text is named").fix("path = a file or a list of files"));
-    };
-    let names = paths.iter().map(|path| path.rsplit('/').next().unwrap_or(path));
-    let names = names.collect::<Vec<_>>().join("+");
-    let paths: Vec<PathBuf> = paths.iter().map(|path| locate::data(path)).collect::<Result<_>>()?;
+    let template = &|| ChatTemplate::of_folder(&model.dir);
+    let vocab = model.config.vocab;
+    let reader = Reader { tokenizer, template, marks, length, vocab };
+    let (samples, template) = (config.samples, template_of(config)?);
+    if config.mix.is_empty() {
+        let Some(paths) = &config.path else {
+            return Err(Error::usage("no text is named").fix("path = a file or a list of files"));
+        };
+        let (name, paths) = located(paths)?;
+        let reading = config.reading().resolved(&paths)?;
+        let stream = reader.read(&paths, &reading)?;
+        let sha256 = sha256_of(&paths)?;
+        return Ok(Corpus { stream, reading, sha256, template, name, samples, length });
+    }
+    if config.path.is_some() {
+        return Err(Error::usage("path and mix both say what is read").fix("one of them"));
+    }
+    let (mut sources, mut all, mut names) = (Vec::new(), Vec::new(), Vec::new());
+    let mut first = None;
+    for (index, source) in config.mix.iter().enumerate() {
+        let at = |error: Error| error.at(format!("mix.{index}"));
+        let (name, paths) = located(&source.path).map_err(at)?;
+        let format = source.format.unwrap_or(config.format);
+        let mut reading = Reading { format, ..config.reading() };
+        if !reading.resolved(&paths).is_ok_and(|own| own.is_chat()) && source.format.is_some() {
+            // What is said of the others' conversations says nothing of this one.
+            reading = Reading::from(format);
+        }
+        let reading = reading.resolved(&paths).map_err(at)?;
+        let stream = reader.read(&paths, &reading).map_err(at)?;
+        first.get_or_insert(reading);
+        sources.push((name.clone(), source.weight, stream));
+        names.push(name);
+        all.extend(paths);
+    }
     Ok(Corpus {
-        stream: TokenStream::load(&paths, config.format, tokenizer, marks, length)?,
-        format: config.format,
-        sha256: sha256_of(&paths)?,
-        name: names,
-        samples: config.samples,
+        stream: TokenStream::mix(sources, length).map_err(|error| error.at("mix"))?,
+        reading: first.unwrap_or_default(),
+        sha256: sha256_of(&all)?,
+        template,
+        name: names.join("+"),
+        samples,
         length,
     })
+}
+
+/// What files go by in reports, and where they are.
+fn located(Paths(names): &Paths) -> Result<(String, Vec<PathBuf>)> {
+    let short = names.iter().map(|path| path.rsplit('/').next().unwrap_or(path));
+    let short = short.collect::<Vec<_>>().join("+");
+    let mut paths = Vec::new();
+    for name in names {
+        paths.extend(locate::data_files(name)?);
+    }
+    Ok((short, paths))
+}
+
+/// The hash of the chat template that a data set names by its file.
+fn template_of(config: &DataConfig) -> Result<Option<String>> {
+    match &config.chat_template {
+        Some(TemplateChoice::File(path)) => sha256_of(&[path]).map(Some),
+        _ => Ok(None),
+    }
 }
 
 /// Every stage finds the data it needs, and enough of it.
@@ -304,7 +371,7 @@ impl Prepared {
     pub fn to_look_at(options: &Options, stop: &StopFlag) -> Result<Self> {
         let mut prepared = fitted(options, stop)?;
         if prepared.has_run() && !options.fresh {
-            prepared.fingerprint.model = identity::of_model(&prepared.model, stop)?;
+            prepared.fingerprint.model = identity::model_sha256(&prepared.model.dir, prepared.model.checkpoint.files(), stop)?;
         }
         RunFolder::check(&prepared, options.fresh)?;
         Ok(prepared)

@@ -1,16 +1,18 @@
 //! The texts of a recipe, tokenized.
 
-use crate::data::{DataFormat, TokenStream, Tokenizer};
+use crate::data::{Reading, TokenStream, Tokenizer};
 use crate::error::{Error, Result};
 
 /// One data set, tokenized.
 pub struct Corpus {
     /// The stream.
     pub stream: TokenStream,
-    /// What its documents are.
-    pub format: DataFormat,
+    /// How its documents became tokens; of a mix that of its first source.
+    pub reading: Reading,
     /// SHA-256 of its files.
     pub sha256: String,
+    /// SHA-256 of the chat template, where the recipe names a file.
+    pub template: Option<String>,
     /// How it goes by in reports.
     pub name: String,
     /// Windows to draw; all of them when absent.

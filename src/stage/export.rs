@@ -79,7 +79,7 @@ impl Stage for ExportConfig {
             stream: &corpus.stream,
             task: protocol(ctx, &corpus.stream),
             sha256: corpus.sha256.clone(),
-            format: corpus.format,
+            reading: corpus.reading.clone(),
         });
         let gauge = Gauge {
             device: &ctx.device.device,

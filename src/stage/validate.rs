@@ -286,7 +286,8 @@ mod tests {
     fn corpus(stream: TokenStream) -> Corpus {
         Corpus {
             stream,
-            format: crate::data::DataFormat::default(),
+            reading: crate::data::Reading::default(),
+            template: None,
             sha256: String::new(),
             name: String::new(),
             samples: None,

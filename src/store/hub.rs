@@ -12,6 +12,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use wildmatch::WildMatch;
 
 use self::cache::{Cache, is_commit, variable};
 use self::http::{Fault, Hub, encoded};
@@ -19,12 +20,17 @@ use self::part::{Part, Remote};
 use crate::error::{Error, Result};
 use crate::report::terminal::Terminal;
 use crate::report::{Event, Reporter, size};
-use crate::store::folder::free_bytes;
+use crate::store::folder::{entries, free_bytes};
 
 /// Ends of names that a model's folder may hold and somebody reads.
 const WANTED: [&str; 4] = [".json", ".safetensors", ".jinja", "tokenizer.model"];
 /// More than the longest listing, less than memory.
 const LISTING_BYTES: u64 = 64 << 20;
+
+/// Ends of names that data is read from.
+const DATA: [&str; 5] = [".jsonl", ".ndjson", ".json", ".parquet", ".txt"];
+/// What the name of a data set of the hub begins with.
+pub(super) const SCHEME: &str = "hub:";
 
 /// What is known before anybody is asked.
 const ABSENT: &str = "there is no such folder";
@@ -37,6 +43,8 @@ pub(super) struct Id<'a> {
     pub(super) revision: &'a str,
     /// A path here that is spelt almost so.
     pub(super) near: Option<String>,
+    /// Whether it is a data set, and no model.
+    pub(super) is_data: bool,
 }
 
 impl fmt::Display for Id<'_> {
@@ -47,6 +55,11 @@ impl fmt::Display for Id<'_> {
 }
 
 impl Id<'_> {
+    /// What stands before an id in addresses.
+    fn kind(&self) -> [&'static str; 2] {
+        if self.is_data { ["datasets", "datasets/"] } else { ["models", ""] }
+    }
+
     /// What to try, the path that is here first.
     fn instead(&self, fix: &str) -> String {
         match &self.near {
@@ -90,9 +103,112 @@ fn is_offline() -> bool {
 /// # Errors
 /// When the hub or the network refuses, the disk is full, or what came is not what was listed.
 pub(super) fn snapshot(id: &Id<'_>) -> Result<PathBuf> {
+    fetched(id, &|files| {
+        let wanted: Vec<Remote> = files.into_iter().filter(|file| is_wanted(&file.name)).collect();
+        if wanted.is_empty() {
+            let error =
+                Error::usage("the hub's model has no file that a model is read from").at(id);
+            return Err(error.fix("a model with config.json and *.safetensors"));
+        }
+        Ok(wanted)
+    })
+    .map(|(folder, _)| folder)
+}
+
+/// The files of a data set in the cache, got from the hub as far as they are not there: the one of the name
+/// `files`, those in this folder, or those that the pattern matches; the only one where nothing is said.
+///
+/// # Errors
+/// As [`snapshot`], and when no file is meant, or which one is not clear.
+pub(super) fn data_set(id: &Id<'_>, files: Option<&str>) -> Result<Vec<PathBuf>> {
+    let meant = |name: &str| files.is_none_or(|files| is_meant(name, files));
+    let choose = |all: Vec<Remote>| {
+        let all: Vec<Remote> = all.into_iter().filter(|file| is_data(&file.name)).collect();
+        let names: Vec<String> = all.iter().map(|file| file.name.clone()).collect();
+        let chosen: Vec<Remote> = all.into_iter().filter(|file| meant(&file.name)).collect();
+        check_choice(id, files, &names, chosen.len())?;
+        Ok(chosen)
+    };
+    let (folder, names) = fetched(id, &choose)?;
+    let names = match names {
+        Some(names) => names,
+        None => {
+            // No list: what the cache has.
+            let all: Vec<String> = names_in(&folder)?.into_iter().filter(|n| is_data(n)).collect();
+            let chosen: Vec<String> = all.iter().filter(|name| meant(name)).cloned().collect();
+            check_choice(id, files, &all, chosen.len())?;
+            chosen
+        }
+    };
+    Ok(names.into_iter().map(|name| folder.join(name)).collect())
+}
+
+/// Refuses a choice of nothing, and one that nobody made.
+fn check_choice(id: &Id<'_>, files: Option<&str>, names: &[String], chosen: usize) -> Result<()> {
+    let shown: Vec<&str> = names.iter().map(String::as_str).take(6).collect();
+    let more = if names.len() > shown.len() { ", …" } else { "" };
+    let shown = format!("{}{more}", shown.join(", "));
+    let what = match (files, names.len(), chosen) {
+        (_, 0, _) => "the hub's data set has no file that data is read from".to_owned(),
+        (Some(files), _, 0) => format!("the hub's data set has no file `{files}`"),
+        (None, 2.., _) => format!("the hub's data set has {} files of data", names.len()),
+        _ => return Ok(()),
+    };
+    let error = Error::usage(what).at(id);
+    Err(match names {
+        [] => error.fix("one of JSONL, JSON, Parquet or text files"),
+        _ => error.fix(format!("{SCHEME}{id}/FILE, a folder, or a pattern with *: {shown}")),
+    })
+}
+
+/// Whether `files`, a name, a folder or a pattern, means this file.
+fn is_meant(name: &str, files: &str) -> bool {
+    let folder = format!("{}/", files.trim_end_matches('/'));
+    name == files || name.starts_with(&folder) || WildMatch::new(files).matches(name)
+}
+
+/// Files of data; what describes a data set is none.
+fn is_data(name: &str) -> bool {
+    let last = name.rsplit('/').next().unwrap_or(name);
+    is_inside(name)
+        && !last.starts_with("dataset_info")
+        && !["state.json", "dataset_dict.json"].contains(&last)
+        && DATA.iter().any(|end| last.ends_with(end))
+}
+
+/// Whether a name stays in its folder.
+fn is_inside(name: &str) -> bool {
+    !name.contains(['\\', ':'])
+        && name.split('/').all(|part| !part.is_empty() && !part.starts_with('.'))
+}
+
+/// The files below a folder, by their paths in it.
+fn names_in(folder: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(next) = folders.pop() {
+        for path in entries(&next)? {
+            if path.is_dir() {
+                folders.push(path);
+            } else if let Ok(name) = path.strip_prefix(folder) {
+                names.push(name.to_string_lossy().replace('\\', "/"));
+            }
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// What is chosen of a list of files.
+type Choose<'a> = &'a dyn Fn(Vec<Remote>) -> Result<Vec<Remote>>;
+
+/// The folder of a model or data set with the files that `choose` takes from the hub's list, and their names;
+/// without names where the hub is not asked.
+fn fetched(id: &Id<'_>, choose: Choose<'_>) -> Result<(PathBuf, Option<Vec<String>>)> {
     let cache = Cache::of(id);
     if is_offline() {
-        return cache.snapshot_of(id.revision).ok_or_else(|| {
+        let copy = cache.snapshot_of(id.revision).map(|folder| (folder, None));
+        return copy.ok_or_else(|| {
             let what = format!("{ABSENT}, nor a copy in the cache, and HF_HUB_OFFLINE is set");
             Error::usage(what).at(id).fix(id.instead("unset it, or give a local folder"))
         });
@@ -110,11 +226,12 @@ pub(super) fn snapshot(id: &Id<'_>) -> Result<PathBuf> {
             };
             let text = format!("the hub cannot be reached ({what}): {id} is the copy in the cache");
             screen.emit(&Event::Warning { text });
-            return Ok(copy);
+            return Ok((copy, None));
         }
         Err(Fault::Lasting(error)) => return Err(error),
         Err(Fault::Passing { what, .. }) => return Err(Error::failed(what).at(id)),
     };
+    let files = choose(files)?;
     let missing = |remote: &&Remote| !cache.blob(&remote.hash).is_file();
     let missing: Vec<&Remote> = files.iter().filter(missing).collect();
     announce(id, &cache, &missing, &mut screen)?;
@@ -126,7 +243,8 @@ pub(super) fn snapshot(id: &Id<'_>) -> Result<PathBuf> {
     }
     // Last: what a revision stands for is all there.
     cache.note(id.revision, &commit)?;
-    Ok(cache.snapshot(&commit))
+    let names = files.into_iter().map(|remote| remote.name).collect();
+    Ok((cache.snapshot(&commit), Some(names)))
 }
 
 /// Why an id may be a path that is not spelt right.
@@ -139,10 +257,11 @@ fn doubt(id: &Id<'_>) -> Option<String> {
     Some(format!("there is no folder {id}{here}; asking the hub for {id}"))
 }
 
-/// The commit and its files that are wanted.
+/// The commit and its files.
 fn list(hub: &Hub, id: &Id<'_>) -> Result<(String, Vec<Remote>), Fault> {
     let Id { owner, name, revision, .. } = id;
-    let path = format!("/api/models/{owner}/{name}/revision/{}?blobs=true", encoded(revision));
+    let [kind, _] = id.kind();
+    let path = format!("/api/{kind}/{owner}/{name}/revision/{}?blobs=true", encoded(revision));
     let mut reply = hub.get(id, &path, 0)?;
     let text = reply.body_mut().with_config().limit(LISTING_BYTES).read_to_vec();
     let text =
@@ -152,8 +271,8 @@ fn list(hub: &Hub, id: &Id<'_>) -> Result<(String, Vec<Remote>), Fault> {
     if !is_commit(&listing.sha) {
         return Err(hub.odd(id, "a commit that is none"));
     }
-    let wanted = listing.siblings.into_iter().filter(|file| is_wanted(&file.rfilename));
-    let files = wanted.map(|file| {
+    let inside = listing.siblings.into_iter().filter(|file| is_inside(&file.rfilename));
+    let files = inside.map(|file| {
         let (size, hash) = match file.lfs {
             Some(Large { sha256, size }) => (Some(size), Some(sha256)),
             None => (file.size, file.blob_id),
@@ -165,12 +284,7 @@ fn list(hub: &Hub, id: &Id<'_>) -> Result<(String, Vec<Remote>), Fault> {
         let remote = remote.map(|(size, hash)| Remote { name: file.rfilename, size, hash });
         remote.ok_or_else(|| hub.odd(id, "a list of files without their sizes and hashes"))
     });
-    let files: Vec<Remote> = files.collect::<Result<_, Fault>>()?;
-    if files.is_empty() {
-        let error = Error::usage("the hub's model has no file that a model is read from").at(id);
-        return Err(error.fix("a model with config.json and *.safetensors").into());
-    }
-    Ok((listing.sha, files))
+    Ok((listing.sha, files.collect::<Result<_, Fault>>()?))
 }
 
 /// Files of the model itself: what lies in folders is for other programs, and no name leads out.
@@ -193,7 +307,7 @@ fn announce(id: &Id<'_>, cache: &Cache, missing: &[&Remote], screen: &mut Termin
     }
     if let Some(free) = free_bytes(cache.root()).filter(|free| *free < all - there) {
         return Err(Error::preflight(format!(
-            "the model takes {} more on disk, and {} are free",
+            "the files take {} more on disk, and {} are free",
             size(all - there),
             size(free)
         ))
@@ -230,7 +344,8 @@ fn get(
         return Ok(()); // that process got it
     }
     let Id { owner, name, .. } = id;
-    let path = format!("/{owner}/{name}/resolve/{commit}/{}", encoded(&remote.name));
+    let [_, prefix] = id.kind();
+    let path = format!("/{prefix}{owner}/{name}/resolve/{commit}/{}", encoded(&remote.name));
     let mut part = Part::open(remote, cache.part(&remote.hash))?;
     let outcome = hub.persist(&remote.name, || {
         if !part.is_full() {
@@ -303,5 +418,15 @@ mod tests {
         for no in ["onnx/config.json", "../config.json", ".hidden.json", "a\\b.json", "README.md"] {
             assert!(!is_wanted(no), "{no}");
         }
+        for yes in ["data/train-00000.parquet", "a.jsonl", "x/y/z.json"] {
+            assert!(is_data(yes), "{yes}");
+        }
+        for no in
+            ["../a.jsonl", "a/../b.json", "/a.json", "README.md", ".a.json", "dataset_infos.json"]
+        {
+            assert!(!is_data(no), "{no}");
+        }
+        assert!(is_meant("data/a.json", "data") && is_meant("data/a.json", "data/a*"));
+        assert!(!is_meant("data2/a.json", "data") && is_meant("a.json", "a.json"));
     }
 }

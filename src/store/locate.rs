@@ -28,7 +28,8 @@ pub fn model(name: &str) -> Result<PathBuf> {
     match hub_id(name) {
         Some((owner, name, revision)) => {
             let near = near(path).map(|near| near.display().to_string());
-            hub::snapshot(&hub::Id { owner, name, revision: revision.unwrap_or("main"), near })
+            let revision = revision.unwrap_or("main");
+            hub::snapshot(&hub::Id { owner, name, revision, near, is_data: false })
         }
         None => Err(no_such_folder(name)),
     }
@@ -102,6 +103,31 @@ pub fn data(name: &str) -> Result<PathBuf> {
         ("there is no such data file", "check the path")
     };
     Err(Error::usage(what).at(name).fix(fix))
+}
+
+/// The paths of data: a file, `embedded:NAME/FILE`, or files of a data set of the hub,
+/// `hub:owner/name[@revision][/FILE]`.
+///
+/// # Errors
+/// As [`data`], and those of the hub.
+pub fn data_files(name: &str) -> Result<Vec<PathBuf>> {
+    match name.strip_prefix(hub::SCHEME) {
+        Some(id) => data_set(id).map_err(|error| error.or_at(Path::new(name))),
+        None => data(name).map(|path| vec![path]),
+    }
+}
+
+/// The files of a data set of the hub.
+fn data_set(name: &str) -> Result<Vec<PathBuf>> {
+    let mut parts = name.splitn(3, '/');
+    let (owner, repository, files) = (parts.next(), parts.next(), parts.next());
+    let id = format!("{}/{}", owner.unwrap_or_default(), repository.unwrap_or_default());
+    let Some((owner, name, revision)) = hub_id(&id) else {
+        return Err(Error::usage("this is no data set of the hub")
+            .fix("hub:owner/name, or hub:owner/name@revision/FILE"));
+    };
+    let revision = revision.unwrap_or("main");
+    hub::data_set(&hub::Id { owner, name, revision, near: None, is_data: true }, files)
 }
 
 /// Checks the path of a file to be written: it has a name, and the folder it goes to exists.

@@ -4,7 +4,7 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use sha2::{Digest, Sha256};
 
 use super::perplexity::{Perplexity, PplConfig, measure};
-use crate::data::{DataFormat, TokenStream, Tokenizer};
+use crate::data::{Reading, TokenStream, Tokenizer};
 use crate::error::{Error, Result};
 use crate::model::{ByBlock, CausalLm, Forward, ModelConfig, ModelTap, Positions, WeightSource};
 use crate::ops;
@@ -43,8 +43,8 @@ pub struct GaugeText<'a> {
     pub task: PplConfig,
     /// SHA-256 of the text.
     pub sha256: String,
-    /// What its documents are.
-    pub format: DataFormat,
+    /// How its documents became tokens.
+    pub reading: Reading,
 }
 
 /// What a [`Gauge`] says.

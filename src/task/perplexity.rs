@@ -223,8 +223,8 @@ pub fn measure(
         let rows = |window: &ScoredWindow| &stream.tokens[window.start..][..context];
         // Examples that share a window have positions of their own.
         let own = |batch: &&[ScoredWindow]| -> Option<Positions> {
-            let starts = batch.iter().map(|window| stream.starts(window.start / context, context));
-            let starts: Vec<&[u32]> = starts.collect::<Option<_>>()?;
+            let all = stream.starts.as_deref()?;
+            let starts: Vec<&[u32]> = batch.iter().map(|w| &all[w.start..][..context]).collect();
             Some(Positions::with_starts(config, 0, &starts, model.ends().dtype(), device))
         };
         let own: Vec<Option<Positions>> = batches.iter().map(own).collect();

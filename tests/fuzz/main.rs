@@ -38,7 +38,12 @@ const TIMES: u64 = 100;
 /// ... and this much besides: buffers of files. Where a `config.json` is read, the names of 4096 blocks
 /// too, which 500 bytes of it may ask for.
 fn besides(target: &str) -> u64 {
-    if ["config", "folder"].contains(&target) { 32 << 20 } else { 2 << 20 }
+    match target {
+        "config" | "folder" => 32 << 20,
+        // What a template may make before it is stopped.
+        "chat_template" => 512 << 20,
+        _ => 2 << 20,
+    }
 }
 
 /// A sound file: what a target takes before its bytes, they, and how they are built.
@@ -189,6 +194,7 @@ fn all_targets(place: &Place) -> Vec<Target> {
             "tokenizer_config" => (2, Shape::Json, vec![std::fs::read(&config).unwrap()]),
             "documents" => (8, Shape::Lines, seeds::documents()),
             "examples" => (8, Shape::Lines, seeds::examples()),
+            "chat_template" => (4, Shape::Text, seeds::chat_templates()),
             "adapter" => (5, Shape::Safetensors, seeds::adapters(&base, &dir)),
             "manifest" => (3, Shape::Json, manifests.clone()),
             "checkpoint" => (4, Shape::Safetensors, seeds::checkpoints(&base, &dir)),

@@ -161,8 +161,18 @@ pub(crate) fn examples() -> Vec<Vec<u8>> {
     let texts = [
         "{\"prompt\": \"name: The Mill\\n\", \"completion\": \" a pub\"}\n{\"prompt\": \"\", \"completion\": \"\"}",
         "[{\"instruction\": \"Say\", \"input\": \"x\", \"output\": \"y\"}, {\"instruction\": \"a\", \"output\": \"b\"}]",
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": [{\"type\": \"text\", \"text\": \"b\"}]}], \"tools\": \"[{}]\"}",
+        "{\"conversations\": [{\"from\": \"human\", \"value\": \"a\"}, {\"from\": \"gpt\", \"value\": \"b\"}], \"system\": \"s\"}",
     ];
     texts.map(|text| text.as_bytes().to_vec()).into()
+}
+
+/// The templates of the golden file.
+pub(crate) fn chat_templates() -> Vec<Vec<u8>> {
+    let golden: serde_json::Value =
+        serde_json::from_str(include_str!("../golden/chat_templates.json")).unwrap();
+    let templates = golden["templates"].as_object().unwrap().values();
+    templates.map(|entry| entry["source"].as_str().unwrap().as_bytes().to_vec()).collect()
 }
 
 /// The adapters that the packed folder at `base` could have.

@@ -9,7 +9,10 @@ use std::io::Cursor;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use fewbit::data::{Tokenizer, read_completions, read_documents, read_instructions};
+use fewbit::data::chat::{Chat, ChatTemplate, Clock, TrainOn, parts};
+use fewbit::data::{
+    DataFormat, Tokenizer, read_completions, read_conversations, read_documents, read_instructions,
+};
 use fewbit::error::{Error, Kind, Result};
 use fewbit::export::fewbit::Saved;
 use fewbit::export::{Adapter, Manifest, OpenModel, open_float, open_model};
@@ -26,7 +29,7 @@ pub(crate) static FOLDERS: OnceLock<PathBuf> = OnceLock::new();
 pub(crate) type Run = fn(&[u8]);
 
 /// Every target by name.
-pub(crate) const ALL: [(&str, Run); 15] = [
+pub(crate) const ALL: [(&str, Run); 16] = [
     ("safetensors", safetensors),
     ("index", index),
     ("gguf", gguf),
@@ -37,6 +40,7 @@ pub(crate) const ALL: [(&str, Run); 15] = [
     ("tokenizer_config", tokenizer_config),
     ("documents", documents),
     ("examples", examples),
+    ("chat_template", chat_template),
     ("adapter", adapter),
     ("manifest", manifest),
     ("checkpoint", checkpoint),
@@ -204,7 +208,9 @@ fn use_tokenizer(tokenizer: &Tokenizer) {
 /// A data file under each name that decides how it is read.
 pub(crate) fn documents(bytes: &[u8]) {
     for name in ["data.jsonl", "data.txt"] {
-        sound(read_documents(&written(name, bytes)));
+        let path = written(name, bytes);
+        sound(read_documents(&path));
+        sound(DataFormat::Auto.of(&path));
     }
 }
 
@@ -213,6 +219,27 @@ pub(crate) fn examples(bytes: &[u8]) {
     let path = written("examples.jsonl", bytes);
     sound(read_completions(&path));
     sound(read_instructions(&path));
+    for chat in sound(read_conversations(&path)).into_iter().flatten() {
+        assert!(chat.answers().count() <= chat.messages.len());
+    }
+}
+
+/// A chat template, with a conversation that it writes.
+pub(crate) fn chat_template(bytes: &[u8]) {
+    let Ok(source) = std::str::from_utf8(bytes) else { return };
+    let Some(template) = sound(ChatTemplate::new(source, BTreeMap::new(), "t.jinja")) else { return };
+    let template = template.with_clock(Clock::Unset);
+    let text = r#"[{"role": "system", "content": "S"}, {"role": "user", "content": "A"},
+        {"role": "assistant", "content": "<think>x</think>1", "tool_calls": [{"name": "f", "arguments": {"a": [1]}}]},
+        {"role": "tool", "content": "B"}, {"role": "assistant", "content": "2"}]"#;
+    let mut chat = Chat::of_messages(&serde_json::from_str(text).unwrap()).unwrap();
+    chat.set_tools(&serde_json::json!([{"name": "f"}])).unwrap();
+    for train_on in [TrainOn::Assistant, TrainOn::Each] {
+        let added = ["<|im_end|>".to_owned()];
+        for example in sound(parts(&template, &chat, train_on, &added)).into_iter().flatten() {
+            assert!(example.iter().any(|part| part.learned));
+        }
+    }
 }
 
 /// A scale adapter.

@@ -104,13 +104,17 @@ impl Shelf {
     }
 
     fn reply(&self, request: &Request) -> Reply {
-        if request.path == "/api/models/owner/name/revision/main?blobs=true" {
+        let list = |kind| format!("/api/{kind}/owner/name/revision/main?blobs=true");
+        if [list("models"), list("datasets")].contains(&request.path) {
             let files: Vec<_> =
                 self.files.iter().map(|(name, bytes)| listed(name, bytes)).collect();
             let body = json!({ "sha": COMMIT, "siblings": files }).to_string().into_bytes();
             return Reply { status: 200, body, ..Reply::default() };
         }
-        let name = request.path.rsplit('/').next().unwrap().split('?').next().unwrap();
+        let path = request.path.split('?').next().unwrap();
+        // The name behind the commit, with the folders before it.
+        let name = path.split_once(&format!("/resolve/{COMMIT}/")).map(|(_, name)| name);
+        let name = name.unwrap_or_else(|| path.rsplit('/').next().unwrap());
         let Some(bytes) = self.files.get(name) else { return Reply::status(404) };
         if name == WEIGHTS && !request.elsewhere {
             let to = format!("{}/{name}?signature=secret", self.elsewhere);

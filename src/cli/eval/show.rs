@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::{Ready, Text};
-use crate::data::{Marks, TokenStream};
+use crate::data::{DataFormat, Marks, Reading, TokenStream, TrainOn};
 use crate::task::Score;
 
 /// A task and its score.
@@ -85,13 +85,20 @@ impl Found<'_> {
         let mut object = Map::from_iter([("task".to_owned(), self.ready.task.name().into())]);
         object.extend(self.score.entries());
         let rest = match &self.ready.text {
-            Some(text) => json!({
-                "bos": text.marks.bos.is_some(),
-                "format": text.format,
-                "documents": text.stream.documents,
-                "cut": text.stream.cut,
-                "data_sha256": text.sha256,
-            }),
+            Some(text) => {
+                let mut rest = json!({
+                    "bos": text.marks.bos.is_some(),
+                    "documents": text.stream.documents,
+                    "cut": text.stream.cut,
+                    "data_sha256": text.sha256,
+                });
+                if let (Some(rest), Value::Object(reading)) =
+                    (rest.as_object_mut(), json!(text.reading))
+                {
+                    rest.extend(reading);
+                }
+                rest
+            }
             None => json!({ "data_sha256": self.ready.files.sha256 }),
         };
         object.extend(rest.as_object().cloned().unwrap_or_default());
@@ -102,8 +109,8 @@ impl Found<'_> {
         let Ready { task, text, files, names } = self.ready;
         let task = task.task();
         let (counted, sha256) = match text {
-            Some(Text { stream, marks, sha256, .. }) => {
-                (format!(",\n           {}", counted(stream, *marks)), sha256)
+            Some(Text { stream, marks, reading, sha256 }) => {
+                (format!(",\n           {}", counted(stream, reading, *marks)), sha256)
             }
             None => (String::new(), &files.sha256),
         };
@@ -120,7 +127,7 @@ impl Found<'_> {
 }
 
 /// Which tokens of the windows count, and what stands around documents.
-fn counted(stream: &TokenStream, marks: Marks) -> String {
+fn counted(stream: &TokenStream, reading: &Reading, marks: Marks) -> String {
     let bos = if marks.bos.is_some() { "BOS before each document" } else { "no BOS" };
     let Some(length) = stream.packed else {
         return format!("first token of a window not predicted, {bos}");
@@ -131,8 +138,22 @@ fn counted(stream: &TokenStream, marks: Marks) -> String {
         0 => String::new(),
         cut => format!(", {cut} of them cut at {length} tokens"),
     };
+    let documents = stream.documents;
+    if reading.is_chat() {
+        let what = match reading.train_on {
+            TrainOn::All => "every token of",
+            TrainOn::Last => "the last answer of",
+            TrainOn::Assistant | TrainOn::Each => "the answers of",
+        };
+        return format!(
+            "only {what} conversations counts, by the chat template,\n           {documents} \
+             conversations packed whole{cut}"
+        );
+    }
+    if reading.format == DataFormat::Tokens {
+        return format!("tokens with a label only, {documents} examples packed whole{cut}");
+    }
     format!(
-        "completion tokens only, {bos}, {eos},\n           {} examples packed whole{cut}",
-        stream.documents
+        "completion tokens only, {bos}, {eos},\n           {documents} examples packed whole{cut}"
     )
 }

@@ -1,6 +1,7 @@
 //! What checkpoints depend on: the recipe, and the model and data by their hashes.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
@@ -10,7 +11,7 @@ use crate::recipe::{Plan, to_toml};
 use crate::report::terminal::Terminal;
 use crate::report::{Event, Reporter, size};
 use crate::run::Fingerprint;
-use crate::stage::{Data, ModelState};
+use crate::stage::Data;
 use crate::stop::StopFlag;
 use crate::store::{hashes, hex};
 
@@ -26,7 +27,12 @@ pub(super) fn without_model(plan: &Plan, data: &Data) -> Result<Fingerprint> {
     ];
     let mut hashes: BTreeMap<String, String> = corpora
         .into_iter()
-        .filter_map(|(role, corpus)| Some((role.to_owned(), corpus.as_ref()?.sha256.clone())))
+        .filter_map(|(role, corpus)| Some((role, corpus.as_ref()?)))
+        .flat_map(|(role, corpus)| {
+            let template = corpus.template.clone();
+            let template = template.map(|hash| (format!("{role}.chat_template"), hash));
+            std::iter::once((role.to_owned(), corpus.sha256.clone())).chain(template)
+        })
         .collect();
     for (index, stage) in plan.stages.iter().enumerate() {
         let own = stage.config.stage().own_data()?.into_iter();
@@ -39,11 +45,16 @@ pub(super) fn without_model(plan: &Plan, data: &Data) -> Result<Fingerprint> {
     })
 }
 
-/// The hash of a model's files, read as far as they changed since they were last hashed.
-pub(super) fn of_model(model: &ModelState, stop: &StopFlag) -> Result<String> {
-    let mut files = vec![model.dir.join("config.json")];
-    files.extend(model.checkpoint.files().iter().cloned());
-    files.extend(companions(&model.dir)); // another tokenizer makes other tokens
+/// The hash of the files of the model in `dir`, of its weights in `weights`, read as far as they changed
+/// since they were last hashed.
+///
+/// # Errors
+/// When a file cannot be read, or a signal came.
+pub fn model_sha256(dir: &Path, weights: &[PathBuf], stop: &StopFlag) -> Result<String> {
+    let mut files: Vec<PathBuf> = vec![dir.join("config.json")];
+    files.retain(|file| file.is_file()); // a GGUF file has it inside
+    files.extend(weights.iter().cloned());
+    files.extend(companions(dir)); // another tokenizer makes other tokens
     let known: Vec<Option<String>> = files.iter().map(|file| hashes::remembered(file)).collect();
     let unknown = files.iter().zip(&known).filter(|(_, known)| known.is_none());
     let of: u64 = unknown.map(|(file, _)| file.metadata().map_or(0, |data| data.len())).sum();

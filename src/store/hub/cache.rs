@@ -19,7 +19,8 @@ impl Cache {
         let hub = variable("HF_HUB_CACHE")
             .or_else(|| variable("HUGGINGFACE_HUB_CACHE"))
             .map_or_else(|| home().join("hub"), PathBuf::from);
-        let name = format!("models--{}--{}", id.owner, id.name);
+        let kind = if id.is_data { "datasets" } else { "models" };
+        let name = format!("{kind}--{}--{}", id.owner, id.name);
         Self { locks: hub.join(".locks").join(&name), root: hub.join(name) }
     }
 
@@ -69,7 +70,7 @@ impl Cache {
             return Ok(());
         }
         let _ = std::fs::remove_file(&path); // a link to what is gone
-        let linked = link_or_copy(&self.blob(hash), &path, hash);
+        let linked = link_or_copy(&self.blob(hash), &path, name, hash);
         linked.map_err(|e| Error::io("create", &path, &e))
     }
 
@@ -131,13 +132,15 @@ fn home() -> PathBuf {
 
 /// Relative, so that the cache may be moved.
 #[cfg(unix)]
-fn link_or_copy(_blob: &Path, path: &Path, hash: &str) -> std::io::Result<()> {
-    std::os::unix::fs::symlink(Path::new("../../blobs").join(hash), path)
+fn link_or_copy(_blob: &Path, path: &Path, name: &str, hash: &str) -> std::io::Result<()> {
+    // From the file's folder to the model's.
+    let up = "../".repeat(2 + name.matches('/').count());
+    std::os::unix::fs::symlink(Path::new(&up).join("blobs").join(hash), path)
 }
 
 /// Links need a privilege on this system.
 #[cfg(not(unix))]
-fn link_or_copy(blob: &Path, path: &Path, _hash: &str) -> std::io::Result<()> {
+fn link_or_copy(blob: &Path, path: &Path, _name: &str, _hash: &str) -> std::io::Result<()> {
     let part = path.with_extension("incomplete");
     std::fs::copy(blob, &part)?;
     std::fs::rename(part, path)

@@ -166,22 +166,25 @@ impl Hub {
         }
         let code = header("x-error-code").unwrap_or_default();
         let login = "HF_TOKEN or `hf auth login`";
-        let page = format!("{}/{}/{}", self.address(), id.owner, id.name);
+        let [_, prefix] = id.kind();
+        let page = format!("{}/{prefix}{}/{}", self.address(), id.owner, id.name);
+        let (noun, absent) =
+            if id.is_data { ("data set", "there is no such file") } else { ("model", ABSENT) };
         let (error, fix) = match status {
             401 | 403 if code == "GatedRepo" || status == 403 => (
-                Error::failed("the hub lets only accounts with access have this model"),
+                Error::failed(format!("the hub lets only accounts with access have this {noun}")),
                 format!("ask for access on {page}, then {login}"),
             ),
             401 if self.token.is_some() => (
-                Error::usage(format!("{ABSENT}, and the hub has none for this token")),
-                id.instead(&format!("check the id; for a private model {login} anew")),
+                Error::usage(format!("{absent}, and the hub has none for this token")),
+                id.instead(&format!("check the id; for a private {noun} {login} anew")),
             ),
             401 => (
-                Error::usage(format!("{ABSENT}, and the hub shows none without a token")),
-                id.instead(&format!("check the id; for a gated or private model {login}")),
+                Error::usage(format!("{absent}, and the hub shows none without a token")),
+                id.instead(&format!("check the id; for a gated or private {noun} {login}")),
             ),
             404 if code == "RevisionNotFound" => (
-                Error::usage(format!("the model has no revision `{}`", id.revision)),
+                Error::usage(format!("the {noun} has no revision `{}`", id.revision)),
                 format!("a branch, tag or commit of {page}"),
             ),
             404 if code == "EntryNotFound" => (
