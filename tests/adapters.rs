@@ -447,7 +447,7 @@ mod shown {
             assert!(all.contains(&format!("\n  {} ", command[0])), "{all}");
         }
         let chat = place.ok(&["chat", "--help"]);
-        assert!(chat.contains("chat templates are") && chat.contains("/help"), "{chat}");
+        assert!(chat.contains("chat template,") && chat.contains("/help"), "{chat}");
     }
 }
 
@@ -523,7 +523,7 @@ mod switching {
             err.lines().map(|line| took(line).unwrap_or_else(|| line.to_owned())).collect();
         assert_snapshot!(err.join("\n"), @r"
             base on cpu
-            each line is continued as text, without a chat template; /help for commands
+            the model has no chat template: each line is continued as plain text; /help for commands
             * tales
               other
               none, the model's own scales
@@ -537,7 +537,9 @@ mod switching {
               none, the model's own scales
             the model's own scales are on, in TIME
             there is no command /sing; /help lists them
-            a line of text      continued by the model, as a prompt of its own
+            a line of text      said to the model; where it has no chat template, continued by it
+            /reset              forget the conversation
+            /system TEXT        begin anew, the model told this before; without TEXT, told nothing
             /adapter NAME       put that adapter's scales in the model
             /adapter none       put the model's own scales back
             /adapters           list the adapters

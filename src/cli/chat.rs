@@ -1,4 +1,5 @@
-//! `fewbit chat`: lines of text continued one by one, with adapters that switch in between.
+//! `fewbit chat`: a conversation in the words of the model's chat template, or lines of text continued
+//! one by one, with adapters that switch in between.
 
 use std::io::{BufRead, IsTerminal};
 use std::path::Path;
@@ -7,12 +8,13 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
+use super::dialogue::{Dialogue, TemplateArgs};
 use super::generate::{ANSWER, Writer};
 use super::sampling::SamplingArgs;
 use super::{ModelArgs, output, read_adapter};
 use crate::error::{Error, Kind, Result};
 use crate::export::{Adapter, Adapters};
-use crate::model::{CausalLm, Memory, Sampler};
+use crate::model::{CausalLm, Ended, Memory, Sampler};
 use crate::stop::StopFlag;
 
 /// How long a line is waited for before the stop flag is asked again.
@@ -21,14 +23,16 @@ const PATIENCE: Duration = Duration::from_millis(50);
 /// The name that stands for the base's own scales.
 const NONE: &str = "none";
 
-const HELP: &str = "a line of text      continued by the model, as a prompt of its own\n\
+const HELP: &str = "a line of text      said to the model; where it has no chat template, continued by it\n\
+                    /reset              forget the conversation\n\
+                    /system TEXT        begin anew, the model told this before; without TEXT, told nothing\n\
                     /adapter NAME       put that adapter's scales in the model\n\
                     /adapter none       put the model's own scales back\n\
                     /adapters           list the adapters\n\
                     /help               this\n\
                     /quit               leave; so does the end of the input\n";
 
-const COMMANDS: [&str; 4] = ["adapter", "adapters", "help", "quit"];
+const COMMANDS: [&str; 6] = ["adapter", "adapters", "help", "quit", "reset", "system"];
 
 /// Arguments of `chat`.
 #[derive(Args, Debug)]
@@ -41,6 +45,11 @@ pub(super) struct ChatArgs {
     #[arg(long, value_name = "[NAME=]FILE")]
     adapter: Vec<String>,
     #[command(flatten)]
+    template: TemplateArgs,
+    /// Continue each line as plain text, without the model's chat template
+    #[arg(long, conflicts_with_all = ["system", "template_arg"])]
+    plain: bool,
+    #[command(flatten)]
     sampling: SamplingArgs,
 }
 
@@ -50,6 +59,12 @@ pub(super) fn run(args: &ChatArgs, stop: &StopFlag) -> Result<()> {
     check_names(&adapters)?;
     let session = args.model.open()?;
     let tokenizer = session.tokenizer()?;
+    let dialogue = match &args.template {
+        _ if args.plain => None,
+        names if names.are_given() => Some(names.need(&session)?),
+        names => names.template(&session)?,
+    };
+    let dialogue = dialogue.map(|template| Dialogue::new(template, args.template.system.clone()));
     let adapters = Adapters::new(&session.opened, &adapters)?;
     let model = session.load()?;
     let generation = session.opened.generation()?;
@@ -57,14 +72,21 @@ pub(super) fn run(args: &ChatArgs, stop: &StopFlag) -> Result<()> {
     let (ends, stops) = (generation.ends, &args.sampling.stop);
     let max_new = args.sampling.max_new_tokens.unwrap_or(ANSWER);
     let writer = Writer { session: &session, tokenizer: &tokenizer, stop, ends, max_new, stops };
-    let mut chat = Chat { writer, model, adapters, sampler, memory: Memory::default() };
+    let memory = Memory::default();
+    let mut chat = Chat { writer, model, adapters, sampler, memory, dialogue };
     let first = chat.adapters.names().next().map(str::to_owned);
     if first.is_some() {
         chat.adapters.switch(&mut chat.model, first.as_deref())?;
     }
     output::aside(&format!(
-        "{} on {}\neach line is continued as text, without a chat template; /help for commands\n",
-        args.model.model, session.device.name
+        "{} on {}\n{}; /help for commands\n",
+        args.model.model,
+        session.device.name,
+        match (&chat.dialogue, args.plain) {
+            (Some(_), _) => "a conversation by the model's chat template",
+            (None, true) => "each line is continued as plain text",
+            (None, false) => "the model has no chat template: each line is continued as plain text",
+        }
     ));
     if first.is_some() {
         output::aside(&chat.list());
@@ -114,6 +136,8 @@ struct Chat<'a> {
     adapters: Adapters,
     sampler: Sampler,
     memory: Memory,
+    /// Where the model has a chat template.
+    dialogue: Option<Dialogue>,
 }
 
 impl Chat<'_> {
@@ -148,18 +172,45 @@ impl Chat<'_> {
         }
     }
 
-    /// Continues a line; one that cannot be gets a sentence.
+    /// Answers a line; one that cannot be answered gets a sentence.
     fn answer(&mut self, line: &str) -> Result<()> {
-        match self.writer.prompt(line) {
-            Ok(prompt) => {
-                let Self { writer, model, memory, sampler, .. } = self;
-                writer.go_on(model, memory, (&prompt, ""), *sampler)?;
-                // The next line gets draws of its own.
-                self.sampler.seed = self.sampler.seed.wrapping_add(1);
+        let prompt = match &mut self.dialogue {
+            None => self.writer.prompt(line),
+            Some(dialogue) => {
+                dialogue.ask(line);
+                said(dialogue, &self.writer)
             }
-            Err(error) => output::aside(&format!("{}\n", error.what())),
+        };
+        let prompt = match prompt {
+            Ok(prompt) => prompt,
+            Err(error) => {
+                self.dialogue.iter_mut().for_each(Dialogue::take_back);
+                output::aside(&format!("{}\n", error.what()));
+                return Ok(());
+            }
+        };
+        let Self { writer, model, memory, sampler, .. } = self;
+        let (answer, ended) = writer.go_on(model, memory, (&prompt, ""), *sampler)?;
+        if let Some(dialogue) = &mut self.dialogue {
+            dialogue.answered(&answer);
+            if ended == Ended::Length {
+                output::aside("(cut at --max-new-tokens)\n");
+            }
         }
+        // The next answer gets draws of its own.
+        self.sampler.seed = self.sampler.seed.wrapping_add(1);
         Ok(())
+    }
+
+    /// Forgets what was said; the model is told `system` from now on.
+    fn begin(&mut self, system: Option<String>) {
+        match &mut self.dialogue {
+            Some(dialogue) => {
+                dialogue.begin(system);
+                output::aside("a new conversation\n");
+            }
+            None => output::aside("without a chat template no line is remembered\n"),
+        }
     }
 
     fn obey(&mut self, command: &str) -> Result<()> {
@@ -168,6 +219,11 @@ impl Chat<'_> {
             ("help", _) => output::aside(HELP),
             ("adapters", _) | ("adapter", "") => output::aside(&self.list()),
             ("adapter", name) => self.switch(name)?,
+            ("reset", _) => {
+                let told = self.dialogue.as_ref().and_then(|d| d.system().map(str::to_owned));
+                self.begin(told);
+            }
+            ("system", text) => self.begin((!text.is_empty()).then(|| text.to_owned())),
             _ => {
                 let known =
                     suggestion(word, &COMMANDS).map(|near| format!("did you mean /{near}?"));
@@ -207,6 +263,21 @@ impl Chat<'_> {
             self.adapters.names().map(|name| format!("{} {name}\n", star(on == Some(name))));
         let own = format!("{} {NONE}, the model's own scales\n", star(on.is_none()));
         named.chain([own]).collect()
+    }
+}
+
+/// The conversation as tokens; exchanges that it has no room for are forgotten, the first ones first.
+fn said(dialogue: &mut Dialogue, writer: &Writer<'_>) -> Result<Vec<u32>> {
+    loop {
+        let tokens = writer.tokenizer.encode(&dialogue.text()?)?;
+        match writer.fitting(tokens) {
+            Err(_) if dialogue.forget_first() => {
+                output::aside(
+                    "(the conversation outgrew the context: its first exchange is forgotten)\n",
+                );
+            }
+            fitting => return fitting,
+        }
     }
 }
 

@@ -1,5 +1,8 @@
 //! `fewbit data`: what a data set becomes, shown before anything is trained on it.
 
+mod generate;
+mod prompts;
+
 use std::path::PathBuf;
 
 use clap::builder::PossibleValuesParser;
@@ -12,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::recipe::Compute;
 use crate::run::{Options, data_of};
 use crate::stage::Corpus;
+use crate::stop::StopFlag;
 use crate::store::locate;
 
 /// Columns of what is printed.
@@ -32,6 +36,11 @@ pub(super) struct DataArgs {
 enum DataCommand {
     /// Show samples with the trained tokens marked, and count documents, tokens and what is cut
     Preview(PreviewArgs),
+    /// Have a model write training text: answers to prompts, or free text
+    ///
+    /// The file is JSONL that `[data.*]` of a recipe reads. The same command goes on with a file that is
+    /// not whole; what it was made by lies beside it in FILE.settings.json.
+    Generate(generate::GenerateArgs),
 }
 
 /// How data is read: the keys of a recipe's `[data.*]`.
@@ -114,9 +123,10 @@ struct PreviewArgs {
     json: bool,
 }
 
-pub(super) fn run(args: &DataArgs) -> Result<()> {
+pub(super) fn run(args: &DataArgs, stop: &StopFlag) -> Result<()> {
     match &args.command {
         DataCommand::Preview(args) => preview(args),
+        DataCommand::Generate(args) => generate::run(args, stop),
     }
 }
 

@@ -3,6 +3,7 @@
 use clap::Args;
 use serde_json::json;
 
+use super::dialogue::{Dialogue, TemplateArgs};
 use super::sampling::SamplingArgs;
 use super::{AdaptedArgs, Session, output};
 use crate::data::{Answer, Tokenizer};
@@ -23,6 +24,11 @@ pub(super) struct GenerateArgs {
     /// The text to continue; several are continued together
     #[arg(long, required = true)]
     prompt: Vec<String>,
+    /// Say the prompt to the model in the words of its chat template, and show its answer alone
+    #[arg(long)]
+    chat: bool,
+    #[command(flatten)]
+    template: TemplateArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
     /// One JSON object for each prompt: prompt, text, tokens, and why it ended
@@ -35,14 +41,25 @@ pub(super) fn run(args: &GenerateArgs, stop: &StopFlag) -> Result<()> {
     let tokenizer = session.tokenizer()?;
     let ends = session.opened.generation()?.ends;
     let sampler = args.sampling.sampler(Sampler::default());
-    let max_new = args.sampling.max_new_tokens.unwrap_or(TEXT);
+    let chat = args.chat || args.template.are_given();
+    let max_new = args.sampling.max_new_tokens.unwrap_or(if chat { ANSWER } else { TEXT });
     let stops = &args.sampling.stop;
     let writer = Writer { session: &session, tokenizer: &tokenizer, stop, ends, max_new, stops };
-    let tokens = |text: &String| writer.prompt(text).map_err(|e| e.at("--prompt"));
+    let template = chat.then(|| args.template.need(&session)).transpose()?;
+    let tokens = |text: &String| match &template {
+        None => writer.prompt(text),
+        Some(template) => {
+            let mut dialogue = Dialogue::new(template.clone(), args.template.system.clone());
+            dialogue.ask(text);
+            // The template opens the text itself.
+            writer.fitting(tokenizer.encode(&dialogue.text()?)?)
+        }
+    };
+    let tokens = |text| tokens(text).map_err(|e| e.at("--prompt"));
     let prompts: Vec<Vec<u32>> = args.prompt.iter().map(tokens).collect::<Result<_>>()?;
     let model = session.load()?;
     if let ([prompt], false) = (&prompts[..], args.json) {
-        let given = &args.prompt[0];
+        let given = if chat { "" } else { &args.prompt[0] };
         return writer.go_on(&model, &mut Memory::default(), (prompt, given), sampler).map(drop);
     }
     for ((text, (answer, ended)), index) in
@@ -53,17 +70,19 @@ pub(super) fn run(args: &GenerateArgs, stop: &StopFlag) -> Result<()> {
                 "prompt": text,
                 "text": answer.text(),
                 "tokens": answer.tokens().len(),
-                "ended": name(ended),
+                "ended": ended_name(ended),
             }))?;
         } else {
             let between = if index > 0 { "\n" } else { "" };
-            output::line(&format!("{between}{text}{}", answer.text()))?;
+            let given = if chat { "" } else { text };
+            output::line(&format!("{between}{given}{}", answer.text()))?;
         }
     }
     Ok(())
 }
 
-fn name(ended: Ended) -> &'static str {
+/// Why a text ended, in a word.
+pub(super) fn ended_name(ended: Ended) -> &'static str {
     match ended {
         Ended::Token(_) => "end",
         Ended::Length => "length",

@@ -3,6 +3,7 @@
 mod adapter;
 mod chat;
 mod data;
+mod dialogue;
 mod eval;
 mod export;
 mod generate;
@@ -68,13 +69,14 @@ enum Command {
     Verify(verify::VerifyArgs),
     /// Show tensors, grids, bits per weight, sizes and histograms of codes
     Inspect(inspect::InspectArgs),
-    /// Continue a prompt
+    /// Continue prompts, or answer them by the model's chat template
     Generate(generate::GenerateArgs),
-    /// Continue lines of text one by one, switching adapters in between
+    /// Talk with a model, switching adapters in between
     ///
-    /// Every line of the input is a prompt of its own, continued as plain text: chat templates are
-    /// not applied yet, and earlier lines are not remembered. Lines that begin with / are commands;
-    /// /help lists them.
+    /// Every line of the input is said to the model in the words of its chat template, and the
+    /// conversation is remembered. A model without a template, or --plain, continues each line as a text
+    /// of its own. Temperature and cuts are those of the model's generation_config.json unless given.
+    /// Lines that begin with / are commands; /help lists them.
     Chat(chat::ChatArgs),
     /// Write the logits of a token sequence, for parity checks against other runtimes
     Logits(logits::LogitsArgs),
@@ -113,7 +115,7 @@ fn run(command: Command) -> Result<()> {
         Command::Train(args) => train::train(args, &stop),
         Command::Check(args) => train::check(args, &stop),
         Command::Recipes(args) => recipes::run(args),
-        Command::Data(args) => data::run(&args),
+        Command::Data(args) => data::run(&args, &stop),
         Command::Eval(args) => eval::run(&args, &stop),
         Command::Export(args) => export::run(&args, &stop),
         Command::Adapter(args) => adapter::run(&args, &stop),

@@ -76,7 +76,8 @@ pub fn prepare(options: &Options, stop: &StopFlag) -> Result<Prepared> {
         // Nothing to compare with: what it refuses, it refuses before weights are hashed.
         RunFolder::check(&prepared, options.fresh)?;
     }
-    prepared.fingerprint.model = identity::model_sha256(&prepared.model.dir, prepared.model.checkpoint.files(), stop)?;
+    prepared.fingerprint.model =
+        identity::model_sha256(&prepared.model.dir, prepared.model.checkpoint.files(), stop)?;
     if has_run {
         RunFolder::check(&prepared, options.fresh)?;
     }
@@ -371,7 +372,11 @@ impl Prepared {
     pub fn to_look_at(options: &Options, stop: &StopFlag) -> Result<Self> {
         let mut prepared = fitted(options, stop)?;
         if prepared.has_run() && !options.fresh {
-            prepared.fingerprint.model = identity::model_sha256(&prepared.model.dir, prepared.model.checkpoint.files(), stop)?;
+            prepared.fingerprint.model = identity::model_sha256(
+                &prepared.model.dir,
+                prepared.model.checkpoint.files(),
+                stop,
+            )?;
         }
         RunFolder::check(&prepared, options.fresh)?;
         Ok(prepared)

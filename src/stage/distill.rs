@@ -150,8 +150,16 @@ impl Stage for DistillConfig {
         let weights = TRAINED_WEIGHT_BYTES * scene.linears + 4 * (scene.linears + 2 * scene.rest);
         // The saved state, the best one, and one of them while it is written.
         let disk = scene.linears + states::bytes(scene.linears, self.keep);
-        let cost = scene.training(&keys!(self), weights, [0, scene.linears * 4 * 40], 60);
-        cost.map_or_else(Cost::default, |cost| Cost { disk, ..cost })
+        let keys = keys!(self);
+        let cost = scene.training(&keys, weights, [0, scene.linears * 4 * 40], 60);
+        let writing =
+            self.on_policy.as_ref().map_or_else(Cost::default, |own| own.cost(scene, &keys));
+        cost.map_or_else(Cost::default, |cost| Cost {
+            disk,
+            device: cost.device + writing.device,
+            seconds: cost.seconds + writing.seconds,
+            ..cost
+        })
     }
 
     fn judged(&self) -> Option<Judged<'_>> {

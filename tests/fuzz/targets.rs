@@ -227,7 +227,9 @@ pub(crate) fn examples(bytes: &[u8]) {
 /// A chat template, with a conversation that it writes.
 pub(crate) fn chat_template(bytes: &[u8]) {
     let Ok(source) = std::str::from_utf8(bytes) else { return };
-    let Some(template) = sound(ChatTemplate::new(source, BTreeMap::new(), "t.jinja")) else { return };
+    let Some(template) = sound(ChatTemplate::new(source, BTreeMap::new(), "t.jinja")) else {
+        return;
+    };
     let template = template.with_clock(Clock::Unset);
     let text = r#"[{"role": "system", "content": "S"}, {"role": "user", "content": "A"},
         {"role": "assistant", "content": "<think>x</think>1", "tool_calls": [{"name": "f", "arguments": {"a": [1]}}]},
