@@ -10,9 +10,10 @@ use clap::Args;
 use self::ask::Asked;
 use self::show::{Adapter, Found};
 use super::data::ReadingArgs;
-use super::{AdaptedArgs, Session, output};
+use super::{AdaptedArgs, ModelArgs, Session, output};
 use crate::data::{Marks, Reading, TokenStream, Tokenizer, sha256_of};
 use crate::error::{Error, Result};
+use crate::model::Forward;
 use crate::report::Event;
 use crate::report::Reporter;
 use crate::report::terminal::Terminal;
@@ -55,6 +56,9 @@ pub(super) struct EvalArgs {
     /// Put no BOS token before documents
     #[arg(long)]
     no_bos: bool,
+    /// The float model to compare with: kl needs it, and other tasks tell what it answers differently
+    #[arg(long, value_name = "MODEL")]
+    reference: Option<String>,
     /// Write what was found row by row, one JSON object a line
     #[arg(long, value_name = "FILE")]
     samples: Option<PathBuf>,
@@ -86,17 +90,29 @@ pub(super) fn run(args: &EvalArgs, stop: &StopFlag) -> Result<()> {
             task.task().prepare(&material).map_err(|error| error.at(names.join(", ")))
         })
         .collect::<Result<_>>()?;
+    let reference = args.reference(&session)?;
     let model = session.load()?;
+    let reference = reference.as_ref().map(Session::load).transpose()?;
     let mut terminal = Terminal::new();
-    let bench = Bench { config, device: &session.device.device, stop, reference: None };
+    let reference = reference.as_ref().map(|model| -> &dyn Forward { model });
+    let bench = Bench { config, device: &session.device.device, stop, reference };
     let mut found = Vec::new();
     for (prepared, ready) in prepared.iter().zip(&ready) {
-        let mut progress = |done, of| {
-            let (verb, detail) = (format!("eval {}", ready.task.label()), String::new());
-            terminal.emit(&Event::Progress { verb, done, of, detail });
+        let mut measure = |model: &dyn Forward, verb: &str| {
+            let mut progress = |done, of| {
+                let verb = format!("{verb} {}", ready.task.label());
+                terminal.emit(&Event::Progress { verb, done, of, detail: String::new() });
+            };
+            prepared.measure(&bench, model, &mut progress)
         };
-        let score = prepared.measure(&bench, &model, &mut progress)?;
-        found.push(Found { ready, score });
+        let task = ready.task.task();
+        let beside = reference.filter(|_| !task.needs_reference());
+        let reference = beside.map(|model| measure(model, "reference")).transpose()?;
+        let mut score = measure(&model, "eval")?;
+        if let Some(reference) = &reference {
+            task.compare(&mut score, &reference.samples);
+        }
+        found.push(Found { ready, score, reference });
     }
     terminal.flush();
     if let Some(path) = &args.samples {
@@ -157,9 +173,30 @@ impl EvalArgs {
         keys.collect()
     }
 
+    /// The model to compare with, opened.
+    fn reference(&self, session: &Session) -> Result<Option<Session>> {
+        let Some(name) = &self.reference else { return Ok(None) };
+        let ModelArgs { device, compute, .. } = &self.source.model;
+        let args = ModelArgs { model: name.clone(), device: device.clone(), compute: *compute };
+        let opened = args.open().map_err(|error| error.at("--reference"))?;
+        let [ours, theirs] = [session, &opened].map(|session| session.opened.config.vocab);
+        if ours != theirs {
+            return Err(Error::preflight(format!(
+                "the reference has {theirs} tokens, and the model {ours}"
+            ))
+            .at(format!("--reference {name}"))
+            .fix("the float model that this one was made from"));
+        }
+        Ok(Some(opened))
+    }
+
     fn ready(&self, session: &Session, task: TaskConfig, asked: &Asked) -> Result<Ready> {
         let option = |key: &str| if self.set.is_empty() { format!("--{key}") } else { key.into() };
         task.task().check().map_err(|refused| refused.error.at(option(refused.key)))?;
+        if task.task().needs_reference() && self.reference.is_none() {
+            let what = format!("{} compares with a reference, and none is named", task.label());
+            return Err(Error::usage(what).fix("--reference the float model"));
+        }
         let names = asked.file.as_ref().map_or_else(|| self.data.clone(), |f| vec![f.clone()]);
         let files = Files::find(&task.task().source())?;
         let text = match task.task().source() {

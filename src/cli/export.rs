@@ -244,6 +244,7 @@ impl Text {
             context: recorded.map(|parity| parity.context),
             stride: recorded.and_then(|parity| parity.stride),
             windows: recorded.and_then(|parity| parity.windows).or(Some(PARITY_WINDOWS)),
+            ..PplConfig::default()
         };
         let config = &session.opened.config;
         let (context, _) =

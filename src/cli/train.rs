@@ -12,6 +12,7 @@ use crate::error::Result;
 use crate::report::terminal::{self, Terminal};
 use crate::report::{Event, Reporter, Reporters};
 use crate::run::{self, Options, Prepared, RunRecord};
+use crate::stage::Measured;
 use crate::stop::StopFlag;
 
 /// What `train` and `check` may change in a recipe.
@@ -143,21 +144,45 @@ impl Reporter for Lines {
     }
 }
 
-/// Evaluations in order of measurement by their first number, beside the float model's.
+/// Evaluations by task and in order of measurement: the first number with its standard error where there is one,
+/// beside the float model's, and the share of answers that differ from its.
 fn results_table(record: &RunRecord) -> String {
     let measured = &record.results.measured;
     // Nothing fails to be written to a string.
     let mut table = String::new();
-    let mut heading = "";
-    for m in measured {
-        let Some((number, value)) = m.result.numbers.first() else { continue };
-        if number != heading {
-            heading = number;
-            let _ = writeln!(table, "{:<24}{heading:>12}{:>10}", "model", "x float");
+    let mut told: Vec<&Measured> = Vec::new();
+    for first in measured {
+        if told.iter().any(|m| m.task == first.task) {
+            continue;
         }
-        let float = measured.iter().find(|f| f.what == "float" && f.task == m.task);
-        let ratio = float.map_or(String::new(), |f| format!("{:.4}", value / f.result.first()));
-        let _ = writeln!(table, "{:<24}{value:>12.4}{ratio:>10}", m.what);
+        told.push(first);
+        let all = || measured.iter().filter(|m| m.task == first.task);
+        let Some((number, _)) = first.result.numbers.first() else { continue };
+        let has = |name: &str| all().any(|m| m.result.number(name).is_some());
+        let error = format!("{number}_stderr");
+        let label = first.task.label();
+        let heading =
+            if label == first.task.name() { number.clone() } else { format!("{label} {number}") };
+        let _ = write!(table, "{:<24}{heading:>22}", "model");
+        let columns = [(has(&error), "stderr"), (true, "x float"), (has("flipped"), "flipped")];
+        for (_, name) in columns.iter().filter(|(there, _)| *there) {
+            let _ = write!(table, "{name:>10}");
+        }
+        table.push('\n');
+        let float = all().find(|m| m.what == "float").map(|m| m.result.first());
+        for m in all() {
+            let _ = write!(table, "{:<24}{:>22.4}", m.what, m.result.first());
+            let ratio = float.map(|float| m.result.first() / float);
+            let numbers = [m.result.number(&error), ratio, m.result.number("flipped")];
+            for ((there, _), number) in columns.iter().zip(numbers) {
+                let number = number.map_or_else(String::new, |number| format!("{number:.4}"));
+                if *there {
+                    let _ = write!(table, "{number:>10}");
+                }
+            }
+            table.truncate(table.trim_end().len());
+            table.push('\n');
+        }
     }
     table
 }

@@ -237,6 +237,7 @@ fn check_perplexity(
         context: Some(recorded.context),
         stride: recorded.stride,
         windows: recorded.windows.or(Some(PARITY_WINDOWS)),
+        ..PplConfig::default()
     };
     let Session { opened, device, dtype, .. } = session;
     let (config, device) = (&opened.config, &device.device);

@@ -108,7 +108,7 @@ pub(super) const COMPRESSED: [(&[u8], &str, &str); 5] = [
 ///
 /// # Errors
 /// When they are compressed, hold zeros as UTF-16 does, or are no UTF-8.
-fn decode_utf8(bytes: Vec<u8>, path: &Path) -> Result<String> {
+pub(super) fn decode_utf8(bytes: Vec<u8>, path: &Path) -> Result<String> {
     let packed = COMPRESSED.iter().find(|(start, ..)| bytes.starts_with(start));
     // Prose may begin with the letters of a signature.
     let prose = || std::str::from_utf8(&bytes).is_ok() && bytes.iter().all(|byte| *byte > 8);

@@ -15,6 +15,7 @@ mod parquet;
 mod paths;
 mod reading;
 mod rows;
+pub mod table;
 pub mod tokenizer;
 pub mod windows;
 
@@ -27,5 +28,6 @@ pub use order::{Order, coin_flips, seed_of};
 pub use packing::Marks;
 pub use paths::Paths;
 pub use reading::{Reader, Reading, TemplateChoice};
+pub use table::{Columns, Row, read_rows};
 pub use tokenizer::Tokenizer;
 pub use windows::{ScoredWindow, TokenStream};

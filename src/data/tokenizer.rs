@@ -101,6 +101,36 @@ impl Tokenizer {
         Ok(all)
     }
 
+    /// The token ids of each text as one that begins here, in order: opened (and closed) by the special
+    /// tokens that the tokenizer itself puts there, unless `opened` says whether. A text that begins with the
+    /// BOS token's own text gets none.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_opened(&self, texts: &[String], opened: Option<bool>) -> Result<Vec<Vec<u32>>> {
+        let bos = self.bos.as_deref().or(self.eos.as_deref());
+        let own = |text: &String| bos.is_some_and(|bos| text.starts_with(bos));
+        let mut all = Vec::with_capacity(texts.len());
+        for batch in texts.chunks(BATCH) {
+            let texts: Vec<&str> = batch.iter().map(String::as_str).collect();
+            let special = opened.unwrap_or(true);
+            let encodings =
+                self.guarded("cannot encode", || self.inner.encode_batch_fast(texts, special))?;
+            for (text, encoding) in batch.iter().zip(encodings) {
+                match own(text) {
+                    true => all.push(self.encode(text)?),
+                    false => all.push(encoding.get_ids().to_vec()),
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    /// Whether a text gets special tokens of the tokenizer's own.
+    pub fn opens(&self) -> bool {
+        self.inner.encode_fast("", true).is_ok_and(|encoding| !encoding.get_ids().is_empty())
+    }
+
     /// The token ids of each text as it goes on behind another text, in order.
     ///
     /// Some tokenizers put a space before whatever they are given, which would come to stand in the

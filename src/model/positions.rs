@@ -5,7 +5,7 @@ use std::sync::Arc;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use super::arch::{ModelConfig, Span};
-use crate::ops::{Attending, Scores, Sight};
+use crate::ops::{Attending, Forest, Scores, Sight};
 
 /// Rotations and masks of one run of positions.
 #[derive(Clone, Debug)]
@@ -46,6 +46,17 @@ impl Positions {
         Run { config, past, seq, starts, dtype, device }.positions()
     }
 
+    /// Positions of sequences that share their beginnings, packed into one of `forest.len` tokens.
+    pub fn of_forest(
+        config: &ModelConfig,
+        forest: Arc<Forest>,
+        dtype: DType,
+        device: &Device,
+    ) -> Self {
+        let run = Run { config, past: 0, seq: forest.len, starts: None, dtype, device };
+        run.positions_at(&[forest.depths()], Some(&forest))
+    }
+
     /// Number of positions.
     pub fn len(&self) -> usize {
         self.len
@@ -79,13 +90,18 @@ struct Run<'a> {
 
 impl Run<'_> {
     fn positions(&self) -> Positions {
+        self.positions_at(&self.sequences(), None)
+    }
+
+    /// Of tokens at these positions in their sequences, `[1 or batch, seq]`.
+    fn positions_at(&self, sequences: &[Vec<usize>], forest: Option<&Arc<Forest>>) -> Positions {
         let rows = self.config.arch.positions.as_ref().map(|table| {
             let row = |position: usize| ((position + table.offset) as u32).cast_signed();
-            let sequences = self.sequences();
             let ids: Vec<i32> = sequences.iter().flatten().copied().map(row).collect();
             Tensor::from_data(TensorData::new(ids, [sequences.len(), self.seq]), self.device)
         });
-        let spans = self.config.arch.spans.iter().map(|span| self.span(span)).collect();
+        let spans = self.config.arch.spans.iter();
+        let spans = spans.map(|span| self.span(span, sequences, forest)).collect();
         Positions { spans, rows, len: self.seq }
     }
 
@@ -100,12 +116,17 @@ impl Run<'_> {
         starts.chunks(self.seq.max(1)).map(from).collect()
     }
 
-    fn span(&self, span: &Span) -> Attending {
+    fn span(
+        &self,
+        span: &Span,
+        sequences: &[Vec<usize>],
+        forest: Option<&Arc<Forest>>,
+    ) -> Attending {
         let Self { config, past, seq, .. } = *self;
-        let sequences = self.sequences();
+        let copies = config.n_heads / config.n_kv_heads;
         let half = span.rope.as_ref().map_or(1, |rope| rope.dims / 2);
         let [mut cos, mut sin] = [(); 2].map(|()| Vec::with_capacity(sequences.len() * seq * half));
-        for positions in &sequences {
+        for positions in sequences {
             let total = positions.iter().max().map_or(0, |last| last + 1);
             // Without rotation one pair is turned by nothing.
             let (frequencies, size) = match &span.rope {
@@ -136,12 +157,11 @@ impl Run<'_> {
             },
             cos: table(cos),
             sin: table(sin),
-            query_factors: self.query_factors(&sequences),
-            sight: Sight::new(
-                [past, seq, config.n_heads / config.n_kv_heads],
-                span.window,
-                self.starts.clone(),
-            ),
+            query_factors: self.query_factors(sequences),
+            sight: match forest {
+                Some(forest) => Sight::of_forest(Arc::clone(forest), copies, span.window),
+                None => Sight::new([past, seq, copies], span.window, self.starts.clone()),
+            },
         }
     }
 

@@ -1,10 +1,11 @@
 //! Causal attention with grouped key and value heads: rotated or not, over all earlier positions or a
 //! window of them. One operation on the tape.
 
-use burn::tensor::{Tensor, TensorData, activation};
-
 use std::sync::{Arc, OnceLock};
 
+use burn::tensor::{Tensor, TensorData, activation};
+
+use super::forest::Forest;
 #[cfg(feature = "flex")]
 use {
     super::bridge::{self, Operation, Plain, Rows, reads, tensor},
@@ -56,6 +57,8 @@ pub struct Sight {
     /// The first key that a query may see, not falling along a sequence and not behind the query's
     /// own, `[batch, seq]`; absent: 0.
     pub starts: Option<Arc<Vec<u32>>>,
+    /// Which tokens stand behind which, where it is not each behind the one before it.
+    pub forest: Option<Arc<Forest>>,
     /// Made when first asked for: the kernel does without.
     mask: OnceLock<Tensor<4>>,
 }
@@ -68,13 +71,23 @@ impl Sight {
         starts: Option<Arc<Vec<u32>>>,
     ) -> Self {
         let window = window.unwrap_or(usize::MAX);
-        Self { past, seq, copies, window, starts, mask: OnceLock::new() }
+        Self { past, seq, copies, window, starts, forest: None, mask: OnceLock::new() }
+    }
+
+    /// Of sequences that share their beginnings.
+    pub fn of_forest(forest: Arc<Forest>, copies: usize, window: Option<usize>) -> Self {
+        let sizes = [0, forest.len, copies];
+        Self { forest: Some(forest), ..Self::new(sizes, window, None) }
     }
 
     /// 0 or -inf, `[1 or batch, 1, heads per kv head * seq, past + seq]`, of the type and on the device
     /// of `like`.
     fn mask<const D: usize>(&self, like: &Tensor<D>) -> Tensor<4> {
         let make = || {
+            if let Some(forest) = &self.forest {
+                let mask = forest.mask(self.copies, self.window, &like.device());
+                return mask.cast(like.dtype());
+            }
             let total = self.past + self.seq;
             let everywhere = vec![0; self.seq];
             let starts = self.starts.as_deref().unwrap_or(&everywhere);
@@ -174,6 +187,10 @@ pub fn causal_attention(
 ) -> Tensor<3> {
     let q = attending.scaled(q);
     #[cfg(feature = "flex")]
+    if let Some(forest) = attending.sight.forest.as_deref().filter(|_| reads(&q)) {
+        return forest_attention([q, k, v], attending, forest);
+    }
+    #[cfg(feature = "flex")]
     if reads(&q) {
         let operation = Attention {
             cos: bridge::frozen(attending.cos.clone()),
@@ -185,6 +202,56 @@ pub fn causal_attention(
     }
     let [q, k, v] = [q, k, v].map(|x| attending.heads(x));
     attending.attend(attending.rotate(q), attending.rotate(k), v)
+}
+
+/// Whether an operation on this tensor runs as a kernel of ours.
+pub fn has_kernel<const D: usize>(x: &Tensor<D>) -> bool {
+    #[cfg(feature = "flex")]
+    return reads(x);
+    #[cfg(not(feature = "flex"))]
+    {
+        let _ = x;
+        false
+    }
+}
+
+/// Causal attention of one packed sequence, off the tape.
+#[cfg(feature = "flex")]
+fn forest_attention(operands: [Tensor<3>; 3], attending: &Attending, forest: &Forest) -> Tensor<3> {
+    let [q, k, v] = operands.map(|x| Rows::of(bridge::frozen(x)));
+    let [cos, sin] =
+        [&attending.cos, &attending.sin].map(|table| Rows::of(bridge::frozen(table.clone())));
+    let mut out = vec![0.0; q.values().len()];
+    attention_kernel::forest_attention(
+        &shape_of(attending.scores, &q, &k),
+        forest,
+        [q.values(), k.values(), v.values()],
+        attention_kernel::Tables {
+            each: false,
+            cos: cos.values(),
+            sin: sin.values(),
+            starts: None,
+        },
+        &mut out,
+    );
+    tensor(q.like(out).plain())
+}
+
+#[cfg(feature = "flex")]
+fn shape_of(scores: Scores, q: &Rows, k: &Rows) -> attention_kernel::Shape {
+    let Scores { head_dim, neighbours, window, scale, cap } = scores;
+    let (queries, keys) = (q.shape(), k.shape());
+    attention_kernel::Shape {
+        batch: queries[0],
+        seq: queries[1],
+        heads: queries[2] / head_dim,
+        kv_heads: keys[2] / head_dim,
+        head_dim,
+        neighbours,
+        window: window.unwrap_or(usize::MAX),
+        scale: scale.map_or((head_dim as f32).sqrt().recip(), |scale| scale as f32),
+        cap: cap.map(|cap| cap as f32),
+    }
 }
 
 #[cfg(feature = "flex")]
@@ -220,19 +287,7 @@ impl Attention {
     }
 
     fn shape(&self, q: &Rows, k: &Rows) -> attention_kernel::Shape {
-        let Scores { head_dim, neighbours, window, scale, cap } = self.scores;
-        let (queries, keys) = (q.shape(), k.shape());
-        attention_kernel::Shape {
-            batch: queries[0],
-            seq: queries[1],
-            heads: queries[2] / head_dim,
-            kv_heads: keys[2] / head_dim,
-            head_dim,
-            neighbours,
-            window: window.unwrap_or(usize::MAX),
-            scale: scale.map_or((head_dim as f32).sqrt().recip(), |scale| scale as f32),
-            cap: cap.map(|cap| cap as f32),
-        }
+        shape_of(self.scores, q, k)
     }
 }
 

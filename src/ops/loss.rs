@@ -6,7 +6,7 @@
 //! this machine's processor a loss reads each row of logits once and writes the gradient over the
 //! student's.
 
-use burn::tensor::{Int, Tensor, activation};
+use burn::tensor::{Int, Tensor, TensorData, activation};
 
 use super::bridge::{self, Operation, Plain, tensor};
 #[cfg(feature = "flex")]
@@ -389,6 +389,29 @@ pub fn negative_log_likelihood(logits: Tensor<2>, targets: Tensor<2, Int>) -> Ve
     }
     let nll = activation::log_softmax(logits, 1).gather(1, targets).neg();
     nll.into_data().iter::<f32>().collect()
+}
+
+/// As [`negative_log_likelihood`], of several targets of each token.
+///
+/// # Shapes
+/// - logits: `[tokens, vocab]`, f32, not tracked
+/// - targets, result: `[tokens]`, each as many as there are
+pub fn negative_log_likelihoods(logits: Tensor<2>, targets: &[Vec<u32>]) -> Vec<Vec<f32>> {
+    #[cfg(feature = "flex")]
+    if reads(&logits) {
+        let logits = Rows::of(bridge::frozen(logits));
+        return kernel::negative_log_likelihoods(logits.values(), targets);
+    }
+    let most = targets.iter().map(Vec::len).max().unwrap_or(0);
+    let filled = targets.iter().flat_map(|row| {
+        row.iter().map(|id| id.cast_signed()).chain(std::iter::repeat(0)).take(most)
+    });
+    let ids = TensorData::new(filled.collect::<Vec<i32>>(), [targets.len(), most]);
+    let ids = Tensor::<2, Int>::from_data(ids, &logits.device());
+    let nll = activation::log_softmax(logits, 1).gather(1, ids).neg();
+    let nll: Vec<f32> = nll.into_data().iter::<f32>().collect();
+    let rows = nll.chunks(most.max(1)).zip(targets);
+    rows.map(|(losses, row)| losses[..row.len()].to_vec()).collect()
 }
 
 #[cfg(feature = "flex")]

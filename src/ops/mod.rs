@@ -14,6 +14,7 @@ mod block;
 mod bridge;
 mod coded;
 mod fake_quant;
+mod forest;
 #[cfg(feature = "flex")]
 mod kernel;
 mod linear;
@@ -23,7 +24,7 @@ mod search;
 mod vector;
 
 pub use adamw::{AdamWStep, Moments, adamw_step, adamw_step_in_units, laid_out_like, squared_norm};
-pub use attention::{Attending, Scores, Sight, causal_attention};
+pub use attention::{Attending, Scores, Sight, causal_attention, has_kernel};
 pub use binary_coding::{Unified, nearest_codes};
 pub use block::{block_mse, layer_norm, rms_norm, swiglu};
 pub use bridge::composed;
@@ -32,9 +33,10 @@ pub use fake_quant::{
     Divided, Rule, Stepped, TieRule, clamp_ste, exp, off_tape, reshape_grouped, round_ste,
     scale_gradient, shorten_ste,
 };
+pub use forest::{Branch, Forest};
 pub use linear::{linear, matmul};
 pub use loss::{
     Closeness, Comparison, Divergence, LossValue, compare, confidence, cross_entropy, divergence,
-    divergence_value, negative_log_likelihood, with_gradient,
+    divergence_value, negative_log_likelihood, negative_log_likelihoods, with_gradient,
 };
 pub use search::{Candidate, Extent, nearest_grids};

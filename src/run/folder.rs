@@ -68,7 +68,7 @@ impl RunFolder {
         std::fs::create_dir_all(&path).map_err(|e| Error::io("create", &path, &e))?;
         let folder = Self { _lock: lock(&path)?, path };
         // Under the lock nobody is writing: what a killed process left half written is of no use.
-        for dir in ["", "checkpoints", "adapters"] {
+        for dir in ["", "checkpoints", "adapters", "eval"] {
             sweep(&folder.path.join(dir), dir == "checkpoints");
         }
         if fresh {
@@ -154,7 +154,7 @@ fn is_ours(run: &Path, path: &Path) -> bool {
         ["adapters", _] => is_tensors,
         ["adapters", _, _] => is_tensors || ends("json"),
         ["tensorboard", name] => name.starts_with("events."),
-        ["eval", _] => ends("json"),
+        ["eval", _] => ends("json") || ends("jsonl"),
         _ => false,
     }
 }

@@ -8,13 +8,15 @@ use serde::{Deserialize, Serialize};
 use super::context::StageContext;
 use super::corpus::Data;
 use super::cost::{Cost, Scene};
+use super::found;
 use super::kind::Stage;
 use super::results::Measured;
 use super::state::{BASE, ModelState, Packed};
 use crate::error::{Error, Result};
 use crate::method::{self, MethodConfig, RtnConfig};
-use crate::model::{Loader, ModelConfig, ModelTap, WeightSource, weight_name};
+use crate::model::{CausalLm, Forward, Loader, ModelConfig, ModelTap, WeightSource, weight_name};
 use crate::quant::{GroupAxis, GroupLayout, QuantSpec, QuantizedWeight, Symmetry};
+use crate::report::terminal::Terminal;
 use crate::report::{Event, Number, Reporter};
 use crate::task::{Bench, Files, Material, Prepared, Score, Source, TaskConfig};
 
@@ -74,7 +76,7 @@ impl Stage for EvaluateConfig {
     fn check_data(&self, model: &ModelState, data: &Data) -> Result<()> {
         for task in self.all() {
             let files = Files::find(&task.task().source()).map_err(|e| e.at(place(task)))?;
-            Measuring { task, files: &files }.prepare(&model.config, data).map(drop)?;
+            Measuring { task, files: &files, label: "" }.prepare(&model.config, data).map(drop)?;
         }
         Ok(())
     }
@@ -105,28 +107,31 @@ impl Stage for EvaluateConfig {
         }
         let files = tasks.iter().map(|task| Files::find(&task.task().source()));
         let files: Vec<Files> = files.collect::<Result<_>>()?;
+        let labels: Vec<String> = (0..tasks.len()).map(|index| label_of(&tasks, index)).collect();
+        let all = tasks.iter().zip(&files).zip(&labels);
         let all: Vec<Measuring<'_>> =
-            tasks.iter().zip(&files).map(|(task, files)| Measuring { task, files }).collect();
+            all.map(|((task, files), label)| Measuring { task, files, label }).collect();
+        let all = &all[..];
         let baselines = match &self.baselines {
             Some(baselines) => baselines.clone(),
             None => ctx.model.float().map_or_else(|_| Vec::new(), |_| vec![Baseline::Float]),
         };
         for baseline in &baselines {
             match baseline {
-                Baseline::Float => float(&all, ctx)?,
-                Baseline::Rtn => rtn(&all, ctx)?,
+                Baseline::Float => float(all, ctx)?,
+                Baseline::Rtn => rtn(all, ctx)?,
             }
         }
         let what = if ctx.model.quantized.is_empty() && ctx.model.tuned.is_empty() {
-            "float".to_owned()
+            FLOAT.to_owned()
         } else if ctx.latest == BASE {
             BASE.to_owned()
         } else {
             format!("after {}", ctx.latest)
         };
-        if what != "float" || baselines.is_empty() {
-            let found = measure(ctx, &Packed(ctx.model), ctx.model.tap(), &all)?;
-            record(ctx, &what, found, &all);
+        if what != FLOAT || baselines.is_empty() {
+            let found = measure(ctx, &Packed(ctx.model), ctx.model.tap(), all, &what)?;
+            record(ctx, found, all);
         }
         Ok(())
     }
@@ -139,16 +144,30 @@ impl EvaluateConfig {
     }
 }
 
-/// A task, and the files of its rows.
+/// A task, the files of its rows, and what it goes by in this stage.
 #[derive(Clone, Copy)]
 struct Measuring<'a> {
     task: &'a TaskConfig,
     files: &'a Files,
+    label: &'a str,
 }
 
 impl<'a> Measuring<'a> {
     fn is_on_text(&self) -> bool {
         matches!(self.task.task().source(), Source::Text)
+    }
+
+    /// What is recorded of a model called `what`; no numbers yet.
+    fn measured(&self, ctx: &StageContext<'_>, what: &str) -> Measured {
+        let corpus = ctx.data.validation.as_ref().filter(|_| self.is_on_text());
+        let data_sha256 = corpus.map_or(&self.files.sha256, |corpus| &corpus.sha256);
+        Measured {
+            stage: ctx.stage,
+            what: what.to_owned(),
+            result: Score::default(),
+            data_sha256: data_sha256.clone(),
+            task: self.task.clone(),
+        }
     }
 
     /// Refuses what it cannot be measured on.
@@ -167,34 +186,38 @@ impl<'a> Measuring<'a> {
     }
 }
 
+/// What the float model is called.
+const FLOAT: &str = "float";
+
 /// Where a task stands in recipes.
 fn place(task: &TaskConfig) -> String {
     format!("task.{}", task.name())
 }
 
-/// The float model's numbers, measured once per protocol and run.
+/// The float model's numbers, measured once per protocol and run. What is told by comparing with it has none.
 fn float(all: &[Measuring<'_>], ctx: &mut StageContext<'_>) -> Result<()> {
-    let unknown = all.iter().filter(|measuring| known_float(ctx, measuring.task).is_none());
+    let unknown = all.iter().filter(|measuring| {
+        !measuring.task.task().needs_reference() && known_float(ctx, measuring.task).is_none()
+    });
     let unknown: Vec<Measuring<'_>> = unknown.copied().collect();
     if unknown.is_empty() {
         return Ok(());
     }
-    let found = measure(ctx, ctx.model.float()?, ModelTap::default(), &unknown)?;
-    record(ctx, "float", found, &unknown);
+    let found = measure(ctx, ctx.model.float()?, ModelTap::default(), &unknown, FLOAT)?;
+    record(ctx, found, &unknown);
     Ok(())
 }
 
-fn known_float(ctx: &StageContext<'_>, task: &TaskConfig) -> Option<Score> {
-    let measured = ctx.results.measured.iter();
-    measured.filter(|m| m.what == "float" && m.task == *task).map(|m| m.result.clone()).next()
+fn known_float<'a>(ctx: &'a StageContext<'_>, task: &TaskConfig) -> Option<&'a Measured> {
+    ctx.results.measured.iter().find(|m| m.what == FLOAT && m.task == *task)
 }
 
 /// What rounding alone would give at these bits, activations treated alike: the price that learning
 /// has to beat.
 fn rtn(all: &[Measuring<'_>], ctx: &mut StageContext<'_>) -> Result<()> {
     let Some((baseline, what)) = rounded(ctx)? else { return Ok(()) };
-    let found = measure(ctx, &baseline, ctx.model.tap(), all)?;
-    record(ctx, &what, found, all);
+    let found = measure(ctx, &baseline, ctx.model.tap(), all, &what)?;
+    record(ctx, found, all);
     Ok(())
 }
 
@@ -259,44 +282,81 @@ impl WeightSource for Rounded<'_> {
     }
 }
 
-/// The tasks on the model that `source` holds; `tap` acts on activations.
+/// The tasks on the model that `source` holds, called `what`; `tap` acts on activations. What an interrupted
+/// attempt has measured is not measured again.
 fn measure(
     ctx: &StageContext<'_>,
     source: &dyn WeightSource,
     tap: ModelTap,
     all: &[Measuring<'_>],
-) -> Result<Vec<Score>> {
+    what: &str,
+) -> Result<Vec<Measured>> {
     let config = &ctx.model.config;
     let device = &ctx.device.device;
-    let model = Loader { config, source, device, dtype: ctx.compute }.model()?.with_tap(tap);
-    let bench = Bench { config, device, stop: ctx.stop, reference: None };
-    let score = |measuring: &Measuring<'_>| {
-        let prepared = measuring.prepare(config, ctx.data)?;
-        let found = prepared.measure(&bench, &model, &mut |_, _| ());
-        found.map_err(|error| error.at(place(measuring.task)))
+    let load = |source, tap| -> Result<CausalLm> {
+        Ok(Loader { config, source, device, dtype: ctx.compute }.model()?.with_tap(tap))
     };
-    all.iter().map(score).collect()
+    // Loaded for the first task that is not measured yet.
+    let (mut model, mut reference) = (None, None);
+    let mut found = Vec::new();
+    let mut screen = Terminal::new();
+    for measuring in all {
+        let (task, label) = (measuring.task.task(), measuring.label);
+        let files = found::Files::new(ctx.run_dir, ctx.stage, label, what);
+        let mut measured = measuring.measured(ctx, what);
+        if let Some(known) = files.read(&measured) {
+            found.push(known);
+            continue;
+        }
+        if model.is_none() {
+            model = Some(load(source, tap.clone())?);
+        }
+        if task.needs_reference() && reference.is_none() {
+            reference = Some(load(ctx.model.float()?, ModelTap::default())?);
+        }
+        let Some(model) = &model else { continue };
+        let beside = reference.as_ref().map(|model| -> &dyn Forward { model });
+        let bench = Bench { config, device, stop: ctx.stop, reference: beside };
+        let mut progress = |done, of| {
+            let (verb, detail) = (format!("eval {label}"), what.to_owned());
+            screen.emit(&Event::Progress { verb, done, of, detail });
+        };
+        let score = measuring.prepare(config, ctx.data)?.measure(&bench, model, &mut progress);
+        measured.result = score.map_err(|error| error.at(place(measuring.task)))?;
+        if what != FLOAT
+            && let Some(float) = known_float(ctx, measuring.task)
+        {
+            let float = found::Files::new(ctx.run_dir, float.stage, label, FLOAT);
+            task.compare(&mut measured.result, &float.samples());
+        }
+        files.write(&measured)?;
+        found.push(measured);
+    }
+    screen.flush();
+    Ok(found)
 }
 
-fn record(ctx: &mut StageContext<'_>, what: &str, found: Vec<Score>, all: &[Measuring<'_>]) {
-    for (result, measuring) in found.into_iter().zip(all) {
-        record_one(ctx, what.to_owned(), result, *measuring);
+/// What a task goes by among all: with its number where another one goes by the same name.
+fn label_of(all: &[TaskConfig], index: usize) -> String {
+    let label = all[index].label();
+    let before = all[..index].iter().filter(|other| other.label() == label).count();
+    if before == 0 { label } else { format!("{label}-{}", before + 1) }
+}
+
+fn record(ctx: &mut StageContext<'_>, found: Vec<Measured>, all: &[Measuring<'_>]) {
+    for (measured, measuring) in found.into_iter().zip(all) {
+        record_one(ctx, measured, *measuring);
     }
 }
 
-fn record_one(
-    ctx: &mut StageContext<'_>,
-    what: String,
-    mut result: Score,
-    measuring: Measuring<'_>,
-) {
-    let Measuring { task, files } = measuring;
-    let corpus = ctx.data.validation.as_ref().filter(|_| measuring.is_on_text());
-    let (data, data_sha256) = match corpus {
-        Some(corpus) => (corpus.name.clone(), corpus.sha256.clone()),
-        None => (files.name.clone(), files.sha256.clone()),
+fn record_one(ctx: &mut StageContext<'_>, mut measured: Measured, measuring: Measuring<'_>) {
+    let task = measuring.task;
+    let (what, result) = (&measured.what, &measured.result);
+    let data = match ctx.data.validation.as_ref().filter(|_| measuring.is_on_text()) {
+        Some(corpus) => corpus.name.clone(),
+        None => measuring.files.name.clone(),
     };
-    let ratio = known_float(ctx, task).filter(|_| what != "float");
+    let ratio = known_float(ctx, task).filter(|_| what != FLOAT);
     let tag = |name: &str| {
         let known = task.task().numbers().iter().find(|number| number.name == name);
         known.map_or_else(String::new, |number| number.tag.to_owned())
@@ -311,23 +371,17 @@ fn record_one(
     ctx.report.emit(&Event::Evaluation {
         stage: ctx.stage,
         what: what.clone(),
-        task: task.label(),
+        task: measuring.label.to_owned(),
         numbers: result.numbers.iter().map(number).collect(),
         tokens: result.tokens,
         protocol,
-        marks: task.task().marks(&result),
+        marks: task.task().marks(result),
         bos: bos.unwrap_or(ctx.data.bos.is_some()),
         data,
-        ratio_to_float: ratio.map(|float| result.first() / float.first()),
+        ratio_to_float: ratio.map(|float| result.first() / float.result.first()),
         global_step: ctx.first_step,
         track: what.starts_with("after"),
     });
-    result.samples.clear();
-    ctx.results.measured.push(Measured {
-        stage: ctx.stage,
-        what,
-        result,
-        data_sha256,
-        task: task.clone(),
-    });
+    measured.result.samples.clear();
+    ctx.results.measured.push(measured);
 }

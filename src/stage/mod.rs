@@ -16,6 +16,7 @@ mod distill;
 mod evaluate;
 mod export;
 mod finetune;
+mod found;
 mod gate;
 mod head;
 mod inputs;

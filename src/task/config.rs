@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::choice::{Benchmark, ChoiceConfig};
+use super::divergence::KlConfig;
 use super::kind::Task;
 use super::perplexity::PplConfig;
 
@@ -45,35 +47,41 @@ macro_rules! tasks {
 tasks! {
     /// Perplexity on `[data.validation]`.
     Ppl { "ppl", PplConfig },
+    /// Divergence from the float model on `[data.validation]`.
+    Kl { "kl", KlConfig },
+    /// Questions with given answers.
+    Choice { "choice", ChoiceConfig },
 }
 
-/// What a name on the command line stands for: a task, and keys of it.
+/// What a name on the command line stands for: a task, and keys of it. A benchmark goes by its own name.
 pub fn named(name: &str) -> Option<(&'static str, Vec<String>)> {
-    NAMES.iter().find(|known| **known == name).map(|known| (*known, Vec::new()))
+    if let Some(known) = NAMES.iter().find(|known| **known == name) {
+        return Some((known, Vec::new()));
+    }
+    let benchmark = Benchmark::ALL.into_iter().find(|benchmark| benchmark.name() == name)?;
+    Some(("choice", vec![format!("benchmark=\"{}\"", benchmark.name())]))
 }
 
 /// Every name that [`named`] knows.
 pub fn every_name() -> Vec<&'static str> {
-    NAMES.to_vec()
-}
-
-/// Whether the task of this name is measured on text.
-pub fn is_on_text(name: &str) -> bool {
-    name == "ppl"
+    let benchmarks = Benchmark::ALL.into_iter().map(Benchmark::name);
+    NAMES.iter().copied().chain(benchmarks).collect()
 }
 
 impl TaskConfig {
-    /// What it goes by in reports.
+    /// What it goes by in reports: its name, or the benchmark's.
     pub fn label(&self) -> String {
-        self.name().to_owned()
+        match self {
+            Self::Choice(choice) => choice.benchmark.name().to_owned(),
+            Self::Ppl(_) | Self::Kl(_) => self.name().to_owned(),
+        }
     }
 
-    /// The protocol of a perplexity, under which exports are checked.
+    /// The protocol of a perplexity on the validation text, under which exports are checked.
     pub fn perplexity(&self) -> Option<&PplConfig> {
         match self {
-            Self::Ppl(config) => Some(config),
-            #[allow(unreachable_patterns)] // as long as it is the only task
-            _ => None,
+            Self::Ppl(config) => Some(config).filter(|config| config.protocol.is_none()),
+            Self::Kl(_) | Self::Choice(_) => None,
         }
     }
 }

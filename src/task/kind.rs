@@ -55,6 +55,9 @@ pub trait Task {
     /// where one is needed.
     fn prepare<'a>(&'a self, material: &Material<'a>) -> Result<Box<dyn Prepared + 'a>>;
 
+    /// Adds to a score what its samples say beside those of the reference model.
+    fn compare(&self, _score: &mut Score, _reference: &[Value]) {}
+
     /// The numbers of a score in words, for a line.
     fn result(&self, score: &Score) -> String {
         let number = |(name, value): &(String, f64)| format!("{name} {value:.4}");

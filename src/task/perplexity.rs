@@ -6,13 +6,19 @@
 //!
 //! Packed examples have their windows already: they are the protocol's, stride and context are their
 //! length, and of their tokens only the supervised ones count.
+//!
+//! `protocol = "wikitext2"` is that of the published tables of GPTQ, AWQ and OmniQuant: the lines of the text, each with
+//! its line feed, joined by two more, tokenized as one text that only the tokenizer itself opens, in windows of
+//! 2048 tokens.
+
+use std::borrow::Cow;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::kind::{Bench, Material, Number, Prepared, Refused, Score, Source, Task};
-use crate::data::{ScoredWindow, TokenStream};
+use super::kind::{Bench, DATA, Material, Number, Prepared, Refused, Score, Source, Task};
+use crate::data::{Paths, ScoredWindow, TokenStream, read_documents};
 use crate::error::{Error, Result};
 use crate::model::{CausalLm, Forward, ModelConfig, Positions};
 use crate::ops;
@@ -22,9 +28,9 @@ use crate::stop::StopFlag;
 const DEFAULT_CONTEXT: usize = 2048;
 /// Tokens per forward pass: two windows of the default context, so that a model with an odd number of
 /// key heads, each of which is one task of the attention, still keeps two threads busy.
-const TOKENS_PER_BATCH: usize = 4096;
+pub(super) const TOKENS_PER_BATCH: usize = 4096;
 /// Logits held at once.
-const LOGITS_PER_CHUNK: usize = 1 << 24;
+pub(super) const LOGITS_PER_CHUNK: usize = 1 << 24;
 
 /// `task.ppl = { ... }`.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
@@ -39,6 +45,20 @@ pub struct PplConfig {
     /// Use only this many windows, evenly spread; default all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub windows: Option<usize>,
+    /// How documents become one stream; absent: BOS before each of them, nothing between.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<Protocol>,
+    /// The text of a named protocol, instead of the validation text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data: Option<Paths>,
+}
+
+/// A published way to make one stream of a text.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// That of GPTQ's evaluation on WikiText-2.
+    Wikitext2,
 }
 
 /// A perplexity and the protocol it was measured with.
@@ -116,7 +136,33 @@ impl Task for PplConfig {
     }
 
     fn source(&self) -> Source<'_> {
-        Source::Text
+        match self.protocol {
+            None => Source::Text,
+            Some(Protocol::Wikitext2) => Source::Rows(vec![(DATA, self.data.as_ref())]),
+        }
+    }
+
+    fn check(&self) -> Result<(), Refused> {
+        let refused = |what: &str, fix: &str| {
+            Err(Refused { key: DATA, error: Error::usage(what).fix(fix.to_owned()) })
+        };
+        match (&self.protocol, &self.data) {
+            (None, Some(_)) => refused(
+                "only a named protocol has a text of its own",
+                "protocol = \"wikitext2\", or the text as [data.validation]",
+            ),
+            (Some(_), None) => refused(
+                "this protocol is measured on a text of its own, and none is named",
+                "data = a file, for instance wiki.test.raw",
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    fn read(&mut self, data: &Paths) {
+        if self.protocol.is_some() {
+            self.data.get_or_insert_with(|| data.clone());
+        }
     }
 
     fn window(&self, model: &ModelConfig, packed: Option<usize>) -> Result<usize, Refused> {
@@ -128,7 +174,10 @@ impl Task for PplConfig {
     }
 
     fn prepare<'a>(&'a self, material: &Material<'a>) -> Result<Box<dyn Prepared + 'a>> {
-        let text = material.text()?;
+        let text = match self.protocol {
+            None => Cow::Borrowed(material.text()?),
+            Some(Protocol::Wikitext2) => Cow::Owned(joined(material)?),
+        };
         let (context, stride) = self.windows(material.config, text.packed)?;
         text.strided(context, stride)?;
         Ok(Box::new(Windowed { task: self, text }))
@@ -145,13 +194,30 @@ impl Task for PplConfig {
 
     fn protocol(&self, score: &Score) -> String {
         let of = |key: &str| score.protocol.get(key).and_then(Value::as_u64).unwrap_or(0);
-        format!("{} windows of {} tokens, stride {}", of("windows"), of("context"), of("stride"))
+        let windows = format!(
+            "{} windows of {} tokens, stride {}",
+            of("windows"),
+            of("context"),
+            of("stride")
+        );
+        match self.protocol {
+            None => windows,
+            Some(Protocol::Wikitext2) => {
+                format!(
+                    "wikitext2: lines joined by two line feeds, {windows},\n           the tail dropped"
+                )
+            }
+        }
     }
 
     fn marks(&self, score: &Score) -> Vec<[String; 2]> {
         let of = |key: &str| score.protocol.get(key).and_then(Value::as_u64).unwrap_or(0);
         let (context, stride) = (of("context"), of("stride"));
-        let mut marks = vec![[format!("context {context}"), format!("ctx {context}")]];
+        let mut marks = Vec::new();
+        if score.protocol.contains_key("protocol") {
+            marks.push(["wikitext2".to_owned(), "wikitext2".to_owned()]);
+        }
+        marks.push([format!("context {context}"), format!("ctx {context}")]);
         if stride != context {
             marks.push([format!("stride {stride}"), format!("stride {stride}")]);
         }
@@ -162,10 +228,32 @@ impl Task for PplConfig {
     }
 }
 
+/// The text of GPTQ's protocol as one stream.
+fn joined(material: &Material<'_>) -> Result<TokenStream> {
+    let mut lines = Vec::new();
+    for path in material.files(DATA)? {
+        let mut documents = read_documents(path)?;
+        // A file of plain text is one document.
+        if let [text] = &documents[..] {
+            documents = lines_of(text);
+        }
+        lines.extend(documents);
+    }
+    let text = lines.join("\n\n");
+    let tokens = material.tokenizer()?.encode_opened(&[text], None)?.concat();
+    Ok(TokenStream { tokens, documents: 1, ..TokenStream::default() })
+}
+
+/// The rows of the data set on the hub: lines with their line feeds, those without a word as nothing.
+fn lines_of(text: &str) -> Vec<String> {
+    let row = |line: &str| if line.trim().is_empty() { String::new() } else { line.to_owned() };
+    text.split_inclusive('\n').map(row).collect()
+}
+
 /// A text to measure perplexities on.
 struct Windowed<'a> {
     task: &'a PplConfig,
-    text: &'a TokenStream,
+    text: Cow<'a, TokenStream>,
 }
 
 impl Prepared for Windowed<'_> {
@@ -175,9 +263,13 @@ impl Prepared for Windowed<'_> {
         model: &dyn Forward,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Score> {
-        let Bench { config, device, stop, .. } = *bench;
-        let found = measure(model, config, self.text, self.task, device, stop, progress)?;
+        let Bench { device, stop, .. } = *bench;
+        let config = &model.ends().config;
+        let found = measure(model, config, &self.text, self.task, device, stop, progress)?;
         let mut protocol = Map::new();
+        if let Some(Protocol::Wikitext2) = self.task.protocol {
+            protocol.insert("protocol".to_owned(), "wikitext2".into());
+        }
         protocol.insert("context".to_owned(), found.context.into());
         protocol.insert("stride".to_owned(), found.stride.into());
         protocol.insert("windows".to_owned(), found.windows.into());
@@ -221,12 +313,7 @@ pub fn measure(
         stop.check()?;
         progress(done, windows.len() as u64);
         let rows = |window: &ScoredWindow| &stream.tokens[window.start..][..context];
-        // Examples that share a window have positions of their own.
-        let own = |batch: &&[ScoredWindow]| -> Option<Positions> {
-            let all = stream.starts.as_deref()?;
-            let starts: Vec<&[u32]> = batch.iter().map(|w| &all[w.start..][..context]).collect();
-            Some(Positions::with_starts(config, 0, &starts, model.ends().dtype(), device))
-        };
+        let own = |batch: &&[ScoredWindow]| own_positions(stream, batch, context, model.ends());
         let own: Vec<Option<Positions>> = batches.iter().map(own).collect();
         let inputs = batches.iter().zip(&own).map(|(batch, own)| {
             let rows: Vec<&[u32]> = batch.iter().map(rows).collect();
@@ -266,8 +353,21 @@ pub fn measure(
     })
 }
 
+/// The positions of windows that examples share: each has its own; `None` for text.
+pub(super) fn own_positions(
+    stream: &TokenStream,
+    batch: &[ScoredWindow],
+    context: usize,
+    model: &CausalLm,
+) -> Option<Positions> {
+    let all = stream.starts.as_deref()?;
+    let starts: Vec<&[u32]> = batch.iter().map(|w| &all[w.start..][..context]).collect();
+    let device = model.embed.val().device();
+    Some(Positions::with_starts(&model.config, 0, &starts, model.dtype(), &device))
+}
+
 /// Which of a window's scored tokens count, `[scored]`; `None` where all do.
-fn flags(stream: &TokenStream, window: ScoredWindow, context: usize) -> Option<&[bool]> {
+pub(super) fn flags(stream: &TokenStream, window: ScoredWindow, context: usize) -> Option<&[bool]> {
     let end = window.start + context;
     stream.supervised.as_deref().map(|flags| &flags[end - window.scored..end])
 }
@@ -336,6 +436,12 @@ mod tests {
         );
         let error = protocol(Some(256), None, Some(128)).unwrap_err();
         assert!(error.what().starts_with("context = 256, but"), "{error}");
+    }
+
+    #[test]
+    fn lines_keep_their_line_feeds_and_empty_ones_are_nothing() {
+        let text = " \n = Title = \n \n A line . \nlast";
+        assert_eq!(lines_of(text), ["", " = Title = \n", "", " A line . \n", "last"]);
     }
 
     #[test]

@@ -50,7 +50,12 @@ pub(super) fn tasks(all: &[Asked], keys: &[String], set: &[String]) -> Result<Ve
         let set = set
             .iter()
             .filter_map(|set| own(set, asked).or_else(|| (all.len() == 1).then(|| set.clone())));
-        let options = keys.iter().filter(|_| task::is_on_text(asked.task)).cloned();
+        let has = |key: &&String| match asked.task {
+            "ppl" => true,
+            "kl" => !key.starts_with("stride"),
+            _ => false,
+        };
+        let options = keys.iter().filter(has).cloned();
         let keys = asked.keys.iter().cloned().chain(options).chain(set);
         let set: Vec<String> = keys.map(|key| format!("{}.{key}", asked.task)).collect();
         recipe::parse(&format!("[{}]\n", asked.task), "--task", &set).map(|(task, _)| task)

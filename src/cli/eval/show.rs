@@ -13,6 +13,8 @@ use crate::task::Score;
 pub(super) struct Found<'a> {
     pub(super) ready: &'a Ready,
     pub(super) score: Score,
+    /// The reference model's.
+    pub(super) reference: Option<Score>,
 }
 
 /// What was measured.
@@ -84,6 +86,11 @@ impl Found<'_> {
     fn object(&self) -> Map<String, Value> {
         let mut object = Map::from_iter([("task".to_owned(), self.ready.task.name().into())]);
         object.extend(self.score.entries());
+        if let Some(reference) = &self.reference {
+            let numbers =
+                reference.numbers.iter().map(|(name, value)| (name.clone(), (*value).into()));
+            object.insert("reference".to_owned(), Value::Object(numbers.collect()));
+        }
         let rest = match &self.ready.text {
             Some(text) => {
                 let mut rest = json!({
@@ -114,8 +121,12 @@ impl Found<'_> {
             }
             None => (String::new(), &files.sha256),
         };
+        let reference = self.reference.as_ref().map_or_else(String::new, |score| {
+            let result = task.result(score);
+            format!("\nreference  {}", result.lines().next().unwrap_or_default())
+        });
         format!(
-            "{}\n\
+            "{}{reference}\n\
              protocol   {}{counted}\n\
              data       {} sha256 {}",
             task.result(&self.score),

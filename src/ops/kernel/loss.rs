@@ -90,6 +90,17 @@ pub(crate) fn negative_log_likelihood(logits: &[f32], targets: &[i32]) -> Vec<f3
     })
 }
 
+/// As [`negative_log_likelihood`], of several targets of each row.
+pub(crate) fn negative_log_likelihoods(logits: &[f32], targets: &[Vec<u32>]) -> Vec<Vec<f32>> {
+    let vocab = vocab(logits, targets);
+    each_row(vocab, logits.chunks(vocab).zip(targets).collect(), |scratch, (logits, targets)| {
+        let total = &mut scratch.student.total;
+        at!(Level::best(), total.measure(logits));
+        let of = |target: &u32| total.surprise(logit_of(target.cast_signed(), logits)) as f32;
+        targets.iter().map(of).collect()
+    })
+}
+
 /// Weighted sums over rows of the Jensen–Shannon divergence at β = 0.5, `KL(p‖q)`, `KL(q‖p)`, and
 /// 1 where both have the same most likely token (the first one of a tie).
 pub(crate) fn compare(student: &[f32], teacher: &[f32], weights: &[f32]) -> [f64; 4] {

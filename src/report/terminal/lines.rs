@@ -91,16 +91,28 @@ fn result(event: &Event, width: usize) -> Option<String> {
             }));
             Some(fit(&Field::new(&format!("{head}  mse {before:>7} → {after:<7}")), &fields, width))
         }
-        Event::Evaluation { what, numbers, tokens, marks, bos, data, ratio_to_float, .. } => {
+        Event::Evaluation {
+            what, task, numbers, tokens, marks, bos, data, ratio_to_float, ..
+        } => {
             let first = numbers.first()?;
-            let (name, value) = (&first.name, significant(first.value, 4));
+            let value = significant(first.value, 4);
+            let error = format!("{}_stderr", first.name);
+            let error = numbers.iter().find(|number| number.name == error);
+            // A perplexity's name says what was measured; an accuracy's does not.
+            let name = match error {
+                Some(_) => format!("{task} {}", first.name),
+                None => first.name.clone(),
+            };
             let head = labelled("eval", &format!("{what:<17}  {name} {value:<6}"));
             let ratio =
                 ratio_to_float.map_or(String::new(), |r| format!("{}× float", significant(r, 4)));
-            let mut fields = vec![
-                Field::new(&format!("{ratio:<12}")),
-                Field::new(&format!("{tokens} tokens")).or(&format!("{} tok", compact(*tokens))),
-            ];
+            let mut fields = Vec::new();
+            fields.extend(error.map(|e| Field::new(&format!("± {}", significant(e.value, 2)))));
+            fields.push(Field::new(&format!("{ratio:<12}")));
+            if error.is_none() {
+                let short = format!("{} tok", compact(*tokens));
+                fields.push(Field::new(&format!("{tokens} tokens")).or(&short));
+            }
             fields.extend(marks.iter().map(|[long, short]| Field::new(long).or(short)));
             if !bos {
                 fields.push(Field::new("no BOS"));

@@ -81,11 +81,11 @@ pub(super) struct Results<'a> {
 /// The operands.
 pub(super) struct Problem<'a> {
     shape: &'a Shape,
-    level: Level,
+    pub(super) level: Level,
     /// Pairs of rotated features.
     half: usize,
-    q: &'a [f32],
-    k: &'a [f32],
+    pub(super) q: &'a [f32],
+    pub(super) k: &'a [f32],
     v: &'a [f32],
     tables: Tables<'a>,
     /// Of the angles between one sequence and the next; 0 where they share them.
