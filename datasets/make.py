@@ -1,6 +1,6 @@
-"""Makes the data sets `tinyshakespeare` and `e2e_nlg` from their sources.
+"""Makes the data sets `tinyshakespeare`, `e2e_nlg`, `gsm8k` and `ifeval` from their sources.
 
-    python datasets/make.py tinyshakespeare.txt e2e_devset.csv
+    python datasets/make.py tinyshakespeare.txt e2e_devset.csv gsm8k_train.jsonl ifeval_input_data.jsonl
 
 Writes beside this file. Standard library only; the same sources give the same bytes.
 """
@@ -20,6 +20,9 @@ TRAIN_PERCENT = 90
 # first three references are taken.
 VALIDATION_EVERY = 8
 REFERENCES = 3
+# GSM8K: this many rows as examples, and as questions.
+GSM8K_EXAMPLES = 32
+GSM8K_SAMPLE = 40
 # Attribute names in everyday words, which a small vocabulary writes with fewer pieces.
 PLAIN = {
     "eatType": "kind",
@@ -73,6 +76,22 @@ def plain(text):
     return re.sub("£ ?", "GBP ", text).replace("é", "e")
 
 
+def gsm8k(source):
+    """Rows of the training file: the first ones as examples, later ones as questions."""
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    folder = HERE / "gsm8k"
+    write(folder / "examples.jsonl", json_lines(rows[:GSM8K_EXAMPLES]))
+    write(folder / "sample.jsonl", json_lines(rows[GSM8K_EXAMPLES:GSM8K_EXAMPLES + GSM8K_SAMPLE]))
+
+
+def ifeval(source):
+    """The rows as they are, but for keys without a value."""
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        row["kwargs"] = [{k: v for k, v in keys.items() if v is not None} for keys in row["kwargs"]]
+    write(HERE / "ifeval" / "sample.jsonl", json_lines(rows))
+
+
 def json_lines(objects):
     return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in objects)
 
@@ -83,7 +102,8 @@ def write(path, text):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    makers = [tinyshakespeare, e2e_nlg, gsm8k, ifeval]
+    if len(sys.argv) != 1 + len(makers):
         sys.exit(__doc__)
-    tinyshakespeare(Path(sys.argv[1]))
-    e2e_nlg(Path(sys.argv[2]))
+    for maker, source in zip(makers, sys.argv[1:]):
+        maker(Path(source))

@@ -80,13 +80,17 @@ pub(super) fn run(args: &EvalArgs, stop: &StopFlag) -> Result<()> {
     let config = &session.opened.config;
     let tokenizer = ready.iter().any(|ready| ready.is_on_rows() && session.opened.has_tokenizer());
     let tokenizer = tokenizer.then(|| session.tokenizer()).transpose()?;
+    let template = tokenizer.is_some().then(|| session.opened.chat_template()).transpose()?;
+    let template = template.flatten();
+    let ends = session.opened.generation()?.ends;
     // Before the weights are read.
     let prepared: Vec<Box<dyn Prepared + '_>> = ready
         .iter()
         .map(|ready| {
             let Ready { task, text, files, names } = ready;
             let text = text.as_ref().map(|text| &text.stream);
-            let material = Material { config, text, files, tokenizer: tokenizer.as_ref() };
+            let (tokenizer, template, ends) = (tokenizer.as_ref(), template.as_ref(), &ends[..]);
+            let material = Material { config, text, files, tokenizer, template, ends };
             task.task().prepare(&material).map_err(|error| error.at(names.join(", ")))
         })
         .collect::<Result<_>>()?;

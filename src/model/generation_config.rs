@@ -1,5 +1,7 @@
 //! `generation_config.json`: the tokens that end a text, and how the model's makers sample.
 
+use std::path::Path;
+
 use serde_json::Value;
 
 use super::Sampler;
@@ -17,6 +19,18 @@ pub struct GenerationConfig {
 }
 
 impl GenerationConfig {
+    /// Reads `generation_config.json` of a folder; without one nothing is said. `ends` as for
+    /// [`GenerationConfig::parse`].
+    ///
+    /// # Errors
+    /// As [`GenerationConfig::parse`], and when the file cannot be read.
+    pub fn of_folder(dir: &Path, ends: impl IntoIterator<Item = u32>) -> Result<Self> {
+        let path = dir.join("generation_config.json");
+        let read = || std::fs::read_to_string(&path).map_err(|e| Error::io("read", &path, &e));
+        let text = path.is_file().then(read).transpose()?;
+        Self::parse(text.as_deref(), ends).map_err(|error| error.at(dir.display()))
+    }
+
     /// Reads the file's text; without one nothing is said.
     ///
     /// `ends` are those that the model is known to have besides.

@@ -22,7 +22,7 @@ use crate::error::{Error, Kind, Result};
 use crate::export::{
     ActivationRecord, Format, FormatsConfig, GridRecord, Manifest, OpenModel, open_float,
 };
-use crate::model::open_folder;
+use crate::model::{GenerationConfig, open_folder};
 use crate::quant::{GroupAxis, GroupSize, QuantSpec, Repr, ScaleDigits, Symmetry};
 use crate::recipe::{self, Base, DataConfig, DataSection, Paths, Plan, Recipe};
 use crate::stage::{Corpus, Data, ModelState, StandIns};
@@ -229,6 +229,8 @@ fn load_data(section: &DataSection, model: &ModelState, rows: bool) -> Result<Da
         calibration: load(&section.calibration, "calibration")?,
         validation: load(&section.validation, "validation")?,
         bos,
+        template: if rows { ChatTemplate::of_folder(&model.dir)? } else { None },
+        ends: GenerationConfig::of_folder(&model.dir, model.config.eos.iter().copied())?.ends,
         tokenizer: rows.then_some(tokenizer),
     })
 }

@@ -1,6 +1,6 @@
 //! The texts of a recipe, tokenized.
 
-use crate::data::{Reading, TokenStream, Tokenizer};
+use crate::data::{ChatTemplate, Reading, TokenStream, Tokenizer};
 use crate::error::{Error, Result};
 
 /// One data set, tokenized.
@@ -34,6 +34,10 @@ pub struct Data {
     pub bos: Option<u32>,
     /// The model's tokenizer, where a stage tokenizes as it runs.
     pub tokenizer: Option<Tokenizer>,
+    /// The model's chat template, where a stage may need it and there is one.
+    pub template: Option<ChatTemplate>,
+    /// Tokens that end what the model writes.
+    pub ends: Vec<u32>,
 }
 
 impl Data {

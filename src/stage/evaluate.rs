@@ -175,7 +175,9 @@ impl<'a> Measuring<'a> {
         let task = self.task.task();
         let at = |error: Error| error.at(place(self.task));
         let tokenizer = data.tokenizer.as_ref();
-        let material = Material { config, text: None, files: self.files, tokenizer };
+        let (template, ends) = (data.template.as_ref(), &data.ends[..]);
+        let material =
+            Material { config, text: None, files: self.files, tokenizer, template, ends };
         if !self.is_on_text() {
             return task.prepare(&material).map_err(at);
         }
@@ -378,7 +380,9 @@ fn record_one(ctx: &mut StageContext<'_>, mut measured: Measured, measuring: Mea
         marks: task.task().marks(result),
         bos: bos.unwrap_or(ctx.data.bos.is_some()),
         data,
-        ratio_to_float: ratio.map(|float| result.first() / float.result.first()),
+        ratio_to_float: ratio
+            .filter(|float| float.result.first() != 0.0) // of nothing right
+            .map(|float| result.first() / float.result.first()),
         global_step: ctx.first_step,
         track: what.starts_with("after"),
     });

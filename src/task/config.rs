@@ -4,6 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use super::choice::{Benchmark, ChoiceConfig};
 use super::divergence::KlConfig;
+use super::gsm8k::Gsm8kConfig;
+use super::ifeval::IfevalConfig;
 use super::kind::Task;
 use super::perplexity::PplConfig;
 
@@ -51,6 +53,10 @@ tasks! {
     Kl { "kl", KlConfig },
     /// Questions with given answers.
     Choice { "choice", ChoiceConfig },
+    /// Word problems with a number for an answer.
+    Gsm8k { "gsm8k", Gsm8kConfig },
+    /// Instructions whose following a program can check.
+    Ifeval { "ifeval", IfevalConfig },
 }
 
 /// What a name on the command line stands for: a task, and keys of it. A benchmark goes by its own name.
@@ -73,7 +79,7 @@ impl TaskConfig {
     pub fn label(&self) -> String {
         match self {
             Self::Choice(choice) => choice.benchmark.name().to_owned(),
-            Self::Ppl(_) | Self::Kl(_) => self.name().to_owned(),
+            _ => self.name().to_owned(),
         }
     }
 
@@ -81,7 +87,7 @@ impl TaskConfig {
     pub fn perplexity(&self) -> Option<&PplConfig> {
         match self {
             Self::Ppl(config) => Some(config).filter(|config| config.protocol.is_none()),
-            Self::Kl(_) | Self::Choice(_) => None,
+            _ => None,
         }
     }
 }

@@ -7,7 +7,7 @@ use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 
 use super::files::Files;
-use crate::data::{Paths, TokenStream, Tokenizer};
+use crate::data::{ChatTemplate, Paths, TokenStream, Tokenizer};
 use crate::error::{Error, Result};
 use crate::model::{Forward, ModelConfig};
 use crate::stop::StopFlag;
@@ -125,6 +125,10 @@ pub struct Material<'a> {
     pub files: &'a Files,
     /// The model's tokenizer, where it has one and it is asked for.
     pub tokenizer: Option<&'a Tokenizer>,
+    /// The model's chat template, where it has one and it is asked for.
+    pub template: Option<&'a ChatTemplate>,
+    /// Tokens that end a text of the model's.
+    pub ends: &'a [u32],
 }
 
 impl<'a> Material<'a> {

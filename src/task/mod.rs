@@ -5,6 +5,7 @@
 
 mod choice;
 mod config;
+mod conversation;
 mod divergence;
 mod files;
 mod gauge;
@@ -13,12 +14,16 @@ pub mod ifeval;
 mod kind;
 mod likelihood;
 mod perplexity;
+mod python_random;
 pub mod recorded;
+mod written;
 
 pub use choice::{Benchmark, ChoiceConfig};
 pub use config::{NAMES, TaskConfig, every_name, named};
 pub use divergence::KlConfig;
 pub use files::Files;
 pub use gauge::{Gauge, GaugeText, Gauged};
+pub use gsm8k::Gsm8kConfig;
+pub use ifeval::IfevalConfig;
 pub use kind::{Bench, DATA, Material, Number, Prepared, Refused, Score, Source, Task};
 pub use perplexity::{Perplexity, PplConfig, Protocol, measure};
