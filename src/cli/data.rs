@@ -135,7 +135,7 @@ fn preview(args: &PreviewArgs) -> Result<()> {
         Some(recipe) => of_recipe(recipe, args)?,
         None => of_files(args)?,
     };
-    let mark = output::is_plain().then_some(["[[", "]]"]).unwrap_or(["\x1b[7m", "\x1b[0m"]);
+    let mark = if output::is_plain() { ["[[", "]]"] } else { ["\x1b[7m", "\x1b[0m"] };
     let mut found = Vec::new();
     for (index, (role, corpus)) in sets.iter().enumerate() {
         let counts = Counts::of(corpus);
@@ -241,10 +241,7 @@ impl Counts {
         let rank =
             |share: f64| ((share * sorted.len() as f64).ceil() as usize).clamp(1, sorted.len());
         let at = |share: f64| sorted.get(rank(share).wrapping_sub(1)).copied().unwrap_or(0);
-        let lengths = match sorted.is_empty() {
-            true => [0; 5],
-            false => [0.0, 0.5, 0.9, 0.99, 1.0].map(at),
-        };
+        let lengths = if sorted.is_empty() { [0; 5] } else { [0.0, 0.5, 0.9, 0.99, 1.0].map(at) };
         Self {
             documents: stream.documents,
             tokens: stream.tokens.len(),
@@ -261,7 +258,7 @@ impl Counts {
         let Reading { format, train_on, .. } = &corpus.reading;
         let mut kind = format!("format {}", format.name());
         if corpus.reading.is_chat() {
-            kind += &format!(", train_on {}", train_on.name());
+            kind = format!("{kind}, train_on {}", train_on.name());
         }
         let percent = |part: usize, of: usize| 100.0 * part as f64 / of.max(1) as f64;
         let mut lines = vec![
@@ -269,8 +266,8 @@ impl Counts {
             row("documents", &{
                 let mut text = number(self.documents);
                 if corpus.stream.packed.is_some() {
-                    text += &format!(
-                        "   cut {} ({:.1} %)   teach nothing {} ({:.1} %)",
+                    text = format!(
+                        "{text}   cut {} ({:.1} %)   teach nothing {} ({:.1} %)",
                         number(self.cut),
                         percent(self.cut, self.documents),
                         number(self.empty),
@@ -369,16 +366,14 @@ struct Piece {
 
 /// `count` examples of a stream, or beginnings of windows where it is text.
 fn samples(stream: &TokenStream, length: usize, count: usize) -> Vec<Piece> {
-    let all: Vec<(usize, usize)> = match (&stream.starts, &stream.supervised) {
-        (Some(starts), Some(counts)) => {
+    let all: Vec<(usize, usize)> =
+        if let (Some(starts), Some(counts)) = (&stream.starts, &stream.supervised) {
             let runs = runs(starts, length).into_iter();
             runs.filter(|(from, to)| counts[*from..*to].contains(&true)).collect()
-        }
-        _ => {
+        } else {
             let end = stream.tokens.len();
             (0..end).step_by(length.max(1)).map(|from| (from, (from + length).min(end))).collect()
-        }
-    };
+        };
     let count = count.min(all.len());
     (0..count)
         .map(|index| all[index * all.len() / count])
@@ -455,7 +450,7 @@ impl Sample {
             out += mark[1];
         }
         if self.tokens > self.shown {
-            out += &format!("\n  … {} more tokens", self.tokens - self.shown);
+            out = format!("{out}\n  … {} more tokens", self.tokens - self.shown);
         }
         out
     }

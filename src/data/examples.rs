@@ -98,10 +98,7 @@ impl DataFormat {
     fn fitting(object: &Map<String, Value>) -> Vec<Self> {
         let has =
             |keys: &&[&str]| keys.iter().all(|key| object.get(*key).is_some_and(|v| !v.is_null()));
-        Self::ALL
-            .into_iter()
-            .filter(|format| format.marks().iter().any(|keys| has(&keys)))
-            .collect()
+        Self::ALL.into_iter().filter(|format| format.marks().iter().any(&has)).collect()
     }
 
     /// The format of a file: this one, or where it is [`DataFormat::Auto`] the one of the first record.

@@ -107,9 +107,8 @@ fn table(text: &str, path: &Path, columns: Columns) -> Result<Vec<Row>> {
             continue;
         }
         if record.len() != names.len() {
-            let (found, named) = (record.len(), names.len());
-            let what =
-                format!("the line has {found} columns, expected {named}: {}", names.join(", "));
+            let (found, listed) = (record.len(), names.join(", "));
+            let what = format!("the line has {found} columns, expected {}: {listed}", names.len());
             return Err(refused(what, path).at(format!("line {line}")).fix(SHAPES));
         }
         let cells = record.iter().map(|cell| Value::String(cell.to_owned()));

@@ -49,12 +49,12 @@ impl Positions {
     /// Positions of sequences that share their beginnings, packed into one of `forest.len` tokens.
     pub fn of_forest(
         config: &ModelConfig,
-        forest: Arc<Forest>,
+        forest: &Arc<Forest>,
         dtype: DType,
         device: &Device,
     ) -> Self {
         let run = Run { config, past: 0, seq: forest.len, starts: None, dtype, device };
-        run.positions_at(&[forest.depths()], Some(&forest))
+        run.positions_at(&[forest.depths()], Some(forest))
     }
 
     /// Number of positions.

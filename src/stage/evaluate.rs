@@ -130,7 +130,7 @@ impl Stage for EvaluateConfig {
             format!("after {}", ctx.latest)
         };
         if what != FLOAT || baselines.is_empty() {
-            let found = measure(ctx, &Packed(ctx.model), ctx.model.tap(), all, &what)?;
+            let found = measure(ctx, &Packed(ctx.model), &ctx.model.tap(), all, &what)?;
             record(ctx, found, all);
         }
         Ok(())
@@ -205,7 +205,7 @@ fn float(all: &[Measuring<'_>], ctx: &mut StageContext<'_>) -> Result<()> {
     if unknown.is_empty() {
         return Ok(());
     }
-    let found = measure(ctx, ctx.model.float()?, ModelTap::default(), &unknown, FLOAT)?;
+    let found = measure(ctx, ctx.model.float()?, &ModelTap::default(), &unknown, FLOAT)?;
     record(ctx, found, &unknown);
     Ok(())
 }
@@ -218,7 +218,7 @@ fn known_float<'a>(ctx: &'a StageContext<'_>, task: &TaskConfig) -> Option<&'a M
 /// has to beat.
 fn rtn(all: &[Measuring<'_>], ctx: &mut StageContext<'_>) -> Result<()> {
     let Some((baseline, what)) = rounded(ctx)? else { return Ok(()) };
-    let found = measure(ctx, &baseline, ctx.model.tap(), all, &what)?;
+    let found = measure(ctx, &baseline, &ctx.model.tap(), all, &what)?;
     record(ctx, found, all);
     Ok(())
 }
@@ -289,7 +289,7 @@ impl WeightSource for Rounded<'_> {
 fn measure(
     ctx: &StageContext<'_>,
     source: &dyn WeightSource,
-    tap: ModelTap,
+    tap: &ModelTap,
     all: &[Measuring<'_>],
     what: &str,
 ) -> Result<Vec<Measured>> {

@@ -79,7 +79,7 @@ pub(super) fn log_likelihoods(
         let dtype = model.ends().dtype();
         let at = |batch: &Batch| {
             let forest = Arc::new(Forest::new(&batch.parents));
-            Positions::of_forest(config, forest, dtype, device)
+            Positions::of_forest(config, &forest, dtype, device)
         };
         let positions: Vec<Positions> = batches.iter().map(at).collect();
         let tokens = batches.iter().map(|batch| CausalLm::tokens(&[&batch.tokens], device));
@@ -152,7 +152,8 @@ impl Batch {
         let hidden: Tensor<2> = hidden.reshape([self.tokens.len(), width]);
         let places: Vec<(&usize, &Vec<(u32, usize)>)> = self.predicted.iter().collect();
         for places in places.chunks((LOGITS_PER_CHUNK / model.vocab()).max(1)) {
-            let rows: Vec<i32> = places.iter().map(|(row, _)| **row as i32).collect();
+            let rows: Vec<i32> =
+                places.iter().map(|(row, _)| (**row as u32).cast_signed()).collect();
             let rows = TensorData::new(rows, [places.len()]);
             let rows = Tensor::<1, Int>::from_data(rows, device);
             let logits = model.logits(hidden.clone().select(0, rows));
@@ -210,7 +211,7 @@ mod tests {
     #[test]
     fn batches_are_of_one_kind_and_no_larger_than_asked() {
         let requests: Vec<Request> =
-            (0..20).map(|i| request(&[1, 2, 3, i], &[i; 2][..1 + i as usize % 2])).collect();
+            (0..20).map(|i| request(&[1, 2, 3, i], &[i; 2][..=i as usize % 2])).collect();
         let long = |request: &Request| request.scored == 2;
         let batches = batches(&requests, 8, &long);
         assert_eq!(batches.iter().map(|batch| batch.requests).sum::<usize>(), 20);

@@ -1,6 +1,8 @@
 //! What templates take from Python beside what minijinja has: how values print, `tojson` as
 //! transformers has it, and methods of strings and lists.
 
+#![allow(clippy::needless_pass_by_value)] // minijinja gives arguments by value
+
 use std::fmt::Write as _;
 
 use minijinja::value::{Kwargs, Rest, Tuple, ValueKind, from_args};
@@ -282,7 +284,7 @@ impl Json<'_, '_, '_> {
                 '\x08' => self.out.push_str("\\b"),
                 '\x0c' => self.out.push_str("\\f"),
                 c if c < ' ' => _ = write!(self.out, "\\u{:04x}", u32::from(c)),
-                c if self.ascii && !c.is_ascii() || self.ascii && c == '\x7f' => {
+                c if self.ascii && (!c.is_ascii() || c == '\x7f') => {
                     for unit in c.encode_utf16(&mut [0; 2]) {
                         _ = write!(self.out, "\\u{unit:04x}");
                     }

@@ -181,7 +181,7 @@ impl Task for ChoiceConfig {
             }
             texts.push(self.benchmark.head(question) + &examples.concat());
         }
-        Ok(Box::new(Questions { task: self, questions, before: texts, tokenizer, context }))
+        Ok(Box::new(Questions { task: self, list: questions, before: texts, tokenizer, context }))
     }
 
     /// `flipped`: the share of questions with another answer, right or wrong.
@@ -252,7 +252,7 @@ fn first_of_each_subject(questions: &mut Vec<Question>, limit: usize) {
 /// The questions of a task.
 struct Questions<'a> {
     task: &'a ChoiceConfig,
-    questions: Vec<Question>,
+    list: Vec<Question>,
     /// What stands before each: a head and examples.
     before: Vec<String>,
     tokenizer: &'a Tokenizer,
@@ -265,7 +265,7 @@ impl Questions<'_> {
     /// context's last token has no token of its own: its log-likelihood is an empty sum.
     fn requests(&self) -> Result<(Vec<Request>, u64)> {
         let mut texts = Vec::new();
-        for (question, before) in self.questions.iter().zip(&self.before) {
+        for (question, before) in self.list.iter().zip(&self.before) {
             for (context, continuation) in question.pairs() {
                 texts.push(split(format!("{before}{context}"), continuation));
             }
@@ -328,7 +328,7 @@ impl Prepared for Questions<'_> {
         let sums = log_likelihoods(&requests, bench, model, progress)?;
         let mut sums = sums.into_iter();
         let answered: Vec<Answered> = self
-            .questions
+            .list
             .iter()
             .map(|question| {
                 let own = sums.by_ref().take(question.answers.len()).collect();
@@ -336,19 +336,18 @@ impl Prepared for Questions<'_> {
             })
             .collect();
         let benchmark = self.task.benchmark;
-        let (numbers, subjects) =
-            numbers::numbers(&self.questions, &answered, benchmark.is_normed());
+        let (numbers, subjects) = numbers::numbers(&self.list, &answered, benchmark.is_normed());
         let opens = self.task.bos.unwrap_or(self.tokenizer.opens());
         let mut protocol = Map::new();
         protocol.insert("benchmark".to_owned(), benchmark.name().into());
-        protocol.insert("rows".to_owned(), self.questions.len().into());
+        protocol.insert("rows".to_owned(), self.list.len().into());
         protocol.insert("shots".to_owned(), self.task.shots().into());
         protocol.insert("context".to_owned(), self.context.into());
         protocol.insert("cut".to_owned(), cut.into());
         protocol.insert("bos".to_owned(), opens.into());
         protocol.extend(subjects.map(|subjects| ("subjects".to_owned(), subjects)));
         let tokens = requests.iter().map(|request| request.scored() as u64).sum();
-        let samples = self.questions.iter().zip(&answered).enumerate();
+        let samples = self.list.iter().zip(&answered).enumerate();
         let samples =
             samples.map(|(row, (question, found))| sample(row, question, found, benchmark));
         Ok(Score { numbers, tokens, protocol, samples: samples.collect() })

@@ -129,7 +129,9 @@ impl Attending<'_> {
                 column += seen.len();
             }
             if let Some(cap) = cap {
-                scores.iter_mut().for_each(|score| *score = cap * (*score / cap).tanh());
+                for score in scores.iter_mut() {
+                    *score = cap * (*score / cap).tanh();
+                }
             }
             at!(self.problem.level, softmax_tile(&tile, stack, sight, scores, maxima, totals));
             let (mut column, mut accumulate) = (0, Accum::Replace);
