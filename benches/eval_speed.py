@@ -2,8 +2,9 @@
 
     eval_speed.py FEWBIT MODEL TEXT [--gguf FILE --llama-python PYTHON] [--windows 6] [--rounds 3]
 
-Programs run in turn, each `rounds` times, on two threads, f32, windows of 2048 tokens of one text; a figure is the
-best of the rounds, and `spread` the worst. fewbit's is the difference of two whole runs with different numbers
+Programs run in turn, each `rounds` times, on two threads, f32, windows of 2048 tokens of one text; figures are the
+best of the rounds: tokens a second, and tokens a second of processor time, which other programs on the machine
+disturb less. fewbit's is the difference of two whole runs with different numbers
 of windows, so that reading the model does not count; PyTorch's is the forward pass of transformers with the
 cross-entropy of every token; llama.cpp's is its own figure of prompt processing, f32 weights and cache, which
 computes logits of the last token alone. Needs torch and transformers, and in PYTHON xllamacpp.
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 import time
@@ -23,7 +25,7 @@ THREADS = 2
 
 def fewbit_seconds(args, windows):
     command = [args.fewbit, "eval", "--model", args.model, "--data", args.text, "--context", str(LENGTH)]
-    begun = time.perf_counter()
+    begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [str(part) for part in [*command, "--windows", windows, "--json"]],
         capture_output=True,
@@ -32,13 +34,16 @@ def fewbit_seconds(args, windows):
     )
     if done.returncode:
         sys.exit(done.stderr)
-    return time.perf_counter() - begun, json.loads(done.stdout)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    worked = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return [time.perf_counter() - begun, worked], json.loads(done.stdout)
 
 
 def fewbit(args):
     few, _ = fewbit_seconds(args, 2)
     many, found = fewbit_seconds(args, 2 + args.windows)
-    return args.windows * LENGTH / (many - few), found["nll_per_token"]
+    rates = [args.windows * LENGTH / (many - few) for many, few in zip(many, few)]
+    return rates, found["nll_per_token"]
 
 
 class Torch:
@@ -62,17 +67,19 @@ class Torch:
     def measure(self, args):
         torch, total, tokens = self.torch, 0.0, 0
         windows = torch.tensor(self.windows)
-        begun = time.perf_counter()
+        begun = [time.perf_counter(), time.process_time()]
         with torch.no_grad():
-            for window in windows[: args.windows]:
+            for window in windows:
                 logits = self.model(window[None]).logits[0, :-1]
                 total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
                 tokens += LENGTH
-        return tokens / (time.perf_counter() - begun), total / (tokens - len(windows[: args.windows]))
+        ended = [time.perf_counter(), time.process_time()]
+        rates = [tokens / (ended - begun) for ended, begun in zip(ended, begun)]
+        return rates, total / (tokens - len(windows))
 
 
 LLAMA = """
-import json, sys, urllib.request
+import json, sys, time, urllib.request
 import xllamacpp
 path, windows, threads, length = sys.argv[1], json.load(sys.stdin), int(sys.argv[2]), int(sys.argv[3])
 params = xllamacpp.CommonParams()
@@ -87,6 +94,7 @@ params.verbosity = 0
 params.fit_params = False
 server = xllamacpp.Server(params)
 count = milliseconds = 0
+begun = time.process_time()
 for window in windows:
     body = json.dumps({"prompt": window, "n_predict": 1, "cache_prompt": False}).encode()
     request = urllib.request.Request(
@@ -94,7 +102,7 @@ for window in windows:
     timings = json.load(urllib.request.urlopen(request))["timings"]
     count += timings["prompt_n"]
     milliseconds += timings["prompt_ms"]
-print(count / milliseconds * 1000)
+print(count / milliseconds * 1000, count / (time.process_time() - begun))
 """
 
 
@@ -107,7 +115,7 @@ def llama(args, windows):
     )
     if done.returncode:
         sys.exit(done.stderr[-2000:])
-    return float(done.stdout.split()[-1]), None
+    return [float(rate) for rate in done.stdout.split()[-2:]], None
 
 
 def main():
@@ -129,13 +137,13 @@ def main():
     for _ in range(args.rounds):
         for name, program in programs.items():
             found[name].append(program())
-    best = {name: max(rate for rate, _ in rates) for name, rates in found.items()}
-    for name, rates in found.items():
-        worst = min(rate for rate, _ in rates)
-        nll = rates[0][1]
-        told = f"   nll {nll:.5f}" if nll else ""
-        ratio = best["fewbit"] / best[name]
-        print(f"{name:<10} {best[name]:>7.0f} tokens/s (worst {worst:.0f})   fewbit x {ratio:.2f}{told}")
+    best = {name: [max(rates[i] for rates, _ in runs) for i in range(2)] for name, runs in found.items()}
+    print(f"{'':<10} {'tokens/s':>9} {'fewbit x':>9}   {'tokens/s of processor time':>26} {'fewbit x':>9}   nll")
+    for name, [wall, worked] in best.items():
+        nll = found[name][0][1]
+        told = f"{nll:.5f}" if nll else "-"
+        ratios = [ours / theirs for ours, theirs in zip(best["fewbit"], best[name])]
+        print(f"{name:<10} {wall:>9.0f} {ratios[0]:>9.2f}   {worked:>26.0f} {ratios[1]:>9.2f}   {told}")
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ fn what_a_recipe_cannot_mean_is_refused() {
     exit 3
     error: the line has no `instruction` key (found: prompt, completion)
       at   some.jsonl, line 1, data.validation
-      try  give {"instruction": "…", "output": "…"} on each line, or a JSON list of such objects
+      try  format = "completion": the line has its keys
     "#);
 }
 

@@ -36,13 +36,11 @@ length = 64
 [stage.calibrate]
 method.rtn = {}
 [[stage]]
-[stage.distill]
-bits = 4
-method.lsq = {}
-objective.kl_forward = {}
+[stage.tune_scales]
+method.e2e_qp = {}
 steps = 2
 batch = 2
-learning_rate = 1e-4
+learning_rate = 1e-6
 [[stage]]
 [stage.evaluate]
 task.ppl = {}
@@ -124,7 +122,7 @@ fn answers_and_the_token_that_ends_them_are_trained() {
     let runs = trained(&stream);
     assert_eq!(runs.len(), 24);
     for pair in runs.chunks(2) {
-        assert_eq!(pair, [" Once there was a cat.<|end_story|>", " It slept.<|end_story|>"]);
+        assert_eq!(pair, ["Once there was a cat. <|end_story|>", "It slept. <|end_story|>"]);
     }
     // The template writes the first token itself, and nothing more is put around.
     let starts = stream.starts.as_ref().unwrap();
@@ -141,7 +139,7 @@ fn answers_and_the_token_that_ends_them_are_trained() {
     assert!(stream.supervised.as_ref().unwrap()[asked.len()]);
 
     let last = read(&place, "some.jsonl", &reading(&place, TrainOn::Last), 64);
-    assert!(trained(&last).iter().all(|text| text == " It slept.<|end_story|>"));
+    assert!(trained(&last).iter().all(|text| text == "It slept. <|end_story|>"));
     let each = read(&place, "some.jsonl", &reading(&place, TrainOn::Each), 64);
     assert_eq!((trained(&each).len(), each.documents), (24, 24));
     let all = read(&place, "some.jsonl", &reading(&place, TrainOn::All), 64);
@@ -190,7 +188,7 @@ fn instructions_go_through_the_template_where_asked() {
     let reading =
         Reading { format: DataFormat::Instruction, ..reading(&place, TrainOn::Assistant) };
     let stream = read(&place, "i.jsonl", &reading, 64);
-    assert_eq!(trained(&stream), [" A cat.<|end_story|>", " HELLO<|end_story|>"]);
+    assert_eq!(trained(&stream), ["A cat. <|end_story|>", "HELLO <|end_story|>"]);
     let tokenizer = Tokenizer::load(&datasets().join("tinystories-656k")).unwrap();
     let text = tokenizer.decode(&stream.tokens, false).unwrap();
     assert!(text.contains("user: Louder.\n\nhello\nassistant: HELLO"), "{text}");
@@ -274,7 +272,18 @@ fn preview_marks_what_is_trained() {
         "--samples",
         "1",
     ]);
-    assert_snapshot!(shown, @"");
+    assert_snapshot!(shown, @r"
+    data.train       some.jsonl   format messages, train_on assistant
+    documents        12   cut 0 (0.0 %)   teach nothing 0 (0.0 %)
+    tokens           768   trained 168 (21.9 %)   filling 26.3 %
+    windows          12 of 64 tokens
+    length           least 47   median 47   90 % 48   99 % 48   most 48
+    sample 1 of 1, 47 tokens
+      <|start_story|>user: Tell me of cat 0.
+      assistant:[[ Once there was a cat. <|end_story|>]]
+      user: And then?
+      assistant:[[ It slept. <|end_story|>]]
+    ");
     let json = place.json(&["data", "preview", "--recipe", "recipe.toml", "--json"]);
     let sets = json["sets"].as_array().unwrap();
     assert_eq!(sets.len(), 2);
@@ -284,7 +293,7 @@ fn preview_marks_what_is_trained() {
     );
     assert_eq!((&sets[0]["documents"], &sets[0]["teach_nothing"]), (&json!(12), &json!(0)));
     let spans = sets[0]["samples"][0]["spans"].as_array().unwrap();
-    assert_eq!(spans[1], json!({"text": " Once there was a cat.<|end_story|>", "trained": true}));
+    assert_eq!(spans[1], json!({"text": " Once there was a cat. <|end_story|>", "trained": true}));
 
     let args =
         ["data", "preview", "--model", MODEL, "--data", "embedded:tinystories/validation.json"];
@@ -303,23 +312,88 @@ fn preview_marks_what_is_trained() {
 fn what_a_data_set_cannot_be_is_refused() {
     let place = place();
     let check = |set: &str| place.refused(&["check", "--recipe", "recipe.toml", "--set", set]);
-    assert_snapshot!(check("data.train.format=text"), @"");
-    assert_snapshot!(check("data.train.format=completion"), @"");
-    assert_snapshot!(check("data.train.train_on=user"), @"");
-    assert_snapshot!(check("data.train.chat_template=true"), @"");
-    assert_snapshot!(check("data.train.chat_template=false"), @"");
-    assert_snapshot!(check("data.train.chat_template=none.jinja"), @"");
-    assert_snapshot!(check("data.train.chat_template_kwargs.messages=1"), @"");
-    assert_snapshot!(check("data.train.date=tomorrow"), @"");
+    assert_snapshot!(check("data.train.format=text"), @r#"
+    exit 2
+    error: chat_template says nothing of data of format "text", which goes through no chat template
+      at   chat_template, data.train
+      try  format = "messages", or leave it out
+    "#);
+    assert_snapshot!(check("data.train.format=completion"), @r#"
+    exit 3
+    error: the line has no `prompt` key (found: messages)
+      at   some.jsonl, line 1, data.train
+      try  format = "messages": the line has its keys
+    "#);
+    assert_snapshot!(check("data.train.train_on=user"), @r"
+    exit 2
+    error: unknown choice `user` for `train_on`
+      at   --set data.train.train_on=user
+      try  one of: all, assistant, each, last
+    ");
+    assert_snapshot!(check("data.train.chat_template=true"), @r#"
+    exit 3
+    error: the model has no chat template, and format "messages" goes through one
+      at   data.train
+      try  chat_template = "FILE.jinja", or a model that has one
+    "#);
+    assert_snapshot!(check("data.train.chat_template=false"), @r"
+    exit 2
+    error: conversations become text through a chat template only
+      at   chat_template = false, data.train
+      try  chat_template = true, or the path of one
+    ");
+    assert_snapshot!(check("data.train.chat_template=none.jinja"), @r"
+    exit 1
+    error: cannot read the file: No such file or directory (os error 2)
+      at   none.jinja, data.train
+      try  check the path
+    ");
+    assert_snapshot!(check("data.train.chat_template_kwargs.messages=1"), @r"
+    exit 2
+    error: `messages` of a chat template comes from the conversation
+      at   data.train
+      try  other names, such as enable_thinking
+    ");
+    assert_snapshot!(check("data.train.date=tomorrow"), @r#"
+    exit 2
+    error: `tomorrow` is no date
+      at   date, data.train
+      try  date = "2024-07-26"
+    "#);
     let file = |text: String| {
         place.write("some.jsonl", text);
         place.refused(&["check", "--recipe", "recipe.toml"])
     };
-    assert_snapshot!(file(json!({"messages": [{"role": "user", "content": "x"}]}).to_string()), @"");
-    assert_snapshot!(file(json!({"messages": [{"role": "user", "text": 5}, 7]}).to_string()), @"");
-    assert_snapshot!(file(json!({"messages": "x"}).to_string()), @"");
-    assert_snapshot!(file(json!({"text": "x"}).to_string()), @"");
-    assert_snapshot!(file(format!("{}\n{{", json!({"messages": turns(&[("user", "a"), ("assistant", "b")])}))), @"");
+    assert_snapshot!(file(json!({"messages": [{"role": "user", "content": "x"}]}).to_string()), @r"
+    exit 3
+    error: the data set has zero supervised tokens: its 1 conversations have no answer of an assistant within 64 tokens
+      at   some.jsonl, data.train
+      try  conversations with turns of the role assistant behind others, or longer windows
+    ");
+    assert_snapshot!(file(json!({"messages": [{"role": "user", "text": 5}, 7]}).to_string()), @r#"
+    exit 3
+    error: message 2: it is a number, expected an object with role and content
+      at   some.jsonl, line 1, data.train
+      try  give {"messages": [{"role": "user", "content": "…"}, …]} on each line, or a JSON list of such objects
+    "#);
+    assert_snapshot!(file(json!({"messages": "x"}).to_string()), @r#"
+    exit 3
+    error: the messages are a string, expected a list
+      at   some.jsonl, line 1, data.train
+      try  give {"messages": [{"role": "user", "content": "…"}, …]} on each line, or a JSON list of such objects
+    "#);
+    assert_snapshot!(file(json!({"text": "x"}).to_string()), @r#"
+    exit 3
+    error: the line has no `messages` key (found: text)
+      at   some.jsonl, line 1, data.train
+      try  format = "text": the line has its keys
+    "#);
+    assert_snapshot!(file(format!("{}\n{{", json!({"messages": turns(&[("user", "a"), ("assistant", "b")])}))), @r#"
+    exit 3
+    error: the line is not valid JSON: EOF while parsing an object
+      at   some.jsonl, line 2, data.train
+      try  give {"messages": [{"role": "user", "content": "…"}, …]} on each line, or a JSON list of such objects
+    "#);
 }
 
 #[test]
@@ -329,10 +403,30 @@ fn templates_that_do_not_fit_the_data_are_named_with_the_line() {
         place.write("chat.jinja", text);
         place.refused(&["check", "--recipe", "recipe.toml"])
     };
-    assert_snapshot!(template("{{ raise_exception('no system, please') }}"), @"");
-    assert_snapshot!(template("{{ strftime_now('%Y') }}"), @"");
-    assert_snapshot!(template("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"), @"");
-    assert_snapshot!(template("{% for m in messages %}"), @"");
+    assert_snapshot!(template("{{ raise_exception('no system, please') }}"), @r"
+    exit 3
+    error: the chat template refuses it: no system, please
+      at   chat.jinja, template `default`, some.jsonl, line 1, data.train
+      try  a conversation as the model's template wants it, or another template
+    ");
+    assert_snapshot!(template("{{ strftime_now('%Y') }}"), @r#"
+    exit 3
+    error: the chat template asks for today's date, and data must not change
+      at   chat.jinja, template `default`, line 1, some.jsonl, line 1, data.train
+      try  date = "2024-07-26" beside the data's path, or any other
+    "#);
+    assert_snapshot!(template("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"), @r#"
+    exit 3
+    error: the chat template writes message 2 (assistant) otherwise once others follow it, from "4Tell me of cat 0.Once there was a cat.A" on
+      at   chat.jinja, some.jsonl, line 1, data.train
+      try  train_on = "each" (every answer ends an example of its own) or "last"; or messages without reasoning
+    "#);
+    assert_snapshot!(template("{% for m in messages %}"), @r"
+    exit 3
+    error: the chat template is no Jinja: syntax error: unexpected end of input, expected end of block
+      at   chat.jinja, template `default`, line 1, data.train
+      try  the chat template that belongs to this model
+    ");
 }
 
 #[test]
@@ -362,12 +456,42 @@ fn tokens_with_labels_are_taken_as_they_are() {
         place.write("t.jsonl", row.to_string());
         place.refused(&args)
     };
-    assert_snapshot!(refused(json!({"input_ids": [1, 5], "labels": [5, 6]})), @"");
-    assert_snapshot!(refused(json!({"input_ids": [1, 5], "labels": [1]})), @"");
-    assert_snapshot!(refused(json!({"input_ids": [1, 50000]})), @"");
-    assert_snapshot!(refused(json!({"input_ids": [1, -5]})), @"");
-    assert_snapshot!(refused(json!({"input_ids": [1, 5], "labels": [-100, -100]})), @"");
-    assert_snapshot!(refused(json!({"input_ids": "1 5"})), @"");
+    assert_snapshot!(refused(json!({"input_ids": [1, 5], "labels": [5, 6]})), @r#"
+    exit 3
+    error: label 1 is 5 and token 1: a label is -100 or the token of its own place
+      at   t.jsonl, line 1
+      try  give {"input_ids": [1, …], "labels": [-100, …]} on each line, or a JSON list of such objects
+    "#);
+    assert_snapshot!(refused(json!({"input_ids": [1, 5], "labels": [1]})), @r#"
+    exit 3
+    error: `labels` has 1 entries, and `input_ids` 2
+      at   t.jsonl, line 1
+      try  give {"input_ids": [1, …], "labels": [-100, …]} on each line, or a JSON list of such objects
+    "#);
+    assert_snapshot!(refused(json!({"input_ids": [1, 50000]})), @r"
+    exit 3
+    error: token 50000 is beyond the model's vocabulary of 2048
+      at   t.jsonl, line 1
+      try  data tokenized for this model
+    ");
+    assert_snapshot!(refused(json!({"input_ids": [1, -5]})), @r#"
+    exit 3
+    error: `input_ids` holds -5, which is no token
+      at   t.jsonl, line 1
+      try  give {"input_ids": [1, …], "labels": [-100, …]} on each line, or a JSON list of such objects
+    "#);
+    assert_snapshot!(refused(json!({"input_ids": [1, 5], "labels": [-100, -100]})), @r"
+    exit 3
+    error: the data set has zero supervised tokens: all labels of its 1 records are -100 within 16 tokens
+      at   t.jsonl
+      try  labels that are the token where it is to be learned, or longer windows
+    ");
+    assert_snapshot!(refused(json!({"input_ids": "1 5"})), @r#"
+    exit 3
+    error: `input_ids` is a string, expected a list of numbers
+      at   t.jsonl, line 1
+      try  give {"input_ids": [1, …], "labels": [-100, …]} on each line, or a JSON list of such objects
+    "#);
 }
 
 #[test]
@@ -401,8 +525,18 @@ fn a_format_is_found_where_only_one_fits() {
     assert_eq!(auto(r#"{"prompt": "a", "completion": "b"}"#), "completion");
     assert_eq!(auto(r#"[{"instruction": "a", "input": "", "output": "b"}]"#), "instruction");
     assert_eq!(auto(r#"{"input_ids": [1, 2, 3]}"#), "tokens");
-    assert_snapshot!(auto(r#"{"text": "a", "messages": []}"#), @"");
-    assert_snapshot!(auto(r#"{"question": "a", "answer": "b"}"#), @"");
+    assert_snapshot!(auto(r#"{"text": "a", "messages": []}"#), @r#"
+    exit 3
+    error: the line fits format "text" and "messages"
+      at   a.jsonl, line 1
+      try  format = "text", "messages", "instruction", "completion" or "tokens"
+    "#);
+    assert_snapshot!(auto(r#"{"question": "a", "answer": "b"}"#), @r#"
+    exit 3
+    error: no format has keys such as these: question, answer
+      at   a.jsonl, line 1
+      try  format = "text", "messages", "instruction", "completion" or "tokens"
+    "#);
     place.write("prose.txt", "Once upon a time.");
     let args =
         ["data", "preview", "--model", MODEL, "--data", "prose.txt", "--data-format", "auto"];
@@ -416,5 +550,40 @@ fn parquet_is_named_where_it_is_not_built_in() {
     place.write("a.parquet", b"PAR1\x00\x01");
     let args =
         ["data", "preview", "--model", MODEL, "--data", "a.parquet", "--data-format", "auto"];
-    assert_snapshot!(place.refused(&args), @"");
+    assert_snapshot!(place.refused(&args), @r"
+    exit 3
+    error: the file is Parquet, which this build does not read
+      at   a.parquet
+      try  a build with `cargo build --release --features parquet`, or the same data as JSONL
+    ");
+}
+
+#[cfg(feature = "parquet")]
+#[test]
+fn parquet_gives_what_its_rows_say() {
+    let place = place();
+    let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/messages.parquet");
+    let chats = fewbit::data::read_conversations(std::path::Path::new(golden)).unwrap();
+    let expected = |index: usize| {
+        json!([{"role": "user", "content": format!("Tell me of cat {index}.")},
+            {"role": "assistant", "content": "Once there was a café. 🐈"}])
+    };
+    assert_eq!(chats.len(), 5);
+    for (index, chat) in chats.iter().enumerate() {
+        assert_eq!(Value::Array(chat.messages.clone()), expected(index));
+        assert!(chat.tools.is_none());
+    }
+    assert_eq!(DataFormat::Auto.of(std::path::Path::new(golden)).unwrap(), DataFormat::Messages);
+    // Cut short, or a byte changed: refused or read, and no panic.
+    let whole = std::fs::read(golden).unwrap();
+    for at in 0..whole.len() {
+        let mut damaged = whole.clone();
+        damaged[at] ^= 0x55;
+        place.write("d.parquet", &damaged);
+        let _ = fewbit::data::read_conversations(&place.path("d.parquet"));
+        place.write("d.parquet", &whole[..at]);
+        if at > 4 {
+            fewbit::data::read_conversations(&place.path("d.parquet")).unwrap_err();
+        }
+    }
 }

@@ -15,7 +15,7 @@ use serde::Deserialize;
 use wildmatch::WildMatch;
 
 use self::cache::{Cache, is_commit, variable};
-use self::http::{Fault, Hub, encoded};
+use self::http::{Fault, Hub, encoded, encoded_path};
 use self::part::{Part, Remote};
 use crate::error::{Error, Result};
 use crate::report::terminal::Terminal;
@@ -31,9 +31,6 @@ const LISTING_BYTES: u64 = 64 << 20;
 const DATA: [&str; 5] = [".jsonl", ".ndjson", ".json", ".parquet", ".txt"];
 /// What the name of a data set of the hub begins with.
 pub(super) const SCHEME: &str = "hub:";
-
-/// What is known before anybody is asked.
-const ABSENT: &str = "there is no such folder";
 
 /// `owner/name@revision`, which is no folder here.
 #[derive(Debug)]
@@ -58,6 +55,16 @@ impl Id<'_> {
     /// What stands before an id in addresses.
     fn kind(&self) -> [&'static str; 2] {
         if self.is_data { ["datasets", "datasets/"] } else { ["models", ""] }
+    }
+
+    /// What it is, for a message.
+    fn noun(&self) -> &'static str {
+        if self.is_data { "data set" } else { "model" }
+    }
+
+    /// What is known before anybody is asked.
+    fn absent(&self) -> &'static str {
+        if self.is_data { "the data set is not here" } else { "there is no such folder" }
     }
 
     /// What to try, the path that is here first.
@@ -209,7 +216,8 @@ fn fetched(id: &Id<'_>, choose: Choose<'_>) -> Result<(PathBuf, Option<Vec<Strin
     if is_offline() {
         let copy = cache.snapshot_of(id.revision).map(|folder| (folder, None));
         return copy.ok_or_else(|| {
-            let what = format!("{ABSENT}, nor a copy in the cache, and HF_HUB_OFFLINE is set");
+            let what =
+                format!("{}, nor a copy in the cache, and HF_HUB_OFFLINE is set", id.absent());
             Error::usage(what).at(id).fix(id.instead("unset it, or give a local folder"))
         });
     }
@@ -345,7 +353,7 @@ fn get(
     }
     let Id { owner, name, .. } = id;
     let [_, prefix] = id.kind();
-    let path = format!("/{prefix}{owner}/{name}/resolve/{commit}/{}", encoded(&remote.name));
+    let path = format!("/{prefix}{owner}/{name}/resolve/{commit}/{}", encoded_path(&remote.name));
     let mut part = Part::open(remote, cache.part(&remote.hash))?;
     let outcome = hub.persist(&remote.name, || {
         if !part.is_full() {

@@ -9,8 +9,8 @@ use ureq::http::{Response, Uri};
 use ureq::tls::{RootCerts, TlsConfig};
 use ureq::{Agent, Body};
 
+use super::Id;
 use super::cache::{token, variable};
-use super::{ABSENT, Id};
 use crate::error::{Error, Result};
 
 const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
@@ -168,8 +168,7 @@ impl Hub {
         let login = "HF_TOKEN or `hf auth login`";
         let [_, prefix] = id.kind();
         let page = format!("{}/{prefix}{}/{}", self.address(), id.owner, id.name);
-        let (noun, absent) =
-            if id.is_data { ("data set", "there is no such file") } else { ("model", ABSENT) };
+        let (noun, absent) = (id.noun(), id.absent());
         let (error, fix) = match status {
             401 | 403 if code == "GatedRepo" || status == 403 => (
                 Error::failed(format!("the hub lets only accounts with access have this {noun}")),
@@ -192,7 +191,7 @@ impl Hub {
                 "the same command again, or another revision".to_owned(),
             ),
             404 => (
-                Error::usage(format!("{ABSENT}, and the hub has none")),
+                Error::usage(format!("{absent}, and the hub has none")),
                 id.instead("check the id"),
             ),
             _ => (
@@ -213,7 +212,7 @@ impl Hub {
 
     /// Nobody answers.
     pub(super) fn unreachable(&self, id: &Id<'_>, what: &str) -> Error {
-        Error::failed(format!("{ABSENT}, and the hub cannot be reached: {what}"))
+        Error::failed(format!("{}, and the hub cannot be reached: {what}", id.absent()))
             .at(id)
             .at(self.address())
             .fix(id.instead("check the network, or give a local folder"))
@@ -241,6 +240,11 @@ fn join(url: &str, to: &str) -> Option<String> {
         return Some(format!("{}://{rest}", url.split_once("://")?.0));
     }
     to.starts_with('/').then(|| Some(format!("{}{to}", origin(url)?)))?
+}
+
+/// A path for an address, its folders kept apart.
+pub(super) fn encoded_path(path: &str) -> String {
+    path.split('/').map(encoded).collect::<Vec<_>>().join("/")
 }
 
 /// One part of a path, encoded.
