@@ -251,12 +251,32 @@ fn a_mix_has_its_shares_and_says_so() {
     place.ok(&["train", "--recipe", "mix.toml"]);
 
     let refused = |set: &str| place.refused(&["check", "--recipe", "mix.toml", "--set", set]);
-    assert_snapshot!(refused("data.train.mix.1.weight=0"), @"");
-    assert_snapshot!(refused("data.train.path=some.jsonl"), @"");
-    assert_snapshot!(refused("data.train.mix.1.length=5"), @"");
+    assert_snapshot!(refused("data.train.mix.1.weight=0"), @r"
+        exit 2
+        error: weight = 0 of text.json is no number above 0
+          at   mix, data.train
+          try  weight = 1, or leave the source out
+    ");
+    assert_snapshot!(refused("data.train.path=some.jsonl"), @r"
+        exit 2
+        error: path and mix both say what is read
+          at   data.train
+          try  one of them
+    ");
+    assert_snapshot!(refused("data.train.mix.1.length=5"), @r"
+        exit 2
+        error: unknown key `length`
+          at   --set data.train.mix.1.length=5
+          try  one of: format, path, weight
+    ");
     let validation = RECIPE.replace("path = \"some.jsonl\"", "mix = [{ path = \"some.jsonl\" }]");
     place.write("v.toml", validation);
-    assert_snapshot!(place.refused(&["check", "--recipe", "v.toml"]), @"");
+    assert_snapshot!(place.refused(&["check", "--recipe", "v.toml"]), @r"
+        exit 2
+        error: a validation text is measured whole, and has no weights
+          at   data.validation.mix
+          try  path = a list of files
+    ");
 }
 
 #[test]

@@ -21,6 +21,7 @@ const LAYERS: [(&str, &[&str]); 14] = [
             "method",
             "model",
             "data::DataFormat",
+            "data::Paths",
             "data::Reading",
             "data::TemplateChoice",
             "data::TrainOn",

@@ -7,7 +7,8 @@ use burn::tensor::{Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 use serde_json::Map;
 
-use super::kind::{Bench, Material, Number, Prepared, Refused, Score, Source, Task};
+use super::files::Source;
+use super::kind::{Bench, Material, Number, Prepared, Refused, Score, Task};
 use super::perplexity::{LOGITS_PER_CHUNK, PplConfig, TOKENS_PER_BATCH, flags, own_positions};
 use crate::data::{ScoredWindow, TokenStream};
 use crate::error::{Error, Result};

@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use super::kind::{DATA, Source};
 use crate::data::{Paths, sha256_of};
 use crate::error::{Error, Result};
 use crate::store::folder::entries;
@@ -10,6 +9,19 @@ use crate::store::locate;
 
 /// How files of rows end.
 const ENDINGS: [&str; 5] = ["csv", "json", "jsonl", "ndjson", "parquet"];
+
+/// The key of a task that names its rows.
+pub const DATA: &str = "data";
+
+/// What a task is measured on.
+#[derive(Clone, Debug)]
+pub enum Source<'a> {
+    /// The validation text: `Material::text`.
+    Text,
+    /// Rows of files of its own, by the key that names them: `Material::files`. The key [`DATA`] names
+    /// what is measured; nothing but the command line may fill it.
+    Rows(Vec<(&'static str, Option<&'a Paths>)>),
+}
 
 /// The files of a task's rows, found.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]

@@ -6,7 +6,7 @@ use burn::tensor::Device;
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 
-use super::files::Files;
+use super::files::{Files, Source};
 use crate::data::{ChatTemplate, Paths, TokenStream, Tokenizer};
 use crate::error::{Error, Result};
 use crate::model::{Forward, ModelConfig};
@@ -90,19 +90,6 @@ pub trait Prepared {
         model: &dyn Forward,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Score>;
-}
-
-/// The key of a task that names its rows.
-pub const DATA: &str = "data";
-
-/// What a task is measured on.
-#[derive(Clone, Debug)]
-pub enum Source<'a> {
-    /// The validation text: [`Material::text`].
-    Text,
-    /// Rows of files of its own, by the key that names them: [`Material::files`]. The key [`DATA`] names
-    /// what is measured; nothing but the command line may fill it.
-    Rows(Vec<(&'static str, Option<&'a Paths>)>),
 }
 
 /// A number that a task gives.

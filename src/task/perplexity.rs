@@ -17,7 +17,8 @@ use burn::tensor::{Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::kind::{Bench, DATA, Material, Number, Prepared, Refused, Score, Source, Task};
+use super::files::{DATA, Source};
+use super::kind::{Bench, Material, Number, Prepared, Refused, Score, Task};
 use crate::data::{Paths, ScoredWindow, TokenStream, read_documents};
 use crate::error::{Error, Result};
 use crate::model::{CausalLm, Forward, ModelConfig, Positions};

@@ -44,9 +44,29 @@ fn files_of_a_data_set_are_named_by_name_folder_or_pattern() {
     let cached = place.tree("hf/hub/datasets--owner--name");
     assert!(cached.contains_key(&format!("snapshots/{COMMIT}/data/train-1.jsonl")));
     assert!(cached.keys().all(|name| !name.contains("README")), "{:?}", cached.keys());
-    assert_snapshot!(error(&preview(&place, &server, "hub:owner/name", false), &server), @"");
-    assert_snapshot!(error(&preview(&place, &server, "hub:owner/name/none", false), &server), @"");
-    assert_snapshot!(error(&preview(&place, &server, "hub:owner", false), &server), @"");
+    assert_snapshot!(error(&preview(&place, &server, "hub:owner/name", false), &server), @r"
+        exit 2
+        error: the hub's data set has 3 files of data
+          at   owner/name
+          try  hub:owner/name/FILE, a folder, or a pattern with *: data/test.jsonl, data/train-0.jsonl, data/train-1.jsonl
+    ");
+    assert_snapshot!(error(&preview(&place, &server, "hub:owner/name/none", false), &server), @r"
+        exit 2
+        error: the hub's data set has no file `none`
+          at   owner/name
+          try  hub:owner/name/FILE, a folder, or a pattern with *: data/test.jsonl, data/train-0.jsonl, data/train-1.jsonl
+    ");
+    assert_snapshot!(error(&preview(&place, &server, "hub:owner", false), &server), @r"
+        exit 2
+        error: this is no data set of the hub
+          at   hub:owner
+          try  hub:owner/name, or hub:owner/name@revision/FILE
+    ");
     let other = error(&preview(&place, &server, "hub:owner/other", false), &server);
-    assert_snapshot!(other, @"");
+    assert_snapshot!(other, @r"
+        exit 2
+        error: the data set is not here, and the hub has none
+          at   owner/other, HUB
+          try  check the id
+    ");
 }

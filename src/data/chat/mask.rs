@@ -119,7 +119,7 @@ impl Renderer<'_> {
     }
 
     /// The example that ends with message `last`, of which the turns `learned` are learned. `None` where
-    /// nothing comes before the only one of them.
+    /// nothing comes before the only one of them, or the template writes nothing for them.
     fn example(&mut self, last: usize, learned: &[usize]) -> Result<Option<Vec<Part>>> {
         let whole = self.text(last + 1, false)?;
         let (mut parts, mut at) = (Vec::new(), 0);
@@ -133,12 +133,9 @@ impl Renderer<'_> {
             parts.push(Part { text: whole[start..end].to_owned(), learned: true });
             at = end;
         }
-        if parts.is_empty() {
-            return Ok(None);
-        }
         parts.push(Part { text: whole[at..].to_owned(), learned: false });
         parts.retain(|part| !part.text.is_empty());
-        Ok(Some(parts))
+        Ok(parts.iter().any(|part| part.learned).then_some(parts))
     }
 
     /// Where turn `index` begins and ends in the whole text, in bytes.

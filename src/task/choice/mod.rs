@@ -18,7 +18,8 @@ use serde_json::{Map, Value, json};
 use self::benchmark::Question;
 use self::fields::Fields;
 use self::numbers::Answered;
-use super::kind::{Bench, DATA, Material, Number, Prepared, Refused, Score, Source, Task};
+use super::files::{DATA, Source};
+use super::kind::{Bench, Material, Number, Prepared, Refused, Score, Task};
 use super::likelihood::{Request, log_likelihoods};
 use crate::data::{Paths, Tokenizer, read_rows};
 use crate::error::{Error, Result};
@@ -224,7 +225,7 @@ impl Task for ChoiceConfig {
         };
         let cut = match of("cut") {
             0 => String::new(),
-            cut => format!(", {cut} answers whose context lost its beginning"),
+            cut => format!(",\n           {cut} answers whose context lost its beginning"),
         };
         format!("{}-shot, {begins}, context {}{cut}", of("shots"), of("context"))
     }

@@ -11,7 +11,8 @@ use serde_json::{Value, json};
 
 use self::prompt::{Problem, Shots, conversations, problems};
 use super::conversation;
-use super::kind::{Bench, DATA, Material, Number, Prepared, Refused, Score, Source, Task};
+use super::files::{DATA, Source};
+use super::kind::{Bench, Material, Number, Prepared, Refused, Score, Task};
 use super::written::{self, Prompts, Writing, Written, mean, numbers};
 use crate::data::Paths;
 use crate::error::Result;

@@ -4,7 +4,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::super::conversation::{self, Conversation};
-use super::super::kind::{Bench, DATA, Material, Number, Prepared, Refused, Score, Source, Task};
+use super::super::files::{DATA, Source};
+use super::super::kind::{Bench, Material, Number, Prepared, Refused, Score, Task};
 use super::super::written::{self, Prompts, Writing, Written, mean, numbers};
 use super::followed::{Followed, check};
 use super::rows::{Asked, asked};
