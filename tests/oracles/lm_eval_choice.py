@@ -147,11 +147,23 @@ def mmlu_definition(rows, examples, work, limit):
     return "mmlu"
 
 
+def tokenizer(model):
+    """The model's tokenizer.json as it stands. (transformers 5 makes a LlamaTokenizer's anew from its vocabulary, and
+    some lose their unknown token by that.)"""
+    from transformers import PreTrainedTokenizerFast
+
+    settings = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    names = [f"{kind}_token" for kind in ("bos", "eos", "unk", "pad")]
+    text = lambda token: token["content"] if isinstance(token, dict) else token
+    tokens = {name: text(settings[name]) for name in names if settings.get(name)}
+    return PreTrainedTokenizerFast(tokenizer_file=str(model / "tokenizer.json"), **tokens)
+
+
 def theirs(model, names, work):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    lm = HFLM(pretrained=str(model), dtype="float32", device="cpu", batch_size=8)
+    lm = HFLM(pretrained=str(model), tokenizer=tokenizer(model), dtype="float32", device="cpu", batch_size=8)
     manager = TaskManager(include_path=str(work / "tasks"), include_defaults=False)
     found = {}
     for benchmark, (name, shots) in names.items():
