@@ -170,6 +170,7 @@ fn results_table(record: &RunRecord) -> String {
         }
         table.push('\n');
         let float = all().find(|m| m.what == "float").map(|m| m.result.first());
+        let float = float.filter(|float| *float != 0.0); // of nothing right
         for m in all() {
             let _ = write!(table, "{:<24}{:>22.4}", m.what, m.result.first());
             let ratio = float.map(|float| m.result.first() / float);
