@@ -56,7 +56,12 @@ checkpoint_every = 4
 log_every = 1
 [[stage]]
 [stage.evaluate]
-task.ppl = { context = 64 }
+tasks = [
+    { ppl = { context = 64 } },
+    { kl = { context = 64 } },
+    { choice = { benchmark = "openbookqa", data = "rows.json" } },
+    { gsm8k = { data = "problems.jsonl", shots = 0, limit = 6, max_new_tokens = 12, batch = 2 } },
+]
 baselines = ["float", "rtn"]
 [[stage]]
 [stage.export]
@@ -68,7 +73,13 @@ format.dequantized = {}
 const PATIENCE: Duration = Duration::from_mins(1);
 
 fn prepared() -> Place {
-    Place::with_small_run(STAGES)
+    let place = Place::with_small_run(STAGES);
+    for (from, to) in
+        [("choice/openbookqa.json", "rows.json"), ("gsm8k/sample.jsonl", "problems.jsonl")]
+    {
+        std::fs::copy(common::datasets().join(from), place.path(to)).unwrap();
+    }
+    place
 }
 
 /// What a run leaves that another run of the recipe leaves too.

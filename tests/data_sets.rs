@@ -363,10 +363,10 @@ fn what_a_data_set_cannot_be_is_refused() {
       try  chat_template = true, or the path of one
     ");
     assert_snapshot!(check("data.train.chat_template=none.jinja"), @r"
-    exit 1
-    error: cannot read the file: No such file or directory (os error 2)
+    exit 2
+    error: there is no such chat template
       at   none.jinja, data.train
-      try  check the path
+      try  check the path, or chat_template = true for the model's
     ");
     assert_snapshot!(check("data.train.chat_template_kwargs.messages=1"), @r"
     exit 2

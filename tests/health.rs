@@ -217,6 +217,9 @@ fn the_student_is_compared_on_what_it_wrote() {
         assert!(samples.iter().any(|sample| sample["answer"] != samples[0]["answer"]));
     }
     assert_ne!(samples(0), samples(15));
+    // What it wrote is the run's own, which may start over.
+    let again = place.run(&[&train(&[own])[..], &["--fresh"]].concat());
+    assert_eq!(again.code, 0, "{}", again.err);
     // Comparing needs a teacher, whatever the stage's own objective.
     let refused =
         place.run(&train(&[own, "stage.1.distill.objective={cross_entropy={}}", "output=other"]));

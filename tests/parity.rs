@@ -222,6 +222,19 @@ fn tiny_model_agrees(dir: &Path) -> String {
     loaded.config.model_type
 }
 
+/// A text that fills the context ends, and those beside it go on.
+#[test]
+fn a_full_context_ends_one_text_alone() {
+    let loaded = Loaded::open(Path::new("datasets/stories260k"));
+    let most = loaded.config.max_positions;
+    let long: Vec<u32> = (0..most as u32).map(|i| 3 + i % 400).collect();
+    let short = &long[..5];
+    let texts = loaded.greedy_together(&[&long, short, &long[2..]], 8);
+    // One more token is computed from the last position that there is.
+    assert_eq!(texts.iter().map(Vec::len).collect::<Vec<_>>(), [1, 8, 3]);
+    assert_eq!(texts[1], loaded.greedy(short, 8));
+}
+
 // --- the bundled models --------------------------------------------------------------------------
 
 #[derive(Deserialize)]

@@ -99,10 +99,10 @@ fn without_a_template_nobody_pretends() {
         assert!([2, 3].contains(&ended.code), "{args:?}: {}", ended.err);
         assert!(ended.out.is_empty());
     }
-    let named =
-        place.run(&["generate", "--model", "model", "--prompt", "x", "--template-arg", "y"]);
+    let args = ["generate", "--model", "model", "--prompt", "x", "--chat-template-kwargs", "y"];
+    let named = place.run(&args);
     assert_eq!(named.code, 2);
-    assert!(named.err.contains("NAME=VALUE"), "{}", named.err);
+    assert!(named.err.contains("expected a JSON object"), "{}", named.err);
 }
 
 #[test]

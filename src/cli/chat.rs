@@ -47,7 +47,7 @@ pub(super) struct ChatArgs {
     #[command(flatten)]
     template: TemplateArgs,
     /// Continue each line as plain text, without the model's chat template
-    #[arg(long, conflicts_with_all = ["system", "template_arg"])]
+    #[arg(long, conflicts_with_all = ["system", "chat_template_kwargs"])]
     plain: bool,
     #[command(flatten)]
     sampling: SamplingArgs,
@@ -68,7 +68,7 @@ pub(super) fn run(args: &ChatArgs, stop: &StopFlag) -> Result<()> {
     let adapters = Adapters::new(&session.opened, &adapters)?;
     let model = session.load()?;
     let generation = session.opened.generation()?;
-    let sampler = args.sampling.sampler(generation.sampler);
+    let sampler = args.sampling.sampler(generation.sampler()?);
     let (ends, stops) = (generation.ends, &args.sampling.stop);
     let max_new = args.sampling.max_new_tokens.unwrap_or(ANSWER);
     let writer = Writer { session: &session, tokenizer: &tokenizer, stop, ends, max_new, stops };

@@ -1,7 +1,6 @@
 //! `fewbit data`: what a data set becomes, shown before anything is trained on it.
 
 mod generate;
-mod prompts;
 
 use std::path::PathBuf;
 
@@ -9,6 +8,7 @@ use clap::builder::PossibleValuesParser;
 use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
 
+use super::dialogue::kwargs;
 use super::{ModelArgs, output};
 use crate::data::{DataFormat, Reading, TemplateChoice, TokenStream, Tokenizer, TrainOn};
 use crate::error::{Error, Result};
@@ -59,8 +59,8 @@ pub(super) struct ReadingArgs {
     #[arg(long, value_name = "FILE")]
     chat_template: Option<String>,
     /// Values for names in the chat template, as JSON: {"enable_thinking": false}
-    #[arg(long, value_name = "JSON")]
-    chat_template_kwargs: Option<String>,
+    #[arg(long, value_name = "JSON", value_parser = kwargs)]
+    chat_template_kwargs: Option<Map<String, Value>>,
     /// What a chat template that asks is told of today's date
     #[arg(long, value_name = "DATE")]
     date: Option<String>,
@@ -68,27 +68,20 @@ pub(super) struct ReadingArgs {
 
 impl ReadingArgs {
     /// The keys that they stand for.
-    pub(super) fn reading(&self) -> Result<Reading> {
-        let kwargs = self.chat_template_kwargs.as_deref().map(|text| {
-            serde_json::from_str::<Map<String, Value>>(text).map_err(|error| {
-                Error::usage(format!("this is no JSON object: {error}"))
-                    .at("--chat-template-kwargs")
-                    .fix("'{\"enable_thinking\": false}'")
-            })
-        });
+    pub(super) fn reading(&self) -> Reading {
         let train_on = self.train_on.as_deref();
         let train_on = TrainOn::ALL.into_iter().find(|on| Some(on.name()) == train_on);
         let template = self.chat_template.as_deref().map(|name| match name {
             "model" => TemplateChoice::Model(true),
             path => TemplateChoice::File(path.to_owned()),
         });
-        Ok(Reading {
+        Reading {
             format: self.data_format.unwrap_or_default(),
             train_on: train_on.unwrap_or_default(),
             chat_template: template,
-            chat_template_kwargs: kwargs.transpose()?.unwrap_or_default(),
+            chat_template_kwargs: self.chat_template_kwargs.clone().unwrap_or_default(),
             date: self.date.clone(),
-        })
+        }
     }
 }
 
@@ -199,7 +192,7 @@ fn of_files(args: &PreviewArgs) -> Result<(Sets, Tokenizer)> {
     for name in &args.data {
         paths.extend(locate::data_files(name)?);
     }
-    let reading = args.reading.reading()?.resolved(&paths)?;
+    let reading = args.reading.reading().resolved(&paths)?;
     let most = session.opened.config.max_positions.min(DEFAULT_LENGTH);
     let length = args.length.unwrap_or(most);
     let tokenizer = session.tokenizer()?;

@@ -13,27 +13,21 @@ pub(super) struct TemplateArgs {
     /// What the model is told before the conversation
     #[arg(long, value_name = "TEXT")]
     pub(super) system: Option<String>,
-    /// A further name for the chat template, such as enable_thinking=false; repeatable
-    #[arg(long, value_name = "NAME=VALUE", value_parser = pair)]
-    template_arg: Vec<(String, Value)>,
+    /// Values for names in the chat template, as JSON: {"enable_thinking": false}
+    #[arg(long, value_name = "JSON", value_parser = kwargs)]
+    pub(super) chat_template_kwargs: Option<Map<String, Value>>,
 }
 
-/// `NAME=VALUE`; a value that is no JSON is a text.
-fn pair(text: &str) -> Result<(String, Value), String> {
-    let (name, value) = text.split_once('=').ok_or_else(|| "NAME=VALUE".to_owned())?;
-    let value = serde_json::from_str(value).unwrap_or_else(|_| Value::from(value));
-    if name.is_empty() { Err("NAME=VALUE".to_owned()) } else { Ok((name.to_owned(), value)) }
+/// The value of `--chat-template-kwargs`.
+pub(super) fn kwargs(text: &str) -> Result<Map<String, Value>, String> {
+    let object = "a JSON object, as in '{\"enable_thinking\": false}'";
+    serde_json::from_str(text).map_err(|error| format!("{error}; expected {object}"))
 }
 
 impl TemplateArgs {
     /// Whether any of them is given.
     pub(super) fn are_given(&self) -> bool {
-        self.system.is_some() || !self.template_arg.is_empty()
-    }
-
-    /// The further names, and what they are.
-    pub(super) fn arguments(&self) -> Map<String, Value> {
-        self.template_arg.iter().cloned().collect()
+        self.system.is_some() || self.chat_template_kwargs.is_some()
     }
 
     /// The model's template with these names; `None` where the model has none.
@@ -42,7 +36,8 @@ impl TemplateArgs {
     /// When it cannot be read.
     pub(super) fn template(&self, session: &Session) -> Result<Option<ChatTemplate>> {
         let Some(template) = session.opened.chat_template()? else { return Ok(None) };
-        template.with_kwargs(self.arguments()).map(Some).map_err(|e| e.at("--template-arg"))
+        let kwargs = self.chat_template_kwargs.clone().unwrap_or_default();
+        template.with_kwargs(kwargs).map(Some).map_err(|e| e.at("--chat-template-kwargs"))
     }
 
     /// As [`TemplateArgs::template`], for who cannot do without.

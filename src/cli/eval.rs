@@ -99,7 +99,7 @@ pub(super) fn run(args: &EvalArgs, stop: &StopFlag) -> Result<()> {
     let reference = reference.as_ref().map(Session::load).transpose()?;
     let mut terminal = Terminal::new();
     let reference = reference.as_ref().map(|model| -> &dyn Forward { model });
-    let bench = Bench { config, device: &session.device.device, stop, reference };
+    let bench = Bench { device: &session.device.device, stop, reference };
     let mut found = Vec::new();
     for (prepared, ready) in prepared.iter().zip(&ready) {
         let mut measure = |model: &dyn Forward, verb: &str| {
@@ -229,7 +229,7 @@ impl EvalArgs {
         for name in names {
             paths.extend(locate::data_files(name)?);
         }
-        let reading = self.reading.reading()?.resolved(&paths)?;
+        let reading = self.reading.reading().resolved(&paths)?;
         window(reading.format.is_packed().then_some(length))?;
         let tokenizer: Tokenizer = session.tokenizer()?;
         let mut marks = session.marks(&tokenizer)?;

@@ -70,7 +70,7 @@ pub(super) fn run(args: &GenerateArgs, stop: &StopFlag) -> Result<()> {
                 "prompt": text,
                 "text": answer.text(),
                 "tokens": answer.tokens().len(),
-                "ended": ended_name(ended),
+                "ended": ended.name(),
             }))?;
         } else {
             let between = if index > 0 { "\n" } else { "" };
@@ -79,16 +79,6 @@ pub(super) fn run(args: &GenerateArgs, stop: &StopFlag) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Why a text ended, in a word.
-pub(super) fn ended_name(ended: Ended) -> &'static str {
-    match ended {
-        Ended::Token(_) => "end",
-        Ended::Length => "length",
-        Ended::Context => "context",
-        Ended::Caller => "stop",
-    }
 }
 
 /// Continues prompts on stdout.

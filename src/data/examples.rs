@@ -238,13 +238,7 @@ fn of_row(row: &Row, format: DataFormat, chat: bool) -> Result<Document, String>
             Document::Chat(Chat::of_pair(prompt, completion))
         }
         DataFormat::Instruction if chat => {
-            let (instruction, output) =
-                (fields.required("instruction")?, fields.required("output")?);
-            let asked = match fields.optional("input")? {
-                "" => instruction.to_owned(),
-                input => format!("{instruction}\n\n{input}"),
-            };
-            Document::Chat(Chat::of_pair(&asked, output))
+            Document::Chat(Chat::of_pair(&asked(&fields)?, fields.required("output")?))
         }
         DataFormat::Completion => Document::Example(completion(&fields)?),
         DataFormat::Instruction => Document::Example(instruction(&fields)?),
@@ -334,16 +328,21 @@ fn completion(fields: &Fields<'_>) -> Result<Example, String> {
 }
 
 fn instruction(fields: &Fields<'_>) -> Result<Example, String> {
-    let instruction = fields.required("instruction")?;
-    let prompt = match fields.optional("input")? {
-        "" => format!("{instruction}\n\nAnswer:\n"),
-        input => format!("{instruction}\n\n{input}\n\nAnswer:\n"),
-    };
+    let prompt = format!("{}\n\nAnswer:\n", asked(fields)?);
     Ok(Example { prompt, completion: fields.required("output")?.to_owned() })
 }
 
+/// An instruction, its input behind it where there is one.
+pub(super) fn asked(fields: &Fields<'_>) -> Result<String, String> {
+    let instruction = fields.required("instruction")?;
+    Ok(match fields.optional("input")? {
+        "" => instruction.to_owned(),
+        input => format!("{instruction}\n\n{input}"),
+    })
+}
+
 /// A conversation under any of its names, with the tools and documents beside it.
-fn conversation(fields: &Fields<'_>) -> Result<Chat, String> {
+pub(super) fn conversation(fields: &Fields<'_>) -> Result<Chat, String> {
     let names = ["messages", "conversations", "conversation"];
     let there = names.iter().find(|name| fields.object.get(**name).is_some_and(|v| !v.is_null()));
     let mut chat = Chat::of_messages(fields.value(there.unwrap_or(&names[0]))?)?;

@@ -187,10 +187,10 @@ mod tests {
             TokenStream::mix(vec![source("a", 1.0, 1, 0), (name, weight, examples)], 4).unwrap();
         let index = (0..mix.windows(4)).find(|index| mix.window(*index, 4)[0] == 0).unwrap();
         assert_eq!(mix.supervision(index, 4).unwrap(), [false, true, true, true]);
-        assert_eq!(mix.document_starts(index, 4).unwrap(), [0; 4]);
+        assert_eq!(mix.starts(index, 4).unwrap(), [0; 4]);
         let index = (0..mix.windows(4)).find(|index| mix.window(*index, 4)[0] == 101).unwrap();
         assert_eq!(mix.supervision(index, 4).unwrap(), [false, false, true, false]);
-        assert_eq!(mix.document_starts(index, 4).unwrap(), [0, 0, 0, 3]);
+        assert_eq!(mix.starts(index, 4).unwrap(), [0, 0, 0, 3]);
         assert_eq!(mix.sources[0].supervised, 3);
     }
 

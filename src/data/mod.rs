@@ -13,6 +13,7 @@ pub mod packing;
 #[cfg(feature = "parquet")]
 mod parquet;
 mod paths;
+mod prompts;
 mod reading;
 mod rows;
 pub mod table;
@@ -27,6 +28,7 @@ pub use mixing::SourceShare;
 pub use order::{Order, coin_flips, seed_of};
 pub use packing::Marks;
 pub use paths::Paths;
+pub use prompts::{Asked, read_prompts};
 pub use reading::{Reader, Reading, TemplateChoice};
 pub use table::{Columns, Row, read_rows};
 pub use tokenizer::Tokenizer;

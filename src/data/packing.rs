@@ -195,7 +195,7 @@ mod tests {
         let stream = pack(&[("a", "a"), ("b", "b"), ("c", "c c"), ("a", "b")], MARKS, 9).unwrap();
         let starts = stream.starts.as_ref().unwrap();
         assert_eq!(starts[..9], [0, 0, 0, 0, 4, 4, 4, 4, 8], "the filling is one of its own");
-        assert_eq!(stream.document_starts(1, 9).unwrap(), [0, 0, 0, 0, 0, 5, 5, 5, 5]);
+        assert_eq!(stream.starts(1, 9).unwrap(), [0, 0, 0, 0, 0, 5, 5, 5, 5]);
         assert_eq!((stream.lengths, stream.empty), (vec![4, 4, 5, 4], 0));
     }
 

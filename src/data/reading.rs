@@ -187,6 +187,12 @@ impl Reading {
         }
         let template = match &self.chat_template {
             Some(TemplateChoice::File(path)) => {
+                if !Path::new(path).is_file() {
+                    let error = Error::usage("there is no such chat template").at(path);
+                    return Err(
+                        error.fix("check the path, or chat_template = true for the model's")
+                    );
+                }
                 let text = std::fs::read_to_string(path)
                     .map_err(|source| Error::io("read", Path::new(path), &source))?;
                 ChatTemplate::new(&text, tokenizer.special_texts().clone(), path)?

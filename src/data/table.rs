@@ -5,11 +5,11 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::documents::{bare, decode_utf8, kind_of, refused};
+use super::documents::{decode_utf8, kind_of, refused};
+use super::rows::{self, Kind};
 use crate::error::{Error, Result};
 
-/// First bytes of a Parquet file.
-const PARQUET: &[u8] = b"PAR1";
+const SHAPES: &str = "one object a line (JSONL), a JSON list of objects, CSV, or Parquet";
 
 /// One row, and where it stands.
 #[derive(Clone, Debug, PartialEq)]
@@ -34,18 +34,13 @@ pub struct Columns {
 /// # Errors
 /// If the file cannot be read, holds no row, or breaks its own form; the error names file and line.
 pub fn read_rows(path: &Path, columns: Columns) -> Result<Vec<Row>> {
-    let bytes = std::fs::read(path).map_err(|source| Error::io("read", path, &source))?;
-    if bytes.starts_with(PARQUET) {
-        return parquet::read(path);
-    }
-    let text = decode_utf8(bytes, path)?;
-    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+    // What is called so is a table whatever its first letter.
     let is_csv = path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("csv"));
-    let rows = match text.trim_start().chars().next() {
-        None => return Err(refused("the file is empty", path).fix(SHAPES)),
-        Some('[') if !is_csv => list(text, path)?,
-        Some('{') if !is_csv => lines(text, path)?,
-        Some(_) => table(text, path, columns)?,
+    let rows = match rows::kind(path)? {
+        Kind::Empty => return Err(refused("the file is empty", path).fix(SHAPES)),
+        Kind::Text => table(path, columns)?,
+        Kind::List | Kind::Object if is_csv => table(path, columns)?,
+        Kind::List | Kind::Object | Kind::Parquet => records(path)?,
     };
     if rows.is_empty() {
         return Err(refused("the file holds no rows", path).fix(SHAPES));
@@ -53,46 +48,24 @@ pub fn read_rows(path: &Path, columns: Columns) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-const SHAPES: &str = "one object a line (JSONL), a JSON list of objects, CSV, or Parquet";
-
-fn list(text: &str, path: &Path) -> Result<Vec<Row>> {
-    let entries: Vec<Value> = serde_json::from_str(text).map_err(|error| {
-        refused(format!("the file is not valid JSON: {}", bare(&error)), path)
-            .at(format!("line {}", error.line()))
-            .fix(SHAPES)
+fn records(path: &Path) -> Result<Vec<Row>> {
+    let mut all = Vec::new();
+    rows::each(path, SHAPES, &mut |row| {
+        let place = row.place();
+        let Value::Object(fields) = row.value else {
+            let what = format!("the {} is {}, expected an object", row.unit, kind_of(&row.value));
+            return Err(refused(what, path).at(place).fix(SHAPES));
+        };
+        all.push(Row { fields, place });
+        Ok(())
     })?;
-    let rows = entries.into_iter().enumerate().map(|(index, entry)| {
-        let place = format!("entry {}", index + 1);
-        object(entry, "entry")
-            .map_err(|what| refused(what, path).at(&place).fix(SHAPES))
-            .map(|fields| Row { fields, place: place.clone() })
-    });
-    rows.collect()
+    Ok(all)
 }
 
-fn lines(text: &str, path: &Path) -> Result<Vec<Row>> {
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let rows = lines.map(|(index, line)| {
-        let place = format!("line {}", index + 1);
-        let fields = serde_json::from_str(line)
-            .map_err(|error| format!("the line is not valid JSON: {}", bare(&error)))
-            .and_then(|value| object(value, "line"));
-        match fields {
-            Ok(fields) => Ok(Row { fields, place }),
-            Err(what) => Err(refused(what, path).at(place).fix(SHAPES)),
-        }
-    });
-    rows.collect()
-}
-
-fn object(value: Value, unit: &str) -> Result<Map<String, Value>, String> {
-    match value {
-        Value::Object(fields) => Ok(fields),
-        other => Err(format!("the {unit} is {}, expected an object", kind_of(&other))),
-    }
-}
-
-fn table(text: &str, path: &Path, columns: Columns) -> Result<Vec<Row>> {
+fn table(path: &Path, columns: Columns) -> Result<Vec<Row>> {
+    let bytes = std::fs::read(path).map_err(|source| Error::io("read", path, &source))?;
+    let text = decode_utf8(bytes, path)?;
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
     let mut reader =
         csv::ReaderBuilder::new().has_headers(false).flexible(true).from_reader(text.as_bytes());
     let mut names: Vec<String> = columns.names.iter().map(|name| (*name).to_owned()).collect();
@@ -116,69 +89,6 @@ fn table(text: &str, path: &Path, columns: Columns) -> Result<Vec<Row>> {
         rows.push(Row { fields, place: format!("line {line}") });
     }
     Ok(rows)
-}
-
-#[cfg(not(feature = "parquet"))]
-mod parquet {
-    use super::{Path, Result, Row, refused};
-
-    pub(super) fn read(path: &Path) -> Result<Vec<Row>> {
-        Err(refused("this fewbit was built without Parquet", path)
-            .fix("the same rows as JSONL or CSV, or a build with --features parquet"))
-    }
-}
-
-#[cfg(feature = "parquet")]
-mod parquet {
-    use ::parquet::file::reader::{FileReader, SerializedFileReader};
-    use ::parquet::record::{Field, Row as Record};
-    use serde_json::{Map, Value};
-
-    use super::{Error, Path, Result, Row, SHAPES, refused};
-
-    pub(super) fn read(path: &Path) -> Result<Vec<Row>> {
-        let broken = |error: ::parquet::errors::ParquetError| {
-            refused(format!("the file is not valid Parquet: {error}"), path).fix(SHAPES)
-        };
-        let file = std::fs::File::open(path).map_err(|e| Error::io("read", path, &e))?;
-        let reader = SerializedFileReader::new(file).map_err(broken)?;
-        let rows = reader.get_row_iter(None).map_err(broken)?;
-        let rows = rows.enumerate().map(|(index, record)| {
-            Ok(Row {
-                fields: object(&record.map_err(broken)?),
-                place: format!("row {}", index + 1),
-            })
-        });
-        let rows: Vec<Row> = rows.collect::<Result<_>>()?;
-        if rows.is_empty() {
-            return Err(refused("the file holds no rows", path).fix(SHAPES));
-        }
-        Ok(rows)
-    }
-
-    fn object(record: &Record) -> Map<String, Value> {
-        record.get_column_iter().map(|(name, field)| (name.clone(), value(field))).collect()
-    }
-
-    fn value(field: &Field) -> Value {
-        match field {
-            Field::Bool(value) => (*value).into(),
-            Field::Byte(value) => (*value).into(),
-            Field::Short(value) => (*value).into(),
-            Field::Int(value) => (*value).into(),
-            Field::Long(value) => (*value).into(),
-            Field::UByte(value) => (*value).into(),
-            Field::UShort(value) => (*value).into(),
-            Field::UInt(value) => (*value).into(),
-            Field::ULong(value) => (*value).into(),
-            Field::Float(value) => f64::from(*value).into(),
-            Field::Double(value) => (*value).into(),
-            Field::Str(text) => text.clone().into(),
-            Field::Group(record) => Value::Object(object(record)),
-            Field::ListInternal(list) => list.elements().iter().map(value).collect(),
-            _ => Value::Null,
-        }
-    }
 }
 
 #[cfg(test)]
@@ -236,6 +146,9 @@ mod tests {
             "the line has 1 columns, expected 3: question, A, answer\n  at   r.csv, line 2"
         );
         #[cfg(not(feature = "parquet"))]
-        assert_eq!(head("r", "PAR1"), "this fewbit was built without Parquet\n  at   r");
+        assert_eq!(
+            head("r", "PAR1"),
+            "the file is Parquet, which this build does not read\n  at   r"
+        );
     }
 }

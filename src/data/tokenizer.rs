@@ -117,10 +117,8 @@ impl Tokenizer {
             let encodings =
                 self.guarded("cannot encode", || self.inner.encode_batch_fast(texts, special))?;
             for (text, encoding) in batch.iter().zip(encodings) {
-                match own(text) {
-                    true => all.push(self.encode(text)?),
-                    false => all.push(encoding.get_ids().to_vec()),
-                }
+                let own = if own(text) { Some(self.encode(text)?) } else { None };
+                all.push(own.unwrap_or_else(|| encoding.get_ids().to_vec()));
             }
         }
         Ok(all)

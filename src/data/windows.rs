@@ -94,18 +94,8 @@ impl TokenStream {
         self.supervised.as_deref().map(|flags| &flags[first..][..length])
     }
 
-    /// Where the example of each token of window `index` starts in it, `[length]`; `None` for text, whose
+    /// Where in window `index` the example of each token starts, `[length]`; `None` for text, whose
     /// documents are not kept apart.
-    ///
-    /// # Panics
-    /// As [`window`](Self::window).
-    pub fn document_starts(&self, index: usize, length: usize) -> Option<&[u32]> {
-        let first = self.first_of(index, length);
-        self.starts.as_deref().map(|starts| &starts[first..][..length])
-    }
-
-    /// Where in window `index` the example of each token starts, `[length]`; `None` where windows hold
-    /// nothing but one text.
     ///
     /// # Panics
     /// As [`window`](Self::window).

@@ -227,20 +227,12 @@ impl OpenModel {
     /// # Errors
     /// When `generation_config.json` cannot be read.
     pub fn generation(&self) -> Result<GenerationConfig> {
-        let name = "generation_config.json";
-        let text = match self.files.get(name) {
-            Some(text) => Some(text.clone()),
-            None if self.files.is_empty() => {
-                let path = self.dir.join(name);
-                let read = |path: &Path| std::fs::read_to_string(path);
-                path.is_file()
-                    .then(|| read(&path).map_err(|e| Error::io("read", &path, &e)))
-                    .transpose()?
-            }
-            None => None,
-        };
         let ends = self.config.eos.iter().copied();
-        GenerationConfig::parse(text.as_deref(), ends).map_err(|e| e.at(self.dir.display()))
+        if self.files.is_empty() {
+            return GenerationConfig::of_folder(&self.dir, ends);
+        }
+        let text = self.files.get("generation_config.json").map(String::as_str);
+        GenerationConfig::parse(text, ends).map_err(|e| e.at(self.dir.display()))
     }
 
     /// The model's chat template; `None` where it has none.

@@ -47,9 +47,14 @@ pub enum Ended {
 }
 
 impl Ended {
-    /// Whether the text is whole.
-    pub fn is_whole(self) -> bool {
-        matches!(self, Self::Token(_) | Self::Caller)
+    /// How it goes by in results.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Token(_) => "end",
+            Self::Length => "length",
+            Self::Context => "context",
+            Self::Caller => "stop",
+        }
     }
 }
 
@@ -101,10 +106,14 @@ impl Generation<'_> {
         }
         let mut batch = Batch::new(self, memory, prompts);
         while !batch.rows.is_empty() {
-            if batch.is_full(self) {
-                for row in &batch.rows {
-                    ended[row.place] = Ended::Context;
-                }
+            let full = |row: &Row| row.text.len() > self.model.config.max_positions;
+            let fitting: Vec<usize> =
+                (0..batch.rows.len()).filter(|index| !full(&batch.rows[*index])).collect();
+            for row in batch.rows.iter().filter(|row| full(row)) {
+                ended[row.place] = Ended::Context;
+            }
+            batch.keep(&fitting);
+            if batch.rows.is_empty() {
                 break;
             }
             let mut logits = batch.step(self);
@@ -187,12 +196,6 @@ impl Batch {
     /// Positions of the batch, padding included.
     fn total(&self) -> usize {
         self.rows.first().map_or(0, |row| row.padding + row.text.len())
-    }
-
-    /// Whether the longest text fills the context.
-    fn is_full(&self, how: &Generation<'_>) -> bool {
-        let longest = self.rows.iter().map(|row| row.text.len()).max();
-        longest.unwrap_or(0) > how.model.config.max_positions
     }
 
     /// The logits behind each text, `[rows, vocab]`.

@@ -34,7 +34,7 @@ pub use block::{Block, Norm, Norms, Tap};
 pub use by_block::{ByBlock, Forward};
 pub use cache::KvCache;
 pub use generate::{Ended, Generation, Memory, Prompt, finite};
-pub use generation_config::GenerationConfig;
+pub use generation_config::{GenerationConfig, end_tokens};
 pub use load::{Loader, WeightSource, companions, head_name, licences, open_folder};
 pub use positions::Positions;
 pub use sampler::Sampler;

@@ -263,31 +263,20 @@ struct Attention {
     starts: Option<Arc<Vec<u32>>>,
 }
 
-/// The constants of the kernel, as rows of values.
-#[cfg(feature = "flex")]
-struct Constants {
-    cos: Rows,
-    sin: Rows,
-}
-
 #[cfg(feature = "flex")]
 impl Attention {
-    fn constants(&self) -> Constants {
-        let [cos, sin] = [&self.cos, &self.sin].map(|table| Rows::of(table.clone()));
-        Constants { cos, sin }
+    /// Cosines and sines.
+    fn angles(&self) -> [Rows; 2] {
+        [&self.cos, &self.sin].map(|table| Rows::of(table.clone()))
     }
 
-    fn tables<'a>(&'a self, Constants { cos, sin }: &'a Constants) -> attention_kernel::Tables<'a> {
+    fn tables<'a>(&'a self, [cos, sin]: &'a [Rows; 2]) -> attention_kernel::Tables<'a> {
         attention_kernel::Tables {
             each: cos.shape()[0] > 1,
             cos: cos.values(),
             sin: sin.values(),
             starts: self.starts.as_deref().map(Vec::as_slice),
         }
-    }
-
-    fn shape(&self, q: &Rows, k: &Rows) -> attention_kernel::Shape {
-        shape_of(self.scores, q, k)
     }
 }
 
@@ -299,14 +288,14 @@ impl Operation<3> for Attention {
 
     fn forward(&self, inputs: [Plain; 3]) -> (Plain, Self::Saved) {
         let [q, k, v] = inputs.map(Rows::of);
-        let constants = self.constants();
+        let angles = self.angles();
         let mut out = vec![0.0; q.values().len()];
         let log_sums = attention_kernel::attention(
-            &self.shape(&q, &k),
+            &shape_of(self.scores, &q, &k),
             q.values(),
             k.values(),
             v.values(),
-            self.tables(&constants),
+            self.tables(&angles),
             &mut out,
         );
         let out = q.like(out).plain();
@@ -321,18 +310,18 @@ impl Operation<3> for Attention {
         _: [bool; 3],
     ) -> [Option<Plain>; 3] {
         let [q, k, v] = inputs.map(Rows::of);
-        let constants = self.constants();
+        let angles = self.angles();
         let (out, gradient) = (Rows::of(out), Rows::of(gradient));
         let mut dq = vec![0.0; q.values().len()];
         let mut dk = vec![0.0; k.values().len()];
         let mut dv = vec![0.0; v.values().len()];
         attention_kernel::attention_backward(
-            &self.shape(&q, &k),
+            &shape_of(self.scores, &q, &k),
             gradient.values(),
             q.values(),
             k.values(),
             v.values(),
-            self.tables(&constants),
+            self.tables(&angles),
             out.values(),
             &log_sums,
             &mut dq,

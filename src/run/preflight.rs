@@ -252,7 +252,7 @@ fn load_corpus(
     let template = &|| ChatTemplate::of_folder(&model.dir);
     let vocab = model.config.vocab;
     let reader = Reader { tokenizer, template, marks, length, vocab };
-    let (samples, template) = (config.samples, template_of(config)?);
+    let samples = config.samples;
     if config.mix.is_empty() {
         let Some(paths) = &config.path else {
             return Err(Error::usage("no text is named").fix("path = a file or a list of files"));
@@ -260,7 +260,7 @@ fn load_corpus(
         let (name, paths) = located(paths)?;
         let reading = config.reading().resolved(&paths)?;
         let stream = reader.read(&paths, &reading)?;
-        let sha256 = sha256_of(&paths)?;
+        let (sha256, template) = (sha256_of(&paths)?, template_of(config)?);
         return Ok(Corpus { stream, reading, sha256, template, name, samples, length });
     }
     if config.path.is_some() {
@@ -288,7 +288,7 @@ fn load_corpus(
         stream: TokenStream::mix(sources, length).map_err(|error| error.at("mix"))?,
         reading: first.unwrap_or_default(),
         sha256: sha256_of(&all)?,
-        template,
+        template: template_of(config)?,
         name: names.join("+"),
         samples,
         length,

@@ -318,7 +318,7 @@ fn measure(
         }
         let Some(model) = &model else { continue };
         let beside = reference.as_ref().map(|model| -> &dyn Forward { model });
-        let bench = Bench { config, device, stop: ctx.stop, reference: beside };
+        let bench = Bench { device, stop: ctx.stop, reference: beside };
         let mut progress = |done, of| {
             let (verb, detail) = (format!("eval {label}"), what.to_owned());
             screen.emit(&Event::Progress { verb, done, of, detail });

@@ -145,9 +145,13 @@ impl OnPolicy {
         pick: u64,
     ) -> Option<&'t [u32]> {
         let tokens = text.window(window, length);
+        // Of a text without a prompt of its own.
+        let beginning = |start: usize, end: usize| {
+            let most = self.prompt_tokens.unwrap_or(PROMPT_TOKENS).min((end - start).div_ceil(2));
+            &tokens[start..start + most]
+        };
         let Some(supervised) = text.supervision(window, length) else {
-            let most = self.prompt_tokens.unwrap_or(PROMPT_TOKENS).min((length / 2).max(1));
-            return Some(&tokens[..most]);
+            return Some(beginning(0, length));
         };
         let starts = text.starts(window, length);
         // Where an answer begins, behind a prompt in the same example.
@@ -157,7 +161,9 @@ impl OnPolicy {
             .filter(|(start, at)| start < at)
             .collect::<Vec<_>>();
         let (start, at) = *begins.get((pick % begins.len().max(1) as u64) as usize)?;
-        Some(&tokens[start..at])
+        // One token, as BOS or the first of a text in a mix, asks nothing.
+        let end = (at..length).find(|end| !supervised[*end]).unwrap_or(length);
+        Some(if at - start > 1 { &tokens[start..at] } else { beginning(start, end) })
     }
 }
 
@@ -195,6 +201,8 @@ pub(super) struct Writing<'a> {
     pub text: &'a TokenStream,
     /// Tokens of its windows.
     pub length: usize,
+    /// Tokens that end a text.
+    pub ends: &'a [u32],
     /// Where tensors live.
     pub device: &'a Device,
     /// Set by signals.
@@ -217,8 +225,7 @@ impl Writing<'_> {
     ) -> Result<Samples> {
         let Self { keys, student, device, .. } = self;
         let seed = seed_of(self.seed, &format!("on policy {step}"));
-        let config = &student.config;
-        let most = config.max_positions.saturating_sub(1);
+        let most = student.config.max_positions.saturating_sub(1);
         let prompts: Vec<Vec<u32>> = windows
             .iter()
             .zip(0u64..)
@@ -236,7 +243,7 @@ impl Writing<'_> {
             device,
             sampler: keys.sampler(seed),
             max_new: keys.max_new_tokens,
-            ends: &config.eos,
+            ends: self.ends,
         };
         // Texts of about one length are written together, which wastes no padding.
         let mut order: Vec<usize> = (0..prompts.len()).collect();
@@ -308,6 +315,10 @@ mod tests {
         let text = TokenStream { tokens: (0..200).collect(), ..TokenStream::default() };
         assert_eq!(keys.prompt(&text, 1, 100, 0).unwrap(), (100..132).collect::<Vec<_>>());
         assert_eq!(keys.prompt(&text, 0, 10, 0).unwrap().len(), 5);
+        // The same text in a mix with examples.
+        let supervised = Some((0..200).map(|at| at % 100 > 0).collect());
+        let mixed = TokenStream { supervised, starts: Some(vec![0; 200]), ..text.clone() };
+        assert_eq!(keys.prompt(&mixed, 1, 100, 0), keys.prompt(&text, 1, 100, 0));
         let supervised = [0, 0, 1, 1, 0, 1, 0, 0, 0, 1].map(|flag| flag == 1).to_vec();
         let packed = TokenStream {
             tokens: (0..10).collect(),

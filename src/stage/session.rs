@@ -282,6 +282,7 @@ impl Session {
             student: &student,
             text: &corpus.stream,
             length: corpus.length,
+            ends: &ctx.data.ends,
             device: &ctx.device.device,
             stop: ctx.stop,
             seed: seed_of(ctx.seed, &format!("stage {}", ctx.stage)),

@@ -137,15 +137,14 @@ pub(super) fn data_set(id: &Id<'_>, files: Option<&str>) -> Result<Vec<PathBuf>>
         Ok(chosen)
     };
     let (folder, names) = fetched(id, &choose)?;
-    let names = match names {
-        Some(names) => names,
-        None => {
-            // No list: what the cache has.
-            let all: Vec<String> = names_in(&folder)?.into_iter().filter(|n| is_data(n)).collect();
-            let chosen: Vec<String> = all.iter().filter(|name| meant(name)).cloned().collect();
-            check_choice(id, files, &all, chosen.len())?;
-            chosen
-        }
+    let names = if let Some(names) = names {
+        names
+    } else {
+        // No list: what the cache has.
+        let all: Vec<String> = names_in(&folder)?.into_iter().filter(|n| is_data(n)).collect();
+        let chosen: Vec<String> = all.iter().filter(|name| meant(name)).cloned().collect();
+        check_choice(id, files, &all, chosen.len())?;
+        chosen
     };
     Ok(names.into_iter().map(|name| folder.join(name)).collect())
 }

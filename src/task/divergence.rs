@@ -9,7 +9,7 @@ use serde_json::Map;
 
 use super::files::Source;
 use super::kind::{Bench, Material, Number, Prepared, Refused, Score, Task};
-use super::perplexity::{LOGITS_PER_CHUNK, PplConfig, TOKENS_PER_BATCH, flags, own_positions};
+use super::perplexity::{LOGITS_PER_CHUNK, PplConfig, TOKENS_PER_BATCH, chosen, flags, streams};
 use crate::data::{ScoredWindow, TokenStream};
 use crate::error::{Error, Result};
 use crate::model::{CausalLm, Forward, ModelConfig, Positions};
@@ -63,11 +63,7 @@ impl Task for KlConfig {
     fn prepare<'a>(&'a self, material: &Material<'a>) -> Result<Box<dyn Prepared + 'a>> {
         let text = material.text()?;
         let context = self.window(material.config, text.packed)?;
-        let mut windows = text.strided(context, context)?;
-        windows.retain(|window| flags(text, *window, context).is_none_or(|f| f.contains(&true)));
-        if let Some(limit) = self.windows.filter(|limit| *limit < windows.len()) {
-            windows = (0..limit).map(|i| windows[i * windows.len() / limit]).collect();
-        }
+        let windows = chosen(text, [context, context], self.windows)?;
         Ok(Box::new(Compared { text, windows, context }))
     }
 
@@ -122,17 +118,7 @@ impl Prepared for Compared<'_> {
             stop.check()?;
             progress(done, self.windows.len() as u64);
             let hidden = |model: &dyn Forward, positions: &Positions| {
-                let rows =
-                    |window: &ScoredWindow| &self.text.tokens[window.start..][..self.context];
-                let own = |batch: &&[ScoredWindow]| {
-                    own_positions(self.text, batch, self.context, model.ends())
-                };
-                let own: Vec<Option<Positions>> = batches.iter().map(own).collect();
-                let inputs = batches.iter().zip(&own).map(|(batch, own)| {
-                    let rows: Vec<&[u32]> = batch.iter().map(rows).collect();
-                    (CausalLm::tokens(&rows, device), own.as_ref().unwrap_or(positions))
-                });
-                model.streams(inputs.collect())
+                streams(model, self.text, batches, positions, device)
             };
             let pairs =
                 hidden(model, &positions[0])?.into_iter().zip(hidden(reference, &positions[1])?);

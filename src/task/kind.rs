@@ -153,8 +153,6 @@ impl<'a> Material<'a> {
 
 /// Where and how a model is measured.
 pub struct Bench<'a> {
-    /// The model's shape.
-    pub config: &'a ModelConfig,
     /// Where tensors live.
     pub device: &'a Device,
     /// Set by signals.

@@ -298,11 +298,7 @@ pub fn measure(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Perplexity> {
     let (context, stride) = task.windows(config, stream.packed)?;
-    let mut windows = stream.strided(context, stride)?;
-    windows.retain(|window| flags(stream, *window, context).is_none_or(|f| f.contains(&true)));
-    if let Some(limit) = task.windows.filter(|limit| *limit < windows.len()) {
-        windows = (0..limit).map(|i| windows[i * windows.len() / limit]).collect();
-    }
+    let windows = chosen(stream, [context, stride], task.windows)?;
     let positions = Positions::new(config, 0, context, model.ends().dtype(), device);
     let mut nll = 0.0;
     let mut tokens = 0;
@@ -313,14 +309,7 @@ pub fn measure(
     for batches in batches.chunks(at_once) {
         stop.check()?;
         progress(done, windows.len() as u64);
-        let rows = |window: &ScoredWindow| &stream.tokens[window.start..][..context];
-        let own = |batch: &&[ScoredWindow]| own_positions(stream, batch, context, model.ends());
-        let own: Vec<Option<Positions>> = batches.iter().map(own).collect();
-        let inputs = batches.iter().zip(&own).map(|(batch, own)| {
-            let rows: Vec<&[u32]> = batch.iter().map(rows).collect();
-            (CausalLm::tokens(&rows, device), own.as_ref().unwrap_or(&positions))
-        });
-        let hidden = model.streams(inputs.collect())?;
+        let hidden = streams(model, stream, batches, &positions, device)?;
         for (batch, hidden) in batches.iter().zip(hidden) {
             done += batch.len() as u64;
             let losses = batch_nll(model.ends(), stream, batch, context, &hidden, device);
@@ -354,17 +343,50 @@ pub fn measure(
     })
 }
 
-/// The positions of windows that examples share: each has its own; `None` for text.
-pub(super) fn own_positions(
+/// The windows of a text that are measured: those with a token that counts, of these no more than `limit`,
+/// evenly spread.
+///
+/// # Errors
+/// As [`TokenStream::strided`].
+pub(super) fn chosen(
     stream: &TokenStream,
-    batch: &[ScoredWindow],
-    context: usize,
-    model: &CausalLm,
-) -> Option<Positions> {
-    let all = stream.starts.as_deref()?;
-    let starts: Vec<&[u32]> = batch.iter().map(|w| &all[w.start..][..context]).collect();
-    let device = model.embed.val().device();
-    Some(Positions::with_starts(&model.config, 0, &starts, model.dtype(), &device))
+    [context, stride]: [usize; 2],
+    limit: Option<usize>,
+) -> Result<Vec<ScoredWindow>> {
+    let mut windows = stream.strided(context, stride)?;
+    windows.retain(|window| flags(stream, *window, context).is_none_or(|f| f.contains(&true)));
+    if let Some(limit) = limit.filter(|limit| *limit < windows.len()) {
+        windows = (0..limit).map(|i| windows[i * windows.len() / limit]).collect();
+    }
+    Ok(windows)
+}
+
+/// The final hidden states of windows, `[batch, context, width]` for each batch; at `positions`, or where
+/// examples share windows at positions of their own.
+///
+/// # Errors
+/// When weights cannot be read.
+pub(super) fn streams(
+    model: &(impl Forward + ?Sized),
+    stream: &TokenStream,
+    batches: &[&[ScoredWindow]],
+    positions: &Positions,
+    device: &Device,
+) -> Result<Vec<Tensor<3>>> {
+    let context = positions.len();
+    let (config, dtype) = (&model.ends().config, model.ends().dtype());
+    let own = |batch: &&[ScoredWindow]| {
+        let all = stream.starts.as_deref()?;
+        let starts: Vec<&[u32]> = batch.iter().map(|w| &all[w.start..][..context]).collect();
+        Some(Positions::with_starts(config, 0, &starts, dtype, device))
+    };
+    let own: Vec<Option<Positions>> = batches.iter().map(own).collect();
+    let inputs = batches.iter().zip(&own).map(|(batch, own)| {
+        let rows: Vec<&[u32]> =
+            batch.iter().map(|window| &stream.tokens[window.start..][..context]).collect();
+        (CausalLm::tokens(&rows, device), own.as_ref().unwrap_or(positions))
+    });
+    model.streams(inputs.collect())
 }
 
 /// Which of a window's scored tokens count, `[scored]`; `None` where all do.

@@ -116,6 +116,7 @@ impl<'a> Writing<'a> {
                 answers[row].push(token)
             })?;
             for ((place, answer), ended) in places.iter().zip(answers).zip(ended) {
+                // As the harness does: decoded by itself, which may drop a space at the beginning.
                 let tokens = answer.tokens();
                 let text = self.tokenizer.decode(tokens, true)?;
                 let text = self.before_stops(&text).to_owned();
@@ -169,16 +170,6 @@ pub(super) fn check_counts(
             let error = Error::usage(format!("{key} = 0 measures nothing"));
             Err(Refused { key, error: error.fix(format!("{key} = 1 or more")) })
         }
-    }
-}
-
-/// How an end goes by in results.
-pub(super) fn end_name(ended: Ended) -> &'static str {
-    match ended {
-        Ended::Token(_) => "end",
-        Ended::Length => "length",
-        Ended::Context => "context",
-        Ended::Caller => "stop",
     }
 }
 

@@ -10,13 +10,11 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::{Map, Value, json};
 
-use super::prompts::{Asked, read};
 use crate::cli::dialogue::TemplateArgs;
-use crate::cli::generate::ended_name;
 use crate::cli::sampling::SamplingArgs;
 use crate::cli::{AdaptedArgs, Session, output};
 use crate::data::chat::{Chat, ChatTemplate};
-use crate::data::{Answer, Tokenizer, sha256_of};
+use crate::data::{Answer, Asked, Tokenizer, read_prompts, sha256_of};
 use crate::error::{Error, Result};
 use crate::model::{Ended, Generation, Prompt, Sampler};
 use crate::report::terminal::Terminal;
@@ -51,7 +49,7 @@ pub(in crate::cli) struct GenerateArgs {
     #[arg(long, value_name = "N", default_value_t = 16)]
     batch: usize,
     /// Continue prompts as plain text, without the model's chat template
-    #[arg(long, conflicts_with_all = ["system", "template_arg"])]
+    #[arg(long, conflicts_with_all = ["system", "chat_template_kwargs"])]
     plain: bool,
     #[command(flatten)]
     template: TemplateArgs,
@@ -174,7 +172,7 @@ impl GenerateArgs {
         let most = session.opened.config.max_positions;
         let mut jobs = Vec::new();
         for (index, asked) in
-            read(&path)?.into_iter().take(self.limit.unwrap_or(usize::MAX)).enumerate()
+            read_prompts(&path)?.into_iter().take(self.limit.unwrap_or(usize::MAX)).enumerate()
         {
             let at = |e: Error| e.at(format!("{}, prompt {}", path.display(), index + 1));
             let (text, given, opened) = self.opening(asked, template).map_err(at)?;
@@ -261,7 +259,7 @@ impl GenerateArgs {
             "prompts": self.prompts,
             "prompts_sha256": prompts_sha256,
             "system": self.template.system,
-            "template_arguments": self.template.arguments(),
+            "chat_template_kwargs": self.template.chat_template_kwargs,
             "plain": self.plain,
             "texts": texts,
             "per_prompt": self.per_prompt,
@@ -394,7 +392,7 @@ impl Writer<'_> {
             let mut line = job.given.line(answer.text());
             line.insert("index".to_owned(), index.into());
             line.insert("tokens".to_owned(), answer.tokens().len().into());
-            line.insert("ended".to_owned(), ended_name(ended).into());
+            line.insert("ended".to_owned(), ended.name().into());
             tokens += answer.tokens().len();
             lines.push_str(&Value::Object(line).to_string());
             lines.push('\n');

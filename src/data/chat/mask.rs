@@ -234,9 +234,8 @@ mod tests {
         let template = ChatTemplate::new(source, BTreeMap::new(), "t").unwrap();
         let added = ["<s>", "<e>", "<|end|>", "<|user|>", "<|endoftext|>"].map(str::to_owned);
         let examples = parts(&template, &chat(turns), train_on, &added)?;
-        let show = |part: &Part| match part.learned {
-            true => format!("[{}]", part.text),
-            false => part.text.clone(),
+        let show = |part: &Part| {
+            if part.learned { format!("[{}]", part.text) } else { part.text.clone() }
         };
         Ok(examples.iter().map(|parts| parts.iter().map(show).collect()).collect())
     }

@@ -8,7 +8,7 @@ use serde_json::{Value as Json, json};
 
 use super::keys::Keys;
 use crate::error::Result;
-use crate::model::ModelConfig;
+use crate::model::{ModelConfig, end_tokens};
 
 /// Our keys and llama.cpp's, and whether a value is a whole number there.
 const SAMPLING: [(&str, &str, bool); 5] = [
@@ -30,11 +30,7 @@ pub(super) fn entries(
     eos: Option<u32>,
 ) -> (Vec<(String, Value)>, Vec<String>) {
     let (mut entries, mut notes) = (Vec::new(), Vec::new());
-    let listed = match &generation["eos_token_id"] {
-        Json::Array(list) => list.clone(),
-        one => vec![one.clone()],
-    };
-    let ids = listed.iter().filter_map(|id| u32::try_from(id.as_u64()?).ok());
+    let ids = end_tokens(generation).into_iter();
     let ends: BTreeSet<u32> =
         ids.chain(config.eos.iter().copied()).filter(|id| (*id as usize) < config.vocab).collect();
     let mut others = ends.into_iter().filter(|id| Some(*id) != eos);

@@ -164,21 +164,18 @@ impl Question {
 }
 
 fn mmlu(fields: &Fields<'_>, file: &str) -> Result<Question, Wrong> {
-    let answers = match fields.has("choices") {
-        true => fields.list("choices")?,
-        false => ["A", "B", "C", "D"]
-            .map(|letter| fields.text(letter))
-            .into_iter()
-            .collect::<Result<_, _>>()?,
+    let answers = if fields.has("choices") {
+        fields.list("choices")?
+    } else {
+        let letters = ["A", "B", "C", "D"].map(|letter| fields.text(letter));
+        letters.into_iter().collect::<Result<_, _>>()?
     };
     let [a, b, c, d] = &answers[..] else {
         return Err(Wrong::new(format!("the row has {} answers, expected 4", answers.len())));
     };
     let right = fields.number_or_letter("answer", 4)?;
-    let subject = match fields.has("subject") {
-        true => fields.text("subject")?,
-        false => group::subject_of(file),
-    };
+    let subject =
+        if fields.has("subject") { fields.text("subject")? } else { group::subject_of(file) };
     let question = fields.text("question")?;
     let question = question.trim();
     let context = format!("{question}\nA. {a}\nB. {b}\nC. {c}\nD. {d}\nAnswer:");
@@ -187,57 +184,46 @@ fn mmlu(fields: &Fields<'_>, file: &str) -> Result<Question, Wrong> {
 }
 
 fn arc(fields: &Fields<'_>) -> Result<Question, Wrong> {
-    let (question, answers, right) = match fields.instruction("question", "Answer")? {
-        Some(found) => found,
-        None => {
-            let (answers, right) = fields.labelled_answers()?;
-            (fields.stem("question")?, answers, right)
-        }
-    };
+    let (question, answers, right) = fields.instruction_or("question", "Answer", || {
+        let (answers, right) = fields.labelled_answers()?;
+        Ok((fields.stem("question")?, answers, right))
+    })?;
     Ok(Question::new(format!("Question: {question}\nAnswer:"), answers, right))
 }
 
 fn openbookqa(fields: &Fields<'_>) -> Result<Question, Wrong> {
-    let (question, answers, right) = match fields.instruction("question", "Answer")? {
-        Some(found) => found,
-        None => {
-            let (answers, right) = fields.labelled_answers()?;
-            (fields.stem("question_stem")?, answers, right)
-        }
-    };
+    let (question, answers, right) = fields.instruction_or("question", "Answer", || {
+        let (answers, right) = fields.labelled_answers()?;
+        Ok((fields.stem("question_stem")?, answers, right))
+    })?;
     Ok(Question::new(question, answers, right))
 }
 
 fn piqa(fields: &Fields<'_>) -> Result<Question, Wrong> {
-    let (goal, answers, right) = match fields.instruction("question", "Solution")? {
-        Some(found) => found,
-        None => {
-            let answers = vec![fields.text("sol1")?, fields.text("sol2")?];
-            (fields.text("goal")?, answers, fields.number("label", 2)?)
-        }
-    };
+    let (goal, answers, right) = fields.instruction_or("question", "Solution", || {
+        let answers = vec![fields.text("sol1")?, fields.text("sol2")?];
+        Ok((fields.text("goal")?, answers, fields.number("label", 2)?))
+    })?;
     Ok(Question::new(format!("Question: {goal}\nAnswer:"), answers, right))
 }
 
 fn boolq(fields: &Fields<'_>) -> Result<Question, Wrong> {
     let (passage, question) = (fields.text("passage")?, fields.text("question")?);
-    let right = match fields.has("label") {
-        true => fields.number("label", 2)?,
-        false => fields.truth("answer")?.into(),
+    let right = if fields.has("label") {
+        fields.number("label", 2)?
+    } else {
+        fields.truth("answer")?.into()
     };
     let answers = ["no", "yes"].map(str::to_owned).into();
     Ok(Question::new(format!("{passage}\nQuestion: {question}?\nAnswer:"), answers, right))
 }
 
 fn winogrande(fields: &Fields<'_>) -> Result<Question, Wrong> {
-    let (sentence, options, right) = match fields.instruction("sentence", "Option")? {
-        Some(found) => found,
-        None => {
-            let options = vec![fields.text("option1")?, fields.text("option2")?];
-            let right = fields.counted("answer", 2)?;
-            (fields.text("sentence")?, options, right)
-        }
-    };
+    let (sentence, options, right) = fields.instruction_or("sentence", "Option", || {
+        let options = vec![fields.text("option1")?, fields.text("option2")?];
+        let right = fields.counted("answer", 2)?;
+        Ok((fields.text("sentence")?, options, right))
+    })?;
     let Some((before, after)) = sentence.split_once('_') else {
         return Err(Wrong::new("the sentence has no gap, `_`"));
     };

@@ -147,10 +147,15 @@ impl Fields<'_> {
 
     /// The question and answers of a row with `instruction` and `answer`, as commonsense data sets are given to
     /// train adapters: a sentence that ends in `NOUN: `, the question, a blank line, and the answers behind
-    /// `WORD1: `, `WORD2: `, ...; `None` where the row has no `instruction`.
-    pub(super) fn instruction(&self, noun: &str, word: &str) -> Result<Option<Found>, Wrong> {
+    /// `WORD1: `, `WORD2: `, ...; what `columns` gives where the row has no `instruction`.
+    pub(super) fn instruction_or(
+        &self,
+        noun: &str,
+        word: &str,
+        columns: impl FnOnce() -> Result<Found, Wrong>,
+    ) -> Result<Found, Wrong> {
         if !self.has("instruction") {
-            return Ok(None);
+            return columns();
         }
         let text = self.text("instruction")?;
         let wrong = || {
@@ -180,7 +185,7 @@ impl Fields<'_> {
         let right = right.ok_or_else(|| {
             Wrong::new(format!("`answer` is {key:?}, and there are {} answers", answers.len()))
         })?;
-        Ok(Some((question.to_owned(), answers, right)))
+        Ok((question.to_owned(), answers, right))
     }
 }
 

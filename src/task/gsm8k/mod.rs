@@ -209,7 +209,7 @@ impl Answered {
             "prompt": prompt,
             "answer": answer.text,
             "tokens": answer.tokens,
-            "ended": written::end_name(answer.ended),
+            "ended": answer.ended.name(),
             "strict": found[0],
             "flexible": found[1],
             STRICT: strict,

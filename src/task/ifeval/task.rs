@@ -215,7 +215,7 @@ fn sample(row: usize, asked: &Asked, answer: &Written, followed: &Followed) -> V
         "prompt": asked.prompt,
         "answer": answer.text,
         "tokens": answer.tokens,
-        "ended": written::end_name(answer.ended),
+        "ended": answer.ended.name(),
         "instructions": asked.names,
         "strict": followed.strict,
         "loose": followed.loose,
