@@ -23,7 +23,10 @@ mod search;
 #[cfg(feature = "flex")]
 mod vector;
 
-pub use adamw::{AdamWStep, Moments, adamw_step, adamw_step_in_units, laid_out_like, squared_norm};
+pub use adamw::{
+    AdamWStep, Moments, adamw_step, adamw_step_in_units, laid_out_like, lies_transposed,
+    squared_norm,
+};
 pub use attention::{Attending, Scores, Sight, causal_attention, has_kernel};
 pub use binary_coding::{Unified, nearest_codes};
 pub use block::{block_mse, layer_norm, rms_norm, swiglu};

@@ -97,7 +97,7 @@ impl<'a> Descent<'a> {
         let mut student = start.clone();
         if let Some(Halfway { state, course }) = self.halfway.take() {
             self.course = course;
-            state.optimizer(&mut self.optimizer, &ctx.device.device)?;
+            state.optimizer(&mut self.optimizer, "", &ctx.device.device)?;
             if state.has(BEST) {
                 self.best = Some(state.parameters(BEST, start.clone())?);
             }
