@@ -27,6 +27,7 @@ mod lora;
 mod monitor;
 mod observed;
 mod on_policy;
+mod places;
 mod reconstruct;
 mod results;
 mod session;
