@@ -150,6 +150,9 @@ impl Sample {
                 if space.is_some() {
                     // The break stands for it.
                     tail.remove(0);
+                    if tail.is_empty() {
+                        break;
+                    }
                 }
                 let goes_on = tail.first().is_some_and(|(_, trained)| *trained);
                 lines.push((std::mem::replace(&mut rest, tail), goes_on));
@@ -180,4 +183,38 @@ fn shown(&(c, trained): &(char, bool)) -> impl Iterator<Item = (char, bool)> + u
         c => (c, 1),
     };
     std::iter::repeat_n((c, trained), times)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(spans: &[(&str, bool)]) -> Sample {
+        let spans = spans.iter().map(|(text, trained)| ((*text).to_owned(), *trained)).collect();
+        Sample { spans, tokens: 5, shown: 5, plain: false }
+    }
+
+    #[test]
+    fn lines_fit_marks_and_wide_letters_included() {
+        let word = "word ".repeat(40);
+        let wide = "猫".repeat(60);
+        for mark in [["[[", "]]"], ["\x1b[7m", "\x1b[0m"]] {
+            let text = sample(&[(&word, false), (&wide, true), ("\tend", false)]).lines(1, 1, mark);
+            let bare = text.replace(mark[0], "").replace(mark[1], "");
+            let widest = |text: &str| text.lines().map(unicode_width::UnicodeWidthStr::width).max();
+            assert!(widest(if mark[0] == "[[" { &text } else { &bare }) <= Some(WIDTH), "{text}");
+            assert_eq!(text.matches('猫').count(), 60);
+            assert!(bare.lines().last().is_some_and(|line| line.ends_with("    end")), "{text}");
+            let broken = bare.lines().filter(|line| line.contains("word"));
+            assert!(broken.clone().count() > 2);
+            assert!(broken.clone().all(|line| !line.ends_with(' ')), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_space_at_the_end_is_no_line() {
+        let exact = "x".repeat(WIDTH - MARGIN.len());
+        let text = sample(&[(&format!("{exact} "), true)]).lines(1, 1, ["\x1b[7m", "\x1b[0m"]);
+        assert_eq!(text.lines().count(), 2, "{text}");
+    }
 }
