@@ -285,9 +285,10 @@ impl Counts {
             row("windows", &{
                 let stored = corpus.stream.tokens.len() / corpus.length.max(1);
                 let text = format!("{} of {} tokens", number(stored), corpus.length);
-                match self.windows == stored {
-                    true => text,
-                    false => format!("{text}   {} visited in an epoch", number(self.windows)),
+                if self.windows == stored {
+                    text
+                } else {
+                    format!("{text}   {} visited in an epoch", number(self.windows))
                 }
             }),
         ];

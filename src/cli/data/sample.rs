@@ -143,7 +143,7 @@ impl Sample {
                 [line @ .., ('\n', trained)] => (line, *trained),
                 line => (line, false),
             };
-            let mut rest: Vec<(char, bool)> = line.iter().flat_map(shown).collect();
+            let mut rest: Vec<(char, bool)> = line.iter().copied().flat_map(shown).collect();
             while let Some(most) = overflow(&rest, columns) {
                 let space = rest[..=most].iter().rposition(|(c, _)| *c == ' ').filter(|at| *at > 0);
                 let mut tail = rest.split_off(space.unwrap_or(most));
@@ -176,7 +176,7 @@ fn overflow(letters: &[(char, bool)], columns: usize) -> Option<usize> {
 }
 
 /// A letter as it is shown: a tab as spaces, and nothing in data steers a terminal.
-fn shown(&(c, trained): &(char, bool)) -> impl Iterator<Item = (char, bool)> + use<> {
+fn shown((c, trained): (char, bool)) -> impl Iterator<Item = (char, bool)> + use<> {
     let (c, times) = match c {
         '\t' => (' ', TAB),
         c if c.is_control() => ('\u{fffd}', 1),
