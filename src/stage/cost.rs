@@ -92,6 +92,27 @@ impl Scene<'_> {
         Some((samples as u64, length))
     }
 
+    /// Having the whole model write texts, `together` of them at once: for each token of those every
+    /// weight is read once.
+    pub(super) fn writing(&self, texts: u64, together: u64, tokens: u64) -> Cost {
+        let together = together.clamp(1, texts.max(1));
+        let passes = (texts.div_ceil(together) * tokens) as f64;
+        let config = self.config();
+        let weights = (self.linears + self.rest) as f64;
+        let cached = 2 * (config.n_kv_heads * config.head_dim * config.n_blocks) as u64;
+        // A block forward is about a third of the operations of one forward and backward.
+        let steps = passes * config.n_blocks as f64 / 3.0;
+        Cost {
+            device: 4 * together * cached * tokens,
+            seconds: self.speed.seconds(
+                2.0 * weights * passes * together as f64,
+                4.0 * weights * passes,
+                steps,
+            ),
+            ..Cost::default()
+        }
+    }
+
     /// A training of the whole model on the training text; `None` without it. `weights` are bytes on the
     /// device whatever the batch, `moved` the bytes of weights that a micro-batch moves, and `once` a
     /// step; `logits` is how often it passes over the logits.

@@ -29,6 +29,7 @@ mod memory;
 mod monitor;
 mod observed;
 mod on_policy;
+mod places;
 mod reconstruct;
 mod results;
 mod session;
