@@ -10,7 +10,7 @@ use burn::module::{Module, ParamId};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::Tensor;
 
-pub use optim::{Later, Measure, Optimizer, OptimizerConfig, Rule, Values, later};
+pub use optim::{Later, Measure, MomentsIn, Optimizer, OptimizerConfig, Rule, Values, later};
 pub use schedule::{ACTIVATION_RATE, LearningRate, RateUnit, Role, ScheduleConfig};
 
 use crate::error::{Error, Result};

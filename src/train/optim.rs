@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::ops::{self, AdamWStep, Moments};
+pub use crate::ops::{Later, Values, later};
 
 /// How a gradient becomes a step.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
@@ -22,6 +23,32 @@ pub enum Rule {
     Adamw,
     /// One learning rate against the gradient's sign, without state (SignRound's).
     Sign,
+}
+
+/// How AdamW's two moments are held between steps.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MomentsIn {
+    /// As f32: 8 bytes for each learned number.
+    #[default]
+    F32,
+    /// As 8-bit codes of the dynamic map in blocks of 256 (Dettmers et al. 2022): 2.03 bytes; parameters of
+    /// fewer than 4096 numbers stay f32.
+    Int8,
+}
+
+impl MomentsIn {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Bytes of both moments of so many numbers that learn, in large parameters.
+    pub fn bytes(self, learned: u64) -> u64 {
+        match self {
+            Self::F32 => 8 * learned,
+            Self::Int8 => 2 * learned + learned / 32,
+        }
+    }
 }
 
 /// Keys of `optimizer` in a training stage. PyTorch's defaults, but no weight decay.
@@ -41,6 +68,9 @@ pub struct OptimizerConfig {
     /// Scale gradients down to this global norm when they exceed it; absent: no clipping.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip_norm: Option<f64>,
+    /// AdamW's moments between steps: `"f32"` or `"int8"`.
+    #[serde(skip_serializing_if = "MomentsIn::is_default")]
+    pub moments: MomentsIn,
 }
 
 impl Default for OptimizerConfig {
@@ -52,6 +82,7 @@ impl Default for OptimizerConfig {
             epsilon: 1e-8,
             weight_decay: 0.0,
             clip_norm: None,
+            moments: MomentsIn::F32,
         }
     }
 }
@@ -139,12 +170,8 @@ impl Optimizer {
     pub fn save(&self) -> (Vec<Later>, u64, f64) {
         let mut tensors = Vec::new();
         for (path, (moments, rank)) in &self.moments {
-            let later = match rank {
-                1 => moments.tensors::<1>().map(later),
-                _ => moments.tensors::<2>().map(later),
-            };
-            for (leaf, (shape, values)) in LEAVES.into_iter().zip(later) {
-                tensors.push(Later { name: format!("{path}{leaf}"), shape, values });
+            for part in moments.parts(*rank) {
+                tensors.push(Later { name: format!("{path}{}", part.name), ..part });
             }
         }
         (tensors, self.steps, self.largest_norm)
@@ -163,54 +190,23 @@ impl Optimizer {
     ) -> Result<()> {
         self.steps = steps;
         self.largest_norm = largest_norm;
-        let mut second: BTreeMap<String, TensorData> = BTreeMap::new();
-        let mut first: BTreeMap<String, TensorData> = BTreeMap::new();
+        let mut parts: BTreeMap<String, BTreeMap<&str, TensorData>> = BTreeMap::new();
         for (name, data) in tensors {
-            if let Some(path) = name.strip_suffix(LEAVES[0]) {
-                first.insert(path.to_owned(), data);
-            } else if let Some(path) = name.strip_suffix(LEAVES[1]) {
-                second.insert(path.to_owned(), data);
+            let leaf = ops::LEAVES.into_iter().flatten().find(|leaf| name.ends_with(leaf));
+            if let Some((path, leaf)) = leaf.and_then(|l| Some((name.strip_suffix(l)?, l))) {
+                parts.entry(path.to_owned()).or_default().insert(leaf, data);
             }
         }
-        for (path, first) in first {
-            let second = second.remove(&path).ok_or_else(|| {
+        for (path, mut parts) in parts {
+            let moments = Moments::from_parts(|leaf| parts.remove(leaf), device);
+            let (moments, rank) = moments.ok_or_else(|| {
                 Error::failed("the optimizer state is incomplete").at(&path).fix("--fresh")
             })?;
-            let rank = first.rank();
-            let moments = if rank == 1 {
-                let [first, second] = [first, second].map(|m| Tensor::<1>::from_data(m, device));
-                Moments::new(first, second)
-            } else {
-                let [first, second] = [first, second].map(|m| Tensor::<2>::from_data(m, device));
-                Moments::new(first, second)
-            };
             self.moments.insert(path, (moments, rank));
         }
         Ok(())
     }
 }
-
-/// A tensor whose values are read when they are asked for, in whatever thread.
-pub struct Later {
-    /// Its name.
-    pub name: String,
-    /// Its shape.
-    pub shape: Vec<usize>,
-    /// Its values.
-    pub values: Values,
-}
-
-/// Reads values, row-major.
-pub type Values = Box<dyn FnOnce() -> Vec<f32> + Send>;
-
-/// The shape of a tensor off the tape and its values as they are now, whatever becomes of it.
-pub fn later<const D: usize>(tensor: Tensor<D>) -> (Vec<usize>, Values) {
-    let shape = tensor.dims().to_vec();
-    (shape, Box::new(move || tensor.into_data().iter::<f32>().collect()))
-}
-
-/// What the two moments of a parameter are called in a saved state.
-const LEAVES: [&str; 2] = [".moment_1", ".moment_2"];
 
 struct SquaredNorm<'a> {
     gradients: &'a GradientsParams,
@@ -301,6 +297,13 @@ impl ModuleMapper for Update<'_> {
         };
         let moments = self.optimizer.moments.remove(&path).map(|(moments, _)| moments);
         let tensor = tensor.inner();
+        let moments = moments.or_else(|| match config.moments {
+            MomentsIn::F32 => None,
+            MomentsIn::Int8 => {
+                let measure = self.optimizer.measures.get(&id);
+                Moments::int8(&tensor, matches!(measure, Some(Measure::Units(_))))
+            }
+        });
         let (tensor, moments) = match self.optimizer.measures.get(&id) {
             None => ops::adamw_step(&step, tensor, gradient, moments),
             Some(Measure::Units(units)) => {
