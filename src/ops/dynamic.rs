@@ -25,6 +25,8 @@ const LAST: u32 = OCTAVES << MANTISSA;
 pub(super) struct Map {
     /// The value of each code.
     pub values: [f32; 256],
+    /// The code of 0.
+    pub zero: u8,
     /// Between magnitude `k` and `k + 1` of those that are not negative; infinite behind the last one.
     pub thresholds: [f32; 256],
     /// How many thresholds are not above the least number of each bin.
@@ -52,7 +54,8 @@ impl Map {
             *threshold = f64::midpoint(pair[0], pair[1]) as f32;
         }
         let mut values = [0.0; 256];
-        let negative = if signed { usize::from(ZERO) } else { 0 };
+        let zero = if signed { ZERO } else { 0 };
+        let negative = usize::from(zero);
         for (code, value) in values.iter_mut().enumerate() {
             *value = match code.checked_sub(negative) {
                 Some(magnitude) => magnitudes[magnitude] as f32,
@@ -64,7 +67,7 @@ impl Map {
             thresholds.iter().filter(|threshold| **threshold <= least).count() as u8
         });
         let bins = bins.collect();
-        Self { values, thresholds, bins }
+        Self { values, zero, thresholds, bins }
     }
 
     /// Which magnitude is nearest to `x`, in 0..=1; the larger one of two.

@@ -285,13 +285,14 @@ impl Half {
         }
     }
 
-    fn on_device(self, device: &Device) -> (Tensor<2, Int>, Tensor<2>) {
+    /// As words; what fills the last block is code `zero`.
+    fn on_device(self, zero: u8, device: &Device) -> (Tensor<2, Int>, Tensor<2>) {
         match self {
             Self::Device { words, scales } => (words, scales),
             Self::Host { codes, scales } => {
                 let blocks = scales.len();
                 let mut codes = codes.to_vec();
-                codes.resize(blocks * BLOCK, 0);
+                codes.resize(blocks * BLOCK, zero);
                 let words = codes.as_chunks::<4>().0.iter().map(|four| i32::from_le_bytes(*four));
                 let words = TensorData::new::<i32, _>(words.collect(), [blocks, BLOCK / 4]);
                 let scales = TensorData::new(scales.to_vec(), [blocks, 1]);
@@ -302,7 +303,7 @@ impl Half {
 
     /// `[blocks, 256]`.
     fn decoded(self, map: &Map, device: &Device) -> Tensor<2> {
-        let (words, scales) = self.on_device(device);
+        let (words, scales) = self.on_device(map.zero, device);
         let [blocks, quarter] = words.dims();
         let words = words.reshape([blocks * quarter, 1]);
         let four = [0, 8, 16, 24]

@@ -127,3 +127,16 @@ impl Scene<'_> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn moments_in_8_bits_take_a_quarter_of_f32() {
+        let config = |moments| OptimizerConfig { moments, ..OptimizerConfig::default() };
+        let of = |moments| trained(3200, &config(moments));
+        assert_eq!(of(MomentsIn::F32), TRAINED_WEIGHT_BYTES * 3200);
+        assert_eq!(of(MomentsIn::F32) - of(MomentsIn::Int8), 8 * 3200 - (2 * 3200 + 100));
+    }
+}
