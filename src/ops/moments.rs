@@ -18,6 +18,7 @@ const SMALL: usize = 4096;
 
 /// The running means of a parameter's gradient and of its square.
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant)] // handles, one for each parameter
 pub enum Moments {
     /// Both in f32, shaped as the parameter.
     F32([FloatMoment; 2]),
@@ -41,6 +42,7 @@ pub struct Int8Moments {
 
 /// One mean in 8 bits.
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant)] // as above
 pub(super) enum Half {
     /// In this machine's memory, for kernels: a code for each value, a scale for each block.
     Host { codes: Arc<Vec<u8>>, scales: Arc<Vec<f32>> },
@@ -336,7 +338,8 @@ impl Half {
             k.clone().mask_where(x.greater_elem(0.0), k.clamp_min(1))
         };
         let four = codes.reshape([blocks * BLOCK / 4, 4]);
-        let byte = |i: usize| four.clone().narrow(1, i, 1).bitwise_left_shift_scalar(8 * i as i32);
+        let byte =
+            |i: u8| four.clone().narrow(1, usize::from(i), 1).bitwise_left_shift_scalar(8 * i);
         let words = byte(0).bitwise_or(byte(1)).bitwise_or(byte(2)).bitwise_or(byte(3));
         Self::Device { words: words.reshape([blocks, BLOCK / 4]), scales }
     }

@@ -38,6 +38,7 @@ pub enum MomentsIn {
 }
 
 impl MomentsIn {
+    #[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
     fn is_default(&self) -> bool {
         *self == Self::default()
     }

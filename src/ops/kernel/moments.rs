@@ -39,7 +39,7 @@ fn step_at(
     ([m, v], [m_scale, v_scale]): ([&mut [u8]; 2], [&mut [f32]; 2]),
 ) {
     let group = (parameter.len() / units.len().max(1)).max(1);
-    let units = Units { adamw, units, group };
+    let units = Units { adamw, of_groups: units, group };
     let maps = [&*SIGNED, &*UNSIGNED];
     let blocks = CHUNK / BLOCK;
     if !parallel(parameter.len()) {
@@ -62,7 +62,7 @@ fn step_at(
 /// A step whose rate is in units of each group.
 struct Units<'a> {
     adamw: AdamW,
-    units: &'a [f32],
+    of_groups: &'a [f32],
     /// Parameters in a group.
     group: usize,
 }
@@ -90,7 +90,7 @@ fn step_chunk_of(
             let group = (start + done) / units.group;
             let end = ((group + 1) * units.group - start).min(p.len());
             let part = done..end;
-            let adamw = AdamW { rate: units.adamw.rate * units.units[group], ..units.adamw };
+            let adamw = AdamW { rate: units.adamw.rate * units.of_groups[group], ..units.adamw };
             let means = (&mut m[part.clone()], &mut v[part.clone()]);
             step_chunk(adamw, &mut p[part.clone()], &g[part], means.0, means.1);
             done = end;
