@@ -13,19 +13,20 @@ pub mod bits;
 mod block;
 mod bridge;
 mod coded;
+mod dynamic;
 mod fake_quant;
 mod forest;
 #[cfg(feature = "flex")]
 mod kernel;
 mod linear;
 mod loss;
+mod moments;
 mod search;
 #[cfg(feature = "flex")]
 mod vector;
 
 pub use adamw::{
-    AdamWStep, Moments, adamw_step, adamw_step_in_units, laid_out_like, lies_transposed,
-    squared_norm,
+    AdamWStep, adamw_step, adamw_step_in_units, laid_out_like, lies_transposed, squared_norm,
 };
 pub use attention::{Attending, Scores, Sight, causal_attention, has_kernel};
 pub use binary_coding::{Unified, nearest_codes};
@@ -42,4 +43,5 @@ pub use loss::{
     Closeness, Comparison, Divergence, LossValue, compare, confidence, cross_entropy, divergence,
     divergence_value, negative_log_likelihood, negative_log_likelihoods, with_gradient,
 };
+pub use moments::{Int8Moments, LEAVES, Later, Moments, Values, later};
 pub use search::{Candidate, Extent, nearest_grids};

@@ -4,6 +4,7 @@ use super::corpus::Data;
 use super::keys::Keys;
 use super::state::ModelState;
 use crate::model::ModelConfig;
+use crate::train::{MomentsIn, OptimizerConfig};
 
 /// What a stage will need.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -61,6 +62,12 @@ pub struct Speed {
 /// Bytes per learned weight: weight, fake-quantized copies on the tape, gradient, two moments,
 /// and the update's transients.
 pub(super) const TRAINED_WEIGHT_BYTES: u64 = 4 * 14;
+
+/// Bytes of so many learned weights, as [`TRAINED_WEIGHT_BYTES`], with the moments that `optimizer` holds.
+pub(super) fn trained(weights: u64, optimizer: &OptimizerConfig) -> u64 {
+    TRAINED_WEIGHT_BYTES * weights - MomentsIn::F32.bytes(weights)
+        + optimizer.moments.bytes(weights)
+}
 
 impl Speed {
     /// Time for `flops` operations, `bytes` moved and `steps` steps.
@@ -139,5 +146,18 @@ impl Scene<'_> {
             lever: Some(Lever { key: "batch", value: batch, bytes: tapes / batch.max(1) }),
             ..Cost::default()
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn moments_in_8_bits_take_a_quarter_of_f32() {
+        let config = |moments| OptimizerConfig { moments, ..OptimizerConfig::default() };
+        let of = |moments| trained(3200, &config(moments));
+        assert_eq!(of(MomentsIn::F32), TRAINED_WEIGHT_BYTES * 3200);
+        assert_eq!(of(MomentsIn::F32) - of(MomentsIn::Int8), 8 * 3200 - (2 * 3200 + 100));
     }
 }

@@ -11,7 +11,7 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 use crate::error::{Error, Result};
 use crate::ops;
 use crate::store::Scratch;
-use crate::train::Later;
+use crate::train::{Later, Values};
 
 /// What of a block waits.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
@@ -43,6 +43,23 @@ impl Parked {
         let turned = ops::lies_transposed(&tensor);
         let tensor = if turned { tensor.transpose() } else { tensor };
         Self { name, turned, data: tensor.into_data() }
+    }
+
+    /// What is about to be saved, as it lies there.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub(super) fn read(name: String, later: Later) -> Result<Self> {
+        let data = match later.values {
+            Values::F32(read) => TensorData::new(read()?, later.shape),
+            Values::U8(read) => TensorData::new(read()?, later.shape),
+        };
+        Ok(Self { name, turned: false, data })
+    }
+
+    /// Its values as they lie.
+    pub(super) fn into_data(self) -> TensorData {
+        self.data
     }
 
     /// The tensor, on a device without a tape.
@@ -180,11 +197,16 @@ impl Depot {
                 shape.reverse();
             }
             let (name, file) = (slot.name.clone(), file.clone());
-            let values = Box::new(move || {
-                let parked = read(&slot, file.as_deref())?;
-                let values: Vec<f32> = parked.data.iter::<f32>().collect();
-                Ok(if slot.turned { turned(&values, slot.shape[1]) } else { values })
-            });
+            let values = if slot.dtype == DType::U8 {
+                let read = move || Ok(read(&slot, file.as_deref())?.data.iter::<u8>().collect());
+                Values::U8(Box::new(read))
+            } else {
+                Values::F32(Box::new(move || {
+                    let values: Vec<f32> =
+                        read(&slot, file.as_deref())?.data.iter::<f32>().collect();
+                    Ok(if slot.turned { turned(&values, slot.shape[1]) } else { values })
+                }))
+            };
             Later { name, shape, values }
         })
     }

@@ -296,13 +296,14 @@ impl Stage for FinetuneConfig {
         let learned = self.method.trainable(scene.config());
         let all = scene.linears + scene.rest;
         let teacher = if self.objective.needs_teacher() { 4 * all } else { 0 };
+        let moments = self.optimizer.moments.bytes(learned);
         // Weights, merged ones and their gradients; of what learns also two moments.
-        let weights = 4 * (3 * scene.linears + scene.rest) + teacher + 16 * learned;
+        let weights = 4 * (3 * scene.linears + scene.rest) + teacher + 8 * learned + moments;
         // Weights with their factors merged are made anew, with their gradients.
         let cost = scene.training(&keys!(self), weights, [scene.linears * 4 * 8, 0], 20);
         cost.map_or_else(Cost::default, |cost| Cost {
             host: 4 * scene.linears,
-            disk: 4 * scene.linears + states::bytes(learned, self.keep),
+            disk: 4 * scene.linears + states::bytes_with(learned, &self.optimizer, self.keep),
             ..cost
         })
     }

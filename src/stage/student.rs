@@ -1,6 +1,6 @@
 //! The model that a stage trains, and where its parts are while they wait for their turn.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
@@ -13,7 +13,7 @@ use super::training_state::{PARAMETERS, Snapshot, State};
 use crate::error::{Error, Result};
 use crate::method;
 use crate::model::{Block, CausalLm, Forward, Positions, batches_that_wait};
-use crate::ops::Moments;
+use crate::ops::{self, Moments};
 use crate::quant::ScaleDigits;
 use crate::train::Optimizer;
 
@@ -270,19 +270,19 @@ impl Shelf {
     /// When it cannot be read.
     pub(super) fn moments_to(&self, index: usize, optimizer: &mut Optimizer) -> Result<()> {
         let Some(depot) = &self.depot else { return Ok(()) };
-        let mut waiting = depot.get((index, Kind::Moments))?.into_iter();
-        let mut part = Vec::new();
-        while let (Some(first), Some(second)) = (waiting.next(), waiting.next()) {
-            let rank = first.rank();
-            let path = optimizer.path_of(&first.name);
-            let device = &self.device;
-            let moments = match rank {
-                1 => Moments::new(first.tensor::<1>(device), second.tensor::<1>(device)),
-                _ => Moments::new(first.tensor::<2>(device), second.tensor::<2>(device)),
-            };
-            part.push((path, moments, rank));
+        let mut parts: BTreeMap<String, BTreeMap<&str, Parked>> = BTreeMap::new();
+        for parked in depot.get((index, Kind::Moments))? {
+            let leaf = ops::LEAVES.into_iter().flatten().find(|leaf| parked.name.ends_with(leaf));
+            if let Some((path, leaf)) = leaf.and_then(|l| Some((parked.name.strip_suffix(l)?, l))) {
+                parts.entry(path.to_owned()).or_default().insert(leaf, parked);
+            }
         }
-        optimizer.put_part(part);
+        for (path, mut parts) in parts {
+            let found = moments(&mut parts, &self.device);
+            let (moments, rank) = found
+                .ok_or_else(|| Error::failed("the optimizer's state is incomplete").at(&path))?;
+            optimizer.put_part(path, moments, rank);
+        }
         Ok(())
     }
 
@@ -294,13 +294,20 @@ impl Shelf {
         let Some(depot) = &mut self.depot else { return Ok(()) };
         let mut parked = Vec::new();
         for (path, moments, rank) in optimizer.take_part(&format!("blocks.{index}.")) {
-            let names = optimizer.names_of(&path).into_iter();
-            match rank {
-                1 => {
-                    parked.extend(names.zip(moments.tensors::<1>()).map(|(n, t)| Parked::of(n, t)))
+            let named = |leaf: &str| format!("{path}{leaf}");
+            match (&moments, rank) {
+                (Moments::F32(_), 1) => {
+                    let both = ops::LEAVES[0].into_iter().zip(moments.tensors::<1>());
+                    parked.extend(both.map(|(leaf, moment)| Parked::of(named(leaf), moment)));
                 }
-                _ => {
-                    parked.extend(names.zip(moments.tensors::<2>()).map(|(n, t)| Parked::of(n, t)))
+                (Moments::F32(_), _) => {
+                    let both = ops::LEAVES[0].into_iter().zip(moments.tensors::<2>());
+                    parked.extend(both.map(|(leaf, moment)| Parked::of(named(leaf), moment)));
+                }
+                (Moments::Int8(_), rank) => {
+                    for part in moments.parts(rank) {
+                        parked.push(Parked::read(named(&part.name), part)?);
+                    }
                 }
             }
         }
@@ -375,6 +382,20 @@ pub(super) fn quantized(block: &Block) -> Block {
         }
     }
     block
+}
+
+/// A parameter's moments, with its rank.
+fn moments(parts: &mut BTreeMap<&str, Parked>, device: &Device) -> Option<(Moments, usize)> {
+    let [first, second] = ops::LEAVES[0];
+    let Some(first) = parts.remove(first) else {
+        return Moments::from_parts(|leaf| parts.remove(leaf).map(Parked::into_data), device);
+    };
+    let (second, rank) = (parts.remove(second)?, first.rank());
+    let moments = match rank {
+        1 => Moments::new(first.tensor::<1>(device), second.tensor::<1>(device)),
+        _ => Moments::new(first.tensor::<2>(device), second.tensor::<2>(device)),
+    };
+    Some((moments, rank))
 }
 
 /// Takes the values out of a module.

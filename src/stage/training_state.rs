@@ -13,7 +13,7 @@ use crate::method;
 use crate::ops;
 use crate::store::safetensors::{Checkpoint, write_streamed};
 use crate::store::{DType, HostTensor, TensorSource, hex};
-use crate::train::{Later, Optimizer, later};
+use crate::train::{Later, Optimizer, Values, later};
 
 /// The learned parameters of what is trained.
 pub(super) const PARAMETERS: &str = "param:";
@@ -104,18 +104,28 @@ impl Snapshot {
     /// # Errors
     /// I/O errors; an earlier file stays then.
     pub(super) fn write(mut self, path: &Path) -> Result<()> {
-        // The same order, wherever they come from.
+        // The same order, wherever they come from; bytes last, for what they are followed by is not aligned.
         self.moments.sort_by(|a, b| a.name.cmp(&b.name));
         self.moments.append(&mut self.tensors);
+        self.moments.sort_by_key(|later| matches!(later.values, Values::U8(_)));
         let mut layout: Vec<(String, DType, Vec<usize>)> = (self.moments.iter())
-            .map(|later| (later.name.clone(), DType::F32, later.shape.clone()))
+            .map(|later| {
+                let dtype = match later.values {
+                    Values::F32(_) => DType::F32,
+                    Values::U8(_) => DType::U8,
+                };
+                (later.name.clone(), dtype, later.shape.clone())
+            })
             .collect();
         layout.push((HASH.to_owned(), DType::U8, vec![HASH_LEN]));
         let mut tensors = self.moments.into_iter();
         let mut sum = Sum::of(&self.facts);
         write_streamed(path, &layout, &self.facts, |_| match tensors.next() {
             Some(Later { name, shape, values }) => {
-                let tensor = HostTensor::f32(shape, &values()?);
+                let tensor = match values {
+                    Values::F32(read) => HostTensor::f32(shape, &read()?),
+                    Values::U8(read) => HostTensor::u8(shape, &read()?),
+                };
                 sum.add(&name, &tensor);
                 Ok(tensor)
             }
@@ -224,7 +234,11 @@ impl State {
         let of = of.filter(|(_, path)| path.starts_with(start));
         of.map(|(name, path)| {
             let tensor = self.file.read(name)?;
-            Ok((path.to_owned(), TensorData::new(tensor.to_f32()?, tensor.shape)))
+            let data = match tensor.dtype {
+                DType::U8 => TensorData::new(tensor.to_u8()?, tensor.shape),
+                _ => TensorData::new(tensor.to_f32()?, tensor.shape),
+            };
+            Ok((path.to_owned(), data))
         })
         .collect()
     }

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::ops::{self, AdamWStep, Moments};
+pub use crate::ops::{Later, Values, later};
 
 /// How a gradient becomes a step.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
@@ -22,6 +23,33 @@ pub enum Rule {
     Adamw,
     /// One learning rate against the gradient's sign, without state (SignRound's).
     Sign,
+}
+
+/// How AdamW's two moments are held between steps.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MomentsIn {
+    /// As f32: 8 bytes for each learned number.
+    #[default]
+    F32,
+    /// As 8-bit codes of the dynamic map in blocks of 256 (Dettmers et al. 2022): 2.03 bytes; parameters of
+    /// fewer than 4096 numbers stay f32.
+    Int8,
+}
+
+impl MomentsIn {
+    #[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Bytes of both moments of so many numbers that learn, in large parameters.
+    pub fn bytes(self, learned: u64) -> u64 {
+        match self {
+            Self::F32 => 8 * learned,
+            Self::Int8 => 2 * learned + learned / 32,
+        }
+    }
 }
 
 /// Keys of `optimizer` in a training stage. PyTorch's defaults, but no weight decay.
@@ -45,6 +73,9 @@ pub struct OptimizerConfig {
     /// block and so lets a training that goes block by block update each at once.
     #[serde(skip_serializing_if = "NormOf::is_global")]
     pub norm: NormOf,
+    /// AdamW's moments between steps: `"f32"` or `"int8"`.
+    #[serde(skip_serializing_if = "MomentsIn::is_default")]
+    pub moments: MomentsIn,
 }
 
 /// What a gradient norm is taken over, for clipping and for the watch on gradients that collapse.
@@ -75,6 +106,7 @@ impl Default for OptimizerConfig {
             weight_decay: 0.0,
             clip_norm: None,
             norm: NormOf::Global,
+            moments: MomentsIn::F32,
         }
     }
 }
@@ -222,20 +254,9 @@ impl Optimizer {
         taken.map(|(path, (moments, rank))| (path, moments, rank)).collect()
     }
 
-    /// What the two moments of a parameter are called in a saved state.
-    pub fn names_of(&self, path: &str) -> [String; 2] {
-        LEAVES.map(|leaf| format!("{path}{leaf}"))
-    }
-
-    /// The path of the parameter whose moment is called `name`.
-    pub fn path_of(&self, name: &str) -> String {
-        let path = LEAVES.iter().find_map(|leaf| name.strip_suffix(leaf));
-        path.unwrap_or(name).to_owned()
-    }
-
-    /// Puts back what [`Optimizer::take_part`] took.
-    pub fn put_part(&mut self, part: Vec<(String, Moments, usize)>) {
-        self.moments.extend(part.into_iter().map(|(path, moments, rank)| (path, (moments, rank))));
+    /// Puts back one of those that [`Optimizer::take_part`] took.
+    pub fn put_part(&mut self, path: String, moments: Moments, rank: usize) {
+        self.moments.insert(path, (moments, rank));
     }
 
     /// The state as named tensors, `path.leaf`, the number of steps taken, and the largest gradient
@@ -243,12 +264,8 @@ impl Optimizer {
     pub fn save(&self) -> (Vec<Later>, u64, String) {
         let mut tensors = Vec::new();
         for (path, (moments, rank)) in &self.moments {
-            let later = match rank {
-                1 => moments.tensors::<1>().map(later),
-                _ => moments.tensors::<2>().map(later),
-            };
-            for (leaf, (shape, values)) in LEAVES.into_iter().zip(later) {
-                tensors.push(Later { name: format!("{path}{leaf}"), shape, values });
+            for part in moments.parts(*rank) {
+                tensors.push(Later { name: format!("{path}{}", part.name), ..part });
             }
         }
         let norms = self.largest_norms.iter().map(|(part, norm)| match *part {
@@ -280,54 +297,23 @@ impl Optimizer {
         let norms: Option<_> = largest_norms.split_whitespace().map(norm).collect();
         self.largest_norms =
             norms.ok_or_else(|| Error::failed("the optimizer state is damaged").fix("--fresh"))?;
-        let mut second: BTreeMap<String, TensorData> = BTreeMap::new();
-        let mut first: BTreeMap<String, TensorData> = BTreeMap::new();
+        let mut parts: BTreeMap<String, BTreeMap<&str, TensorData>> = BTreeMap::new();
         for (name, data) in tensors {
-            if let Some(path) = name.strip_suffix(LEAVES[0]) {
-                first.insert(path.to_owned(), data);
-            } else if let Some(path) = name.strip_suffix(LEAVES[1]) {
-                second.insert(path.to_owned(), data);
+            let leaf = ops::LEAVES.into_iter().flatten().find(|leaf| name.ends_with(leaf));
+            if let Some((path, leaf)) = leaf.and_then(|l| Some((name.strip_suffix(l)?, l))) {
+                parts.entry(path.to_owned()).or_default().insert(leaf, data);
             }
         }
-        for (path, first) in first {
-            let second = second.remove(&path).ok_or_else(|| {
+        for (path, mut parts) in parts {
+            let moments = Moments::from_parts(|leaf| parts.remove(leaf), device);
+            let (moments, rank) = moments.ok_or_else(|| {
                 Error::failed("the optimizer state is incomplete").at(&path).fix("--fresh")
             })?;
-            let rank = first.rank();
-            let moments = if rank == 1 {
-                let [first, second] = [first, second].map(|m| Tensor::<1>::from_data(m, device));
-                Moments::new(first, second)
-            } else {
-                let [first, second] = [first, second].map(|m| Tensor::<2>::from_data(m, device));
-                Moments::new(first, second)
-            };
             self.moments.insert(path, (moments, rank));
         }
         Ok(())
     }
 }
-
-/// A tensor whose values are read when they are asked for, in whatever thread.
-pub struct Later {
-    /// Its name.
-    pub name: String,
-    /// Its shape.
-    pub shape: Vec<usize>,
-    /// Its values.
-    pub values: Values,
-}
-
-/// Reads values, row-major; they may lie in a file.
-pub type Values = Box<dyn FnOnce() -> Result<Vec<f32>> + Send>;
-
-/// The shape of a tensor off the tape and its values as they are now, whatever becomes of it.
-pub fn later<const D: usize>(tensor: Tensor<D>) -> (Vec<usize>, Values) {
-    let shape = tensor.dims().to_vec();
-    (shape, Box::new(move || Ok(tensor.into_data().iter::<f32>().collect())))
-}
-
-/// What the two moments of a parameter are called in a saved state.
-const LEAVES: [&str; 2] = [".moment_1", ".moment_2"];
 
 /// Squares of gradient norms, parameter by parameter in the model's order, each with the block that it
 /// belongs to ([`WHOLE`] outside of blocks).
@@ -469,6 +455,13 @@ impl ModuleMapper for Update<'_> {
         };
         let moments = self.optimizer.moments.remove(&path).map(|(moments, _)| moments);
         let tensor = tensor.inner();
+        let moments = moments.or_else(|| match config.moments {
+            MomentsIn::F32 => None,
+            MomentsIn::Int8 => {
+                let measure = self.optimizer.measures.get(&id);
+                Moments::int8(&tensor, matches!(measure, Some(Measure::Units(_))))
+            }
+        });
         let (tensor, moments) = match self.optimizer.measures.get(&id) {
             None => ops::adamw_step(&step, tensor, gradient, moments),
             Some(Measure::Units(units)) => {
