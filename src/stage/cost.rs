@@ -46,6 +46,8 @@ pub struct Scene<'a> {
     pub rest: u64,
     /// What the device reaches.
     pub speed: Speed,
+    /// Whether the device has memory of its own.
+    pub discrete: bool,
 }
 
 /// What a device reaches in a quick measurement.
@@ -122,24 +124,30 @@ impl Scene<'_> {
 
     /// A training of the whole model on the training text; `None` without it. `weights` are bytes on the
     /// device whatever the batch, `moved` the bytes of weights that a micro-batch moves, and `once` a
-    /// step; `logits` is how often it passes over the logits.
+    /// step; `logits` is how often it passes over the logits. With `by_block` the tape is that of one block
+    /// at a time, beside the inputs of all.
     pub(super) fn training(
         &self,
         keys: &Keys<'_>,
         weights: u64,
         [moved, once]: [u64; 2],
         logits: u64,
+        by_block: bool,
     ) -> Option<Cost> {
         let length = self.data.train.as_ref()?.length as u64;
         let (vocab, blocks) = (self.config().vocab as u64, self.config().n_blocks as u64);
         let [batch, accumulate] = [keys.batch as u64, keys.accumulate as u64];
         let micro = batch * length;
         let all = self.linears + self.rest;
-        let flops = 8.0 * (all * micro * accumulate * keys.steps) as f64;
+        // Forward, backward and the teacher; by block also once more forward.
+        let each = if by_block { 10.0 } else { 8.0 };
+        let flops = each * (all * micro * accumulate * keys.steps) as f64;
         let per_step = (moved + self.tape(micro, length) * 3 * blocks + 4 * logits * micro * vocab)
             * accumulate
             + once;
-        let tapes = self.tape(micro, length) * blocks;
+        let inputs = 4 * micro * accumulate * self.config().d_model as u64 * blocks;
+        let tapes = self.tape(micro, length) * if by_block { 1 } else { blocks }
+            + if by_block { inputs } else { 0 };
         Some(Cost {
             device: weights + tapes + 12 * 4 * (micro * vocab).min(1 << 23),
             seconds: self.speed.seconds(flops, (per_step * keys.steps) as f64, keys.steps as f64),

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::context::StageContext;
 use super::corpus::Data;
-use super::cost::{Cost, Scene, TRAINED_WEIGHT_BYTES};
+use super::cost::{Cost, Scene, trained};
 use super::keys::{self, check_rate_unit, keys, neutralize};
 use super::kind::{Before, Effect, Judged, Stage, codes};
 use super::memory::Memory;
@@ -27,7 +27,7 @@ use crate::method::{self, MethodConfig};
 use crate::model::{Block, Loader, WeightSource};
 use crate::objective::ObjectiveConfig;
 use crate::quant::{Bits, GroupAxis, GroupLayout, GroupSize, ObserverConfig, Symmetry};
-use crate::train::{LearningRate, OptimizerConfig, RateUnit, ScheduleConfig};
+use crate::train::{LearningRate, NormOf, OptimizerConfig, RateUnit, ScheduleConfig};
 
 /// Keys of `[stage.distill]`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -159,16 +159,39 @@ impl Stage for DistillConfig {
         self.steps
     }
 
+    fn memory(&mut self) -> Option<&mut Option<Memory>> {
+        // What a student writes itself needs it whole, which is the recipe's to say.
+        if self.on_policy.is_some() { None } else { Some(&mut self.memory) }
+    }
+
     fn cost(&self, scene: &Scene<'_>) -> Cost {
-        let weights = TRAINED_WEIGHT_BYTES * scene.linears + 4 * (scene.linears + 2 * scene.rest);
+        let Scene { linears, block, rest, discrete, .. } = *scene;
+        let memory = self.memory.unwrap_or(Memory::Tape);
+        let (ends, all) = (4 * 2 * rest, trained(linears, &self.optimizer));
+        // Weights and moments, and gradients that wait for the norm of all.
+        let waiting = 4 * linears
+            + self.optimizer.moments.bytes(linears)
+            + if self.optimizer.norm == NormOf::Global { 4 * linears } else { 0 };
+        // One block at work, the next one, and the teacher's.
+        let one = trained(block, &self.optimizer) + 4 * 2 * block;
+        let (weights, host, file) = match memory {
+            Memory::Tape => (all + 4 * linears + ends, 0, 0),
+            Memory::Device => (waiting + one + 4 * linears + ends, 0, 0),
+            Memory::Host if discrete => (one + ends, waiting, 0),
+            Memory::Host => (waiting + one + ends, 0, 0),
+            Memory::Disk => (one + ends, 0, waiting),
+        };
         // The saved state, the best one, and one of them while it is written.
-        let disk = scene.linears + states::bytes(scene.linears, self.keep);
+        let disk = linears + states::bytes_with(linears, &self.optimizer, self.keep) + file;
         let keys = keys!(self);
-        let cost = scene.training(&keys, weights, [0, scene.linears * 4 * 40], 60);
+        let by_block = memory != Memory::Tape;
+        let moved = [0, linears * 4 * 40 + 2 * file];
+        let cost = scene.training(&keys, weights, moved, 60, by_block);
         let writing =
             self.on_policy.as_ref().map_or_else(Cost::default, |own| own.cost(scene, &keys));
         cost.map_or_else(Cost::default, |cost| Cost {
             disk,
+            host,
             device: cost.device + writing.device,
             seconds: cost.seconds + writing.seconds,
             ..cost

@@ -300,7 +300,7 @@ impl Stage for FinetuneConfig {
         // Weights, merged ones and their gradients; of what learns also two moments.
         let weights = 4 * (3 * scene.linears + scene.rest) + teacher + 8 * learned + moments;
         // Weights with their factors merged are made anew, with their gradients.
-        let cost = scene.training(&keys!(self), weights, [scene.linears * 4 * 8, 0], 20);
+        let cost = scene.training(&keys!(self), weights, [scene.linears * 4 * 8, 0], 20, false);
         cost.map_or_else(Cost::default, |cost| Cost {
             host: 4 * scene.linears,
             disk: 4 * scene.linears + states::bytes_with(learned, &self.optimizer, self.keep),

@@ -152,7 +152,7 @@ impl Stage for TuneScalesConfig {
         let teacher = if self.objective.needs_teacher() { 4 * all } else { 0 };
         // Codes of at most a byte, their scales, and the tiles that exist as floats.
         let weights = scene.linears + 4 * scene.rest + teacher + (16 << 20);
-        let cost = scene.training(&keys!(self), weights, [0; 2], 20);
+        let cost = scene.training(&keys!(self), weights, [0; 2], 20, false);
         // A scale for 32 weights, at most.
         let disk = scene.linears / 8 + states::bytes(scene.linears / 32, self.keep);
         cost.map_or_else(Cost::default, |cost| Cost { disk, ..cost })
