@@ -225,8 +225,8 @@ impl Session {
                 *model = stepped;
                 Ok((stats, closeness))
             }
-            Student::Shelved(shelf) => {
-                let mut step = ByBlockStep { shelf, optimizer, rate_of, in_units, fake_quant };
+            Student::ByBlock(rack) => {
+                let mut step = ByBlockStep { rack, optimizer, rate_of, in_units, fake_quant };
                 let Some(teacher) = teacher else { return step.step(&micros, None, compare) };
                 teacher
                     .with(ctx, |model| step.step(&micros, Some((model, teacher.ends())), compare))

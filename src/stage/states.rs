@@ -128,15 +128,10 @@ impl Drop for States {
     }
 }
 
-/// Bytes on the disk of the states of a training of so many numbers: those that are kept, the one to go
-/// back to, and the one that is being written; each with two moments.
-pub(super) fn bytes(learned: u64, keep: usize) -> u64 {
-    12 * learned * (keep as u64 + 2)
-}
-
-/// As [`bytes`], with the moments that `optimizer` holds.
-pub(super) fn bytes_with(learned: u64, optimizer: &OptimizerConfig, keep: usize) -> u64 {
-    (4 * learned + optimizer.moments.bytes(learned)) * (keep as u64 + 2)
+/// Bytes on the disk of so many states of a training of so many numbers, with the moments that `optimizer`
+/// holds.
+pub(super) fn bytes(learned: u64, optimizer: &OptimizerConfig, states: u64) -> u64 {
+    (4 * learned + optimizer.moments.bytes(learned)) * states
 }
 
 /// A state to go on from.
