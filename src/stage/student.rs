@@ -71,6 +71,14 @@ impl Student {
         }
     }
 
+    /// Embedding, final norm and head; the blocks may come with them.
+    pub(super) fn ends(&self) -> &CausalLm {
+        match self {
+            Self::Whole(model) => model,
+            Self::ByBlock(rack) => &rack.ends,
+        }
+    }
+
     /// Gives `work` the model off the tape.
     pub(super) fn off_tape<T>(&self, work: impl FnOnce(&dyn Forward) -> T) -> T {
         match self {
