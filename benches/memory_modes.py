@@ -57,7 +57,8 @@ def measure(args, mode):
         with open(os.path.join(folder, "run", "metrics.jsonl")) as file:
             events = [json.loads(line) for line in file]
         steps = [event for event in events if event["event"] == "step"]
-        needs = next(event for event in events if event["event"] == "needs")
+        with open(os.path.join(folder, "run", "run.json")) as file:
+            needs = json.load(file)["needs"]
         tokens = args.batch * args.length
         speeds = [event["values"]["perf/tokens_per_second"] for event in steps[1:]]
         return {

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::context::StageContext;
 use super::corpus::Data;
-use super::cost::{Cost, Scene, trained};
+use super::cost::{Cost, Scene};
 use super::keys::{self, check_rate_unit, keys, neutralize};
 use super::kind::{Before, Effect, Judged, Stage, codes};
 use super::memory::Memory;
@@ -168,8 +168,9 @@ impl Stage for DistillConfig {
         let Scene { linears, block, rest, discrete, .. } = *scene;
         let memory = self.memory.unwrap_or(Memory::Tape);
         let shared = scene.model.has_float_ends();
-        let (ends, all) =
-            (4 * if shared { rest } else { 2 * rest }, trained(linears, &self.optimizer));
+        let ends = 4 * if shared { rest } else { 2 * rest };
+        // Latents and quantized weights, with the gradients of both.
+        let all = 4 * 4 * linears + self.optimizer.moments.bytes(linears);
         // Weights and moments, and gradients that wait for the norm of all.
         let state = 4 * linears
             + self.optimizer.moments.bytes(linears)
@@ -177,9 +178,10 @@ impl Stage for DistillConfig {
         // One block at work: latents, quantized weights, their gradients and those of the latents; its moments,
         // the next block, and transients of about one more.
         let one = 4 * 6 * block + self.optimizer.moments.bytes(block);
+        let teacher = if self.needs_float() { 4 * linears } else { 0 };
         let (weights, host, file) = match memory {
-            Memory::Tape => (all + 4 * linears + ends, 0, 0),
-            Memory::Device => (state + one + 4 * linears + ends, 0, 0),
+            Memory::Tape => (all + teacher + ends, 0, 0),
+            Memory::Device => (state + one + teacher + ends, 0, 0),
             Memory::Host if discrete => (one + ends, state, 0),
             Memory::Host => (state + one + ends, 0, 0),
             Memory::Disk => (one + ends, 0, state),
