@@ -46,6 +46,7 @@ checkpoint_every = 5
 log_every = 1
 validate.every = 8
 on_policy = { share = 0.5, every = 6, max_new_tokens = 8, prompt_tokens = 8 }
+memory = "device"
 [[stage]]
 [stage.tune_scales]
 method.peqa = {}
