@@ -1,6 +1,7 @@
 //! The command line: one match arm per command. Results go to stdout, everything else to stderr.
 
 mod adapter;
+mod bench;
 mod chat;
 mod data;
 mod dialogue;
@@ -80,6 +81,8 @@ enum Command {
     Chat(chat::ChatArgs),
     /// Write the logits of a token sequence, for parity checks against other runtimes
     Logits(logits::LogitsArgs),
+    /// Measure what users pay for; or write a model of random weights to measure with
+    Bench(bench::BenchArgs),
 }
 
 /// Parses the command line, runs it, prints at most one error, and chooses the exit code.
@@ -124,6 +127,7 @@ fn run(command: Command) -> Result<()> {
         Command::Generate(args) => generate::run(&args, &stop),
         Command::Chat(args) => chat::run(&args, &stop),
         Command::Logits(args) => logits::run(&args),
+        Command::Bench(args) => bench::run(&args, &stop),
     }
 }
 
