@@ -99,10 +99,10 @@ fn long_prompts_lose_their_beginning_and_it_is_said() {
         lines[0].starts_with("gsm8k   strict_match 0.0000 ± 0.0000   flexible_extract "),
         "{out}"
     );
-    let protocol =
-        "protocol   5-shot drawn with seed 1234, greedy, at most 4 tokens, no chat template, ";
-    assert!(lines[1].starts_with(protocol), "{out}");
-    assert!(lines[1].ends_with(", 2 prompts that lost their beginning"), "{out}");
+    let protocol = "protocol   5-shot drawn with seed 1234, greedy, at most 4 tokens,";
+    assert_eq!(lines[1], protocol, "{out}");
+    assert!(lines[2].starts_with("           no chat template, "), "{out}");
+    assert!(lines[2].ends_with(", 2 prompts that lost their beginning"), "{out}");
     let found = place.json(&[&args[..], &["--json"]].concat());
     assert_eq!(found["cut"], 2);
 }
@@ -235,5 +235,32 @@ fn a_recipe_measures_them_beside_the_float_model() {
     for number in ["strict_match", "inst_level_loose_acc"] {
         // The float model's, and the rounded one's.
         assert!(text.matches(&format!("\"{number}\"")).count() >= 2, "{text}");
+    }
+}
+
+/// What is written counts: ten times the rows and ten times the tokens take a hundred times as long.
+#[test]
+fn check_counts_what_is_written() {
+    let place = place("stories260k");
+    place.write("text.json", common::few_stories(4));
+    let seconds = |task: &str, limit: usize, tokens: usize| {
+        let recipe = format!(
+            "output = \"run\"\ndevice = \"cpu\"\nmodel.path = \"model\"\nquant.bits = 4\n\
+             data.validation.path = \"text.json\"\n[[stage]]\n[stage.calibrate]\nmethod.rtn = {{}}\n\
+             [[stage]]\n[stage.evaluate]\ntask.{task} = {{ data = \"{task}/sample.jsonl\", batch = 1, \
+             limit = {limit}, max_new_tokens = {tokens} }}\n"
+        );
+        place.write("recipe.toml", recipe);
+        place.json(&["check", "--recipe", "recipe.toml", "--json"])["needs"]["seconds"]
+            .as_f64()
+            .unwrap()
+    };
+    for task in ["gsm8k", "ifeval"] {
+        let few = seconds(task, 4, 20);
+        let many = seconds(task, 40, 200);
+        assert!(many > 20.0 * few && few > 0.0, "{task}: {few}, {many}");
+        // No more rows than the file has.
+        let all = seconds(task, 4000, 200);
+        assert!(all < 10.0 * many, "{task}: {many}, {all}");
     }
 }

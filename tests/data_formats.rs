@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use burn::tensor::{DType, Device};
 use common::{Place, datasets};
-use fewbit::data::{DataFormat, Marks, TokenStream, Tokenizer};
+use fewbit::data::{ChatTemplate, DataFormat, Marks, Reader, Reading, TokenStream, Tokenizer};
 use fewbit::model::{Loader, ModelConfig};
 use fewbit::stop::StopFlag;
 use fewbit::store::safetensors::Checkpoint;
@@ -59,8 +59,10 @@ fn completions_alone_are_counted() {
     let place = place(20);
     let marks = Marks { bos: config.bos, eos: config.eos.first().copied() };
     let path: PathBuf = place.path("some.jsonl");
-    let format = DataFormat::Completion;
-    let stream = TokenStream::load(&[path], format, &tokenizer, marks, 256).unwrap();
+    let template = &|| Ok(None::<ChatTemplate>);
+    let vocab = tokenizer.vocab_size();
+    let reader = Reader { tokenizer: &tokenizer, template, marks, length: 256, vocab };
+    let stream = reader.read(&[path], &Reading::from(DataFormat::Completion)).unwrap();
     let measure = |stream: &TokenStream| {
         let (task, stop) = (PplConfig::default(), StopFlag::default());
         measure(&model, &config, stream, &task, &device, &stop, &mut |_, _| {}).unwrap()

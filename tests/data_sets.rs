@@ -298,6 +298,7 @@ fn preview_marks_what_is_trained() {
     tokens           768   trained 168 (21.9 %)   filling 26.3 %
     windows          12 of 64 tokens
     length           least 47   median 47   90 % 48   99 % 48   most 48
+
     sample 1 of 1, 47 tokens
       <|start_story|>user: Tell me of cat 0.
       assistant:[[ Once there was a cat. <|end_story|>]]
@@ -354,7 +355,7 @@ fn what_a_data_set_cannot_be_is_refused() {
     exit 3
     error: the model has no chat template, and format "messages" goes through one
       at   data.train
-      try  chat_template = "FILE.jinja", or a model that has one
+      try  chat_template = "FILE.jinja" (--chat-template FILE), or a model that has one
     "#);
     assert_snapshot!(check("data.train.chat_template=false"), @r"
     exit 2

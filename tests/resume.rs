@@ -14,7 +14,7 @@ use serde_json::Value;
 
 /// Five blocks to reconstruct, then a distillation, then scales to tune; long enough for a signal to
 /// land inside.
-const STAGES: &str = r"
+const STAGES: &str = r#"
 [[stage]]
 [stage.reconstruct]
 method.flexround = {}
@@ -29,6 +29,7 @@ objective.jsd = {}
 steps = 48
 batch = 4
 learning_rate = 1e-3
+optimizer.moments = "int8"
 checkpoint_every = 4
 log_every = 1
 [[stage]]
@@ -45,7 +46,7 @@ task.ppl = { context = 64 }
 [[stage]]
 [stage.export]
 format.fewbit = {}
-";
+"#;
 
 /// Time for anything to happen in a run.
 const PATIENCE: Duration = Duration::from_mins(2);
@@ -301,6 +302,8 @@ fn a_finished_run_says_so_and_refuses_what_changed() {
         assert!(error.starts_with("exit 6\n") && error.contains(sentence), "{error}");
     };
     changed(&["--set", "seed=1"], "the recipe changed: `seed = 0` became `seed = 1`");
+    let f32 = "stage.1.distill.optimizer.moments=\"f32\"";
+    changed(&["--set", f32], "the recipe changed: `moments = \"int8\"`");
     changed(&["--set", "stage.1.distill.steps=2"], "`steps = 1` became `steps = 2`");
     place.write("text.json", few_stories(41));
     changed(&[], "the calibration data changed since this run began");

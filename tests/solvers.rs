@@ -12,7 +12,7 @@ use fewbit::export::{OpenModel, open_model};
 use fewbit::model::{CausalLm, Loader, ModelConfig, Positions, WeightSource};
 use fewbit::store::TensorSource;
 use fewbit::store::safetensors::Checkpoint;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const FRAME: &str = r#"output = "run"
 device = "cpu"
@@ -229,6 +229,47 @@ fn recorded_errors_are_those_of_the_baked_blocks() {
         let mse = f64::from((a - b).square().mean().into_scalar::<f32>());
         let recorded = recorded[block][1].as_f64().unwrap();
         assert!((mse / recorded - 1.0).abs() < 1e-5, "block {block}: {mse}, {recorded}");
+    }
+}
+
+/// Examples that share a window do not see each other: two to a window or one, blocks have the same errors.
+#[test]
+fn packed_examples_are_calibrated_each_by_itself() {
+    let stages = [
+        ("calibrate", "method.gptq = {}"),
+        ("calibrate", "method.awq = {}"),
+        ("calibrate", "method.adadim = {}"),
+        (
+            "reconstruct",
+            "method.flexround = {}\nwithin = \"staged\"\nsteps = 3\nlearning_rate = 1e-3",
+        ),
+    ];
+    let errors = |name: &str, stage: &str, examples: usize| {
+        let place = place("bits = 4", stage);
+        let packed =
+            format!("samples = {}, length = {}, format = \"tokens\"", 16 / examples, 32 * examples);
+        let recipe = place.read("recipe.toml").replace("samples = 16, length = 64", &packed);
+        place.write("recipe.toml", recipe.replace("stage.calibrate", &format!("stage.{name}")));
+        let token =
+            |row: usize, at: usize| if at == 0 { 1 } else { 3 + (row * 37 + at * at * 11) % 1900 };
+        let row = |row| (0..32).map(|at| token(row, at)).collect::<Vec<_>>();
+        let rows = (0..16).map(|at| json!({ "input_ids": row(at), "labels": row(at) }).to_string());
+        place.write("text.json", rows.collect::<Vec<_>>().join("\n"));
+        if name == "reconstruct" {
+            let recipe = place.read("recipe.toml");
+            let batch = format!("steps = 3\nallow_worse = true\nbatch = {}", 16 / examples);
+            place.write("recipe.toml", recipe.replace("steps = 3", &batch));
+        }
+        place.ok(&TRAIN);
+        let errors = record(&place)["results"]["block_mse"]["0"].clone();
+        serde_json::from_value::<Vec<[f64; 2]>>(errors).unwrap()
+    };
+    for (name, stage) in stages {
+        let [alone, together] = [1, 2].map(|examples| errors(name, stage, examples));
+        assert_eq!(alone.len(), 2);
+        for (a, b) in alone.iter().flatten().zip(together.iter().flatten()) {
+            assert!((a - b).abs() <= 1e-4 * a, "{stage}: {alone:?}, {together:?}");
+        }
     }
 }
 

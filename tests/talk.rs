@@ -147,7 +147,7 @@ fn a_model_writes_training_text_and_goes_on_where_it_was() {
     let other = [&common[..], &prompts, &["--seed", "1", "--out", "part.jsonl"]].concat();
     let refused = place.run(&other);
     assert_eq!(refused.code, 2);
-    assert!(refused.err.contains("texts of another seed"), "{}", refused.err);
+    assert!(refused.err.contains("seed is not the same"), "{}", refused.err);
     assert_eq!(place.read("part.jsonl"), whole);
     assert_eq!(place.run(&[&other[..], &["--fresh"]].concat()).code, 0);
     assert_ne!(place.read("part.jsonl"), whole);

@@ -1,13 +1,16 @@
 //! `fewbit data`: what a data set becomes, shown before anything is trained on it.
 
 mod generate;
+mod sample;
 
 use std::path::PathBuf;
 
 use clap::builder::PossibleValuesParser;
 use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
+use unicode_width::UnicodeWidthStr;
 
+use self::sample::{Sample, runs, samples};
 use super::dialogue::kwargs;
 use super::{ModelArgs, output};
 use crate::data::{DataFormat, Reading, TemplateChoice, TokenStream, Tokenizer, TrainOn};
@@ -20,8 +23,6 @@ use crate::store::locate;
 
 /// Columns of what is printed.
 const WIDTH: usize = 80;
-/// Tokens of a sample that are shown.
-const MOST_TOKENS: usize = 400;
 /// Window length where neither the model nor anybody says less.
 const DEFAULT_LENGTH: usize = 2048;
 
@@ -98,7 +99,7 @@ struct PreviewArgs {
     #[arg(long, requires = "recipe", value_parser = PossibleValuesParser::new(["train", "calibration", "validation"]))]
     role: Option<String>,
     /// The model whose tokenizer and chat template are taken
-    #[arg(long, value_name = "DIR", required_unless_present = "recipe", requires = "data")]
+    #[arg(long, value_name = "DIR")]
     model: Option<String>,
     /// Data files, joined in order, or hub:owner/name/FILE
     #[arg(long, value_name = "FILE", requires = "model")]
@@ -144,7 +145,7 @@ fn preview(args: &PreviewArgs) -> Result<()> {
         let space = if index > 0 { "\n" } else { "" };
         output::line(&format!("{space}{}", counts.lines(role, corpus)))?;
         for (number, sample) in samples.iter().enumerate() {
-            output::line(&sample.lines(number + 1, samples.len(), mark))?;
+            output::line(&format!("\n{}", sample.lines(number + 1, samples.len(), mark)))?;
         }
     }
     if args.json {
@@ -281,7 +282,15 @@ impl Counts {
                     filled => format!("{trained}   filling {:.1} %", percent(filled, self.tokens)),
                 }
             }),
-            row("windows", &format!("{} of {} tokens", number(self.windows), corpus.length)),
+            row("windows", &{
+                let stored = corpus.stream.tokens.len() / corpus.length.max(1);
+                let text = format!("{} of {} tokens", number(stored), corpus.length);
+                if self.windows == stored {
+                    text
+                } else {
+                    format!("{text}   {} visited in an epoch", number(self.windows))
+                }
+            }),
         ];
         let [least, median, p90, p99, most] = self.lengths.map(|length| number(length as usize));
         lines.push(row(
@@ -293,10 +302,10 @@ impl Counts {
             lines.push(row(
                 "source",
                 &format!(
-                    "{}   {:.1} % of windows   {} documents, each {:.2} times",
+                    "{}   {} documents   {:.1} % of windows   {:.2} times",
                     source.name,
-                    percent(source.visits, visits),
                     number(source.documents),
+                    percent(source.visits, visits),
                     source.visits as f64 / source.windows as f64
                 ),
             ));
@@ -343,145 +352,23 @@ fn filled(stream: &TokenStream, length: usize) -> usize {
     documents.iter().filter(|run| filling(run)).map(|(from, to)| to - from).sum()
 }
 
-/// Where examples begin and end in the stored tokens.
-fn runs(starts: &[u32], length: usize) -> Vec<(usize, usize)> {
-    let begins = |at: &usize| starts[*at] as usize == at % length;
-    let mut firsts: Vec<usize> = (0..starts.len()).filter(begins).collect();
-    firsts.push(starts.len());
-    firsts.windows(2).map(|pair| (pair[0], pair[1])).collect()
-}
-
-/// Tokens of a stream that are shown.
-struct Piece {
-    from: usize,
-    to: usize,
-}
-
-/// `count` examples of a stream, or beginnings of windows where it is text.
-fn samples(stream: &TokenStream, length: usize, count: usize) -> Vec<Piece> {
-    let all: Vec<(usize, usize)> =
-        if let (Some(starts), Some(counts)) = (&stream.starts, &stream.supervised) {
-            let runs = runs(starts, length).into_iter();
-            runs.filter(|(from, to)| counts[*from..*to].contains(&true)).collect()
-        } else {
-            let end = stream.tokens.len();
-            (0..end).step_by(length.max(1)).map(|from| (from, (from + length).min(end))).collect()
-        };
-    let count = count.min(all.len());
-    (0..count)
-        .map(|index| all[index * all.len() / count])
-        .map(|(from, to)| Piece { from, to })
-        .collect()
-}
-
-impl Piece {
-    /// Its text in runs that are trained or not.
-    fn told(&self, stream: &TokenStream, tokenizer: &Tokenizer) -> Result<Sample> {
-        let to = self.to.min(self.from + MOST_TOKENS);
-        let ids = &stream.tokens[self.from..to];
-        let counts: Vec<bool> = match &stream.supervised {
-            Some(flags) => flags[self.from..to].to_vec(),
-            None => vec![true; ids.len()],
-        };
-        let whole = tokenizer.decode(ids, false)?;
-        let (mut spans, mut begun) = (Vec::new(), 0);
-        for at in 1..=ids.len() {
-            if at < ids.len() && counts[at] == counts[at - 1] {
-                continue;
-            }
-            // The text up to here, as part of the whole: a decoder may treat a text's first space apart.
-            let text = if at == ids.len() {
-                whole.clone()
-            } else {
-                tokenizer.decode(&ids[..at], false)?
-            };
-            let same = whole.bytes().zip(text.bytes()).take_while(|(a, b)| a == b).count();
-            let end =
-                (begun..=same).rev().find(|end| whole.is_char_boundary(*end)).unwrap_or(begun);
-            spans.push((whole[begun..end].to_owned(), counts[at - 1]));
-            begun = end;
-        }
-        Ok(Sample { spans, tokens: self.to - self.from, shown: ids.len() })
-    }
-}
-
-/// A piece as text.
-struct Sample {
-    /// Texts, and whether their tokens are trained.
-    spans: Vec<(String, bool)>,
-    tokens: usize,
-    shown: usize,
-}
-
-impl Sample {
-    fn json(&self) -> Value {
-        let spans =
-            self.spans.iter().map(|(text, trained)| json!({"text": text, "trained": trained}));
-        json!({"tokens": self.tokens, "shown": self.shown, "spans": spans.collect::<Vec<_>>()})
-    }
-
-    fn lines(&self, number: usize, of: usize, mark: [&str; 2]) -> String {
-        let mut out = format!("sample {number} of {of}, {} tokens", self.tokens);
-        let mut open = false;
-        for (line, goes_on) in self.wrapped() {
-            out += "\n  ";
-            // Colours end with the line, so that the margin has none; brackets stay open.
-            let coloured = mark[0].starts_with('\x1b');
-            for (c, trained) in &line {
-                if *trained != open {
-                    out += mark[usize::from(open)];
-                    open = *trained;
-                }
-                out.push(*c);
-            }
-            if open && (coloured || !goes_on) {
-                out += mark[1];
-                open = false;
-            }
-        }
-        if open {
-            out += mark[1];
-        }
-        if self.tokens > self.shown {
-            out = format!("{out}\n  … {} more tokens", self.tokens - self.shown);
-        }
-        out
-    }
-
-    /// Its letters in lines that fit, broken at spaces where there are any, and whether a line's end is
-    /// trained.
-    fn wrapped(&self) -> Vec<(Vec<(char, bool)>, bool)> {
-        let letters =
-            self.spans.iter().flat_map(|(text, trained)| text.chars().map(|c| (c, *trained)));
-        let letters: Vec<(char, bool)> = letters.collect();
-        let mut lines = Vec::new();
-        for line in letters.split_inclusive(|(c, _)| *c == '\n') {
-            let (line, end) = match line {
-                [line @ .., ('\n', trained)] => (line, *trained),
-                line => (line, false),
-            };
-            // Nothing in data steers a terminal.
-            let shown = |(c, trained): &(char, bool)| {
-                (if c.is_control() { '\u{fffd}' } else { *c }, *trained)
-            };
-            let mut rest: Vec<(char, bool)> = line.iter().map(shown).collect();
-            while rest.len() > WIDTH - 4 {
-                let space = rest[..WIDTH - 4].iter().rposition(|(c, _)| *c == ' ');
-                let tail = rest.split_off(space.map_or(WIDTH - 4, |at| at + 1));
-                let goes_on = tail.first().is_some_and(|(_, trained)| *trained);
-                lines.push((std::mem::replace(&mut rest, tail), goes_on));
-            }
-            lines.push((rest, end));
-        }
-        while lines.last().is_some_and(|(line, _)| line.is_empty()) {
-            lines.pop();
-        }
-        lines
-    }
-}
-
+/// A named line; what does not fit stands below, broken where three spaces part two facts.
 fn row(name: &str, text: &str) -> String {
-    format!("{name:<17}{text}")
+    const MARGIN: usize = 17;
+    let (mut out, mut columns) = (format!("{name:<MARGIN$}"), MARGIN);
+    for (index, fact) in text.split("   ").enumerate() {
+        let width = fact.width();
+        if index > 0 && columns + 3 + width > WIDTH {
+            out = format!("{out}\n{:MARGIN$}", "");
+            columns = MARGIN;
+        } else if index > 0 {
+            out += "   ";
+            columns += 3;
+        }
+        out += fact;
+        columns += width;
+    }
+    out
 }
 
 /// A count with its thousands apart.

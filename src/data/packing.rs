@@ -1,4 +1,4 @@
-//! Examples packed whole into windows, and the reading of any data set into one stream.
+//! Examples packed whole into windows.
 //!
 //! An example is BOS, prompt, completion and EOS, where the model has the two. Its prompt is
 //! tokenized alone, as it will be when the model is asked, and its completion as a text that goes
@@ -10,11 +10,7 @@
 //! should not teach a model to be silent. Nor is an example's first token, which nothing predicts.
 //! Examples that share a window do not see each other: each counts its positions from its own start.
 
-use std::path::Path;
-
-use super::chat::ChatTemplate;
 use super::examples::{DataFormat, Example};
-use super::reading::{Reader, Reading};
 use super::tokenizer::Tokenizer;
 use super::windows::TokenStream;
 use crate::error::{Error, Result};
@@ -29,48 +25,20 @@ pub struct Marks {
 }
 
 impl TokenStream {
-    /// Reads and tokenizes the data files `paths`, joined in order. Examples are packed into
-    /// windows of `length` tokens; plain text has no windows yet and does not look at it. What goes
-    /// through a chat template has to be read by a [`Reader`] with one.
+    /// Refuses examples of which nothing is supervised.
     ///
     /// # Errors
-    /// If a file cannot be read or is of another format, or nothing in it is supervised.
-    pub fn load<P: AsRef<Path>>(
-        paths: &[P],
-        format: DataFormat,
-        tokenizer: &Tokenizer,
-        marks: Marks,
-        length: usize,
-    ) -> Result<Self> {
-        let template = &|| Ok(None::<ChatTemplate>);
-        let vocab = tokenizer.vocab_size();
-        let reading = Reading::from(format).resolved(paths)?;
-        Reader { tokenizer, template, marks, length, vocab }.read(paths, &reading)
-    }
-
-    /// Tokenizes `examples` and packs them greedily, in order and unsplit, into windows of `length`
-    /// tokens; the rest of each window is filled with EOS, or 0. An example longer than a window is
-    /// cut at its end.
-    ///
-    /// # Errors
-    /// If `length` is below 2, the tokenizer fails, or nothing is supervised.
-    pub fn pack(
-        examples: Vec<Example>,
-        tokenizer: &Tokenizer,
-        marks: Marks,
-        length: usize,
-    ) -> Result<Self> {
-        let mut packer = Packer::new(length, marks)?;
-        packer.push_examples(examples, tokenizer)?;
-        let stream = packer.finish();
-        if !stream.supervised.iter().flatten().any(|counts| *counts) {
-            return Err(stream.teaches_nothing(DataFormat::Completion, length));
+    /// When that is so.
+    pub(super) fn that_teaches(self, format: DataFormat, length: usize) -> Result<Self> {
+        let nothing = || !self.supervised.iter().flatten().any(|counts| *counts);
+        if format.is_packed() && nothing() {
+            return Err(self.teaches_nothing(format, length));
         }
-        Ok(stream)
+        Ok(self)
     }
 
     /// Why a data set without a supervised token is none.
-    pub(super) fn teaches_nothing(&self, format: DataFormat, length: usize) -> Error {
+    fn teaches_nothing(&self, format: DataFormat, length: usize) -> Error {
         let documents = self.documents;
         let (what, fix) = match format {
             DataFormat::Messages => (
@@ -185,7 +153,11 @@ impl Packer {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+    use crate::data::chat::ChatTemplate;
+    use crate::data::reading::{Reader, Reading};
     use crate::data::tokenizer::tests::words;
 
     const MARKS: Marks = Marks { bos: Some(0), eos: Some(1) };
@@ -205,7 +177,9 @@ mod tests {
             prompt: (*prompt).to_owned(),
             completion: (*completion).to_owned(),
         });
-        TokenStream::pack(examples.collect(), &tokenizer, marks, length)
+        let mut packer = Packer::new(length, marks)?;
+        packer.push_examples(examples.collect(), &tokenizer)?;
+        packer.finish().that_teaches(DataFormat::Completion, length)
     }
 
     /// The supervised positions.
@@ -293,7 +267,12 @@ mod tests {
         std::fs::write(&text, "a b c").unwrap();
         std::fs::write(&empty, "{\"prompt\": \"a\", \"completion\": \"\"}").unwrap();
         let tokenizer = words(None).1.unwrap();
-        let load = |paths: &[&Path], format| TokenStream::load(paths, format, &tokenizer, MARKS, 8);
+        let template = &|| Ok(None::<ChatTemplate>);
+        let (marks, length, vocab) = (MARKS, 8, tokenizer.vocab_size());
+        let reader = Reader { tokenizer: &tokenizer, template, marks, length, vocab };
+        let load = |paths: &[&Path], format| {
+            reader.read(paths, &Reading::from(format).resolved(paths).unwrap())
+        };
         let stream = load(&[&one, &two], DataFormat::Completion).unwrap();
         assert_eq!(stream.tokens, [0, 3, 4, 1, 0, 4, 5, 1]);
         assert_eq!(stream.documents, 2);

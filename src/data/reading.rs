@@ -203,7 +203,7 @@ impl Reading {
                     "the model has no chat template, and format \"{format}\" goes through one"
                 );
                 Error::preflight(what)
-                    .fix("chat_template = \"FILE.jinja\", or a model that has one")
+                    .fix("chat_template = \"FILE.jinja\" (--chat-template FILE), or a model that has one")
             })?,
         };
         Ok(Some(template.with_clock(self.clock()?).with_kwargs(self.chat_template_kwargs.clone())?))
@@ -265,10 +265,7 @@ impl Reader<'_> {
         let stream = walk.finish();
         let names =
             || paths.iter().map(|path| path.as_ref().display().to_string()).collect::<Vec<_>>();
-        if reading.format.is_packed() && !stream.supervised.iter().flatten().any(|counts| *counts) {
-            return Err(stream.teaches_nothing(reading.format, self.length).at(names().join(", ")));
-        }
-        Ok(stream)
+        stream.that_teaches(reading.format, self.length).map_err(|e| e.at(names().join(", ")))
     }
 }
 

@@ -80,6 +80,11 @@ impl<'a> ByBlock<'a> {
         let ends = loader.ends()?.with_tap(tap);
         Ok(Self { loader, ends })
     }
+
+    /// The blocks that `loader` reads between ends that are there already.
+    pub fn between(loader: Loader<'a>, ends: CausalLm) -> Self {
+        Self { loader, ends }
+    }
 }
 
 impl Forward for ByBlock<'_> {
@@ -100,7 +105,12 @@ impl Forward for ByBlock<'_> {
     }
 
     fn batches_at_once(&self, tokens: usize) -> usize {
-        let bytes = tokens * self.loader.config.d_model * self.ends.dtype().size();
-        (WAITING_BYTES / bytes.max(1)).max(1)
+        batches_that_wait(self.loader.config, self.ends.dtype(), tokens)
     }
+}
+
+/// How many batches of so many tokens go through a model that is read block by block at once.
+pub fn batches_that_wait(config: &ModelConfig, dtype: DType, tokens: usize) -> usize {
+    let bytes = tokens * config.d_model * dtype.size();
+    (WAITING_BYTES / bytes.max(1)).max(1)
 }

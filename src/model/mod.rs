@@ -33,7 +33,7 @@ pub use arch::{
     model_types, weight_name,
 };
 pub use block::{Block, Norm, Norms, Tap};
-pub use by_block::{ByBlock, Forward};
+pub use by_block::{ByBlock, Forward, batches_that_wait};
 pub use cache::KvCache;
 pub use generate::{Ended, Generation, Memory, Prompt, finite};
 pub use generation_config::{GenerationConfig, end_tokens};

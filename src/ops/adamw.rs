@@ -1,13 +1,19 @@
 //! AdamW's update of one parameter, in place where the buffer is not shared: nothing of the
 //! parameter's size is allocated. (burn's keeps three such transients.)
 
+#[cfg(feature = "flex")]
+use std::sync::Arc;
+
 use burn::tensor::Tensor;
 
+use super::bridge::tensor;
 #[cfg(feature = "flex")]
-use super::bridge::{self, Rows, reads};
-use super::bridge::{Plain, tensor};
+use super::bridge::{self, Rows, in_memory, reads};
 #[cfg(feature = "flex")]
-use super::kernel::adamw as kernel;
+use super::kernel::{adamw as kernel, moments as kernel8};
+#[cfg(feature = "flex")]
+use super::moments::Half;
+use super::moments::{Int8Moments, Moments};
 
 /// One step's numbers (Loshchilov and Hutter 2019, algorithm 2).
 #[derive(Clone, Copy, Debug)]
@@ -30,32 +36,28 @@ pub struct AdamWStep {
 
 impl AdamWStep {
     /// What the moments have to be divided by, for they start at zero.
-    fn corrections(&self) -> [f64; 2] {
+    pub(super) fn corrections(&self) -> [f64; 2] {
         let steps = self.step as f64;
         [1.0 - self.beta1.powf(steps), 1.0 - self.beta2.powf(steps)]
     }
 
-    fn keep(&self) -> f64 {
+    pub(super) fn keep(&self) -> f64 {
         1.0 - self.rate * self.weight_decay
     }
-}
 
-/// The running means of a parameter's gradient and of its square, shaped as the parameter.
-#[derive(Clone, Debug)]
-pub struct Moments {
-    first: Plain,
-    second: Plain,
-}
-
-impl Moments {
-    /// Both, for saving.
-    pub fn tensors<const D: usize>(&self) -> [Tensor<D>; 2] {
-        [&self.first, &self.second].map(|moment| tensor::<D>(moment.clone()))
-    }
-
-    /// From two tensors of the parameter's shape.
-    pub fn new<const D: usize>(first: Tensor<D>, second: Tensor<D>) -> Self {
-        Self { first: first.into_dispatch(), second: second.into_dispatch() }
+    #[cfg(feature = "flex")]
+    fn numbers(&self) -> kernel::AdamW {
+        let [correction1, correction2] = self.corrections();
+        kernel::AdamW {
+            shrink: self.shrink as f32,
+            beta1: self.beta1 as f32,
+            beta2: self.beta2 as f32,
+            new: [(1.0 - self.beta1) as f32, (1.0 - self.beta2) as f32],
+            epsilon: self.epsilon as f32,
+            rate: (self.rate / correction1) as f32,
+            correction2: (1.0 / correction2) as f32,
+            keep: self.keep() as f32,
+        }
     }
 }
 
@@ -99,27 +101,23 @@ fn adamw<const D: usize>(
         // As the parameter lies in memory, so that a transposed one is never copied.
         Moments::new(zeros(&parameter), zeros(&parameter))
     });
-    let Moments { first, second } = moments;
+    let moments = match moments {
+        Moments::Int8(moments) => {
+            let (parameter, moments) = int8(step, units, parameter, gradient, moments);
+            return (parameter, Moments::Int8(moments));
+        }
+        Moments::F32(_) => moments.tensors::<D>(),
+    };
     #[cfg(feature = "flex")]
     if reads(&parameter) {
         // A transposed view of a row-major matrix is updated as that matrix.
         let flip = units.is_some() || D == 2 && is_transposed(&parameter);
         let orient = |tensor: Tensor<D>| if flip { tensor.transpose() } else { tensor };
         let rows = |tensor: Tensor<D>| Rows::of(bridge::frozen(orient(tensor)));
-        let [mut first, mut second] = [first, second].map(|moment| rows(tensor(moment)));
+        let [mut first, mut second] = moments.map(rows);
         let gradient = rows(gradient);
         let mut parameter = rows(parameter);
-        let [correction1, correction2] = step.corrections();
-        let numbers = kernel::AdamW {
-            shrink: step.shrink as f32,
-            beta1: step.beta1 as f32,
-            beta2: step.beta2 as f32,
-            new: [(1.0 - step.beta1) as f32, (1.0 - step.beta2) as f32],
-            epsilon: step.epsilon as f32,
-            rate: (step.rate / correction1) as f32,
-            correction2: (1.0 / correction2) as f32,
-            keep: step.keep() as f32,
-        };
+        let numbers = step.numbers();
         let means = [first.values_mut(), second.values_mut()];
         match units {
             None => kernel::step(numbers, parameter.values_mut(), gradient.values(), means),
@@ -133,8 +131,9 @@ fn adamw<const D: usize>(
         return (back(parameter), Moments::new(back(first), back(second)));
     }
     let gradient = gradient * step.shrink;
-    let first = tensor::<D>(first) * step.beta1 + gradient.clone() * (1.0 - step.beta1);
-    let second = tensor::<D>(second) * step.beta2 + gradient.square() * (1.0 - step.beta2);
+    let [first, second] = moments;
+    let first = first * step.beta1 + gradient.clone() * (1.0 - step.beta1);
+    let second = second * step.beta2 + gradient.square() * (1.0 - step.beta2);
     let [correction1, correction2] = step.corrections();
     let root = (second.clone() / correction2).sqrt() + step.epsilon;
     let delta = first.clone() / root * (step.rate / correction1);
@@ -153,6 +152,37 @@ fn adamw<const D: usize>(
     (parameter * step.keep() - delta, Moments::new(first, second))
 }
 
+/// As [`adamw`], with moments in 8 bits.
+fn int8<const D: usize>(
+    step: &AdamWStep,
+    units: Option<Tensor<2>>,
+    parameter: Tensor<D>,
+    gradient: Tensor<D>,
+    moments: Int8Moments,
+) -> (Tensor<D>, Int8Moments) {
+    #[cfg(feature = "flex")]
+    if reads(&parameter) {
+        let mut moments = moments;
+        let transposed = moments.transposed;
+        let orient = |tensor: Tensor<D>| if transposed { tensor.transpose() } else { tensor };
+        let rows = |tensor: Tensor<D>| Rows::of(bridge::frozen(orient(tensor)));
+        let (mut parameter, gradient) = (rows(parameter), rows(gradient));
+        let units = units.map(|units| Rows::of(bridge::frozen(units)));
+        let units = units.as_ref().map_or(&[1.0][..], Rows::values);
+        let len = gradient.values().len();
+        let [mut first, mut second] = moments.halves.map(|half| half.on_host(len));
+        // Copied where a state that is being saved holds them too.
+        let codes = [&mut first.0, &mut second.0].map(|codes| Arc::make_mut(codes).as_mut_slice());
+        let scales =
+            [&mut first.1, &mut second.1].map(|scales| Arc::make_mut(scales).as_mut_slice());
+        let (values, gradient) = (parameter.values_mut(), gradient.values());
+        kernel8::step(step.numbers(), units, values, gradient, codes, scales);
+        moments.halves = [first, second].map(|(codes, scales)| Half::Host { codes, scales });
+        return (orient(tensor::<D>(parameter.plain())), moments);
+    }
+    moments.step(step, units, parameter, gradient)
+}
+
 /// The sum of squares, in f64.
 pub fn squared_norm<const D: usize>(x: Tensor<D>) -> f64 {
     #[cfg(feature = "flex")]
@@ -165,8 +195,7 @@ pub fn squared_norm<const D: usize>(x: Tensor<D>) -> f64 {
 
 /// Zeros in the layout of `like`.
 fn zeros<const D: usize>(like: &Tensor<D>) -> Tensor<D> {
-    #[cfg(feature = "flex")]
-    if D == 2 && reads(like) && is_transposed(like) {
+    if lies_transposed(like) {
         return like.clone().transpose().zeros_like().transpose();
     }
     like.zeros_like()
@@ -185,6 +214,17 @@ pub fn laid_out_like<const D: usize>(like: &Tensor<D>, x: Tensor<D>) -> Tensor<D
     }
     let _ = like;
     x
+}
+
+/// Whether a tensor is a matrix in this machine's memory that lies there as the transposed view of a row-major
+/// one, whatever form computes.
+pub fn lies_transposed<const D: usize>(x: &Tensor<D>) -> bool {
+    #[cfg(feature = "flex")]
+    if D == 2 && in_memory(x) {
+        return is_transposed(x);
+    }
+    let _ = x;
+    false
 }
 
 /// Whether a matrix is the transposed view of a row-major one.

@@ -223,7 +223,7 @@ pub fn composed<R>(f: impl FnOnce() -> R) -> R {
 }
 
 #[cfg(feature = "flex")]
-pub(super) use flex::{Rows, fused, reads};
+pub(super) use flex::{Rows, fused, in_memory, reads};
 
 #[cfg(feature = "flex")]
 mod flex {
@@ -237,19 +237,26 @@ mod flex {
 
     /// Whether kernels can read this tensor, on the tape or off it: f32 in this machine's memory.
     pub(in crate::ops) fn fused(tensor: &Plain) -> bool {
+        lies_here(tensor) && !COMPOSED.get()
+    }
+
+    fn lies_here(tensor: &Plain) -> bool {
         use burn::backend::TensorMetadata as _;
         let mut kind = &tensor.kind;
         if let DispatchTensorKind::Autodiff(inner) = kind {
             kind = inner;
         }
-        matches!(kind, DispatchTensorKind::Flex(_))
-            && tensor.dtype() == DType::F32
-            && !COMPOSED.get()
+        matches!(kind, DispatchTensorKind::Flex(_)) && tensor.dtype() == DType::F32
     }
 
     /// As [`fused`], of a tensor with its rank.
     pub(in crate::ops) fn reads<const D: usize>(tensor: &Tensor<D>) -> bool {
         fused(&tensor.clone().into_dispatch())
+    }
+
+    /// Whether a tensor is f32 in this machine's memory, with kernels or without.
+    pub(in crate::ops) fn in_memory<const D: usize>(tensor: &Tensor<D>) -> bool {
+        lies_here(&tensor.clone().into_dispatch())
     }
 
     /// A plain f32 tensor of this machine's memory, row-major.

@@ -13,17 +13,21 @@ pub mod bits;
 mod block;
 mod bridge;
 mod coded;
+mod dynamic;
 mod fake_quant;
 mod forest;
 #[cfg(feature = "flex")]
 mod kernel;
 mod linear;
 mod loss;
+mod moments;
 mod search;
 #[cfg(feature = "flex")]
 mod vector;
 
-pub use adamw::{AdamWStep, Moments, adamw_step, adamw_step_in_units, laid_out_like, squared_norm};
+pub use adamw::{
+    AdamWStep, adamw_step, adamw_step_in_units, laid_out_like, lies_transposed, squared_norm,
+};
 pub use attention::{Attending, Scores, Sight, causal_attention, has_kernel};
 pub use binary_coding::{Unified, nearest_codes};
 pub use block::{block_mse, layer_norm, rms_norm, swiglu};
@@ -39,4 +43,5 @@ pub use loss::{
     Closeness, Comparison, Divergence, LossValue, compare, confidence, cross_entropy, divergence,
     divergence_value, negative_log_likelihood, negative_log_likelihoods, with_gradient,
 };
+pub use moments::{Int8Moments, LEAVES, Later, Moments, Values, later};
 pub use search::{Candidate, Extent, nearest_grids};

@@ -239,6 +239,9 @@ pub fn announce(prepared: &Prepared, report: &mut dyn Reporter) {
         );
         report.emit(&Event::Note { text });
     }
+    for text in &prepared.chosen {
+        report.emit(&Event::Note { text: text.clone() });
+    }
     if let Some(text) = prepared.scarce.clone() {
         report.emit(&Event::Warning { text });
     }

@@ -52,6 +52,8 @@ pub struct Prepared {
     pub target: Option<Target>,
     /// What is scarce but may do, a sentence.
     pub scarce: Option<String>,
+    /// Where trainings keep their state, where that is not the fastest place, sentences.
+    pub chosen: Vec<String>,
 }
 
 /// What the weights of a run will take in the format that it is for.
@@ -103,11 +105,11 @@ fn fitted(options: &Options, stop: &StopFlag) -> Result<Prepared> {
     let data = load_data(&plan.recipe.data, &model, rows)?;
     check_data(&plan, &model, &data)?;
     check_exports(&plan, &model, &device)?;
-    let (needs, peaks) = Needs::estimate(&plan, &model, &data, &device);
+    let (needs, peaks, chosen) = Needs::estimate(&mut plan, &model, &data, &device);
     let scarce = needs.check(&peaks, &plan.recipe.output)?;
     let smaller = peaks.iter().map(needs::Peak::smaller).collect();
     let fingerprint = identity::without_model(&plan, &data)?;
-    Ok(Prepared { plan, device, model, data, fingerprint, needs, smaller, target, scarce })
+    Ok(Prepared { plan, device, model, data, fingerprint, needs, smaller, target, scarce, chosen })
 }
 
 fn open_model(recipe: &Recipe) -> Result<ModelState> {

@@ -75,27 +75,27 @@ impl Activations {
         Tensor::from_data(TensorData::new(values, [indices.len(), seq, d_model]), device)
     }
 
-    /// Gives every sample to `take`, some at a time, `[n, seq, d_model]`.
+    /// Gives every sample to `take`, some at a time, `[n, seq, d_model]`, with their numbers.
     pub(super) fn each(
         &self,
         device: &Device,
-        mut take: impl FnMut(Tensor<3>) -> Result<()>,
+        mut take: impl FnMut(Tensor<3>, &[u32]) -> Result<()>,
     ) -> Result<()> {
         runs(self.len()).try_for_each(|range| {
             let indices: Vec<u32> = range.map(|i| i as u32).collect();
-            take(self.batch(&indices, device))
+            take(self.batch(&indices, device), &indices)
         })
     }
 
-    /// Every sample through `forward`.
+    /// Every sample through `forward`, which is told their numbers.
     pub(super) fn map(
         &self,
         device: &Device,
-        mut forward: impl FnMut(Tensor<3>) -> Result<Tensor<3>>,
+        mut forward: impl FnMut(Tensor<3>, &[u32]) -> Result<Tensor<3>>,
     ) -> Result<Self> {
         Self::collect(self.len(), |range| {
             let indices: Vec<u32> = range.map(|i| i as u32).collect();
-            forward(self.batch(&indices, device))
+            forward(self.batch(&indices, device), &indices)
         })
     }
 
@@ -111,12 +111,12 @@ impl Activations {
         &self,
         device: &Device,
         target: &Self,
-        mut forward: impl FnMut(Tensor<3>) -> Result<Tensor<3>>,
+        mut forward: impl FnMut(Tensor<3>, &[u32]) -> Result<Tensor<3>>,
     ) -> Result<f64> {
         let (mut sum, mut done) = (0.0, 0);
-        self.each(device, |x| {
+        self.each(device, |x, samples| {
             let mut part = Self::default();
-            part.push(forward(x)?);
+            part.push(forward(x, samples)?);
             let goal = target.samples[done..][..part.len()].iter().flatten();
             sum = squares(sum, part.samples.iter().flatten(), goal);
             done += part.len();

@@ -10,11 +10,10 @@ use burn::tensor::{Tensor, TensorData};
 use super::activations::Activations;
 use super::context::StageContext;
 use super::observed::{Observed, Reference, judged_alone, observe, replace};
+use super::places::Places;
 use crate::error::Result;
 use crate::method::{MethodConfig, Problem};
-use crate::model::{
-    Activation, Block, ModelConfig, Norm, Positions, Residual, Role, Site, weight_name,
-};
+use crate::model::{Activation, Block, ModelConfig, Norm, Residual, Role, Site, weight_name};
 use crate::store::HostTensor;
 
 /// No channel is scaled by less than this before the factors are centred (the AWQ code's).
@@ -80,7 +79,7 @@ pub(super) fn balance(
     prefix: &str,
     block: &mut Block,
     input: &Activations,
-    positions: &Positions,
+    places: &Places,
 ) -> Result<BTreeMap<String, HostTensor>> {
     let mut changed = BTreeMap::new();
     let groups = groups(&ctx.model.config, block.index);
@@ -95,7 +94,7 @@ pub(super) fn balance(
         if quantized.is_empty() {
             continue;
         }
-        let look = |sites: &[Site]| observe(ctx, block, input, positions, sites, true);
+        let look = |sites: &[Site]| observe(ctx, block, input, places, sites, true);
         let alone;
         let seen = if group.site.expert().is_some() {
             // Balancing an expert leaves what the others read as it is: one pass serves them all.
@@ -109,7 +108,7 @@ pub(super) fn balance(
         };
         // An expert that no token went to stays as it is.
         let Some(observed) = seen.and_then(|seen| seen.get(&group.site)) else { continue };
-        let search = Search { method, ctx, prefix, positions, observed, group: &group, quantized };
+        let search = Search { method, ctx, prefix, places, observed, group: &group, quantized };
         if let Some(factors) = search.best(block)? {
             apply(block, &group, &factors);
             note(&mut changed, prefix, block, &group);
@@ -126,7 +125,7 @@ struct Search<'a> {
     method: &'a MethodConfig,
     ctx: &'a StageContext<'a>,
     prefix: &'a str,
-    positions: &'a Positions,
+    places: &'a Places,
     observed: &'a Observed,
     group: &'a Group,
     quantized: Vec<usize>,
@@ -138,7 +137,7 @@ impl Search<'_> {
     fn best(&self, block: &Block) -> Result<Option<Tensor<1>>> {
         let magnitude = self.observed.inputs.mean_magnitude();
         let site = self.group.site;
-        let reference = Reference::new(self.ctx, block, site, self.observed, self.positions)?;
+        let reference = Reference::new(self.ctx, block, site, self.observed, self.places)?;
         let mut best: Option<(f64, Option<Tensor<1>>)> = None;
         for exponent in self.method.balance_exponents() {
             self.ctx.stop.check()?;
@@ -282,7 +281,7 @@ mod tests {
     use burn::tensor::{DType, Device, Distribution};
 
     use super::*;
-    use crate::model::{Loader, open_folder};
+    use crate::model::{Loader, Positions, open_folder};
 
     /// Of every family that `tests/parity` has a model of.
     #[test]

@@ -3,6 +3,8 @@
 //! The head is frozen, so the loss's gradient is brought back to the hidden state chunk by chunk,
 //! and nothing of size `[tokens, vocab]` outlives its chunk.
 
+use std::ops::Range;
+
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use super::logits::{chunks, flat};
@@ -122,16 +124,34 @@ impl Batch {
         self.tokens.dims().iter().product()
     }
 
-    /// The teacher's confidence, a sum over tokens, in parts.
-    pub(super) fn confidences(&self, teacher: &CausalLm) -> impl Iterator<Item = f64> {
-        let hidden = flat(teacher.hidden(self.tokens.clone(), &self.positions));
-        chunks(hidden.dims()[0], teacher.vocab()).map(move |range| {
-            let part = |tensor: &Tensor<2>| tensor.clone().slice_dim(0, range.clone());
-            ops::confidence(teacher.logits(part(&hidden)), part(&self.weights))
-        })
+    /// The tokens, `[rows, length]`.
+    pub(super) fn tokens(&self) -> Tensor<2, Int> {
+        self.tokens.clone()
+    }
+
+    /// Their positions.
+    pub(super) fn positions(&self) -> &Positions {
+        &self.positions
+    }
+
+    /// The teacher's confidence, a sum over tokens, from its final hidden states.
+    ///
+    /// # Shapes
+    /// - hidden: `[batch, seq, width]`
+    pub(super) fn confidence(&self, teacher: &CausalLm, hidden: Tensor<3>) -> f64 {
+        let hidden = flat(hidden);
+        let part =
+            |tensor: &Tensor<2>, range: &Range<usize>| tensor.clone().slice_dim(0, range.clone());
+        let parts = chunks(hidden.dims()[0], teacher.vocab()).map(|range| {
+            ops::confidence(teacher.logits(part(&hidden, &range)), part(&self.weights, &range))
+        });
+        parts.sum()
     }
 
     /// The objective on this batch, joined to the student's tape at its hidden state.
+    ///
+    /// # Errors
+    /// For an empty batch.
     pub(super) fn loss(
         &self,
         student: &CausalLm,
@@ -140,9 +160,29 @@ impl Batch {
         compare: bool,
     ) -> Result<(Tensor<1>, Option<Closeness>)> {
         let positions = &self.positions;
-        let hidden = flat(student.hidden(self.tokens.clone(), positions));
+        let hidden = student.hidden(self.tokens.clone(), positions);
+        let goal = teacher.map(|teacher| (teacher, teacher.hidden(self.tokens.clone(), positions)));
+        self.loss_at(student, hidden, goal, objective, compare)
+    }
+
+    /// As [`Batch::loss`], from what the heads of student and teacher read.
+    ///
+    /// # Errors
+    /// As [`Batch::loss`].
+    ///
+    /// # Shapes
+    /// - hidden, and the teacher's: `[batch, seq, width]`
+    pub(super) fn loss_at(
+        &self,
+        student: &CausalLm,
+        hidden: Tensor<3>,
+        teacher: Option<(&CausalLm, Tensor<3>)>,
+        objective: &ObjectiveConfig,
+        compare: bool,
+    ) -> Result<(Tensor<1>, Option<Closeness>)> {
+        let hidden = flat(hidden);
         let free = hidden.clone().inner();
-        let goal = teacher.map(|teacher| flat(teacher.hidden(self.tokens.clone(), positions)));
+        let teacher = teacher.map(|(teacher, goal)| (teacher, flat(goal)));
         let [count, _] = free.dims();
         let mut value: Option<Tensor<1>> = None;
         let mut gradients = Vec::new();
@@ -151,7 +191,7 @@ impl Batch {
             let part = |tensor: &Tensor<2>| tensor.clone().slice_dim(0, range.clone());
             let logits = student.logits(part(&free)).inner();
             let targets = Targets {
-                teacher: teacher.zip(goal.as_ref()).map(|(t, goal)| t.logits(part(goal))),
+                teacher: teacher.as_ref().map(|(teacher, goal)| teacher.logits(part(goal))),
                 next: self.next.clone().slice_dim(0, range.clone()),
                 next_weights: part(&self.next_weights),
                 weights: part(&self.weights),

@@ -213,7 +213,7 @@ fn block_by_block(config: &CalibrateConfig, ctx: &mut StageContext<'_>) -> Resul
                 InputStream::Float => &streams.float,
             };
             progress(ctx, index, config.method.name());
-            solve_block(&config.method, ctx, index, input, &streams.positions)?
+            solve_block(&config.method, ctx, index, input, &streams.places)?
         };
         ctx.take(saved.clone(), &path)?;
         inputs::calibrate(ctx, &streams, index, &mut saved)?;

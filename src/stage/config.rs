@@ -39,7 +39,8 @@ macro_rules! stages {
                 }
             }
 
-            fn stage_mut(&mut self) -> &mut dyn Stage {
+            /// As [`StageConfig::stage`], to decide what the recipe leaves open.
+            pub fn stage_mut(&mut self) -> &mut dyn Stage {
                 match self {
                     $(Self::$name(config) => config,)*
                 }

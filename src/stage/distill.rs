@@ -10,22 +10,24 @@ use serde::{Deserialize, Serialize};
 
 use super::context::StageContext;
 use super::corpus::Data;
-use super::cost::{Cost, Scene, TRAINED_WEIGHT_BYTES};
+use super::cost::{Cost, Scene, trained};
 use super::keys::{self, check_rate_unit, keys, neutralize};
 use super::kind::{Before, Effect, Judged, Stage, codes};
+use super::memory::Memory;
 use super::on_policy::OnPolicy;
 use super::session::Training;
 use super::start::StartFrom;
 use super::state::{ModelState, Packed};
 use super::states::{self, has_states};
+use super::student::Student;
 use super::validate::ValidateConfig;
 use crate::error::{Error, Result};
 use crate::export::fewbit::Saved;
 use crate::method::{self, MethodConfig};
-use crate::model::{Block, CausalLm, Loader, WeightSource};
+use crate::model::{Block, Loader, WeightSource};
 use crate::objective::ObjectiveConfig;
 use crate::quant::{Bits, GroupAxis, GroupLayout, GroupSize, ObserverConfig, Symmetry};
-use crate::train::{LearningRate, OptimizerConfig, RateUnit, ScheduleConfig};
+use crate::train::{LearningRate, NormOf, OptimizerConfig, RateUnit, ScheduleConfig};
 
 /// Keys of `[stage.distill]`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -81,6 +83,10 @@ pub struct DistillConfig {
     /// Validation while it trains, the best state, and what is done when the training fails.
     #[serde(default, skip_serializing_if = "ValidateConfig::is_default")]
     pub validate: ValidateConfig,
+    /// Where what is trained is kept: `"tape"`, `"device"`, `"host"` or `"disk"`; the same numbers from
+    /// each. Absent: the fastest that there is room for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Memory>,
     /// What the student writes itself, to be compared with its teacher on that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_policy: Option<OnPolicy>,
@@ -96,6 +102,13 @@ impl Stage for DistillConfig {
         check_rate_unit(self.rate_unit, &self.optimizer)?;
         if let Some(on_policy) = &self.on_policy {
             on_policy.check(self.batch, &self.objective)?;
+            if let Some(memory @ (Memory::Host | Memory::Disk)) = self.memory {
+                let what = format!(
+                    "on_policy needs the student whole, and memory = \"{}\" keeps one block of it on the device",
+                    memory.name()
+                );
+                return Err(Error::usage(what).fix("memory = \"device\", or no on_policy"));
+            }
         }
         if !self.method.learns() {
             return Err(Error::usage(format!("method.{} learns nothing", self.method.name()))
@@ -146,16 +159,39 @@ impl Stage for DistillConfig {
         self.steps
     }
 
+    fn memory(&mut self) -> Option<&mut Option<Memory>> {
+        // What a student writes itself needs it whole, which is the recipe's to say.
+        if self.on_policy.is_some() { None } else { Some(&mut self.memory) }
+    }
+
     fn cost(&self, scene: &Scene<'_>) -> Cost {
-        let weights = TRAINED_WEIGHT_BYTES * scene.linears + 4 * (scene.linears + 2 * scene.rest);
+        let Scene { linears, block, rest, discrete, .. } = *scene;
+        let memory = self.memory.unwrap_or(Memory::Tape);
+        let (ends, all) = (4 * 2 * rest, trained(linears, &self.optimizer));
+        // Weights and moments, and gradients that wait for the norm of all.
+        let waiting = 4 * linears
+            + self.optimizer.moments.bytes(linears)
+            + if self.optimizer.norm == NormOf::Global { 4 * linears } else { 0 };
+        // One block at work, the next one, and the teacher's.
+        let one = trained(block, &self.optimizer) + 4 * 2 * block;
+        let (weights, host, file) = match memory {
+            Memory::Tape => (all + 4 * linears + ends, 0, 0),
+            Memory::Device => (waiting + one + 4 * linears + ends, 0, 0),
+            Memory::Host if discrete => (one + ends, waiting, 0),
+            Memory::Host => (waiting + one + ends, 0, 0),
+            Memory::Disk => (one + ends, 0, waiting),
+        };
         // The saved state, the best one, and one of them while it is written.
-        let disk = scene.linears + states::bytes(scene.linears, self.keep);
+        let disk = linears + states::bytes_with(linears, &self.optimizer, self.keep) + file;
         let keys = keys!(self);
-        let cost = scene.training(&keys, weights, [0, scene.linears * 4 * 40], 60);
+        let by_block = memory != Memory::Tape;
+        let moved = [0, linears * 4 * 40 + 2 * file];
+        let cost = scene.training(&keys, weights, moved, 60, by_block);
         let writing =
             self.on_policy.as_ref().map_or_else(Cost::default, |own| own.cost(scene, &keys));
         cost.map_or_else(Cost::default, |cost| Cost {
             disk,
+            host,
             device: cost.device + writing.device,
             seconds: cost.seconds + writing.seconds,
             ..cost
@@ -172,6 +208,7 @@ impl Stage for DistillConfig {
 
     fn neutralize(&mut self) {
         neutralize!(self);
+        self.memory = None;
     }
 
     fn has_saved(&self, dir: &Path) -> bool {
@@ -179,9 +216,7 @@ impl Stage for DistillConfig {
     }
 
     fn run(&self, ctx: &mut StageContext<'_>) -> Result<()> {
-        let mut student = student(self, ctx)?;
-        attach_all(&mut student, self, ctx)?;
-        let start = scales(&student)?;
+        let (student, start) = student(self, ctx)?;
         let base = self.learning_rate;
         let training = Training {
             verb: "distill",
@@ -191,6 +226,7 @@ impl Stage for DistillConfig {
             rate_unit: self.rate_unit,
             fake_quant: self.method.tunes().is_none(),
             on_policy: self.on_policy.as_ref(),
+            memory: self.memory.unwrap_or(Memory::Tape),
         };
         let student = training.run(student, ctx)?;
         finish(self, ctx, &student, &start)
@@ -201,26 +237,36 @@ impl Stage for DistillConfig {
     }
 }
 
-/// The current model, its codes packed where the method leaves them as they are.
-fn student(config: &DistillConfig, ctx: &StageContext<'_>) -> Result<CausalLm> {
+/// The current model with the method on every linear of the plan, and how coarse each grid is. Codes
+/// are packed where the method leaves them as they are.
+fn student(config: &DistillConfig, ctx: &StageContext<'_>) -> Result<(Student, Vec<f32>)> {
     let (model, device) = (&*ctx.model, &ctx.device.device);
     let packed = Packed(model);
     let source: &dyn WeightSource = if config.method.tunes().is_some() { &packed } else { model };
-    let student = Loader { config: &model.config, source, device, dtype: ctx.compute }.model()?;
-    Ok(student.with_tap(model.activations.tap()))
+    let loader = Loader { config: &model.config, source, device, dtype: ctx.compute };
+    let ends = loader.ends()?.with_tap(model.activations.tap());
+    let mut start = Vec::new();
+    let block = |index| {
+        let mut block = loader.block(index)?;
+        attach(&mut block, index, config, ctx)?;
+        scales(&block, &mut start)?;
+        Ok(block)
+    };
+    let memory = config.memory.unwrap_or(Memory::Tape);
+    let student = Student::build(memory, ends, ctx.dir, (device, ctx.device.discrete), block)?;
+    Ok((student, start))
 }
 
 /// Folds and saves the codes.
 fn finish(
     config: &DistillConfig,
     ctx: &mut StageContext<'_>,
-    student: &CausalLm,
+    student: &Student,
     start: &[f32],
 ) -> Result<()> {
-    let changes: Vec<f32> =
-        scales(student)?.iter().zip(start).map(|(end, start)| (end / start).ln()).collect();
-    ctx.report_scale_change(&changes, ctx.first_step + config.steps);
-    for (index, block) in student.blocks.iter().enumerate() {
+    let mut end = Vec::with_capacity(start.len());
+    student.visit_blocks(|index, block| {
+        scales(block, &mut end)?;
         let mut saved = Saved::default();
         for (name, linear) in block.linears() {
             let name = format!("{}.{name}", ctx.model.config.block_prefix(index));
@@ -230,47 +276,45 @@ fn finish(
                 saved.linears.push((name, folded, config.method.name().to_owned()));
             }
         }
-        if !saved.linears.is_empty() {
-            ctx.save_block(index, saved)?;
-        }
-    }
+        if saved.linears.is_empty() { Ok(()) } else { ctx.save_block(index, saved) }
+    })?;
+    let changes: Vec<f32> = end.iter().zip(start).map(|(end, start)| (end / start).ln()).collect();
+    ctx.report_scale_change(&changes, ctx.first_step + config.steps);
     ctx.report_codes();
     Ok(())
 }
 
-/// Puts the method on every linear of the plan.
-fn attach_all(
-    student: &mut CausalLm,
+/// Puts the method on every linear of the plan in a block.
+fn attach(
+    block: &mut Block,
+    index: usize,
     config: &DistillConfig,
     ctx: &StageContext<'_>,
 ) -> Result<()> {
-    for (index, block) in student.blocks.iter_mut().enumerate() {
-        for (name, linear) in block.linears_mut() {
-            let name = format!("{}.{name}", ctx.model.config.block_prefix(index));
-            if !ctx.specs.contains_key(&name) {
-                continue;
-            }
-            if let Some(learned) = config.method.tunes() {
-                same_codes(ctx, &name)?;
-                let coded = ctx.coded(&name, learned)?;
-                linear.weight = coded.into_parameter(linear.weight.id);
-                continue;
-            }
-            ctx.attach(&name, linear, &config.method, config.start_from, ctx.compute)?;
+    for (name, linear) in block.linears_mut() {
+        let name = format!("{}.{name}", ctx.model.config.block_prefix(index));
+        if !ctx.specs.contains_key(&name) {
+            continue;
         }
+        if let Some(learned) = config.method.tunes() {
+            same_codes(ctx, &name)?;
+            let coded = ctx.coded(&name, learned)?;
+            linear.weight = coded.into_parameter(linear.weight.id);
+            continue;
+        }
+        ctx.attach(&name, linear, &config.method, config.start_from, ctx.compute)?;
     }
     Ok(())
 }
 
-/// How coarse the grid of every group is, in order.
-fn scales(model: &CausalLm) -> Result<Vec<f32>> {
-    let mut all = Vec::new();
-    for (_, linear) in model.blocks.iter().flat_map(Block::linears) {
+/// Adds how coarse the grid of every group of a block is, in order.
+fn scales(block: &Block, all: &mut Vec<f32>) -> Result<()> {
+    for (_, linear) in block.linears() {
         if let Some(coarseness) = method::coarseness(&linear.weight) {
             all.extend(coarseness?);
         }
     }
-    Ok(all)
+    Ok(())
 }
 
 /// Refuses codes that this stage's `bits` or `group_size` would regroup.

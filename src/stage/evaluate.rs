@@ -18,7 +18,7 @@ use crate::model::{CausalLm, Forward, Loader, ModelConfig, ModelTap, WeightSourc
 use crate::quant::{GroupAxis, GroupLayout, QuantSpec, QuantizedWeight, Symmetry};
 use crate::report::terminal::Terminal;
 use crate::report::{Event, Number, Reporter};
-use crate::task::{Bench, Files, Material, Prepared, Score, Source, TaskConfig};
+use crate::task::{Bench, Files, Material, Prepared, Score, Source, TaskConfig, Writes};
 
 /// Keys of `[stage.evaluate]`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -89,9 +89,19 @@ impl Stage for EvaluateConfig {
             _ => 0,
         });
         let tokens = tokens.sum::<u64>() * models;
+        let reading = scene.speed.seconds(2.0 * (weights * tokens) as f64, 0.0, 0.0);
+        // `check_data` says what is wrong with files.
+        let writing = self.all().filter_map(|task| {
+            let files = Files::find(&task.task().source()).ok()?;
+            let Writes { texts, together, tokens } = task.task().writes(&files).ok()??;
+            Some(scene.writing(texts as u64, together as u64, tokens as u64))
+        });
+        let writing: Vec<Cost> = writing.collect();
+        let cached = writing.iter().map(|cost| cost.device).max().unwrap_or(0);
+        let seconds: f64 = writing.iter().map(|cost| cost.seconds).sum();
         Cost {
-            device: 4 * weights + scene.tape(2048, 2048),
-            seconds: scene.speed.seconds(2.0 * (weights * tokens) as f64, 0.0, 0.0),
+            device: 4 * weights + scene.tape(2048, 2048).max(cached),
+            seconds: reading + seconds * models as f64,
             ..Cost::default()
         }
     }

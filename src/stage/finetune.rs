@@ -18,9 +18,11 @@ use super::cost::{Cost, Scene};
 use super::keys::{check_counts, keys, neutralize};
 use super::kind::{Before, Effect, Judged, Stage};
 use super::lora::{self, Adapters, Targets};
+use super::memory::Memory;
 use super::session::Training;
 use super::state::ModelState;
 use super::states::{self, has_states};
+use super::student::Student;
 use super::validate::ValidateConfig;
 use crate::data;
 use crate::error::{Error, Result};
@@ -294,13 +296,14 @@ impl Stage for FinetuneConfig {
         let learned = self.method.trainable(scene.config());
         let all = scene.linears + scene.rest;
         let teacher = if self.objective.needs_teacher() { 4 * all } else { 0 };
+        let moments = self.optimizer.moments.bytes(learned);
         // Weights, merged ones and their gradients; of what learns also two moments.
-        let weights = 4 * (3 * scene.linears + scene.rest) + teacher + 16 * learned;
+        let weights = 4 * (3 * scene.linears + scene.rest) + teacher + 8 * learned + moments;
         // Weights with their factors merged are made anew, with their gradients.
-        let cost = scene.training(&keys!(self), weights, [scene.linears * 4 * 8, 0], 20);
+        let cost = scene.training(&keys!(self), weights, [scene.linears * 4 * 8, 0], 20, false);
         cost.map_or_else(Cost::default, |cost| Cost {
             host: 4 * scene.linears,
-            disk: 4 * scene.linears + states::bytes(learned, self.keep),
+            disk: 4 * scene.linears + states::bytes_with(learned, &self.optimizer, self.keep),
             ..cost
         })
     }
@@ -334,12 +337,13 @@ impl Stage for FinetuneConfig {
             rate_unit: RateUnit::Absolute,
             fake_quant: false,
             on_policy: None,
+            memory: Memory::Tape,
         };
-        let student = training.run(student, ctx)?;
+        let student = training.run(Student::Whole(student), ctx)?;
         // The public copy first: the stage is done once its own is there.
         write_adapter(self, ctx, &student)?;
         let all = holds_codes(ctx);
-        for (index, block) in student.blocks.iter().enumerate() {
+        student.visit_blocks(|index, block| {
             let mut saved = Saved::default();
             let prefix = block.config.block_prefix(index);
             for (spec, linear) in block.specs().zip(&block.linears) {
@@ -350,7 +354,8 @@ impl Stage for FinetuneConfig {
             }
             saved.write(&ctx.block_file(index))?;
             take(ctx, saved);
-        }
+            Ok(())
+        })?;
         finish(ctx);
         Ok(())
     }
@@ -441,17 +446,18 @@ fn note_size(config: &FinetuneConfig, ctx: &mut StageContext<'_>) {
 fn write_adapter(
     config: &FinetuneConfig,
     ctx: &mut StageContext<'_>,
-    student: &CausalLm,
+    student: &Student,
 ) -> Result<()> {
     let Some(adapters) = config.method.adapters() else { return Ok(()) };
     let mut factors = Vec::new();
-    for (index, block) in student.blocks.iter().enumerate() {
+    student.visit_blocks(|index, block| {
         let prefix = block.config.block_prefix(index);
         for (name, linear) in block.linears() {
             let name = format!("{prefix}.{name}");
             factors.extend(lora::factors(&name, &linear.weight));
         }
-    }
+        Ok(())
+    })?;
     let dir = ctx.run_dir.join("adapters").join(config.method.name());
     let path = lora::write_folder(&dir, &adapters, ctx.model, &factors)?;
     let bytes = std::fs::metadata(&path).map_or(0, |data| data.len());

@@ -5,6 +5,7 @@ use std::path::Path;
 use super::context::StageContext;
 use super::corpus::Data;
 use super::cost::{Cost, Scene};
+use super::memory::Memory;
 use super::state::ModelState;
 use super::validate::ValidateConfig;
 use crate::error::{Error, Result};
@@ -84,6 +85,12 @@ pub trait Stage {
 
     /// What it will need: an estimate.
     fn cost(&self, scene: &Scene<'_>) -> Cost;
+
+    /// Where what it trains is kept, where that is a choice; what the recipe leaves open is chosen by the room
+    /// that there is.
+    fn memory(&mut self) -> Option<&mut Option<Memory>> {
+        None
+    }
 
     /// The formats it writes.
     fn exports(&self) -> Option<&FormatsConfig> {

@@ -1,16 +1,16 @@
 //! How a training of the whole model is doing: validations, the best state so far, and what is done
 //! when it fails.
 
-use burn::module::Module;
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::context::StageContext;
 use super::results::{Quality, Setback};
+use super::student::Student;
+use super::teacher::Teacher;
 use super::validate::{Point, Slice, ValidateConfig};
 use super::watch::{self, Failure, Watch};
 use crate::error::{Error, Result};
-use crate::model::CausalLm;
 use crate::objective::ObjectiveConfig;
 use crate::report::{Event, Reporter};
 
@@ -67,7 +67,7 @@ impl Monitor {
         config: &ValidateConfig,
         (verb, steps, objective): (&'static str, u64, &ObjectiveConfig),
         ctx: &mut StageContext<'_>,
-        teacher: Option<&CausalLm>,
+        teacher: Option<&Teacher>,
     ) -> Result<Self> {
         let every = config.interval(steps);
         let corpus = ctx.data.validation.as_ref().filter(|_| every > 0 && steps > 0);
@@ -86,15 +86,16 @@ impl Monitor {
         monitor.progress.slice = monitor.measured_on();
         if let (Some(slice), Some(teacher)) = (&monitor.slice, teacher) {
             let (config, device, stop) = (&ctx.model.config, &ctx.device.device, ctx.stop);
-            monitor.teacher = Some(slice.hidden(teacher, config, device, stop)?);
-            if ctx.model.tuned.is_empty() {
-                let point = || slice.measure(teacher, None, config, device, stop);
-                let mut float = slice.quality(ctx, "float", 0.0);
-                let known = |q: &Quality| q.what == "float" && q.compares_with(&float);
-                if !ctx.results.quality.iter().any(known) {
-                    float.nll_per_token = Some(point()?.nll).filter(|nll| nll.is_finite());
-                    ctx.results.quality.push(float);
-                }
+            let hidden = teacher.with(ctx, |model| slice.hidden(model, config, device, stop))?;
+            monitor.teacher = Some(hidden);
+            let mut float = slice.quality(ctx, "float", 0.0);
+            let known = |q: &Quality| q.what == "float" && q.compares_with(&float);
+            if ctx.model.tuned.is_empty() && !ctx.results.quality.iter().any(known) {
+                let point =
+                    teacher.with(ctx, |model| slice.measure(model, None, config, device, stop));
+                let nll = point?.nll;
+                float.nll_per_token = Some(nll).filter(|nll| nll.is_finite());
+                ctx.results.quality.push(float);
             }
         }
         Ok(monitor)
@@ -147,16 +148,16 @@ impl Monitor {
     /// When a signal came: then nothing is measured.
     pub(super) fn validate(
         &mut self,
-        student: &CausalLm,
-        teacher: Option<&CausalLm>,
+        student: &Student,
+        teacher: Option<&Teacher>,
         step: u64,
         ctx: &mut StageContext<'_>,
     ) -> Result<std::result::Result<bool, Failure>> {
         let Some(slice) = &self.slice else { return Ok(Ok(false)) };
-        let student = student.clone().valid();
-        let goal = teacher.zip(self.teacher.as_deref());
+        let goal = teacher.map(Teacher::ends).zip(self.teacher.as_deref());
         let (config, device) = (&ctx.model.config, &ctx.device.device);
-        let point = slice.measure(&student, goal, config, device, ctx.stop)?;
+        let point =
+            student.off_tape(|model| slice.measure(model, goal, config, device, ctx.stop))?;
         self.progress.validated = Some(step);
         let failure = self.progress.watch.validation(step, point.nll);
         let best = failure.is_none() && self.keeps_start() && self.is_best(step, &point);

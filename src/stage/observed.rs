@@ -9,8 +9,9 @@ use burn::tensor::Tensor;
 
 use super::activations::Activations;
 use super::context::StageContext;
+use super::places::Places;
 use crate::error::{Error, Result};
-use crate::model::{Block, Positions, Site};
+use crate::model::{Block, Site};
 use crate::quant::Hessian;
 
 /// What enters one site of a block.
@@ -33,7 +34,7 @@ pub(super) fn observe(
     ctx: &StageContext<'_>,
     block: &Block,
     input: &Activations,
-    positions: &Positions,
+    places: &Places,
     sites: &[Site],
     keep: bool,
 ) -> Result<BTreeMap<Site, Observed>> {
@@ -52,9 +53,9 @@ pub(super) fn observe(
         }
         x
     };
-    input.each(&ctx.device.device, |x| {
+    input.each(&ctx.device.device, |x, samples| {
         ctx.stop.check()?;
-        block.forward_tapped(x, positions, None, &tap);
+        block.forward_tapped(x, &places.of(samples), None, &tap);
         Ok(())
     })?;
     Ok(all.into_inner())
@@ -65,7 +66,7 @@ pub(super) fn observe(
 pub(super) struct Reference<'a> {
     site: Site,
     observed: &'a Observed,
-    positions: &'a Positions,
+    places: &'a Places,
     output: Option<Activations>,
 }
 
@@ -76,21 +77,27 @@ impl<'a> Reference<'a> {
         block: &Block,
         site: Site,
         observed: &'a Observed,
-        positions: &'a Positions,
+        places: &'a Places,
     ) -> Result<Self> {
-        let mut reference = Self { site, observed, positions, output: None };
+        let mut reference = Self { site, observed, places, output: None };
         if !observed.inputs.is_empty() && !judged_alone(site) {
-            let output =
-                observed.inputs.map(&ctx.device.device, |x| reference.forward(ctx, block, x))?;
-            reference.output = Some(output);
+            let forward = |x: Tensor<3>, samples: &[u32]| reference.forward(ctx, block, x, samples);
+            reference.output = Some(observed.inputs.map(&ctx.device.device, forward)?);
         }
         Ok(reference)
     }
 
-    fn forward(&self, ctx: &StageContext<'_>, block: &Block, x: Tensor<3>) -> Result<Tensor<3>> {
+    /// Of the inputs with these numbers, which are those of windows where the module is attention.
+    fn forward(
+        &self,
+        ctx: &StageContext<'_>,
+        block: &Block,
+        x: Tensor<3>,
+        samples: &[u32],
+    ) -> Result<Tensor<3>> {
         ctx.stop.check()?;
         Ok(match self.site {
-            Site::Attention => block.attention(x, self.positions, None, &|_, x| x),
+            Site::Attention => block.attention(x, &self.places.of(samples), None, &|_, x| x),
             Site::Expert(expert) => block.expert(expert, x, &|_, x| x),
             _ => block.mlp(x, &|_, x| x),
         })
@@ -100,9 +107,9 @@ impl<'a> Reference<'a> {
     pub(super) fn block_error(&self, ctx: &StageContext<'_>, block: &Block) -> Result<f64> {
         let inputs = &self.observed.inputs;
         match &self.output {
-            Some(output) => {
-                inputs.mse_through(&ctx.device.device, output, |x| self.forward(ctx, block, x))
-            }
+            Some(output) => inputs.mse_through(&ctx.device.device, output, |x, samples| {
+                self.forward(ctx, block, x, samples)
+            }),
             None => Err(Error::failed("a linear's own output is judged by its weight")),
         }
     }

@@ -106,25 +106,13 @@ impl OnPolicy {
         (self.share * batch as f64).round() as usize
     }
 
-    /// What the writing takes: for each token of some texts every weight is read once.
+    /// What the writing takes.
     pub(super) fn cost(&self, scene: &Scene<'_>, keys: &Keys<'_>) -> Cost {
         let rows = (self.rows(keys.batch) * keys.accumulate) as u64 * keys.steps;
-        let texts = (self.every * rows / keys.steps.max(1)).clamp(1, TOGETHER as u64);
-        let passes = (rows.div_ceil(texts) * self.max_new_tokens as u64) as f64;
-        let weights = (scene.linears + scene.rest) as f64;
-        let config = scene.config();
-        let cached = 2 * (config.n_kv_heads * config.head_dim * config.n_blocks) as u64;
-        // A block forward is about a third of the operations of one forward and backward.
-        let steps = passes * config.n_blocks as f64 / 3.0;
-        Cost {
-            device: 4 * scene.linears + 4 * texts * cached * self.max_new_tokens as u64,
-            seconds: scene.speed.seconds(
-                2.0 * weights * passes * texts as f64,
-                4.0 * weights * passes,
-                steps,
-            ),
-            ..Cost::default()
-        }
+        let together = (self.every * rows / keys.steps.max(1)).clamp(1, TOGETHER as u64);
+        let cost = scene.writing(rows, together, self.max_new_tokens as u64);
+        // The student's weights besides, as it writes with them.
+        Cost { device: 4 * scene.linears + cost.device, ..cost }
     }
 
     fn sampler(&self, seed: u64) -> Sampler {

@@ -27,7 +27,7 @@ use self::fit::Fit;
 pub use self::keys::{ReconstructConfig, Within};
 use super::context::{StageContext, block_file, saved_mse, with_mse};
 use super::corpus::Data;
-use super::cost::{Cost, Lever, Scene, TRAINED_WEIGHT_BYTES};
+use super::cost::{Cost, Lever, Scene, trained};
 use super::keys::check_rate_unit;
 use super::kind::{Before, Effect, Judged, Stage, codes};
 use super::state::ModelState;
@@ -126,9 +126,9 @@ impl Stage for ReconstructConfig {
         let streams = 3 + pieces + u64::from(self.augmented());
         let sample = 4 * streams * length * config.d_model as u64;
         Cost {
-            device: TRAINED_WEIGHT_BYTES * scene.block + scene.tape(tokens, length),
+            device: trained(scene.block, &self.optimizer) + scene.tape(tokens, length),
             host: samples * sample,
-            disk: scene.linears + states::bytes(scene.block, self.keep),
+            disk: scene.linears + states::bytes_with(scene.block, &self.optimizer, self.keep),
             seconds: scene.speed.seconds(flops, moved, steps),
             lever: Some(Lever { key: "data.calibration.samples", value: samples, bytes: sample }),
         }

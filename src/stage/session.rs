@@ -3,28 +3,28 @@
 
 use std::time::{Duration, Instant};
 
-use burn::module::Module;
-use burn::tensor::Tensor;
-
 use super::batch::Feed;
 use super::context::StageContext;
 use super::corpus::{Corpus, Data};
 use super::keys::Keys;
+use super::memory::Memory;
 use super::monitor::Monitor;
 use super::on_policy::{OnPolicy, Samples, Writing};
 use super::states::States;
-use super::training_state::{PARAMETERS, Snapshot, State};
+use super::step::{ByBlockStep, OnTape, Part};
+use super::student::Student;
+use super::teacher::Teacher;
+use super::training_state::{Snapshot, State};
 use super::watch::{Failure, Seen};
 use crate::data::{Order, seed_of};
 use crate::error::{Error, Kind, Result};
 use crate::exhausted;
-use crate::method;
-use crate::model::{Block, CausalLm, Loader, Positions};
+use crate::model::{CausalLm, Positions};
 use crate::objective::ObjectiveConfig;
 use crate::ops::Closeness;
 use crate::quant::ScaleDigits;
 use crate::report::{Event, Reporter, memory};
-use crate::train::{self, Optimizer, OptimizerConfig, RateUnit, StepStats, Still};
+use crate::train::{Optimizer, RateUnit, StepStats};
 
 /// How a whole model is trained.
 pub(super) struct Training<'a> {
@@ -42,15 +42,21 @@ pub(super) struct Training<'a> {
     pub fake_quant: bool,
     /// What the student writes itself, and is compared with its teacher on.
     pub on_policy: Option<&'a OnPolicy>,
+    /// Where what is trained is kept.
+    pub memory: Memory,
 }
 
 impl Training<'_> {
+    fn optimizer(&self, ctx: &StageContext<'_>) -> Optimizer {
+        Optimizer::new(self.keys.optimizer).of_blocks(ctx.model.config.n_blocks)
+    }
+
     /// Trains what learns of `student`, off the tape before and after; goes on from a saved state
     /// where there is one.
     ///
     /// # Errors
     /// Whatever goes wrong; a signal, after a save.
-    pub(super) fn run(&self, student: CausalLm, ctx: &mut StageContext<'_>) -> Result<CausalLm> {
+    pub(super) fn run(&self, student: Student, ctx: &mut StageContext<'_>) -> Result<Student> {
         let mut session = Session::start(self, student, ctx)?;
         while session.step < self.keys.steps && !session.monitor.is_out_of_patience() {
             if let Err(stopped) = ctx.stop.check().and_then(|()| session.write(self, ctx)) {
@@ -76,27 +82,33 @@ impl Training<'_> {
             ctx.report.emit(&Event::Note { text });
         }
         session.leave_best(self, ctx)?;
-        Ok(session.taken()?.valid())
+        session.states.finish()?;
+        Ok(session.student)
     }
 }
 
 /// Everything a step needs. What a checkpoint holds is `student`'s learned parameters,
 /// `optimizer`'s state, `step` and what `monitor` knows; the data order is a function of the step.
 struct Session {
-    student: Option<CausalLm>,
-    teacher: Option<CausalLm>,
-    objective: ObjectiveConfig,
+    student: Student,
+    teacher: Option<Teacher>,
+    source: Source,
     optimizer: Optimizer,
-    order: Order,
-    positions: Positions,
-    /// What the student wrote last.
-    samples: Option<Samples>,
     step: u64,
     /// Whether scales have few digits already.
     shortened: bool,
     monitor: Monitor,
     states: States,
     timer: Timer,
+}
+
+/// What steps are made of: a function of the step.
+struct Source {
+    objective: ObjectiveConfig,
+    order: Order,
+    positions: Positions,
+    /// What the student wrote last.
+    samples: Option<Samples>,
 }
 
 /// Times between log points.
@@ -112,10 +124,45 @@ impl Timer {
     }
 }
 
+impl Source {
+    /// The micro-batches of a step.
+    fn micros<'a>(
+        &'a self,
+        step: u64,
+        training: &'a Training<'_>,
+        ctx: &'a StageContext<'_>,
+    ) -> Result<Vec<Vec<Part<'a>>>> {
+        let Keys { batch: size, accumulate, .. } = training.keys;
+        let corpus = Data::need(ctx.data.train.as_ref(), "train")?;
+        let feed = feed(ctx, corpus, &self.positions);
+        let drawn = self.order.batch(step);
+        let own = training.on_policy.zip(self.samples.as_ref());
+        let written = own.map_or(0, |(keys, _)| keys.rows(size));
+        let share = |rows: usize| rows as f64 / size as f64;
+        let micro = |micro: usize| {
+            let windows = &drawn[micro * size..][..size];
+            let mut parts = Vec::new();
+            if let Some((keys, samples)) = own {
+                let samples = samples.of(step, [micro, accumulate], written);
+                let objective = keys.objective.as_ref().unwrap_or(&self.objective);
+                let batch = feed.written(&samples);
+                parts.push(Part { batch, objective, share: share(written) });
+            }
+            if written < size {
+                let batch = feed.windows(&windows[written..]);
+                let objective = &self.objective;
+                parts.push(Part { batch, objective, share: share(size - written) });
+            }
+            parts
+        };
+        Ok((0..accumulate).map(micro).collect())
+    }
+}
+
 impl Session {
     fn start(
         training: &Training<'_>,
-        student: CausalLm,
+        student: Student,
         ctx: &mut StageContext<'_>,
     ) -> Result<Self> {
         let corpus = Data::need(ctx.data.train.as_ref(), "train")?;
@@ -130,19 +177,16 @@ impl Session {
         let device = &ctx.device.device;
         let positions = Positions::new(&ctx.model.config, 0, corpus.length, ctx.compute, device);
         let compares = training.keys.objective.needs_teacher() || training.on_policy.is_some();
-        let teacher = compares.then(|| teacher(ctx)).transpose()?;
+        let teacher = compares.then(|| Teacher::new(ctx, training.memory)).transpose()?;
         let feed = feed(ctx, corpus, &positions);
         let objective = confident(training, ctx, teacher.as_ref(), &order, &feed)?;
         let watched = (training.verb, training.keys.steps, training.keys.objective);
         let monitor = Monitor::new(training.keys.validate, watched, ctx, teacher.as_ref())?;
         let mut session = Self {
-            student: Some(student.train()),
+            student: student.train(),
             teacher,
-            objective,
-            optimizer: Optimizer::new(training.keys.optimizer),
-            order,
-            positions,
-            samples: None,
+            source: Source { objective, order, positions, samples: None },
+            optimizer: training.optimizer(ctx),
             step: 0,
             shortened: false,
             monitor,
@@ -155,8 +199,39 @@ impl Session {
         Ok(session)
     }
 
-    fn taken(&mut self) -> Result<CausalLm> {
-        self.student.take().ok_or_else(|| Error::failed("the student is gone"))
+    /// Gradients and update of one step.
+    fn update(
+        &mut self,
+        training: &Training<'_>,
+        ctx: &StageContext<'_>,
+        rate_of: &dyn Fn(&str) -> f64,
+        compare: bool,
+    ) -> Result<(StepStats, Option<Closeness>)> {
+        let waiting = Instant::now();
+        let micros = self.source.micros(self.step, training, ctx)?;
+        self.timer.data += waiting.elapsed();
+        self.timer.tokens += micros.iter().flatten().map(|part| part.batch.len()).sum::<usize>();
+        let in_units = training.rate_unit == RateUnit::Grid;
+        let (fake_quant, optimizer) = (training.fake_quant, &mut self.optimizer);
+        let teacher = self.teacher.as_ref();
+        match &mut self.student {
+            Student::Whole(model) => {
+                let on_tape = OnTape { in_units, fake_quant, teacher: teacher.map(Teacher::ends) };
+                // Moved, not cloned: what is held once is updated in place.
+                let blocks = std::mem::take(&mut model.blocks);
+                let whole = CausalLm { blocks, ..model.clone() };
+                let (stepped, stats, closeness) =
+                    on_tape.step(whole, optimizer, &micros, rate_of, compare)?;
+                *model = stepped;
+                Ok((stats, closeness))
+            }
+            Student::Shelved(shelf) => {
+                let mut step = ByBlockStep { shelf, optimizer, rate_of, in_units, fake_quant };
+                let Some(teacher) = teacher else { return step.step(&micros, None, compare) };
+                teacher
+                    .with(ctx, |model| step.step(&micros, Some((model, teacher.ends())), compare))
+            }
+        }
     }
 
     /// One optimizer step.
@@ -164,65 +239,17 @@ impl Session {
         let step = self.step;
         exhausted::part(&format!("step {step}"));
         if step >= ctx.shortens_at(training.keys.steps) && !self.shortened {
-            self.shorten(ctx.scales)?;
+            self.shorten(ctx.scales);
         }
-        let corpus = Data::need(ctx.data.train.as_ref(), "train")?;
         let schedule = training.keys.schedule.resolved(training.rate_unit, training.keys.steps);
         let scheduled = schedule.factor(step, training.keys.steps);
         let factor = scheduled * self.monitor.rate_factor();
         let rate_of = |path: &str| (training.rate_of)(path) * factor;
-        let drawn = self.order.batch(step);
-        let student = self.taken()?;
-        let (teacher, timer) = (self.teacher.as_ref(), &mut self.timer);
-        let feed = feed(ctx, corpus, &self.positions);
-        let objective = &self.objective;
-        let own = training.on_policy.zip(self.samples.as_ref());
         let log_point =
             (step + 1).is_multiple_of(training.keys.log_every) || step + 1 == training.keys.steps;
-        let mut closeness = None;
-        let loss = |student: &CausalLm, part: usize| {
-            let waiting = Instant::now();
-            let size = training.keys.batch;
-            let windows = &drawn[part * size..][..size];
-            let compare = log_point && part == 0;
-            let written = own.map_or(0, |(keys, _)| keys.rows(size));
-            let mut parts = Vec::new();
-            if let Some((keys, samples)) = own {
-                let samples = samples.of(step, [part, training.keys.accumulate], written);
-                let batch = feed.written(&samples);
-                parts.push((batch, keys.objective.as_ref().unwrap_or(objective), written));
-            }
-            if written < size {
-                parts.push((feed.windows(&windows[written..]), objective, size - written));
-            }
-            timer.data += waiting.elapsed();
-            let mut sum: Option<Tensor<1>> = None;
-            for (batch, objective, rows) in parts {
-                timer.tokens += batch.len();
-                let (loss, measured) = batch.loss(student, teacher, objective, compare)?;
-                closeness = closeness.take().or(measured);
-                let share = rows as f64 / size as f64;
-                let loss = if rows == size { loss } else { loss * share };
-                sum = Some(match sum {
-                    None => loss,
-                    Some(sum) => sum + loss,
-                });
-            }
-            sum.ok_or_else(|| Error::failed("an empty batch"))
-        };
-        let (optimizer, accumulate) = (&mut self.optimizer, training.keys.accumulate);
-        if training.rate_unit == RateUnit::Grid {
-            let linears = student.blocks.iter().flat_map(Block::linears);
-            optimizer.measure_by(linears.flat_map(|(_, l)| method::measures(&l.weight)).collect());
-        }
-        let stepped = if training.fake_quant {
-            train::accumulated_step(student, optimizer, accumulate, &rate_of, still, loss)
-        } else {
-            train::checked_step(student, optimizer, accumulate, &rate_of, loss)
-        };
-        let (student, stats) =
+        let stepped = self.update(training, ctx, &rate_of, log_point);
+        let (stats, closeness) =
             stepped.map_err(|e| e.at(format!("stage {}, step {step}", ctx.stage)))?;
-        self.student = Some(student);
         let StepStats { loss, grad_norm, ref culprit } = stats;
         let culprit = culprit.clone();
         let seen = Seen { step: step + 1, loss, grad_norm, factor: scheduled };
@@ -252,30 +279,28 @@ impl Session {
     fn write(&mut self, training: &Training<'_>, ctx: &mut StageContext<'_>) -> Result<()> {
         let Some(keys) = training.on_policy else { return Ok(()) };
         let at = Samples::written_at(self.step, keys);
-        if self.samples.as_ref().is_some_and(|samples| samples.step == at && at < self.step) {
+        if self.source.samples.as_ref().is_some_and(|samples| samples.step == at && at < self.step)
+        {
             return Ok(());
         }
         if at < self.step
             && let Some(samples) = Samples::read(ctx.dir, at)
         {
-            self.samples = Some(samples);
+            self.source.samples = Some(samples);
             return Ok(());
         }
-        let Some(student) = &self.student else { return Ok(()) };
         let corpus = Data::need(ctx.data.train.as_ref(), "train")?;
         let Keys { batch, accumulate, steps, .. } = training.keys;
         let rows = keys.rows(batch);
         let windows: Vec<u32> = (at..(at + keys.every).min(steps))
             .flat_map(|step| {
-                let drawn = self.order.batch(step);
+                let drawn = self.source.order.batch(step);
                 let parts = (0..accumulate).map(|part| drawn[part * batch..][..rows].to_vec());
                 parts.flatten().collect::<Vec<u32>>()
             })
             .collect();
-        let student = if training.fake_quant {
-            still(student).module.valid()
-        } else {
-            student.clone().valid()
+        let Some(student) = self.student.whole() else {
+            return Err(Error::failed("a student that waits elsewhere cannot write"));
         };
         let writing = Writing {
             keys,
@@ -299,7 +324,7 @@ impl Session {
         });
         let samples = samples.map_err(|e| e.at(format!("stage {}, step {done}", ctx.stage)))?;
         samples.save(ctx.dir)?;
-        self.samples = Some(samples);
+        self.source.samples = Some(samples);
         Ok(())
     }
 
@@ -342,8 +367,7 @@ impl Session {
     }
 
     fn validate(&mut self, ctx: &mut StageContext<'_>) -> Result<Result<bool, Failure>> {
-        let Some(student) = &self.student else { return Ok(Ok(false)) };
-        let validated = self.monitor.validate(student, self.teacher.as_ref(), self.step, ctx);
+        let validated = self.monitor.validate(&self.student, self.teacher.as_ref(), self.step, ctx);
         // What a validation takes is no part of the next step's speed.
         self.timer = Timer::new();
         validated
@@ -352,15 +376,18 @@ impl Session {
     /// Keeps the current state as the one to go back to.
     fn keep(&mut self) -> Result<()> {
         self.monitor.keep(self.step);
-        match &self.student {
-            Some(student) => self.states.write_best(self.snapshot(student, String::new())),
-            None => Ok(()),
-        }
+        self.states.write_best(self.snapshot(String::new()))?;
+        self.settle()
     }
 
-    fn snapshot(&self, student: &CausalLm, progress: String) -> Snapshot {
+    fn snapshot(&self, progress: String) -> Snapshot {
         let facts = [("step", self.step.to_string()), ("progress", progress)];
-        Snapshot::of(student, &self.optimizer, facts)
+        self.student.snapshot(&self.optimizer, facts)
+    }
+
+    /// Waits for a state that is being written, where it reads what the next step changes.
+    fn settle(&mut self) -> Result<()> {
+        if self.student.waits() { self.states.finish() } else { Ok(()) }
     }
 
     /// Goes on from the state that was kept, with half the rate.
@@ -372,33 +399,31 @@ impl Session {
         ctx: &mut StageContext<'_>,
     ) -> Result<()> {
         self.monitor.go_back(failure, step, ctx)?;
-        self.take_kept(training.keys.optimizer, ctx)?;
+        self.take_kept(training, ctx)?;
         self.timer = Timer::new();
         self.save(ctx)
     }
 
     /// The state that was kept becomes the current one.
-    fn take_kept(&mut self, optimizer: &OptimizerConfig, ctx: &StageContext<'_>) -> Result<()> {
+    fn take_kept(&mut self, training: &Training<'_>, ctx: &StageContext<'_>) -> Result<()> {
         // A resumed run would find the scales long, and shorten them when it is time.
         if self.shortened {
-            self.shorten(ScaleDigits::F32)?;
+            self.shorten(ScaleDigits::F32);
             self.shortened = false;
         }
         self.states.finish()?;
-        self.take(&State::open(&self.states.best_file())?, optimizer, ctx)
+        self.take(&State::open(&self.states.best_file())?, training, ctx)
     }
 
     /// A saved state becomes the current one.
     fn take(
         &mut self,
         state: &State,
-        optimizer: &OptimizerConfig,
+        training: &Training<'_>,
         ctx: &StageContext<'_>,
     ) -> Result<()> {
-        let student = self.taken()?;
-        self.optimizer = Optimizer::new(optimizer);
-        state.optimizer(&mut self.optimizer, &ctx.device.device)?;
-        self.student = Some(state.parameters(PARAMETERS, student)?);
+        self.optimizer = training.optimizer(ctx);
+        self.student.restore(state, &mut self.optimizer)?;
         self.step = state.fact("step")?;
         Ok(())
     }
@@ -407,9 +432,9 @@ impl Session {
     fn leave_best(&mut self, training: &Training<'_>, ctx: &mut StageContext<'_>) -> Result<()> {
         let left = self.monitor.better_than_last();
         if let Some(step) = left {
-            self.take_kept(training.keys.optimizer, ctx)?;
+            self.take_kept(training, ctx)?;
             if step > ctx.shortens_at(training.keys.steps) {
-                self.shorten(ctx.scales)?;
+                self.shorten(ctx.scales);
             }
         }
         self.monitor.finish(left, ctx);
@@ -417,13 +442,9 @@ impl Session {
     }
 
     /// Scales have as many digits as `digits` from now on.
-    fn shorten(&mut self, digits: ScaleDigits) -> Result<()> {
-        let mut student = self.taken()?;
-        let linears = student.blocks.iter_mut().flat_map(Block::linears_mut).map(|(_, l)| l);
-        method::shorten_all(linears, digits);
-        self.student = Some(student);
+    fn shorten(&mut self, digits: ScaleDigits) {
+        self.student.shorten(digits);
         self.shortened = true;
-        Ok(())
     }
 
     fn report(
@@ -465,20 +486,16 @@ impl Session {
     }
 
     fn save(&mut self, ctx: &mut StageContext<'_>) -> Result<()> {
-        match &self.student {
-            Some(student) => {
-                let state = self.snapshot(student, self.monitor.saved()?);
-                self.states.write(state, ctx.report)
-            }
-            None => Ok(()),
-        }
+        let state = self.snapshot(self.monitor.saved()?);
+        self.states.write(state, ctx.report)?;
+        self.settle()
     }
 
     /// Goes on from a saved state; gives whether there is one.
     fn load(&mut self, training: &Training<'_>, ctx: &mut StageContext<'_>) -> Result<bool> {
         let Some(found) = self.states.newest()? else { return Ok(false) };
         let state = &found.state;
-        self.take(state, training.keys.optimizer, ctx)?;
+        self.take(state, training, ctx)?;
         self.monitor.restore(&state.fact::<String>("progress")?, ctx).map_err(|e| {
             Error::failed(format!("the training state cannot be used: {}", e.what()))
                 .at(ctx.dir.display())
@@ -513,32 +530,12 @@ fn feed<'a>(ctx: &'a StageContext<'_>, corpus: &'a Corpus, positions: &'a Positi
     }
 }
 
-/// The student with its weights as they are quantized now.
-fn still(student: &CausalLm) -> Still<CausalLm> {
-    let mut module = student.clone();
-    let mut weights = Vec::new();
-    for (_, linear) in module.blocks.iter_mut().flat_map(Block::linears_mut) {
-        if let Some((leaf, value)) = method::materialize(&linear.weight) {
-            weights.push((leaf.id, value));
-            linear.weight = leaf;
-        }
-    }
-    Still { module, weights }
-}
-
-/// The float model, as an earlier stage may have fine-tuned it.
-fn teacher(ctx: &StageContext<'_>) -> Result<CausalLm> {
-    let (config, device) = (&ctx.model.config, &ctx.device.device);
-    let source = &ctx.model.tuned_on(ctx.model.float()?);
-    Loader { config, source, device, dtype: ctx.compute }.model()
-}
-
 /// The objective with the teacher's confidence on the first batches, where it asks for that. A
 /// function of the data and the teacher, so a resumed run finds the same number.
 fn confident(
     training: &Training<'_>,
     ctx: &StageContext<'_>,
-    teacher: Option<&CausalLm>,
+    teacher: Option<&Teacher>,
     order: &Order,
     feed: &Feed<'_>,
 ) -> Result<ObjectiveConfig> {
@@ -551,7 +548,11 @@ fn confident(
         ctx.stop.check()?;
         let drawn = order.batch(step);
         let batch = feed.windows(&drawn[..training.keys.batch]);
-        sum = batch.confidences(teacher).fold(sum, |sum, part| sum + part);
+        sum += teacher.with(ctx, |model| {
+            let hidden = model.hidden(vec![batch.tokens()], batch.positions())?;
+            let hidden = hidden.into_iter().map(|hidden| batch.confidence(teacher.ends(), hidden));
+            Ok(hidden.sum::<f64>())
+        })?;
     }
     Ok(training.keys.objective.clone().with_confidence(sum / batches as f64))
 }

@@ -6,11 +6,12 @@ use super::activations::Activations;
 use super::balance::balance;
 use super::context::StageContext;
 use super::observed::{Observed, Reference, observe, replace};
+use super::places::Places;
 use super::streams::loader;
 use crate::error::Result;
 use crate::export::fewbit::Saved;
 use crate::method::{MethodConfig, Needs, Problem, RtnConfig};
-use crate::model::{LinearSpec, Positions, Site};
+use crate::model::{LinearSpec, Site};
 use crate::quant::{QuantizedWeight, Repr};
 
 /// The quantized linears of block `index`, and the dense tensors that balancing changed.
@@ -19,19 +20,19 @@ pub(super) fn solve_block(
     ctx: &StageContext<'_>,
     index: usize,
     input: &Activations,
-    positions: &Positions,
+    places: &Places,
 ) -> Result<Saved> {
     let mut block = loader(ctx, ctx.model).block(index)?;
     let config = &ctx.model.config;
     let prefix = config.block_prefix(index);
     let mut saved = Saved::default();
     if !method.balance_exponents().is_empty() {
-        saved.dense = balance(method, ctx, &prefix, &mut block, input, positions)?;
+        saved.dense = balance(method, ctx, &prefix, &mut block, input, places)?;
     }
     let compares = method.needs() == Needs::Outputs;
     let specs = config.specs(index);
     let fed: Vec<Site> = specs.iter().map(LinearSpec::site).collect();
-    let sites = observe(ctx, &block, input, positions, &fed, compares)?;
+    let sites = observe(ctx, &block, input, places, &fed, compares)?;
     for (position, linear) in specs.iter().enumerate() {
         ctx.stop.check()?;
         let name = format!("{prefix}.{}", linear.name);
@@ -47,7 +48,7 @@ pub(super) fn solve_block(
             unseen = Observed::none(inputs);
             &unseen
         };
-        let reference = Reference::new(ctx, &block, linear.site(), observed, positions)?;
+        let reference = Reference::new(ctx, &block, linear.site(), observed, places)?;
         let error = |replaced: &Tensor<2>| reference.error(ctx, &block, position, replaced);
         let problem = Problem {
             spec,

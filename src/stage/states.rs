@@ -8,6 +8,7 @@ use super::training_state::{Snapshot, State};
 use crate::error::{Error, Result};
 use crate::report::{Event, Reporter};
 use crate::store::folder::entries;
+use crate::train::OptimizerConfig;
 
 /// How the names of states begin; a number of six digits follows.
 const STATE: &str = "state-";
@@ -131,6 +132,11 @@ impl Drop for States {
 /// back to, and the one that is being written; each with two moments.
 pub(super) fn bytes(learned: u64, keep: usize) -> u64 {
     12 * learned * (keep as u64 + 2)
+}
+
+/// As [`bytes`], with the moments that `optimizer` holds.
+pub(super) fn bytes_with(learned: u64, optimizer: &OptimizerConfig, keep: usize) -> u64 {
+    (4 * learned + optimizer.moments.bytes(learned)) * (keep as u64 + 2)
 }
 
 /// A state to go on from.

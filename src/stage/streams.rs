@@ -6,9 +6,10 @@ use burn::tensor::{DType, Tensor};
 use super::activations::Activations;
 use super::context::StageContext;
 use super::corpus::Data;
+use super::places::Places;
 use super::visits::Visits;
 use crate::error::Result;
-use crate::model::{Block, CausalLm, Loader, Positions, Tap, WeightSource};
+use crate::model::{Block, CausalLm, Loader, Tap, WeightSource};
 
 /// Inputs of the next block, and where its positions are.
 pub(super) struct Streams {
@@ -17,7 +18,7 @@ pub(super) struct Streams {
     /// Of the model whose earlier blocks are quantized.
     pub quantized: Activations,
     /// Positions of the calibration windows.
-    pub positions: Positions,
+    pub places: Places,
 }
 
 impl Streams {
@@ -30,15 +31,16 @@ impl Streams {
             None => (0..corpus.stream.windows(length)).collect(),
         };
         let device = &ctx.device.device;
-        let positions = Positions::new(&ctx.model.config, 0, length, DType::F32, device);
+        let places = Places::new(&ctx.model.config, &corpus.stream, &windows, length, device);
         let entrance = loader(ctx, &ctx.model.checkpoint).entrance()?;
         let float = Activations::collect(windows.len(), |range| {
+            let samples: Vec<u32> = range.clone().map(|i| i as u32).collect();
             let rows: Vec<&[u32]> =
                 range.map(|i| corpus.stream.window(windows[i], length)).collect();
             let tokens = CausalLm::tokens(&rows, device);
-            Ok(entrance.embed(tokens, &positions))
+            Ok(entrance.embed(tokens, &places.of(&samples)))
         })?;
-        Ok(Self { quantized: float.clone(), float, positions })
+        Ok(Self { quantized: float.clone(), float, places })
     }
 
     /// The float block's output on the float stream; the block is gone when this returns.
@@ -72,9 +74,9 @@ impl Streams {
         tap: &Tap<'_>,
         target: &Activations,
     ) -> Result<f64> {
-        self.quantized.mse_through(&ctx.device.device, target, |x| {
+        self.quantized.mse_through(&ctx.device.device, target, |x, samples| {
             ctx.stop.check()?;
-            Ok(block.forward_tapped(x, &self.positions, None, tap))
+            Ok(block.forward_tapped(x, &self.places.of(samples), None, tap))
         })
     }
 
@@ -102,9 +104,9 @@ impl Streams {
         x: &Activations,
         tap: &Tap<'_>,
     ) -> Result<Activations> {
-        x.map(&ctx.device.device, |x| {
+        x.map(&ctx.device.device, |x, samples| {
             ctx.stop.check()?;
-            Ok(block.forward_tapped(x, &self.positions, None, tap))
+            Ok(block.forward_tapped(x, &self.places.of(samples), None, tap))
         })
     }
 }

@@ -13,7 +13,7 @@ use crate::method;
 use crate::ops;
 use crate::store::safetensors::{Checkpoint, write_streamed};
 use crate::store::{DType, HostTensor, TensorSource, hex};
-use crate::train::{Later, Optimizer, later};
+use crate::train::{Later, Optimizer, Values, later};
 
 /// The learned parameters of what is trained.
 pub(super) const PARAMETERS: &str = "param:";
@@ -24,6 +24,7 @@ const HASH: &str = "sha256";
 /// A state as it is now, whatever becomes of the tensors: their buffers are shared, not copied, until
 /// the training writes to them.
 pub(super) struct Snapshot {
+    moments: Vec<Later>,
     tensors: Vec<Later>,
     facts: BTreeMap<String, String>,
 }
@@ -35,40 +36,96 @@ impl Snapshot {
         optimizer: &Optimizer,
         facts: impl IntoIterator<Item = (&'static str, String)>,
     ) -> Self {
-        let (moments, steps, largest_norm) = optimizer.save();
-        let facts = facts.into_iter().chain([
-            ("optimizer_steps", steps.to_string()),
-            // Shortest text that reads back as the same number.
-            ("largest_norm", largest_norm.to_string()),
-        ]);
+        Self::of_optimizer(optimizer, facts).with(PARAMETERS, module)
+    }
+
+    /// Of an optimizer's state alone, beside `facts` by name.
+    pub(super) fn of_optimizer(
+        optimizer: &Optimizer,
+        facts: impl IntoIterator<Item = (&'static str, String)>,
+    ) -> Self {
+        let (moments, steps, largest_norms) = optimizer.save();
+        let facts = facts
+            .into_iter()
+            .chain([("optimizer_steps", steps.to_string()), ("largest_norm", largest_norms)]);
         let facts = facts.map(|(name, fact)| (name.to_owned(), fact)).collect();
-        let moments =
-            moments.into_iter().map(|l| Later { name: format!("{MOMENTS}{}", l.name), ..l });
-        Self { tensors: moments.collect(), facts }.with(PARAMETERS, module)
+        Self { moments: Vec::new(), tensors: Vec::new(), facts }.with_moments(moments)
+    }
+
+    /// With more of the optimizer's state.
+    pub(super) fn with_moments(mut self, moments: impl IntoIterator<Item = Later>) -> Self {
+        let named = |later: Later| Later { name: format!("{MOMENTS}{}", later.name), ..later };
+        self.moments.extend(moments.into_iter().map(named));
+        self
     }
 
     /// With the learned parameters of another module, whose names begin with `prefix`.
-    pub(super) fn with<M: Module>(mut self, prefix: &'static str, module: &M) -> Self {
+    pub(super) fn with<M: Module>(self, prefix: &'static str, module: &M) -> Self {
+        self.with_part(prefix, &[], module)
+    }
+
+    /// As [`Snapshot::with`], of a module that stands at `path` in the model.
+    pub(super) fn with_part<M: Module>(
+        mut self,
+        prefix: &'static str,
+        path: &[&str],
+        module: &M,
+    ) -> Self {
         let tensors = std::mem::take(&mut self.tensors);
-        let mut learned = Learned { prefix, path: Vec::new(), tensors };
+        let path = path.iter().map(|&name| name.to_owned()).collect();
+        let mut learned = Learned { prefix, path, tensors };
         module.visit(&mut learned);
         Self { tensors: learned.tensors, ..self }
+    }
+
+    /// As [`Snapshot::with_part`], of a module whose values wait elsewhere, by their paths in it.
+    pub(super) fn with_waiting<M: Module>(
+        mut self,
+        prefix: &'static str,
+        path: &[&str],
+        module: &M,
+        values: impl Iterator<Item = Later>,
+    ) -> Self {
+        let mut named = Learned { prefix, path: Vec::new(), tensors: Vec::new() };
+        module.visit(&mut named);
+        let learned: Vec<String> = named.tensors.into_iter().map(|later| later.name).collect();
+        let path = path.join(".");
+        for later in values {
+            if learned.contains(&format!("{prefix}{}", later.name)) {
+                let name = format!("{prefix}{path}.{}", later.name);
+                self.tensors.push(Later { name, ..later });
+            }
+        }
+        self
     }
 
     /// Writes it, a tensor at a time.
     ///
     /// # Errors
     /// I/O errors; an earlier file stays then.
-    pub(super) fn write(self, path: &Path) -> Result<()> {
-        let mut layout: Vec<(String, DType, Vec<usize>)> = (self.tensors.iter())
-            .map(|later| (later.name.clone(), DType::F32, later.shape.clone()))
+    pub(super) fn write(mut self, path: &Path) -> Result<()> {
+        // The same order, wherever they come from; bytes last, for what they are followed by is not aligned.
+        self.moments.sort_by(|a, b| a.name.cmp(&b.name));
+        self.moments.append(&mut self.tensors);
+        self.moments.sort_by_key(|later| matches!(later.values, Values::U8(_)));
+        let mut layout: Vec<(String, DType, Vec<usize>)> = (self.moments.iter())
+            .map(|later| {
+                let dtype = match later.values {
+                    Values::F32(_) => DType::F32,
+                    Values::U8(_) => DType::U8,
+                };
+                (later.name.clone(), dtype, later.shape.clone())
+            })
             .collect();
         layout.push((HASH.to_owned(), DType::U8, vec![HASH_LEN]));
-        let mut tensors = self.tensors.into_iter();
+        let mut tensors = self.moments.into_iter();
         let mut sum = Sum::of(&self.facts);
         write_streamed(path, &layout, &self.facts, |_| match tensors.next() {
             Some(Later { name, shape, values }) => {
-                let tensor = HostTensor::f32(shape, &values());
+                let tensor = match values {
+                    Values::F32(read) => HostTensor::f32(shape, &read()?),
+                    Values::U8(read) => HostTensor::u8(shape, &read()?),
+                };
                 sum.add(&name, &tensor);
                 Ok(tensor)
             }
@@ -119,23 +176,50 @@ impl State {
     /// # Errors
     /// When they are not those that the module learns.
     pub(super) fn parameters<M: Module>(&self, prefix: &str, module: M) -> Result<M> {
-        let left = self.tensors(prefix)?.into_iter().collect();
-        let mut restore = Restore { path: Vec::new(), left };
+        self.part(prefix, &[], module).map(|(module, _)| module)
+    }
+
+    /// As [`State::parameters`], those of a module that stands at `path` in the model; also how many
+    /// they are.
+    ///
+    /// # Errors
+    /// As [`State::parameters`].
+    pub(super) fn part<M: Module>(
+        &self,
+        prefix: &str,
+        path: &[&str],
+        module: M,
+    ) -> Result<(M, usize)> {
+        let start: String = path.iter().flat_map(|name| [name, "."]).collect();
+        let left = self.tensors(prefix, &start)?;
+        let found = left.len();
+        let path = path.iter().map(|&name| name.to_owned()).collect();
+        let mut restore = Restore { path, left: left.into_iter().collect() };
         let module = module.map(&mut restore);
         match restore.left.keys().next() {
-            None => Ok(module),
+            None => Ok((module, found)),
             Some(left) => Err(self.foreign(&format!("nothing learns its {left}"))),
         }
     }
 
-    /// Puts the optimizer's state into `optimizer`.
+    /// Puts the optimizer's state of parameters whose paths begin with `start` into `optimizer`.
     ///
     /// # Errors
     /// When it is incomplete.
-    pub(super) fn optimizer(&self, optimizer: &mut Optimizer, device: &Device) -> Result<()> {
-        let moments = self.tensors(MOMENTS)?;
-        let (steps, largest_norm) = (self.fact("optimizer_steps")?, self.fact("largest_norm")?);
-        optimizer.load(moments, steps, largest_norm, device)
+    pub(super) fn optimizer(
+        &self,
+        optimizer: &mut Optimizer,
+        start: &str,
+        device: &Device,
+    ) -> Result<()> {
+        let moments = self.tensors(MOMENTS, start)?;
+        let (steps, norms) = (self.fact("optimizer_steps")?, self.fact::<String>("largest_norm")?);
+        optimizer.load(moments, steps, &norms, device)
+    }
+
+    /// How many parameters it has under `prefix`.
+    pub(super) fn count(&self, prefix: &str) -> usize {
+        self.file.names().iter().filter(|name| name.starts_with(prefix)).count()
     }
 
     /// Whether it has parameters under `prefix`.
@@ -143,17 +227,24 @@ impl State {
         self.file.names().iter().any(|name| name.starts_with(prefix))
     }
 
-    fn tensors(&self, prefix: &str) -> Result<Vec<(String, TensorData)>> {
+    /// Those under `prefix` whose paths begin with `start`.
+    fn tensors(&self, prefix: &str, start: &str) -> Result<Vec<(String, TensorData)>> {
         let names = self.file.names();
         let of = names.into_iter().filter_map(|name| Some((name, name.strip_prefix(prefix)?)));
+        let of = of.filter(|(_, path)| path.starts_with(start));
         of.map(|(name, path)| {
             let tensor = self.file.read(name)?;
-            Ok((path.to_owned(), TensorData::new(tensor.to_f32()?, tensor.shape)))
+            let data = match tensor.dtype {
+                DType::U8 => TensorData::new(tensor.to_u8()?, tensor.shape),
+                _ => TensorData::new(tensor.to_f32()?, tensor.shape),
+            };
+            Ok((path.to_owned(), data))
         })
         .collect()
     }
 
-    fn foreign(&self, what: &str) -> Error {
+    /// That it is the state of something else.
+    pub(super) fn foreign(&self, what: &str) -> Error {
         let file = self.file.files().first().map(|file| file.display().to_string());
         Error::failed(format!("the training state cannot be used: {what}"))
             .at(file.unwrap_or_default())

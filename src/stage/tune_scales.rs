@@ -12,9 +12,11 @@ use super::corpus::Data;
 use super::cost::{Cost, Scene};
 use super::keys::{self, check_rate_unit, keys, neutralize};
 use super::kind::{Effect, Judged, Stage};
+use super::memory::Memory;
 use super::session::Training;
 use super::state::{ModelState, Packed};
 use super::states::{self, has_states};
+use super::student::Student;
 use super::validate::ValidateConfig;
 use crate::error::{Error, Result};
 use crate::export::{Adapter, AdapterHead, Tuned};
@@ -150,7 +152,7 @@ impl Stage for TuneScalesConfig {
         let teacher = if self.objective.needs_teacher() { 4 * all } else { 0 };
         // Codes of at most a byte, their scales, and the tiles that exist as floats.
         let weights = scene.linears + 4 * scene.rest + teacher + (16 << 20);
-        let cost = scene.training(&keys!(self), weights, [0; 2], 20);
+        let cost = scene.training(&keys!(self), weights, [0; 2], 20, false);
         // A scale for 32 weights, at most.
         let disk = scene.linears / 8 + states::bytes(scene.linears / 32, self.keep);
         cost.map_or_else(Cost::default, |cost| Cost { disk, ..cost })
@@ -184,17 +186,19 @@ impl Stage for TuneScalesConfig {
             rate_unit: self.rate_unit,
             fake_quant: false,
             on_policy: None,
+            memory: Memory::Tape,
         };
-        let student = training.run(student, ctx)?;
+        let student = training.run(Student::Whole(student), ctx)?;
         let mut tuned = Vec::new();
-        for (index, block) in student.blocks.iter().enumerate() {
+        student.visit_blocks(|index, block| {
             for (name, linear) in block.linears() {
                 let name = format!("{}.{name}", ctx.model.config.block_prefix(index));
                 if ctx.specs.contains_key(&name) {
                     tuned.push((name.clone(), ctx.fold(&name, linear)?));
                 }
             }
-        }
+            Ok(())
+        })?;
         report_changes(ctx, &tuned, ctx.first_step + self.steps);
         let linears: Vec<Tuned<'_>> = (tuned.iter())
             .filter_map(|(name, weight)| {

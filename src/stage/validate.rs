@@ -204,7 +204,7 @@ impl Slice {
     /// When weights cannot be read, or a signal came.
     pub(super) fn hidden(
         &self,
-        model: &impl Forward,
+        model: &dyn Forward,
         config: &ModelConfig,
         device: &Device,
         stop: &StopFlag,
@@ -238,7 +238,7 @@ impl Slice {
     /// When weights cannot be read, or a signal came.
     pub(super) fn measure(
         &self,
-        model: &impl Forward,
+        model: &dyn Forward,
         teacher: Option<(&CausalLm, &[Tensor<2>])>,
         config: &ModelConfig,
         device: &Device,

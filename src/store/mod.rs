@@ -19,6 +19,9 @@ pub mod hashes;
 mod hub;
 pub mod locate;
 pub mod safetensors;
+mod scratch;
+
+pub use scratch::Scratch;
 
 /// What to do about a checkpoint whose bytes are wrong.
 pub(crate) const DAMAGED: &str = "the checkpoint is damaged; download it again";

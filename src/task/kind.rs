@@ -48,6 +48,14 @@ pub trait Task {
     /// Measures no more than this many windows or rows, unless its keys say how many.
     fn limit(&mut self, _count: usize) {}
 
+    /// What it has a model write, at most: what an evaluation takes follows from it.
+    ///
+    /// # Errors
+    /// When its files cannot be read as rows.
+    fn writes(&self, _files: &Files) -> Result<Option<Writes>> {
+        Ok(None)
+    }
+
     /// Reads and checks what it is measured on; no weight is read for it.
     ///
     /// # Errors
@@ -90,6 +98,17 @@ pub trait Prepared {
         model: &dyn Forward,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Score>;
+}
+
+/// Texts that a task has a model write.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Writes {
+    /// How many.
+    pub texts: usize,
+    /// How many of them together.
+    pub together: usize,
+    /// Tokens of one at most.
+    pub tokens: usize,
 }
 
 /// A number that a task gives.

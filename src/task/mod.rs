@@ -25,5 +25,5 @@ pub use files::{DATA, Files, Source};
 pub use gauge::{Gauge, GaugeText, Gauged};
 pub use gsm8k::Gsm8kConfig;
 pub use ifeval::IfevalConfig;
-pub use kind::{Bench, Material, Number, Prepared, Refused, Score, Task};
+pub use kind::{Bench, Material, Number, Prepared, Refused, Score, Task, Writes};
 pub use perplexity::{Perplexity, PplConfig, Protocol, measure};

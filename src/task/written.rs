@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::kind::{Bench, Material, Refused, Score};
+use super::kind::{Bench, Material, Refused, Score, Writes};
 use crate::data::{Answer, Tokenizer};
 use crate::error::{Error, Result};
 use crate::model::{Ended, Forward, Generation, Prompt, Sampler};
@@ -171,6 +171,11 @@ pub(super) fn check_counts(
             Err(Refused { key, error: error.fix(format!("{key} = 1 or more")) })
         }
     }
+}
+
+/// What is written for the first `limit` of some rows.
+pub(super) fn writes(rows: usize, limit: Option<usize>, together: usize, tokens: usize) -> Writes {
+    Writes { texts: rows.min(limit.unwrap_or(rows)), together, tokens }
 }
 
 /// The mean of numbers and its standard error; no error where one number says nothing of the spread.

@@ -10,7 +10,10 @@ use burn::module::{Module, ParamId};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::Tensor;
 
-pub use optim::{Later, Measure, Optimizer, OptimizerConfig, Rule, Values, later};
+pub use optim::{
+    Later, Measure, MomentsIn, NormOf, Optimizer, OptimizerConfig, Rule, Scales, Squares, Values,
+    culprit, later,
+};
 pub use schedule::{ACTIVATION_RATE, LearningRate, RateUnit, Role, ScheduleConfig};
 
 use crate::error::{Error, Result};
@@ -86,17 +89,27 @@ pub fn accumulated_step<M: Module>(
         return checked_step(module, optimizer, accumulate, rate_of, loss);
     }
     let still = still(&module);
-    let (mut gradients, loss) = mean_gradients(&still.module, accumulate, loss)?;
-    let through_methods = still.weights.into_iter().filter_map(|(leaf, weight)| {
+    let (gradients, loss) = mean_gradients(&still.module, accumulate, loss)?;
+    let gradients = through_methods(&module, still.weights, gradients);
+    Ok(update(module, optimizer, rate_of, gradients, loss))
+}
+
+/// The gradients of a module's parameters, from those of its quantized weights: leaf by leaf, what each
+/// is a copy of, see [`Still`].
+pub fn through_methods<M: Module>(
+    module: &M,
+    weights: Vec<(ParamId, Tensor<2>)>,
+    mut gradients: GradientsParams,
+) -> GradientsParams {
+    let terms = weights.into_iter().filter_map(|(leaf, weight)| {
         let gradient = gradients.remove::<2>(leaf)?;
         let nothing = Tensor::zeros([1], &gradient.device());
         Some(ops::with_gradient(weight, nothing, gradient))
     });
-    let gradients = match through_methods.reduce(|sum, term| sum + term) {
-        Some(sum) => GradientsParams::from_grads(sum.backward(), &module),
+    match terms.reduce(|sum, term| sum + term) {
+        Some(sum) => GradientsParams::from_grads(sum.backward(), module),
         None => GradientsParams::new(),
-    };
-    Ok(update(module, optimizer, rate_of, gradients, loss))
+    }
 }
 
 /// The mean of the micro-batches' gradients, and of their losses.
@@ -123,12 +136,13 @@ fn update<M: Module>(
     gradients: GradientsParams,
     loss: f64,
 ) -> (M, StepStats) {
-    let grad_norm = optimizer.global_norm(&module, &gradients);
+    let squares = optimizer.squares(&[], &module, &gradients);
+    let grad_norm = squares.norm();
     if !loss.is_finite() || !grad_norm.is_finite() {
-        let culprit = optim::culprit(&module, &gradients);
+        let culprit = optim::culprit(&[], &module, &gradients);
         return (module, StepStats { loss, grad_norm, culprit });
     }
-    let module = optimizer.step(module, gradients, grad_norm, rate_of);
+    let module = optimizer.step(module, gradients, &squares, rate_of);
     (module, StepStats { loss, grad_norm, culprit: None })
 }
 

@@ -3,7 +3,7 @@
 //! burn's module optimizer keys its state by random parameter ids (a resumed run has others), clips
 //! each parameter by itself, and allocates three parameter-sized tensors for each.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::ops::{self, AdamWStep, Moments};
+pub use crate::ops::{Later, Values, later};
 
 /// How a gradient becomes a step.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
@@ -22,6 +23,33 @@ pub enum Rule {
     Adamw,
     /// One learning rate against the gradient's sign, without state (SignRound's).
     Sign,
+}
+
+/// How AdamW's two moments are held between steps.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MomentsIn {
+    /// As f32: 8 bytes for each learned number.
+    #[default]
+    F32,
+    /// As 8-bit codes of the dynamic map in blocks of 256 (Dettmers et al. 2022): 2.03 bytes; parameters of
+    /// fewer than 4096 numbers stay f32.
+    Int8,
+}
+
+impl MomentsIn {
+    #[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Bytes of both moments of so many numbers that learn, in large parameters.
+    pub fn bytes(self, learned: u64) -> u64 {
+        match self {
+            Self::F32 => 8 * learned,
+            Self::Int8 => 2 * learned + learned / 32,
+        }
+    }
 }
 
 /// Keys of `optimizer` in a training stage. PyTorch's defaults, but no weight decay.
@@ -38,9 +66,34 @@ pub struct OptimizerConfig {
     pub epsilon: f32,
     /// Decoupled weight decay.
     pub weight_decay: f32,
-    /// Scale gradients down to this global norm when they exceed it; absent: no clipping.
+    /// Scale gradients down to this norm when they exceed it; absent: no clipping.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip_norm: Option<f64>,
+    /// What the gradients' norm is taken over: `"global"`, or `"block"`, which needs no gradient of another
+    /// block and so lets a training that goes block by block update each at once.
+    #[serde(skip_serializing_if = "NormOf::is_global")]
+    pub norm: NormOf,
+    /// AdamW's moments between steps: `"f32"` or `"int8"`.
+    #[serde(skip_serializing_if = "MomentsIn::is_default")]
+    pub moments: MomentsIn,
+}
+
+/// What a gradient norm is taken over, for clipping and for the watch on gradients that collapse.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NormOf {
+    /// Everything that learns.
+    #[default]
+    Global,
+    /// Each decoder block by itself; the clipping norm is shared out evenly (by squares), so that all
+    /// blocks together never exceed it.
+    Block,
+}
+
+impl NormOf {
+    fn is_global(&self) -> bool {
+        *self == Self::Global
+    }
 }
 
 impl Default for OptimizerConfig {
@@ -52,6 +105,8 @@ impl Default for OptimizerConfig {
             epsilon: 1e-8,
             weight_decay: 0.0,
             clip_norm: None,
+            norm: NormOf::Global,
+            moments: MomentsIn::F32,
         }
     }
 }
@@ -76,10 +131,16 @@ pub struct Optimizer {
     config: OptimizerConfig,
     moments: BTreeMap<String, (Moments, usize)>,
     steps: u64,
-    /// The largest gradient norm so far.
-    largest_norm: f64,
+    /// The largest gradient norms so far, of each part that has one of its own.
+    largest_norms: BTreeMap<usize, f64>,
+    /// Decoder blocks that learn.
+    blocks: usize,
     measures: HashMap<ParamId, Measure>,
 }
+
+/// The number of what is outside of blocks, where norms are taken over blocks, and of everything where
+/// they are not.
+const WHOLE: usize = usize::MAX;
 
 impl Optimizer {
     /// An optimizer without state.
@@ -88,9 +149,22 @@ impl Optimizer {
             config: config.clone(),
             moments: BTreeMap::new(),
             steps: 0,
-            largest_norm: 0.0,
+            largest_norms: BTreeMap::new(),
+            blocks: 1,
             measures: HashMap::new(),
         }
+    }
+
+    /// For a model of so many decoder blocks, which share a clipping norm where norms are those of
+    /// blocks.
+    #[must_use]
+    pub fn of_blocks(self, blocks: usize) -> Self {
+        Self { blocks: blocks.max(1), ..self }
+    }
+
+    /// Whether a block's update waits for the gradients of all others.
+    pub fn needs_global_norm(&self) -> bool {
+        self.config.norm.is_global()
     }
 
     /// What learning rates are measured in from the next step on, by parameter; others in their own
@@ -99,55 +173,107 @@ impl Optimizer {
         self.measures = measures;
     }
 
-    /// By what rates shrink at a step whose gradients have this norm: 1, unless the gradient has
-    /// collapsed. AdamW divides by the gradient's own size and would make steps of full length
-    /// from noise.
-    fn damping(&mut self, norm: f64) -> f64 {
-        self.largest_norm = self.largest_norm.max(norm);
-        let least = COLLAPSED * self.largest_norm;
+    /// By what rates shrink at a step where the gradients of `part` have this norm: 1, unless the
+    /// gradient has collapsed. AdamW divides by the gradient's own size and would make steps of full
+    /// length from noise.
+    fn damping(&mut self, part: usize, norm: f64) -> f64 {
+        let largest = self.largest_norms.entry(part).or_insert(0.0);
+        *largest = largest.max(norm);
+        let least = COLLAPSED * *largest;
         if norm < least { norm / least } else { 1.0 }
     }
 
-    /// Euclidean norm of all gradients together.
-    pub fn global_norm<M: Module>(&self, module: &M, gradients: &GradientsParams) -> f64 {
-        let mut visitor = SquaredNorm { gradients, sum: 0.0 };
+    /// Squares of the gradients' norms, parameter by parameter, in the module's order. `path` is where
+    /// the module stands in the model, as [`Optimizer::step_part`]'s.
+    pub fn squares<M: Module>(
+        &self,
+        path: &[&str],
+        module: &M,
+        gradients: &GradientsParams,
+    ) -> Squares {
+        let path = path.iter().map(|&name| name.to_owned()).collect();
+        let mut visitor = SquaredNorm { gradients, path, squares: Squares::default() };
         module.visit(&mut visitor);
-        visitor.sum.sqrt()
+        visitor.squares
     }
 
-    /// One step. `norm` is the gradients' global norm, `rate_of` the learning rate by path; rates
+    /// One step. `squares` are those of the gradients, `rate_of` the learning rate by path; rates
     /// shrink with a gradient that falls below a ten thousandth of the largest one so far.
     pub fn step<M: Module>(
         &mut self,
         module: M,
         gradients: GradientsParams,
-        norm: f64,
+        squares: &Squares,
         rate_of: &dyn Fn(&str) -> f64,
     ) -> M {
+        self.begin_step();
+        let scales = self.scales(squares);
+        self.step_part(&scales, &[], module, gradients, rate_of)
+    }
+
+    /// A step begins: its parts follow by [`Optimizer::step_part`].
+    pub fn begin_step(&mut self) {
         self.steps += 1;
-        // PyTorch's clip_grad_norm_: the small constant keeps a zero norm from dividing.
-        let shrink = self.config.clip_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0));
-        let damping = self.damping(norm);
-        let rate_of = |path: &str| rate_of(path) * damping;
-        let rate_of = &rate_of;
-        let mut mapper = Update { optimizer: self, gradients, shrink, rate_of, path: Vec::new() };
+    }
+
+    /// What gradients and rates are multiplied by at a step with gradients of these norms: of the whole
+    /// model, or of a part that has a norm of its own.
+    pub fn scales(&mut self, squares: &Squares) -> Scales {
+        let of = |optimizer: &mut Self, part: usize, norm: f64, share: f64| {
+            // PyTorch's clip_grad_norm_: the small constant keeps a zero norm from dividing.
+            let clip = optimizer.config.clip_norm;
+            let shrink = clip.map_or(1.0, |max| (max * share / (norm + 1e-6)).min(1.0));
+            (part, [shrink, optimizer.damping(part, norm)])
+        };
+        if self.config.norm.is_global() {
+            return Scales([of(self, WHOLE, squares.norm(), 1.0)].into());
+        }
+        let share = 1.0 / (self.blocks as f64).sqrt();
+        let parts: BTreeSet<usize> = squares.0.iter().map(|(part, _)| *part).collect();
+        Scales(parts.into_iter().map(|part| of(self, part, squares.norm_of(part), share)).collect())
+    }
+
+    /// The step of a part of the model: of `module`, which stands at `path` in it.
+    pub fn step_part<M: Module>(
+        &mut self,
+        scales: &Scales,
+        path: &[&str],
+        module: M,
+        gradients: GradientsParams,
+        rate_of: &dyn Fn(&str) -> f64,
+    ) -> M {
+        let path = path.iter().map(|&name| name.to_owned()).collect();
+        let mut mapper = Update { optimizer: self, gradients, scales, rate_of, path };
         module.map(&mut mapper)
+    }
+
+    /// Takes the state of the parameters whose path begins with `prefix` out of it.
+    pub fn take_part(&mut self, prefix: &str) -> Vec<(String, Moments, usize)> {
+        let of_part = |path: &String, _: &mut (Moments, usize)| path.starts_with(prefix);
+        let taken = self.moments.extract_if(.., of_part);
+        taken.map(|(path, (moments, rank))| (path, moments, rank)).collect()
+    }
+
+    /// Puts back one of those that [`Optimizer::take_part`] took.
+    pub fn put_part(&mut self, path: String, moments: Moments, rank: usize) {
+        self.moments.insert(path, (moments, rank));
     }
 
     /// The state as named tensors, `path.leaf`, the number of steps taken, and the largest gradient
     /// norm so far. Nothing is copied before a tensor is asked for its values.
-    pub fn save(&self) -> (Vec<Later>, u64, f64) {
+    pub fn save(&self) -> (Vec<Later>, u64, String) {
         let mut tensors = Vec::new();
         for (path, (moments, rank)) in &self.moments {
-            let later = match rank {
-                1 => moments.tensors::<1>().map(later),
-                _ => moments.tensors::<2>().map(later),
-            };
-            for (leaf, (shape, values)) in LEAVES.into_iter().zip(later) {
-                tensors.push(Later { name: format!("{path}{leaf}"), shape, values });
+            for part in moments.parts(*rank) {
+                tensors.push(Later { name: format!("{path}{}", part.name), ..part });
             }
         }
-        (tensors, self.steps, self.largest_norm)
+        let norms = self.largest_norms.iter().map(|(part, norm)| match *part {
+            // Shortest text that reads back as the same number.
+            WHOLE => norm.to_string(),
+            part => format!("{part}:{norm}"),
+        });
+        (tensors, self.steps, norms.collect::<Vec<_>>().join(" "))
     }
 
     /// Restores what [`Optimizer::save`] gave.
@@ -158,76 +284,101 @@ impl Optimizer {
         &mut self,
         tensors: Vec<(String, TensorData)>,
         steps: u64,
-        largest_norm: f64,
+        largest_norms: &str,
         device: &Device,
     ) -> Result<()> {
         self.steps = steps;
-        self.largest_norm = largest_norm;
-        let mut second: BTreeMap<String, TensorData> = BTreeMap::new();
-        let mut first: BTreeMap<String, TensorData> = BTreeMap::new();
+        let norm = |text: &str| {
+            let (part, norm) = text
+                .split_once(':')
+                .map_or((Some(WHOLE), text), |(part, norm)| (part.parse().ok(), norm));
+            Some((part?, norm.parse().ok()?))
+        };
+        let norms: Option<_> = largest_norms.split_whitespace().map(norm).collect();
+        self.largest_norms =
+            norms.ok_or_else(|| Error::failed("the optimizer state is damaged").fix("--fresh"))?;
+        let mut parts: BTreeMap<String, BTreeMap<&str, TensorData>> = BTreeMap::new();
         for (name, data) in tensors {
-            if let Some(path) = name.strip_suffix(LEAVES[0]) {
-                first.insert(path.to_owned(), data);
-            } else if let Some(path) = name.strip_suffix(LEAVES[1]) {
-                second.insert(path.to_owned(), data);
+            let leaf = ops::LEAVES.into_iter().flatten().find(|leaf| name.ends_with(leaf));
+            if let Some((path, leaf)) = leaf.and_then(|l| Some((name.strip_suffix(l)?, l))) {
+                parts.entry(path.to_owned()).or_default().insert(leaf, data);
             }
         }
-        for (path, first) in first {
-            let second = second.remove(&path).ok_or_else(|| {
+        for (path, mut parts) in parts {
+            let moments = Moments::from_parts(|leaf| parts.remove(leaf), device);
+            let (moments, rank) = moments.ok_or_else(|| {
                 Error::failed("the optimizer state is incomplete").at(&path).fix("--fresh")
             })?;
-            let rank = first.rank();
-            let moments = if rank == 1 {
-                let [first, second] = [first, second].map(|m| Tensor::<1>::from_data(m, device));
-                Moments::new(first, second)
-            } else {
-                let [first, second] = [first, second].map(|m| Tensor::<2>::from_data(m, device));
-                Moments::new(first, second)
-            };
             self.moments.insert(path, (moments, rank));
         }
         Ok(())
     }
 }
 
-/// A tensor whose values are read when they are asked for, in whatever thread.
-pub struct Later {
-    /// Its name.
-    pub name: String,
-    /// Its shape.
-    pub shape: Vec<usize>,
-    /// Its values.
-    pub values: Values,
+/// Squares of gradient norms, parameter by parameter in the model's order, each with the block that it
+/// belongs to ([`WHOLE`] outside of blocks).
+#[derive(Clone, Debug, Default)]
+pub struct Squares(Vec<(usize, f64)>);
+
+impl Squares {
+    /// The Euclidean norm of all gradients together.
+    pub fn norm(&self) -> f64 {
+        self.0.iter().fold(0.0, |sum, (_, square)| sum + square).sqrt()
+    }
+
+    fn norm_of(&self, part: usize) -> f64 {
+        let own = self.0.iter().filter(|(of, _)| *of == part);
+        own.fold(0.0, |sum, (_, square)| sum + square).sqrt()
+    }
+
+    /// Those of several parts, in their order.
+    pub fn of_parts(parts: impl IntoIterator<Item = Self>) -> Self {
+        Self(parts.into_iter().flat_map(|part| part.0).collect())
+    }
 }
 
-/// Reads values, row-major.
-pub type Values = Box<dyn FnOnce() -> Vec<f32> + Send>;
+/// What gradients and rates are multiplied by, by part of the model.
+#[derive(Debug)]
+pub struct Scales(BTreeMap<usize, [f64; 2]>);
 
-/// The shape of a tensor off the tape and its values as they are now, whatever becomes of it.
-pub fn later<const D: usize>(tensor: Tensor<D>) -> (Vec<usize>, Values) {
-    let shape = tensor.dims().to_vec();
-    (shape, Box::new(move || tensor.into_data().iter::<f32>().collect()))
+/// The block that a parameter belongs to, by its path.
+fn part_of(path: &[String]) -> usize {
+    match path {
+        [blocks, index, ..] if blocks == "blocks" => index.parse().unwrap_or(WHOLE),
+        _ => WHOLE,
+    }
 }
-
-/// What the two moments of a parameter are called in a saved state.
-const LEAVES: [&str; 2] = [".moment_1", ".moment_2"];
 
 struct SquaredNorm<'a> {
     gradients: &'a GradientsParams,
-    sum: f64,
+    path: Vec<String>,
+    squares: Squares,
 }
 
 impl ModuleVisitor for SquaredNorm<'_> {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         if let Some(gradient) = self.gradients.get::<D>(param.id) {
-            self.sum += ops::squared_norm(gradient);
+            self.squares.0.push((part_of(&self.path), ops::squared_norm(gradient)));
         }
     }
 }
 
 /// Where the first number of the gradients stands that is not finite: parameter and row.
-pub(super) fn culprit<M: Module>(module: &M, gradients: &GradientsParams) -> Option<String> {
-    let mut visitor = Culprit { gradients, path: Vec::new(), found: None };
+pub fn culprit<M: Module>(
+    path: &[&str],
+    module: &M,
+    gradients: &GradientsParams,
+) -> Option<String> {
+    let path = path.iter().map(|&name| name.to_owned()).collect();
+    let mut visitor = Culprit { gradients, path, found: None };
     module.visit(&mut visitor);
     visitor.found
 }
@@ -264,7 +415,7 @@ impl ModuleVisitor for Culprit<'_> {
 struct Update<'a> {
     optimizer: &'a mut Optimizer,
     gradients: GradientsParams,
-    shrink: f64,
+    scales: &'a Scales,
     rate_of: &'a dyn Fn(&str) -> f64,
     path: Vec<String>,
 }
@@ -283,15 +434,18 @@ impl ModuleMapper for Update<'_> {
         let Some(gradient) = self.gradients.remove::<D>(id) else {
             return Param::from_mapped_value(id, tensor, mapper);
         };
+        let Scales(scales) = self.scales;
+        let found = scales.get(&WHOLE).or_else(|| scales.get(&part_of(&self.path)));
+        let [shrink, damping] = found.copied().unwrap_or([1.0, 1.0]);
         let path = self.path.join(".");
-        let rate = (self.rate_of)(&path);
+        let rate = (self.rate_of)(&path) * damping;
         let config = &self.optimizer.config;
         if config.rule == Rule::Sign {
             let tensor = tensor.inner() - gradient.sign() * rate;
             return Param::from_mapped_value(id, Tensor::from_inner(tensor).require_grad(), mapper);
         }
         let step = AdamWStep {
-            shrink: self.shrink,
+            shrink,
             beta1: config.beta1.into(),
             beta2: config.beta2.into(),
             epsilon: config.epsilon.into(),
@@ -301,6 +455,13 @@ impl ModuleMapper for Update<'_> {
         };
         let moments = self.optimizer.moments.remove(&path).map(|(moments, _)| moments);
         let tensor = tensor.inner();
+        let moments = moments.or_else(|| match config.moments {
+            MomentsIn::F32 => None,
+            MomentsIn::Int8 => {
+                let measure = self.optimizer.measures.get(&id);
+                Moments::int8(&tensor, matches!(measure, Some(Measure::Units(_))))
+            }
+        });
         let (tensor, moments) = match self.optimizer.measures.get(&id) {
             None => ops::adamw_step(&step, tensor, gradient, moments),
             Some(Measure::Units(units)) => {
@@ -332,13 +493,13 @@ mod tests {
     fn rates_shrink_with_a_gradient_that_has_collapsed() {
         let mut optimizer = Optimizer::new(&OptimizerConfig::default());
         let damping: Vec<f64> =
-            [1.0, 2.0, 0.01, 2e-6, 0.0, 2.0].map(|norm| optimizer.damping(norm)).into();
+            [1.0, 2.0, 0.01, 2e-6, 0.0, 2.0].map(|norm| optimizer.damping(WHOLE, norm)).into();
         assert_eq!(damping[..3], [1.0; 3]);
         assert!((damping[3] - 0.01).abs() < 1e-12, "{damping:?}");
         // Nothing is no noise, and a gradient that comes back has its full rate.
         assert_eq!(damping[4..], [0.0, 1.0]);
         assert_eq!(
-            Optimizer::new(&OptimizerConfig::default()).damping(0.0).to_bits(),
+            Optimizer::new(&OptimizerConfig::default()).damping(WHOLE, 0.0).to_bits(),
             1f64.to_bits()
         );
     }

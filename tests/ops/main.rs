@@ -9,6 +9,7 @@ mod coded;
 mod divided;
 mod laws;
 mod losses;
+mod moments;
 mod stepped;
 
 use burn::tensor::{Device, Tensor, TensorData};

@@ -336,7 +336,7 @@ fn begun(args: &GenerateArgs, settings: &Value, texts: usize) -> Result<usize> {
             names.into_iter().find(|name| known[*name] != settings[*name]).cloned()
         });
         let what = match differs {
-            Some(name) => format!("the file holds texts of another {name}"),
+            Some(name) => format!("the file was begun with other settings: {name} is not the same"),
             None => "the file is not one that data generate began".to_owned(),
         };
         return Err(Error::usage(what)

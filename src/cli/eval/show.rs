@@ -127,14 +127,37 @@ impl Found<'_> {
         });
         format!(
             "{}{reference}\n\
-             protocol   {}{counted}\n\
+             {}\n\
              data       {} sha256 {}",
             task.result(&self.score),
-            task.protocol(&self.score),
+            folded(&format!("protocol   {}{counted}", task.protocol(&self.score))),
             names.join(" + "),
             &sha256[..12],
         )
     }
+}
+
+/// Lines that fit, broken behind commas and indented.
+fn folded(text: &str) -> String {
+    const WIDTH: usize = 80;
+    const MARGIN: &str = "           ";
+    let mut out = String::new();
+    for (index, line) in text.lines().enumerate() {
+        let mut column = 0;
+        for part in line.split_inclusive(", ") {
+            let width = part.trim_end().chars().count();
+            if column > 0 && column + width > WIDTH {
+                out.truncate(out.trim_end().len());
+                out = format!("{out}\n{MARGIN}");
+                column = MARGIN.len();
+            } else if column == 0 && index > 0 {
+                out.push('\n');
+            }
+            out += part;
+            column += part.chars().count();
+        }
+    }
+    out
 }
 
 /// Which tokens of the windows count, and what stands around documents.

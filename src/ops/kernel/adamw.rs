@@ -94,7 +94,7 @@ fn step_at(
 }
 
 #[inline(always)]
-fn step_chunk(adamw: AdamW, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
+pub(super) fn step_chunk(adamw: AdamW, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
     let AdamW { shrink, beta1, beta2, new, epsilon, rate, correction2, keep } = adamw;
     for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
         let g = g * shrink;

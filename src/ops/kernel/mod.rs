@@ -10,6 +10,7 @@ pub(super) mod coded;
 pub(super) mod fake_quant;
 pub(super) mod linear;
 pub(super) mod loss;
+pub(super) mod moments;
 pub(super) mod mse;
 pub(super) mod norm;
 #[cfg(test)]

@@ -11,7 +11,7 @@ use crate::device::NamedDevice;
 use crate::error::{Error, Result};
 use crate::recipe::Plan;
 use crate::report::{Event, size};
-use crate::stage::{Data, Lever, ModelState, Scene, Speed};
+use crate::stage::{Data, Lever, Memory, ModelState, Scene, Speed, Stage};
 use crate::store::folder::{bytes_below, free_bytes};
 
 /// Memory of the process itself: code, tokenizer, buffers.
@@ -31,13 +31,14 @@ pub struct Needs {
 }
 
 impl Needs {
-    /// What the run needs, and what of main memory each stage does.
+    /// What the run needs, and what of main memory each stage does. Where trainings keep their state, if the
+    /// recipe leaves it open, is chosen on the way, and said in words where it is not the fastest.
     pub(super) fn estimate(
-        plan: &Plan,
+        plan: &mut Plan,
         model: &ModelState,
         data: &Data,
         device: &NamedDevice,
-    ) -> (Self, Vec<Peak>) {
+    ) -> (Self, Vec<Peak>, Vec<String>) {
         let config = &model.config;
         let linears: u64 =
             config.linears().map(|(_, spec)| spec.shape.iter().product::<usize>() as u64).sum();
@@ -49,7 +50,9 @@ impl Needs {
             block: linears / config.n_blocks.max(1) as u64,
             rest: (heads * config.head_shape().iter().product::<usize>()) as u64,
             speed: measure(&device.device),
+            discrete: device.discrete,
         };
+        let chosen = choose_memory(plan, &scene, limits::available());
         let (mut on_device, mut on_host, mut disk, mut seconds) = (0, linears, 0, 0.0);
         let mut peaks = Vec::new();
         for (index, stage) in plan.stages.iter().enumerate() {
@@ -75,7 +78,7 @@ impl Needs {
             disk_bytes: disk + (1 << 20),
             seconds,
         };
-        (needs, peaks)
+        (needs, peaks, chosen)
     }
 
     /// The event that shows it.
@@ -133,6 +136,40 @@ impl Needs {
         .at(output.display())
         .fix("free some space, or --output on another disk"))
     }
+}
+
+/// Chooses where each training keeps its state: the fastest place that `room` bytes of main memory allow. A
+/// device's own memory is not known: there it is the recipe's to say.
+fn choose_memory(plan: &mut Plan, scene: &Scene<'_>, room: Option<u64>) -> Vec<String> {
+    let Some(room) = room.filter(|_| !scene.discrete) else { return Vec::new() };
+    let mut chosen = Vec::new();
+    for (index, planned) in plan.stages.iter_mut().enumerate() {
+        let name = planned.config.name();
+        let is_open = |stage: &mut dyn Stage| stage.memory().is_some_and(|asked| asked.is_none());
+        if !is_open(planned.config.stage_mut()) {
+            continue;
+        }
+        let mut of = |memory| {
+            if let Some(asked) = planned.config.stage_mut().memory() {
+                *asked = Some(memory);
+            }
+            let cost = planned.config.stage().cost(scene);
+            BASE_BYTES + scene.linears + cost.host + cost.device
+        };
+        let fastest = of(Memory::Tape);
+        let fits = Memory::ALL.into_iter().find(|memory| of(*memory) <= room);
+        let memory = fits.unwrap_or(Memory::Disk);
+        let needed = of(memory);
+        if memory != Memory::Tape {
+            chosen.push(format!(
+                "stage.{index}.{name}.memory = \"{}\": {} of memory in place of {}, and the same numbers",
+                memory.name(),
+                size(needed),
+                size(fastest)
+            ));
+        }
+    }
+    chosen
 }
 
 /// What of main memory one stage needs, and the setting it grows with, by its full key.

@@ -97,7 +97,7 @@ impl<'a> Descent<'a> {
         let mut student = start.clone();
         if let Some(Halfway { state, course }) = self.halfway.take() {
             self.course = course;
-            state.optimizer(&mut self.optimizer, &ctx.device.device)?;
+            state.optimizer(&mut self.optimizer, "", &ctx.device.device)?;
             if state.has(BEST) {
                 self.best = Some(state.parameters(BEST, start.clone())?);
             }
@@ -263,7 +263,7 @@ impl<'a> Descent<'a> {
         let pieces = config.within.pieces().len() as u64;
         let (step, steps) = (self.course.piece as u64 * config.steps + step, config.steps * pieces);
         // The curve is always the plain mean, whatever the reduction, so that recipes compare.
-        let length = task.positions.len();
+        let length = task.places.length();
         let loss = if config.sum_sequence() { stats.loss / length as f64 } else { stats.loss };
         let every = (steps / 50).max(1);
         let (stage, block) = (ctx.stage, task.index);

@@ -135,9 +135,9 @@ impl<'a> Fit<'a> {
         }
         let float_block = float_block(ctx, self.index)?;
         let through = |x: &Activations, piece: Piece, block: &Block| {
-            x.map(&ctx.device.device, |x| {
+            x.map(&ctx.device.device, |x, samples| {
                 ctx.stop.check()?;
-                Ok(piece.forward(block, x, &streams.positions, &|_, x| x))
+                Ok(piece.forward(block, x, &streams.places.of(samples), &|_, x| x))
             })
         };
         let mut quantized = &streams.quantized;
@@ -157,9 +157,10 @@ impl<'a> Fit<'a> {
                     // Of a block that goes on behind its attention.
                     *attended = through(&streams.float, Piece::Attention, &float_block)?;
                 }
-                behind = streams.quantized.map(&ctx.device.device, |x| {
+                behind = streams.quantized.map(&ctx.device.device, |x, samples| {
                     ctx.stop.check()?;
-                    Ok(student.forward(Piece::Attention, x, &streams.positions, self.quant))
+                    let positions = streams.places.of(samples);
+                    Ok(student.forward(Piece::Attention, x, &positions, self.quant))
                 })?;
                 quantized = &behind;
                 (&*attended, self.target)
@@ -180,7 +181,7 @@ impl<'a> Fit<'a> {
         target: &'t Activations,
     ) -> Task<'t> {
         let Self { config, index, streams, quant, input_prob, .. } = *self;
-        let (positions, augmented) = (&streams.positions, None);
+        let (places, augmented) = (&streams.places, None);
         Task {
             config,
             index,
@@ -189,7 +190,7 @@ impl<'a> Fit<'a> {
             float,
             target,
             augmented,
-            positions,
+            places,
             quant,
             input_prob,
         }

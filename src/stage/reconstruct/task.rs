@@ -6,12 +6,13 @@ use burn::tensor::{Tensor, TensorData};
 use super::keys::ReconstructConfig;
 use crate::data::coin_flips;
 use crate::method::{self, Moment};
-use crate::model::{Block, Positions};
+use crate::model::Block;
 use crate::ops;
 use crate::quant::ActivationQuant;
 use crate::stage::activations::Activations;
 use crate::stage::context::StageContext;
 use crate::stage::inputs::{Piece, Student};
+use crate::stage::places::Places;
 
 /// What one piece of a block is fitted on.
 pub(super) struct Task<'a> {
@@ -27,7 +28,7 @@ pub(super) struct Task<'a> {
     pub target: &'a Activations,
     /// The float piece's output on the quantized stream, for the augmented loss.
     pub augmented: Option<Activations>,
-    pub positions: &'a Positions,
+    pub places: &'a Places,
     /// What training does to activations.
     pub quant: ActivationQuant,
     /// Share of the input entries from the quantized stream.
@@ -55,7 +56,7 @@ impl Task<'_> {
             let mask: Tensor<3> = Tensor::from_data(TensorData::new(mask, shape), device);
             input = float.mask_where(mask.equal_elem(1.0), input);
         }
-        let output = student.forward(self.piece, input, self.positions, self.quant);
+        let output = student.forward(self.piece, input, &self.places.of(batch), self.quant);
         let compare = |goal: &Activations| {
             let goal = goal.batch(batch, device);
             let (output, goal) = if self.config.relative_tokens() {

@@ -11,8 +11,8 @@ use serde_json::{Value, json};
 
 use self::prompt::{Problem, Shots, conversations, problems};
 use super::conversation;
-use super::files::{DATA, Source};
-use super::kind::{Bench, Material, Number, Prepared, Refused, Score, Task};
+use super::files::{DATA, Files, Source};
+use super::kind::{Bench, Material, Number, Prepared, Refused, Score, Task, Writes};
 use super::written::{self, Prompts, Writing, Written, mean, numbers};
 use crate::data::Paths;
 use crate::error::Result;
@@ -104,6 +104,11 @@ impl Task for Gsm8kConfig {
 
     fn limit(&mut self, rows: usize) {
         self.limit.get_or_insert(rows);
+    }
+
+    fn writes(&self, files: &Files) -> Result<Option<Writes>> {
+        let rows = problems(files.of(DATA).unwrap_or_default())?.len();
+        Ok(Some(written::writes(rows, self.limit, self.batch, self.max_new_tokens)))
     }
 
     fn prepare<'a>(&'a self, material: &Material<'a>) -> Result<Box<dyn Prepared + 'a>> {

@@ -4,8 +4,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::super::conversation::{self, Conversation};
-use super::super::files::{DATA, Source};
-use super::super::kind::{Bench, Material, Number, Prepared, Refused, Score, Task};
+use super::super::files::{DATA, Files, Source};
+use super::super::kind::{Bench, Material, Number, Prepared, Refused, Score, Task, Writes};
 use super::super::written::{self, Prompts, Writing, Written, mean, numbers};
 use super::followed::{Followed, check};
 use super::rows::{Asked, asked};
@@ -99,6 +99,11 @@ impl Task for IfevalConfig {
 
     fn limit(&mut self, rows: usize) {
         self.limit.get_or_insert(rows);
+    }
+
+    fn writes(&self, files: &Files) -> Result<Option<Writes>> {
+        let rows = asked(files.of(DATA).unwrap_or_default())?.len();
+        Ok(Some(written::writes(rows, self.limit, self.batch, self.max_new_tokens)))
     }
 
     fn prepare<'a>(&'a self, material: &Material<'a>) -> Result<Box<dyn Prepared + 'a>> {
