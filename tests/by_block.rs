@@ -110,18 +110,18 @@ fn a_run_killed_in_one_mode_goes_on_in_another() {
     let expected = whole.tree("run/checkpoints/00-distill");
     let names: Vec<&String> = expected.keys().collect();
     assert!(names.iter().all(|name| name.starts_with("block-")), "{names:?}");
-    let mut states = Vec::new();
+    let mut second = Vec::new();
     for (memory, then) in [("tape", "disk"), ("disk", "tape"), ("device", "disk")] {
         let place = Place::with_small_run(&stages);
         let set = [memory, then].map(|memory| format!("stage.0.distill.memory=\"{memory}\""));
         let args =
             |which: usize| TRAIN.into_iter().chain(["--set", &set[which]]).collect::<Vec<_>>();
-        states.push(killed(&place, &args(0)));
+        second.push(killed(&place, &args(0)));
         place.ok(&args(1));
         // A file without a name leaves nothing, however its process ended.
         assert!(place.tree("run/checkpoints/00-distill") == expected, "{memory}, then {then}");
     }
-    assert!(states.windows(2).all(|pair| pair[0] == pair[1]), "a state is another one elsewhere");
+    assert!(second.windows(2).all(|pair| pair[0] == pair[1]), "a state is another one elsewhere");
 }
 
 #[test]

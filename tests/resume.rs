@@ -248,6 +248,9 @@ fn stop_in_distill(place: &Place) {
     stopped(&run.end(), 143);
     assert_eq!(status(place), "stopped");
     assert!(place.path(STATE).exists() && steps(place) < 48);
+    let state = std::fs::read(place.path(STATE)).unwrap();
+    let holds = |name: &str| state.windows(name.len()).any(|window| window == name.as_bytes());
+    assert!(holds(".moment_1_codes") && holds(".moment_2\""), "large parameters alone have codes");
     let resumed = resumed(place);
     assert!(matches!(&resumed[..], [one] if one.starts_with("block ") && one.ends_with("/5")));
 }

@@ -92,6 +92,9 @@ enum At {
     File(u64),
 }
 
+/// A thread that reads.
+type Reading = JoinHandle<Result<Vec<Parked>>>;
+
 /// The tensors of all blocks.
 pub(super) struct Depot {
     /// The file, where it is not main memory.
@@ -100,7 +103,7 @@ pub(super) struct Depot {
     end: u64,
     slots: HashMap<Key, Vec<Slot>>,
     /// What is being read ahead of need.
-    ahead: RefCell<Option<(Key, JoinHandle<Result<Vec<Parked>>>)>>,
+    ahead: RefCell<Option<(Key, Reading)>>,
 }
 
 impl Depot {

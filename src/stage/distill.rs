@@ -167,22 +167,25 @@ impl Stage for DistillConfig {
     fn cost(&self, scene: &Scene<'_>) -> Cost {
         let Scene { linears, block, rest, discrete, .. } = *scene;
         let memory = self.memory.unwrap_or(Memory::Tape);
-        let (ends, all) = (4 * 2 * rest, trained(linears, &self.optimizer));
+        let shared = scene.model.has_float_ends();
+        let (ends, all) =
+            (4 * if shared { rest } else { 2 * rest }, trained(linears, &self.optimizer));
         // Weights and moments, and gradients that wait for the norm of all.
-        let waiting = 4 * linears
+        let state = 4 * linears
             + self.optimizer.moments.bytes(linears)
             + if self.optimizer.norm == NormOf::Global { 4 * linears } else { 0 };
-        // One block at work, the next one, and the teacher's.
-        let one = trained(block, &self.optimizer) + 4 * 2 * block;
+        // One block at work: latents, quantized weights, their gradients and those of the latents; its moments,
+        // the next block, and transients of about one more.
+        let one = 4 * 6 * block + self.optimizer.moments.bytes(block);
         let (weights, host, file) = match memory {
             Memory::Tape => (all + 4 * linears + ends, 0, 0),
-            Memory::Device => (waiting + one + 4 * linears + ends, 0, 0),
-            Memory::Host if discrete => (one + ends, waiting, 0),
-            Memory::Host => (waiting + one + ends, 0, 0),
-            Memory::Disk => (one + ends, 0, waiting),
+            Memory::Device => (state + one + 4 * linears + ends, 0, 0),
+            Memory::Host if discrete => (one + ends, state, 0),
+            Memory::Host => (state + one + ends, 0, 0),
+            Memory::Disk => (one + ends, 0, state),
         };
         // The saved state, the best one, and one of them while it is written.
-        let disk = linears + states::bytes_with(linears, &self.optimizer, self.keep) + file;
+        let disk = linears + states::bytes(linears, &self.optimizer, keys!(self).states()) + file;
         let keys = keys!(self);
         let by_block = memory != Memory::Tape;
         let moved = [0, linears * 4 * 40 + 2 * file];

@@ -303,7 +303,7 @@ impl Stage for FinetuneConfig {
         let cost = scene.training(&keys!(self), weights, [scene.linears * 4 * 8, 0], 20, false);
         cost.map_or_else(Cost::default, |cost| Cost {
             host: 4 * scene.linears,
-            disk: 4 * scene.linears + states::bytes_with(learned, &self.optimizer, self.keep),
+            disk: 4 * scene.linears + states::bytes(learned, &self.optimizer, keys!(self).states()),
             ..cost
         })
     }

@@ -86,6 +86,13 @@ macro_rules! neutralize {
 pub(super) use neutralize;
 
 impl Keys<'_> {
+    /// How many states there may be on the disk at once: those that are kept, the one to go back to, and one
+    /// that is being written.
+    pub(super) fn states(&self) -> u64 {
+        let kept = (self.steps / self.checkpoint_every.max(1)).min(self.keep as u64);
+        kept + u64::from(self.validate.keeps()) + 1
+    }
+
     /// Refuses counts of zero and what does not train a whole model.
     pub(super) fn check(&self, stage: &str) -> Result<()> {
         check_objective(self.objective, stage)?;

@@ -128,7 +128,7 @@ impl Stage for ReconstructConfig {
         Cost {
             device: trained(scene.block, &self.optimizer) + scene.tape(tokens, length),
             host: samples * sample,
-            disk: scene.linears + states::bytes_with(scene.block, &self.optimizer, self.keep),
+            disk: scene.linears + states::bytes(scene.block, &self.optimizer, self.keep as u64 + 2),
             seconds: scene.speed.seconds(flops, moved, steps),
             lever: Some(Lever { key: "data.calibration.samples", value: samples, bytes: sample }),
         }

@@ -177,7 +177,8 @@ impl Session {
         let device = &ctx.device.device;
         let positions = Positions::new(&ctx.model.config, 0, corpus.length, ctx.compute, device);
         let compares = training.keys.objective.needs_teacher() || training.on_policy.is_some();
-        let teacher = compares.then(|| Teacher::new(ctx, training.memory)).transpose()?;
+        let teacher =
+            compares.then(|| Teacher::new(ctx, training.memory, student.ends())).transpose()?;
         let feed = feed(ctx, corpus, &positions);
         let objective = confident(training, ctx, teacher.as_ref(), &order, &feed)?;
         let watched = (training.verb, training.keys.steps, training.keys.objective);
@@ -225,8 +226,8 @@ impl Session {
                 *model = stepped;
                 Ok((stats, closeness))
             }
-            Student::Shelved(shelf) => {
-                let mut step = ByBlockStep { shelf, optimizer, rate_of, in_units, fake_quant };
+            Student::ByBlock(rack) => {
+                let mut step = ByBlockStep { rack, optimizer, rate_of, in_units, fake_quant };
                 let Some(teacher) = teacher else { return step.step(&micros, None, compare) };
                 teacher
                     .with(ctx, |model| step.step(&micros, Some((model, teacher.ends())), compare))

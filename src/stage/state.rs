@@ -67,6 +67,15 @@ impl ModelState {
         Tuned { checkpoint, tuned: &self.tuned }
     }
 
+    /// Whether embedding, final norm and head are those of the float model.
+    pub(super) fn has_float_ends(&self) -> bool {
+        let outside = |name: &String| self.config.inner(name).is_none();
+        self.packed.is_none()
+            && self.teacher.is_none()
+            && !self.quantized.contains_key(self.config.head())
+            && !self.dense.keys().any(outside)
+    }
+
     /// A tensor that a stage has left dense.
     fn left(&self, name: &str) -> Option<&HostTensor> {
         self.dense.get(name).or_else(|| self.tuned.get(name))

@@ -48,15 +48,20 @@ impl States {
         self.dir.join(PIECES_FILE)
     }
 
-    /// The newest state that is whole; `None` where there is no state at all.
+    /// The newest state that is whole, once damaged ones behind it are removed; `None` where there is no state
+    /// at all.
     ///
     /// # Errors
     /// When the folder cannot be read, or each state is damaged.
     pub(super) fn newest(&self) -> Result<Option<Found>> {
-        let mut damaged = Vec::new();
+        let mut damaged: Vec<(PathBuf, Error)> = Vec::new();
         for (number, path) in numbered(&self.dir)?.into_iter().rev() {
             match State::open(&path) {
                 Ok(state) => {
+                    // They would be kept in the place of whole ones.
+                    for (path, _) in &damaged {
+                        std::fs::remove_file(path).map_err(|e| Error::io("remove", path, &e))?;
+                    }
                     let mark = mark(&self.dir, &name(number));
                     return Ok(Some(Found { state, mark, damaged }));
                 }
@@ -128,15 +133,10 @@ impl Drop for States {
     }
 }
 
-/// Bytes on the disk of the states of a training of so many numbers: those that are kept, the one to go
-/// back to, and the one that is being written; each with two moments.
-pub(super) fn bytes(learned: u64, keep: usize) -> u64 {
-    12 * learned * (keep as u64 + 2)
-}
-
-/// As [`bytes`], with the moments that `optimizer` holds.
-pub(super) fn bytes_with(learned: u64, optimizer: &OptimizerConfig, keep: usize) -> u64 {
-    (4 * learned + optimizer.moments.bytes(learned)) * (keep as u64 + 2)
+/// Bytes on the disk of so many states of a training of so many numbers, with the moments that `optimizer`
+/// holds.
+pub(super) fn bytes(learned: u64, optimizer: &OptimizerConfig, states: u64) -> u64 {
+    (4 * learned + optimizer.moments.bytes(learned)) * states
 }
 
 /// A state to go on from.
@@ -214,4 +214,39 @@ fn prune(dir: &Path, keep: usize) -> Result<()> {
         std::fs::remove_file(path).map_err(|e| Error::io("remove", path, &e))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::nn::LinearConfig;
+    use burn::tensor::Device;
+
+    use super::*;
+    use crate::report::Reporters;
+    use crate::train::{Optimizer, OptimizerConfig};
+
+    fn state() -> Snapshot {
+        let linear = LinearConfig::new(3, 2).init(&Device::flex().autodiff());
+        Snapshot::of(&linear, &Optimizer::new(&OptimizerConfig::default()), [])
+    }
+
+    #[test]
+    fn a_damaged_state_takes_no_whole_one_s_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut report = Reporters::default();
+        let write = |states: &mut States, report: &mut Reporters| {
+            states.write(state(), report).unwrap();
+            states.finish().unwrap();
+        };
+        let mut states = States::of(dir.path(), 2).unwrap();
+        write(&mut states, &mut report);
+        write(&mut states, &mut report);
+        std::fs::write(dir.path().join("state-000002.safetensors"), b"torn").unwrap();
+        let mut states = States::of(dir.path(), 2).unwrap();
+        let found = states.newest().unwrap().unwrap();
+        assert_eq!((found.mark.rsplit('/').next(), found.damaged.len()), (Some("state-000001"), 1));
+        write(&mut states, &mut report);
+        std::fs::write(dir.path().join("state-000003.safetensors"), b"torn too").unwrap();
+        assert!(States::of(dir.path(), 2).unwrap().newest().unwrap().is_some());
+    }
 }

@@ -10,7 +10,7 @@ use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::Tensor;
 
 use super::batch::Batch;
-use super::student::{Shelf, quantized};
+use super::student::{Rack, quantized};
 use crate::error::{Error, Result};
 use crate::method;
 use crate::model::{Block, CausalLm, Forward, Positions};
@@ -97,7 +97,7 @@ impl OnTape<'_> {
 /// How a step goes block by block.
 pub(super) struct ByBlockStep<'a> {
     /// The student.
-    pub shelf: &'a mut Shelf,
+    pub rack: &'a mut Rack,
     /// Its optimizer.
     pub optimizer: &'a mut Optimizer,
     /// Learning rates by path.
@@ -137,17 +137,17 @@ impl ByBlockStep<'_> {
 
     /// The inputs of every block, and the outputs of the last one.
     fn forward(&self, micros: &[Vec<Part<'_>>]) -> Result<(Vec<Streams>, Streams)> {
-        let ends = self.shelf.ends.valid();
+        let ends = self.rack.ends.valid();
         let embed = |part: &Part<'_>| ends.embed(part.batch.tokens(), part.batch.positions());
         let embedded = micros.iter().map(|parts| parts.iter().map(embed).collect());
         let mut streams: Streams = embedded.collect();
         let mut inputs = Vec::new();
-        for index in 0..self.shelf.len() {
-            let block = quantized(&self.shelf.block(index)?);
-            self.shelf.ahead(Some(index + 1))?;
+        for index in 0..self.rack.len() {
+            let block = quantized(&self.rack.block(index)?);
+            self.rack.ahead(Some(index + 1))?;
             inputs.push(streams.clone());
             let through = |(x, part): (Tensor<3>, &Part<'_>)| {
-                through(&block, x, part.batch.positions(), &self.shelf.ends)
+                through(&block, x, part.batch.positions(), &self.rack.ends)
             };
             let micro = |(streams, parts): (Vec<Tensor<3>>, &Vec<Part<'_>>)| {
                 streams.into_iter().zip(parts).map(through).collect()
@@ -166,7 +166,7 @@ impl ByBlockStep<'_> {
         teacher: Option<(&CausalLm, &Streams)>,
         compare: bool,
     ) -> Result<(f64, Streams, Option<Closeness>)> {
-        let ends = &self.shelf.ends;
+        let ends = &self.rack.ends;
         let (mut sum, mut gradients, mut closeness) = (0.0, Vec::new(), None);
         for (micro, (parts, outputs)) in micros.iter().zip(outputs).enumerate() {
             let leaves: Vec<_> = outputs.into_iter().map(leaf).collect();
@@ -205,8 +205,8 @@ impl ByBlockStep<'_> {
         }
         while let Some(own) = inputs.pop() {
             let index = inputs.len();
-            let block = self.shelf.block(index)?;
-            self.shelf.ahead(index.checked_sub(1))?;
+            let block = self.rack.block(index)?;
+            self.rack.ahead(index.checked_sub(1))?;
             let of_block;
             (of_block, gradients) = self.through_block(&block, micros, own, gradients);
             let name = index.to_string();
@@ -216,7 +216,7 @@ impl ByBlockStep<'_> {
                 found = found.or_else(|| culprit(&path, &block, &of_block));
             }
             if waits {
-                self.shelf.keep_gradients(index, &block, of_block)?;
+                self.rack.keep_gradients(index, &block, of_block)?;
             } else if own.norm().is_finite() {
                 self.update(index, block, of_block, &own)?;
             }
@@ -227,9 +227,9 @@ impl ByBlockStep<'_> {
         let grad_norm = squares.norm();
         if waits && grad_norm.is_finite() {
             self.optimizer.begin_step();
-            for index in 0..self.shelf.len() {
-                let block = self.shelf.block(index)?;
-                let of_block = self.shelf.gradients(index, &block)?;
+            for index in 0..self.rack.len() {
+                let block = self.rack.block(index)?;
+                let of_block = self.rack.gradients(index, &block)?;
                 self.update(index, block, of_block, &squares)?;
             }
         }
@@ -253,7 +253,7 @@ impl ByBlockStep<'_> {
             let tracked = |x| if block.index == 0 { Tensor::from_inner(x) } else { leaf(x) };
             let leaves: Vec<Tensor<3>> = inputs.into_iter().map(tracked).collect();
             let losses = leaves.iter().zip(parts).zip(gradients).map(|((x, part), gradient)| {
-                let y = through(on, x.clone(), part.batch.positions(), &self.shelf.ends);
+                let y = through(on, x.clone(), part.batch.positions(), &self.rack.ends);
                 let nothing = Tensor::zeros([1], &gradient.device());
                 ops::with_gradient(y, nothing, gradient)
             });
@@ -283,12 +283,12 @@ impl ByBlockStep<'_> {
             let measures = block.linears().flat_map(|(_, linear)| method::measures(&linear.weight));
             self.optimizer.measure_by(measures.collect());
         }
-        self.shelf.let_go(index);
-        self.shelf.moments_to(index, self.optimizer)?;
+        self.rack.let_go(index);
+        self.rack.moments_to(index, self.optimizer)?;
         let path = ["blocks", &index.to_string()];
         let block = self.optimizer.step_part(&scales, &path, block, gradients, self.rate_of);
-        self.shelf.moments_from(index, self.optimizer)?;
-        self.shelf.put(index, block)
+        self.rack.moments_from(index, self.optimizer)?;
+        self.rack.put(index, block)
     }
 }
 

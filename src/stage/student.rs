@@ -23,7 +23,7 @@ pub(super) enum Student {
     /// Whole, with one tape through it.
     Whole(CausalLm),
     /// Block by block.
-    Shelved(Shelf),
+    ByBlock(Rack),
 }
 
 impl Student {
@@ -49,13 +49,13 @@ impl Student {
             _ => None,
         };
         let (gradients, device) = (HashMap::new(), device.clone());
-        let mut shelf = Shelf { ends, blocks: Vec::new(), depot, gradients, device };
-        for index in 0..shelf.ends.config.n_blocks {
+        let mut rack = Rack { ends, blocks: Vec::new(), depot, gradients, device };
+        for index in 0..rack.ends.config.n_blocks {
             let Some(block) = blocks.next() else { break };
-            shelf.blocks.push(None);
-            shelf.put(index, block?)?;
+            rack.blocks.push(None);
+            rack.put(index, block?)?;
         }
-        Ok(Self::Shelved(shelf))
+        Ok(Self::ByBlock(rack))
     }
 
     /// On the tape.
@@ -63,11 +63,19 @@ impl Student {
     pub(super) fn train(self) -> Self {
         match self {
             Self::Whole(model) => Self::Whole(model.train()),
-            Self::Shelved(shelf) => Self::Shelved(Shelf {
-                ends: shelf.ends.train(),
-                blocks: shelf.blocks.into_iter().map(|block| block.map(Module::train)).collect(),
-                ..shelf
+            Self::ByBlock(rack) => Self::ByBlock(Rack {
+                ends: rack.ends.train(),
+                blocks: rack.blocks.into_iter().map(|block| block.map(Module::train)).collect(),
+                ..rack
             }),
+        }
+    }
+
+    /// Embedding, final norm and head; the blocks may come with them.
+    pub(super) fn ends(&self) -> &CausalLm {
+        match self {
+            Self::Whole(model) => model,
+            Self::ByBlock(rack) => &rack.ends,
         }
     }
 
@@ -75,7 +83,7 @@ impl Student {
     pub(super) fn off_tape<T>(&self, work: impl FnOnce(&dyn Forward) -> T) -> T {
         match self {
             Self::Whole(model) => work(&model.valid()),
-            Self::Shelved(shelf) => work(&OffTape { ends: shelf.ends.valid(), shelf }),
+            Self::ByBlock(rack) => work(&OffTape { ends: rack.ends.valid(), rack }),
         }
     }
 
@@ -84,10 +92,10 @@ impl Student {
     pub(super) fn whole(&self) -> Option<CausalLm> {
         let (ends, blocks): (_, Vec<Block>) = match self {
             Self::Whole(model) => (model, model.blocks.iter().map(quantized).collect()),
-            Self::Shelved(shelf) if shelf.depot.is_none() => {
-                (&shelf.ends, shelf.blocks.iter().flatten().map(quantized).collect())
+            Self::ByBlock(rack) if rack.depot.is_none() => {
+                (&rack.ends, rack.blocks.iter().flatten().map(quantized).collect())
             }
-            Self::Shelved(_) => return None,
+            Self::ByBlock(_) => return None,
         };
         let ends = CausalLm { blocks: Vec::new(), ..ends.clone() }.valid();
         Some(CausalLm { blocks, ..ends })
@@ -105,8 +113,8 @@ impl Student {
             Self::Whole(model) => {
                 model.blocks.iter().enumerate().try_for_each(|(i, block)| visit(i, &block.valid()))
             }
-            Self::Shelved(shelf) => (0..shelf.blocks.len())
-                .try_for_each(|index| visit(index, &shelf.block(index)?.valid())),
+            Self::ByBlock(rack) => (0..rack.blocks.len())
+                .try_for_each(|index| visit(index, &rack.block(index)?.valid())),
         }
     }
 
@@ -115,7 +123,7 @@ impl Student {
         // The digits are no tensor: blocks may stay where they are.
         let blocks: Vec<&mut Block> = match self {
             Self::Whole(model) => model.blocks.iter_mut().collect(),
-            Self::Shelved(shelf) => shelf.blocks.iter_mut().flatten().collect(),
+            Self::ByBlock(rack) => rack.blocks.iter_mut().flatten().collect(),
         };
         let linears = blocks.into_iter().flat_map(Block::linears_mut).map(|(_, linear)| linear);
         method::shorten_all(linears, digits);
@@ -131,15 +139,15 @@ impl Student {
         let state = Snapshot::of_optimizer(optimizer, facts);
         match self {
             Self::Whole(model) => state.with(PARAMETERS, model),
-            Self::Shelved(shelf) => {
-                (0..shelf.blocks.len()).fold(state, |state, index| shelf.add_to(state, index))
+            Self::ByBlock(rack) => {
+                (0..rack.blocks.len()).fold(state, |state, index| rack.add_to(state, index))
             }
         }
     }
 
     /// Whether parts of it are neither on the device nor shared with what is saved.
     pub(super) fn waits(&self) -> bool {
-        matches!(self, Self::Shelved(Shelf { depot: Some(_), .. }))
+        matches!(self, Self::ByBlock(Rack { depot: Some(_), .. }))
     }
 
     /// Takes parameters and optimizer state from a saved state.
@@ -154,13 +162,13 @@ impl Student {
                 *model = state.parameters(PARAMETERS, model.clone())?;
                 Ok(())
             }
-            Self::Shelved(shelf) => shelf.restore(state, optimizer),
+            Self::ByBlock(rack) => rack.restore(state, optimizer),
         }
     }
 }
 
 /// A model of which one block at a time is computed with.
-pub(super) struct Shelf {
+pub(super) struct Rack {
     /// Embedding, final norm and head.
     pub ends: CausalLm,
     /// Blocks; without values where those wait in the depot, and none where one is being changed.
@@ -171,7 +179,7 @@ pub(super) struct Shelf {
     device: Device,
 }
 
-impl Shelf {
+impl Rack {
     /// The number of blocks.
     pub(super) fn len(&self) -> usize {
         self.blocks.len()
@@ -201,8 +209,8 @@ impl Shelf {
         }
     }
 
-    /// Lets go of a block that [`Shelf::block`] gave and that is going to change, so that it changes in
-    /// place; until [`Shelf::put`] there is none.
+    /// Lets go of a block that [`Rack::block`] gave and that is going to change, so that it changes in
+    /// place; until [`Rack::put`] there is none.
     pub(super) fn let_go(&mut self, index: usize) {
         self.blocks[index] = None;
     }
@@ -221,7 +229,7 @@ impl Shelf {
         depot.put((index, Kind::Parameters), empty.parked)
     }
 
-    /// Keeps a block's gradients until [`Shelf::gradients`] asks for them.
+    /// Keeps a block's gradients until [`Rack::gradients`] asks for them.
     ///
     /// # Errors
     /// When they cannot be written.
@@ -241,7 +249,7 @@ impl Shelf {
         depot.put((index, Kind::Gradients), parts.parked)
     }
 
-    /// What [`Shelf::keep_gradients`] kept.
+    /// What [`Rack::keep_gradients`] kept.
     ///
     /// # Errors
     /// When it cannot be read.
@@ -342,10 +350,10 @@ impl Shelf {
     }
 }
 
-/// A shelved model off the tape.
+/// A model by block off the tape.
 struct OffTape<'a> {
     ends: CausalLm,
-    shelf: &'a Shelf,
+    rack: &'a Rack,
 }
 
 impl Forward for OffTape<'_> {
@@ -354,12 +362,12 @@ impl Forward for OffTape<'_> {
     }
 
     fn streams(&self, batches: Vec<(Tensor<2, Int>, &Positions)>) -> Result<Vec<Tensor<3>>> {
-        let Self { ends, shelf } = self;
+        let Self { ends, rack } = self;
         let embedded = batches.into_iter().map(|(tokens, at)| (ends.embed(tokens, at), at));
         let mut streams: Vec<_> = embedded.collect();
-        for index in 0..shelf.blocks.len() {
-            let block = quantized(&shelf.block(index)?);
-            shelf.ahead(Some(index + 1))?;
+        for index in 0..rack.blocks.len() {
+            let block = quantized(&rack.block(index)?);
+            rack.ahead(Some(index + 1))?;
             let tap = |site, x| ends.tap.apply(index, site, x);
             let forward = |(hidden, at)| (block.forward_tapped(hidden, at, None, &tap), at);
             streams = streams.into_iter().map(forward).collect();

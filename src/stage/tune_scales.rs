@@ -154,7 +154,8 @@ impl Stage for TuneScalesConfig {
         let weights = scene.linears + 4 * scene.rest + teacher + (16 << 20);
         let cost = scene.training(&keys!(self), weights, [0; 2], 20, false);
         // A scale for 32 weights, at most.
-        let disk = scene.linears / 8 + states::bytes(scene.linears / 32, self.keep);
+        let disk = scene.linears / 8
+            + states::bytes(scene.linears / 32, &self.optimizer, keys!(self).states());
         cost.map_or_else(Cost::default, |cost| Cost { disk, ..cost })
     }
 

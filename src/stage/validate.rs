@@ -74,6 +74,11 @@ impl ValidateConfig {
         Ok(())
     }
 
+    /// Whether there may be a state to go back to.
+    pub(super) fn keeps(&self) -> bool {
+        self.retries > 0 || self.keep_best && self.every != Some(0)
+    }
+
     /// Steps between validations of a training of `steps`; 0: none.
     pub(super) fn interval(&self, steps: u64) -> u64 {
         self.every.unwrap_or((steps / 10).max(1))

@@ -91,6 +91,7 @@ pub enum NormOf {
 }
 
 impl NormOf {
+    #[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
     fn is_global(&self) -> bool {
         *self == Self::Global
     }
