@@ -5,6 +5,7 @@ mod bench;
 mod chat;
 mod data;
 mod dialogue;
+mod doctor;
 mod eval;
 mod export;
 mod generate;
@@ -81,8 +82,11 @@ enum Command {
     Chat(chat::ChatArgs),
     /// Write the logits of a token sequence, for parity checks against other runtimes
     Logits(logits::LogitsArgs),
-    /// Measure what users pay for; or write a model of random weights to measure with
+    /// Measure training steps, prompts, generation, loading and packing; or write random weights of a
+    /// published model's shape, to measure with
     Bench(bench::BenchArgs),
+    /// Say what was built in and found, check that every device computes right, and measure its speed
+    Doctor(doctor::DoctorArgs),
 }
 
 /// Parses the command line, runs it, prints at most one error, and chooses the exit code.
@@ -128,6 +132,7 @@ fn run(command: Command) -> Result<()> {
         Command::Chat(args) => chat::run(&args, &stop),
         Command::Logits(args) => logits::run(&args),
         Command::Bench(args) => bench::run(&args, &stop),
+        Command::Doctor(args) => doctor::run(&args, &stop),
     }
 }
 
