@@ -63,6 +63,53 @@ pub fn compiled() -> Vec<&'static str> {
     ALL.iter().zip(compiled).filter(|(_, compiled)| *compiled).map(|((name, _), _)| *name).collect()
 }
 
+/// A device that this binary can use, if what its backend needs is there.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// What [`open`] takes.
+    pub name: String,
+    /// What the backend calls it, where it does.
+    pub card: Option<String>,
+}
+
+/// The devices of a compiled backend that are there; a backend without its driver may panic here.
+pub fn found(kind: &str) -> Vec<Found> {
+    let count = match kind {
+        "cpu" => 1,
+        #[cfg(feature = "cuda")]
+        "cuda" => Device::enumerate(burn::tensor::DeviceType::Cuda).into_iter().count(),
+        #[cfg(feature = "rocm")]
+        "rocm" => Device::enumerate(burn::tensor::DeviceType::Rocm).into_iter().count(),
+        #[cfg(feature = "metal")]
+        "metal" => Device::enumerate(burn::tensor::DeviceType::Metal).into_iter().count().min(1),
+        #[cfg(feature = "vulkan")]
+        "vulkan" => Device::enumerate(burn::tensor::DeviceType::Vulkan).into_iter().count().min(1),
+        #[cfg(feature = "wgpu")]
+        "wgpu" => Device::enumerate(burn::tensor::DeviceType::Wgpu).into_iter().count().min(1),
+        _ => 0,
+    };
+    // An index of the last three counts discrete cards alone, so the default one stands for them.
+    let indexed = ["cuda", "rocm"].contains(&kind);
+    let name = |index| if indexed { format!("{kind}:{index}") } else { kind.to_owned() };
+    (0..count).map(name).map(|name| Found { card: card(&name), name }).collect()
+}
+
+/// What the backend calls a device.
+fn card(name: &str) -> Option<String> {
+    #[cfg(feature = "gpu")]
+    if name != "cpu" {
+        return Some(named(name).ok()?.device.identity()?.name);
+    }
+    processor().filter(|_| name == "cpu")
+}
+
+/// What the processor calls itself, where the system tells.
+fn processor() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("model name"))?;
+    line.split_once(':').map(|(_, name)| name.trim().to_owned())
+}
+
 fn best() -> &'static str {
     compiled().first().copied().unwrap_or("cpu")
 }
@@ -124,5 +171,7 @@ mod tests {
     fn the_cpu_opens() {
         assert_eq!(open("cpu").unwrap().name, "cpu");
         assert!(!open("cpu").unwrap().discrete);
+        let names: Vec<String> = found("cpu").into_iter().map(|found| found.name).collect();
+        assert_eq!((names, found("abacus").len()), (vec!["cpu".to_owned()], 0));
     }
 }

@@ -5,6 +5,7 @@
 //! | Module | What lives there |
 //! |---|---|
 //! | [`cli`] | the command line, one file per command |
+//! | [`bench`] | what this machine and its devices can do, measured |
 //! | [`run`] | one execution of a plan in one folder: preflight, resume, `run.json` |
 //! | [`recipe`] | the TOML surface, its errors, its resolution into a plan |
 //! | [`stage`] | calibrate, reconstruct, distill, evaluate, export |
@@ -21,6 +22,7 @@
 //! | [`report`] | what the user sees: terminal, `metrics.jsonl`, TensorBoard |
 //! | [`error`], [`device`], [`stop`], [`exhausted`] | used by all |
 
+pub mod bench;
 pub mod cli;
 pub mod data;
 pub mod device;

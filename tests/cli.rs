@@ -90,9 +90,11 @@ mod words {
     fn help_names_every_command_and_version_the_version() {
         let place = Place::new();
         let help = place.ok(&["--help"]);
-        for command in
-            ["train", "check", "recipes", "eval", "verify", "inspect", "generate", "logits"]
-        {
+        let commands = [
+            "train", "check", "recipes", "eval", "verify", "inspect", "generate", "logits",
+            "bench", "doctor",
+        ];
+        for command in commands {
             assert!(help.contains(&format!("\n  {command} ")), "{command} is not in {help}");
             let text = place.ok(&[command, "--help"]);
             assert!(text.contains("Usage: fewbit") && text.contains(command), "{text}");

@@ -10,8 +10,28 @@ const BASE: [&str; 5] = ["error", "device", "exhausted", "report", "stop"];
 
 /// The layers from the top to the bottom, and which ones each may use besides [`BASE`].
 /// `layer::Item` allows that one item.
-const LAYERS: [(&str, &[&str]); 14] = [
-    ("cli", &["run", "recipe", "stage", "task", "export", "model", "data", "quant", "store"]),
+const LAYERS: [(&str, &[&str]); 15] = [
+    (
+        "cli",
+        &["bench", "run", "recipe", "stage", "task", "export", "model", "data", "quant", "store"],
+    ),
+    // What is measured is what runs: the pieces that stages are made of.
+    (
+        "bench",
+        &[
+            "run",
+            "stage",
+            "export",
+            "method",
+            "model",
+            "objective",
+            "data",
+            "train",
+            "quant",
+            "ops",
+            "store",
+        ],
+    ),
     ("run", &["recipe", "stage", "export", "model", "data", "quant", "store"]),
     (
         "recipe",

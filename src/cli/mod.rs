@@ -1,9 +1,11 @@
 //! The command line: one match arm per command. Results go to stdout, everything else to stderr.
 
 mod adapter;
+mod bench;
 mod chat;
 mod data;
 mod dialogue;
+mod doctor;
 mod eval;
 mod export;
 mod generate;
@@ -80,6 +82,11 @@ enum Command {
     Chat(chat::ChatArgs),
     /// Write the logits of a token sequence, for parity checks against other runtimes
     Logits(logits::LogitsArgs),
+    /// Measure training steps, prompts, generation, loading and packing; or write random weights of a
+    /// published model's shape, to measure with
+    Bench(bench::BenchArgs),
+    /// Say what was built in and found, check that every device computes right, and measure its speed
+    Doctor(doctor::DoctorArgs),
 }
 
 /// Parses the command line, runs it, prints at most one error, and chooses the exit code.
@@ -124,6 +131,8 @@ fn run(command: Command) -> Result<()> {
         Command::Generate(args) => generate::run(&args, &stop),
         Command::Chat(args) => chat::run(&args, &stop),
         Command::Logits(args) => logits::run(&args),
+        Command::Bench(args) => bench::run(&args, &stop),
+        Command::Doctor(args) => doctor::run(&args, &stop),
     }
 }
 

@@ -14,7 +14,9 @@ mod generate;
 mod generation_config;
 mod load;
 mod positions;
+mod random;
 mod sampler;
+mod shapes;
 mod sizes;
 mod tap;
 
@@ -37,7 +39,9 @@ pub use generate::{Ended, Generation, Memory, Prompt, finite};
 pub use generation_config::{GenerationConfig, end_tokens};
 pub use load::{Loader, WeightSource, companions, head_name, licences, open_folder};
 pub use positions::Positions;
+pub use random::{RandomWeights, write_random};
 pub use sampler::Sampler;
+pub use shapes::{known_config, known_shapes};
 pub use sizes::{ModelShape, TRAINING_BYTES, Trainable};
 pub use tap::ModelTap;
 

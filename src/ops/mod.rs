@@ -45,3 +45,11 @@ pub use loss::{
 };
 pub use moments::{Int8Moments, LEAVES, Later, Moments, Values, later};
 pub use search::{Candidate, Extent, nearest_grids};
+
+/// The instruction set that kernels run in on this machine's processor, for reports.
+pub fn vector_level() -> &'static str {
+    #[cfg(feature = "flex")]
+    return vector::Level::best().name();
+    #[cfg(not(feature = "flex"))]
+    "none"
+}

@@ -58,6 +58,22 @@ impl Level {
         *BEST.get_or_init(|| Self::available().last().copied().unwrap_or(Self::Portable))
     }
 
+    /// The name in reports.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            #[cfg(target_arch = "aarch64")]
+            Self::Portable => "NEON",
+            #[cfg(target_arch = "x86_64")]
+            Self::Portable => "SSE2",
+            #[cfg(not(any(target_arch = "aarch64", target_arch = "x86_64")))]
+            Self::Portable => "portable",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => "AVX2",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => "AVX-512",
+        }
+    }
+
     /// Runs `kernel` compiled for this level. What it calls has to be `#[inline(always)]` to be
     /// compiled for it too.
     ///

@@ -5,6 +5,11 @@ pub fn peak_gib() -> Option<f64> {
     status_gib("VmHWM:")
 }
 
+/// Has the system count the peak anew from what is resident now; whether it does that.
+pub fn reset_peak() -> bool {
+    cfg!(target_os = "linux") && std::fs::write("/proc/self/clear_refs", "5").is_ok()
+}
+
 /// Resident memory now in GiB; `None` where the system does not tell.
 pub fn current_gib() -> Option<f64> {
     status_gib("VmRSS:")

@@ -12,7 +12,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 pub use folder::RunFolder;
-pub use preflight::{Needs, Prepared, Target, data_of, model_sha256, prepare};
+pub use preflight::{
+    Needs, Prepared, Target, data_of, memory_available, memory_total, model_sha256, prepare,
+};
 pub use record::{Fingerprint, RunRecord, StageRecord, Status};
 
 use crate::data::{SourceShare, TokenStream};

@@ -29,6 +29,17 @@ use crate::stage::{Corpus, Data, ModelState, StandIns};
 use crate::stop::StopFlag;
 use crate::store::locate;
 
+/// Bytes of main memory that this process may have in all: the tightest of the machine, its control
+/// group and its own limits; `None` where the system does not tell.
+pub fn memory_total() -> Option<u64> {
+    limits::total().map(|limit| limit.bytes)
+}
+
+/// What of it is free now.
+pub fn memory_available() -> Option<u64> {
+    limits::available()
+}
+
 /// Window length when neither the recipe nor the model says less.
 const DEFAULT_LENGTH: usize = 2048;
 

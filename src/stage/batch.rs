@@ -16,7 +16,7 @@ use crate::objective::{ObjectiveConfig, Targets};
 use crate::ops::{self, Closeness};
 
 /// Token windows on the device.
-pub(super) struct Batch {
+pub struct Batch {
     tokens: Tensor<2, Int>,
     positions: Positions,
     next: Tensor<2, Int>,
@@ -26,7 +26,7 @@ pub(super) struct Batch {
 
 /// Where batches come from and go to.
 #[derive(Clone, Copy)]
-pub(super) struct Feed<'a> {
+pub struct Feed<'a> {
     /// The text.
     pub stream: &'a TokenStream,
     /// Tokens of its windows.
@@ -43,7 +43,7 @@ pub(super) struct Feed<'a> {
 
 impl Feed<'_> {
     /// Some windows of the text.
-    pub(super) fn windows(&self, windows: &[u32]) -> Batch {
+    pub fn windows(&self, windows: &[u32]) -> Batch {
         let Self { stream, length, .. } = *self;
         let windows: Vec<usize> = windows.iter().map(|window| *window as usize).collect();
         let rows: Vec<&[u32]> = windows.iter().map(|w| stream.window(*w, length)).collect();
@@ -152,7 +152,7 @@ impl Batch {
     ///
     /// # Errors
     /// For an empty batch.
-    pub(super) fn loss(
+    pub fn loss(
         &self,
         student: &CausalLm,
         teacher: Option<&CausalLm>,

@@ -63,12 +63,19 @@ pub struct Speed {
 
 /// Bytes per learned weight: weight, fake-quantized copies on the tape, gradient, two moments,
 /// and the update's transients.
-pub(super) const TRAINED_WEIGHT_BYTES: u64 = 4 * 14;
+pub const TRAINED_WEIGHT_BYTES: u64 = 4 * 14;
 
 /// Bytes of so many learned weights, as [`TRAINED_WEIGHT_BYTES`], with the moments that `optimizer` holds.
 pub(super) fn trained(weights: u64, optimizer: &OptimizerConfig) -> u64 {
     TRAINED_WEIGHT_BYTES * weights - MomentsIn::F32.bytes(weights)
         + optimizer.moments.bytes(weights)
+}
+
+/// Bytes that one block keeps for its backward pass on `tokens` in windows of `length`: hidden-sized
+/// tensors, and attention.
+pub fn tape_bytes(config: &ModelConfig, tokens: u64, length: u64) -> u64 {
+    4 * tokens * (14 * config.d_model as u64 + 5 * config.inner_width() as u64)
+        + 12 * tokens * length * config.n_heads as u64
 }
 
 impl Speed {
@@ -86,11 +93,9 @@ impl Scene<'_> {
         &self.model.config
     }
 
-    /// Bytes that one block keeps for its backward pass: hidden-sized tensors, and attention.
+    /// Bytes that one block keeps for its backward pass.
     pub(super) fn tape(&self, tokens: u64, length: u64) -> u64 {
-        let config = self.config();
-        4 * tokens * (14 * config.d_model as u64 + 5 * config.inner_width() as u64)
-            + 12 * tokens * length * config.n_heads as u64
+        tape_bytes(self.config(), tokens, length)
     }
 
     /// Tokens and window length of the calibration text; `None` without it.

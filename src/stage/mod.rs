@@ -48,11 +48,12 @@ mod validate;
 mod visits;
 mod watch;
 
+pub use batch::{Batch, Feed};
 pub use calibrate::{CalibrateConfig, InputStream};
 pub use config::StageConfig;
 pub use context::StageContext;
 pub use corpus::{Corpus, Data};
-pub use cost::{Cost, Lever, Scene, Speed};
+pub use cost::{Cost, Lever, Scene, Speed, TRAINED_WEIGHT_BYTES, tape_bytes};
 pub use distill::DistillConfig;
 pub use evaluate::{Baseline, EvaluateConfig};
 pub use export::{ExportConfig, PARITY_WINDOWS};

@@ -20,7 +20,7 @@ impl Scratch {
     /// When none can be made there.
     pub fn new(dir: &Path) -> Result<Self> {
         let file = tempfile::tempfile_in(dir);
-        let file = file.map_err(|e| Error::io("make a scratch file in", dir, &e))?;
+        let file = file.map_err(|e| failed("make", dir, &e))?;
         Ok(Self { file, dir: dir.to_owned() })
     }
 
@@ -29,8 +29,7 @@ impl Scratch {
     /// # Errors
     /// I/O errors, a full disk among them.
     pub fn write(&self, at: u64, bytes: &[u8]) -> Result<()> {
-        write_all_at(&self.file, bytes, at)
-            .map_err(|e| Error::io("write a scratch file in", &self.dir, &e))
+        write_all_at(&self.file, bytes, at).map_err(|e| failed("write", &self.dir, &e))
     }
 
     /// `len` bytes from a place.
@@ -39,10 +38,30 @@ impl Scratch {
     /// I/O errors; when there is nothing so far behind.
     pub fn read(&self, at: u64, len: usize) -> Result<Vec<u8>> {
         let mut bytes = vec![0; len];
-        read_exact_at(&self.file, &mut bytes, at)
-            .map_err(|e| Error::io("read a scratch file in", &self.dir, &e))?;
+        read_exact_at(&self.file, &mut bytes, at).map_err(|e| failed("read", &self.dir, &e))?;
         Ok(bytes)
     }
+
+    /// Waits until everything is on the disk.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn sync(&self) -> Result<()> {
+        self.file.sync_all().map_err(|e| failed("sync", &self.dir, &e))
+    }
+
+    /// Asks the system to drop its copy in memory of what is on the disk; whether it took that.
+    pub fn forget(&self) -> bool {
+        #[cfg(target_os = "linux")]
+        return rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::DontNeed).is_ok();
+        #[cfg(not(target_os = "linux"))]
+        false
+    }
+}
+
+/// An error of a file that has no name.
+fn failed(verb: &str, dir: &Path, source: &std::io::Error) -> Error {
+    Error::of_io(format!("cannot {verb} a scratch file: {source}"), source).at(dir.display())
 }
 
 #[cfg(unix)]
