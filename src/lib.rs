@@ -5,7 +5,7 @@
 //! | Module | What lives there |
 //! |---|---|
 //! | [`cli`] | the command line, one file per command |
-//! | [`bench`] | what this machine and its devices can do, measured |
+//! | [`mod@bench`] | what this machine and its devices can do, measured |
 //! | [`run`] | one execution of a plan in one folder: preflight, resume, `run.json` |
 //! | [`recipe`] | the TOML surface, its errors, its resolution into a plan |
 //! | [`stage`] | calibrate, reconstruct, distill, evaluate, export |

@@ -317,7 +317,7 @@ impl Optimizer {
 }
 
 /// Squares of gradient norms, parameter by parameter in the model's order, each with the block that it
-/// belongs to ([`WHOLE`] outside of blocks).
+/// belongs to (a number of its own outside of blocks).
 #[derive(Clone, Debug, Default)]
 pub struct Squares(Vec<(usize, f64)>);
 
