@@ -202,6 +202,10 @@ fn stage(place: &Place) -> String {
 
 /// The states that lie there, the newest last.
 fn states(place: &Place) -> Vec<PathBuf> {
+    // A run may be stopped before it has a folder for them.
+    if !place.path("run/checkpoints").exists() {
+        return Vec::new();
+    }
     let names = place.tree("run/checkpoints").into_keys();
     names
         .filter(|name| name.contains("/state-"))
