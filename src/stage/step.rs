@@ -16,7 +16,7 @@ use crate::method;
 use crate::model::{Block, CausalLm, Forward, Positions};
 use crate::objective::ObjectiveConfig;
 use crate::ops::{self, Closeness};
-use crate::train::{self, Optimizer, Squares, StepStats, Still, culprit};
+use crate::train::{self, Optimizer, Scales, Squares, StepStats, Still, culprit};
 
 /// A batch, and what its loss counts for in its micro-batch.
 pub(super) struct Part<'a> {
@@ -218,7 +218,8 @@ impl ByBlockStep<'_> {
             if waits {
                 self.rack.keep_gradients(index, &block, of_block)?;
             } else if own.norm().is_finite() {
-                self.update(index, block, of_block, &own)?;
+                let scales = self.optimizer.scales(&own);
+                self.update(index, block, of_block, &scales)?;
             }
             squares.push(own);
         }
@@ -227,10 +228,11 @@ impl ByBlockStep<'_> {
         let grad_norm = squares.norm();
         if waits && grad_norm.is_finite() {
             self.optimizer.begin_step();
+            let scales = self.optimizer.scales(&squares);
             for index in 0..self.rack.len() {
                 let block = self.rack.block(index)?;
                 let of_block = self.rack.gradients(index, &block)?;
-                self.update(index, block, of_block, &squares)?;
+                self.update(index, block, of_block, &scales)?;
             }
         }
         Ok(StepStats { loss, grad_norm, culprit: found })
@@ -276,9 +278,8 @@ impl ByBlockStep<'_> {
         index: usize,
         block: Block,
         gradients: GradientsParams,
-        squares: &Squares,
+        scales: &Scales,
     ) -> Result<()> {
-        let scales = self.optimizer.scales(squares);
         if self.in_units {
             let measures = block.linears().flat_map(|(_, linear)| method::measures(&linear.weight));
             self.optimizer.measure_by(measures.collect());
@@ -286,7 +287,7 @@ impl ByBlockStep<'_> {
         self.rack.let_go(index);
         self.rack.moments_to(index, self.optimizer)?;
         let path = ["blocks", &index.to_string()];
-        let block = self.optimizer.step_part(&scales, &path, block, gradients, self.rate_of);
+        let block = self.optimizer.step_part(scales, &path, block, gradients, self.rate_of);
         self.rack.moments_from(index, self.optimizer)?;
         self.rack.put(index, block)
     }

@@ -38,7 +38,7 @@ impl Student {
         (device, discrete): (&Device, bool),
         block: impl FnMut(usize) -> Result<Block>,
     ) -> Result<Self> {
-        let mut blocks = (0..ends.config.n_blocks).map(block);
+        let blocks = (0..ends.config.n_blocks).map(block);
         if memory == Memory::Tape {
             return Ok(Self::Whole(CausalLm { blocks: blocks.collect::<Result<_>>()?, ..ends }));
         }
@@ -50,8 +50,7 @@ impl Student {
         };
         let (gradients, device) = (HashMap::new(), device.clone());
         let mut rack = Rack { ends, blocks: Vec::new(), depot, gradients, device };
-        for index in 0..rack.ends.config.n_blocks {
-            let Some(block) = blocks.next() else { break };
+        for (index, block) in blocks.enumerate() {
             rack.blocks.push(None);
             rack.put(index, block?)?;
         }

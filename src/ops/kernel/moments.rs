@@ -8,11 +8,8 @@ use rayon::slice::{ParallelSlice, ParallelSliceMut};
 use super::adamw::{AdamW, step_chunk};
 use super::parallel;
 use crate::ops::dynamic::{Map, SIGNED, UNSIGNED, ZERO};
+use crate::ops::moments::BLOCK;
 use crate::ops::vector::{Level, at};
-
-/// Values that share a scale. (The paper's 2048 makes one large gradient hide more of the others;
-/// 256 costs three hundredths of a byte for each.)
-pub(crate) const BLOCK: usize = 256;
 
 /// Entries that one thread takes at a time; whole blocks.
 const CHUNK: usize = 64 * BLOCK;
