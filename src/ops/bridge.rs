@@ -223,7 +223,7 @@ pub fn composed<R>(f: impl FnOnce() -> R) -> R {
 }
 
 #[cfg(feature = "flex")]
-pub(super) use flex::{Rows, fused, in_memory, reads};
+pub(super) use flex::{Rows, fused, in_memory, reads, reads_plain};
 
 #[cfg(feature = "flex")]
 mod flex {
@@ -252,6 +252,12 @@ mod flex {
     /// As [`fused`], of a tensor with its rank.
     pub(in crate::ops) fn reads<const D: usize>(tensor: &Tensor<D>) -> bool {
         fused(&tensor.clone().into_dispatch())
+    }
+
+    /// As [`reads`], of a tensor off the tape.
+    pub(in crate::ops) fn reads_plain<const D: usize>(tensor: &Tensor<D>) -> bool {
+        let plain = tensor.clone().into_dispatch();
+        plain.autodiff == DispatchAutodiffContext::Disabled && fused(&plain)
     }
 
     /// Whether a tensor is f32 in this machine's memory, with kernels or without.

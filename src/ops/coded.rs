@@ -16,6 +16,16 @@ use super::bridge::{Rows, fused};
 #[cfg(feature = "flex")]
 use super::kernel::coded as kernel;
 
+#[cfg(feature = "flex")]
+mod few;
+#[cfg(feature = "flex")]
+pub use few::FrozenGrid;
+
+/// A grid that never changes; only this machine's kernels know more of it than its values.
+#[cfg(not(feature = "flex"))]
+#[derive(Clone, Debug, Default)]
+pub struct FrozenGrid(());
+
 /// Codes of a matrix, packed row by row as [`bits`] says. Clones share the words.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct PackedCodes {
@@ -116,6 +126,8 @@ pub struct CodedMatrix {
     transposed: bool,
     /// The words on a device that cannot read this machine's memory.
     words: Option<Tensor<2, Int>>,
+    #[cfg(feature = "flex")]
+    planes: few::SharedPlanes,
 }
 
 impl CodedMatrix {
@@ -145,7 +157,15 @@ impl CodedMatrix {
             let words = TensorData::new::<i32, _>(words, [codes.rows(), stride]);
             Tensor::from_data(words, &device)
         });
-        Self { codes, group_len, kind, transposed, words }
+        Self {
+            codes,
+            group_len,
+            kind,
+            transposed,
+            words,
+            #[cfg(feature = "flex")]
+            planes: few::SharedPlanes::default(),
+        }
     }
 
     /// The codes.
@@ -196,6 +216,25 @@ impl CodedMatrix {
         let y: Tensor<2> = tensor(product(x.into_dispatch()));
         shape[D - 1] = y.dims()[1];
         y.reshape(shape)
+    }
+
+    /// As [`CodedMatrix::linear`], for a grid that is the same in every call: `values` gives its
+    /// scale and shift. A product of few rows of `x` off the tape is computed on the packed codes:
+    /// another order of the same sum.
+    pub fn linear_frozen<const D: usize>(
+        &self,
+        x: Tensor<D>,
+        grid: &FrozenGrid,
+        values: impl FnOnce() -> [Tensor<2>; 2],
+    ) -> Tensor<D> {
+        #[cfg(feature = "flex")]
+        if self.is_few(&x) {
+            return self.few(x, grid, values);
+        }
+        #[cfg(not(feature = "flex"))]
+        let _ = grid;
+        let [scale, shift] = values();
+        self.linear(x, scale, shift)
     }
 
     /// Whether `ds_j = Σ_n dY Y / s_j` holds: a step for each row of the matrix.

@@ -8,7 +8,7 @@ use super::{
     Bits, Grid, GroupAxis, GroupLayout, QuantizedWeight, SCALE_FLOOR, ScaleDigits, ZeroKind,
 };
 use crate::error::{Error, Result};
-use crate::ops::{self, CodedKind, CodedMatrix};
+use crate::ops::{self, CodedKind, CodedMatrix, FrozenGrid};
 
 /// Which scales of a grid learn.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -63,6 +63,8 @@ pub struct CodedWeight {
     compute: DType,
     #[module(skip)]
     digits: ScaleDigits,
+    #[module(skip)]
+    frozen: FrozenGrid,
 }
 
 impl CodedWeight {
@@ -134,13 +136,14 @@ impl CodedWeight {
             zero_kind,
             compute,
             digits: ScaleDigits::F32,
+            frozen: FrozenGrid::default(),
         }
     }
 
     /// With scales of few digits from now on; their gradient is that of the scales as they are.
     #[must_use]
     pub fn shortened(self, digits: ScaleDigits) -> Self {
-        Self { digits, ..self }
+        Self { digits, frozen: FrozenGrid::default(), ..self }
     }
 
     /// The same codes on another grid, frozen. Nothing is decoded.
@@ -169,6 +172,10 @@ impl CodedWeight {
 
     /// The linear's output, `[.., out]`, of `x`, `[.., in]`.
     pub fn linear<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        if self.learned == Learned::default() {
+            let values = || [self.scales(), self.offset.val()];
+            return self.matrix.linear_frozen(x, &self.frozen, values);
+        }
         self.matrix.linear(x, self.scales(), self.offset.val())
     }
 

@@ -224,7 +224,7 @@ impl Coded<'_> {
     }
 
     /// The group of the `part`th run of a row.
-    fn group(&self, row: usize, part: usize) -> usize {
+    pub(super) fn group(&self, row: usize, part: usize) -> usize {
         let columns = self.codes.columns();
         (row * columns + part * self.group_len.min(columns)) / self.group_len
     }

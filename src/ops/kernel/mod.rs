@@ -9,6 +9,7 @@ pub(super) mod binary_coding;
 pub(super) mod coded;
 pub(super) mod fake_quant;
 pub(super) mod linear;
+pub(super) mod lookup;
 pub(super) mod loss;
 pub(super) mod moments;
 pub(super) mod mse;

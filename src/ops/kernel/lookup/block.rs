@@ -1,0 +1,313 @@
+//! Sixteen rows of a product, in each instruction set.
+
+#![allow(unsafe_code)] // loads of whole registers, and calls of what the processor was found to have
+
+use super::{CHUNK, CHUNKS, Coefficients, LANES, Planes, Table};
+use crate::ops::coded::CodedKind;
+use crate::ops::vector::{self, Level, at};
+
+/// Sums of a row that are independent of each other, so that additions need not wait.
+const SUMS: usize = 4;
+
+/// A product of a matrix with `N` activations.
+pub(super) struct Job<'a, const N: usize> {
+    pub(super) planes: &'a Planes,
+    pub(super) grid: &'a Coefficients,
+    /// Of each chunk.
+    pub(super) tables: &'a [[Table; N]],
+    /// The plain sums of the inputs of each part.
+    pub(super) sums: &'a [[f32; N]],
+}
+
+impl<const N: usize> Job<'_, N> {
+    /// The outputs of 16 rows.
+    pub(super) fn block(&self, level: Level, block: usize) -> [[f32; LANES]; N] {
+        match level {
+            Level::Portable => portable::block(self, block),
+            // SAFETY: a level is handed out only after the processor was found to have it.
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => unsafe { avx2::block(self, block) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => unsafe { avx512::block(self, block) },
+        }
+    }
+}
+
+/// The sum of inputs, the same at every level.
+pub(super) fn sum(x: &[f32]) -> f32 {
+    at!(Level::best(), vector::sum(x)) as f32
+}
+
+/// `block`, over the vectors of the module it stands in: `F` of 16 floats, `W` of 16 words, and
+/// what is done with them.
+macro_rules! block {
+    ($(#[$attribute:meta])*) => {
+        $(#[$attribute])*
+        pub(super) fn block<const N: usize>(job: &Job<'_, N>, block: usize) -> [[f32; LANES]; N] {
+            let Job { planes, grid, tables, sums } = job;
+            let count = planes.planes;
+            let stride = planes.columns.div_ceil(CHUNK * CHUNKS) * count;
+            let words = &planes.words[block * stride..][..stride];
+            let width = grid.scales + 1;
+            let parts = sums.len();
+            let grids = &grid.values[block * parts * width..][..parts * width];
+            let mut y = [zero(); N];
+            for (part, (values, sums)) in grids.chunks_exact(width).zip(*sums).enumerate() {
+                let first = part * grid.part / CHUNK;
+                let last = ((part + 1) * grid.part).div_ceil(CHUNK);
+                for plane in 0..count {
+                    let mut partial = [[zero(); SUMS]; N];
+                    let mut chunk = first;
+                    while chunk < last {
+                        let word = load_words(&words[chunk / CHUNKS * count + plane]);
+                        let from = chunk % CHUNKS;
+                        let to = CHUNKS.min(from + last - chunk);
+                        let tables = &tables[chunk - from..][..CHUNKS];
+                        if to - from == CHUNKS {
+                            for (place, tables) in tables.iter().enumerate() {
+                                let index = shifted(word, 4 * place as u32);
+                                for (sums, table) in partial.iter_mut().zip(tables) {
+                                    let sum = &mut sums[place % SUMS];
+                                    *sum = add(*sum, look_up(index, table));
+                                }
+                            }
+                        } else {
+                            for (place, tables) in
+                                tables.iter().enumerate().take(to).skip(from)
+                            {
+                                let index = shifted(word, 4 * place as u32);
+                                for (sums, table) in partial.iter_mut().zip(tables) {
+                                    let sum = &mut sums[place % SUMS];
+                                    *sum = add(*sum, look_up(index, table));
+                                }
+                            }
+                        }
+                        chunk += to - from;
+                    }
+                    let alpha = match grid.kind {
+                        CodedKind::Uniform => {
+                            multiply(load(&values[0]), splat(0.5 * (1u32 << plane) as f32))
+                        }
+                        CodedKind::BinaryCoding => load(&values[plane]),
+                    };
+                    for (y, [a, b, c, d]) in y.iter_mut().zip(partial) {
+                        *y = add(*y, multiply(alpha, add(add(a, b), add(c, d))));
+                    }
+                }
+                let offset = load(&values[grid.scales]);
+                for (y, sum) in y.iter_mut().zip(sums) {
+                    *y = add(*y, multiply(offset, splat(*sum)));
+                }
+            }
+            y.map(|y| store(y))
+        }
+    };
+}
+
+mod portable {
+    use super::{CHUNK, CHUNKS, CodedKind, Job, LANES, SUMS, Table};
+
+    type F = [f32; LANES];
+    type W = [u32; LANES];
+
+    fn zero() -> F {
+        [0.0; LANES]
+    }
+
+    fn splat(x: f32) -> F {
+        [x; LANES]
+    }
+
+    fn load(x: &F) -> F {
+        *x
+    }
+
+    fn store(x: F) -> F {
+        x
+    }
+
+    fn load_words(x: &W) -> W {
+        *x
+    }
+
+    fn shifted(x: W, by: u32) -> W {
+        x.map(|x| x >> by)
+    }
+
+    fn look_up(index: W, table: &Table) -> F {
+        index.map(|index| table[(index & 15) as usize])
+    }
+
+    fn add(a: F, b: F) -> F {
+        std::array::from_fn(|i| a[i] + b[i])
+    }
+
+    fn multiply(a: F, b: F) -> F {
+        std::array::from_fn(|i| a[i] * b[i])
+    }
+
+    block!();
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64 as x86;
+
+    use super::{CHUNK, CHUNKS, CodedKind, Job, LANES, SUMS, Table};
+
+    type F = x86::__m512;
+    type W = x86::__m512i;
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn zero() -> F {
+        x86::_mm512_setzero_ps()
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn splat(x: f32) -> F {
+        x86::_mm512_set1_ps(x)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn load(x: &[f32; LANES]) -> F {
+        // SAFETY: sixteen floats are there.
+        unsafe { x86::_mm512_loadu_ps(x.as_ptr()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn store(x: F) -> [f32; LANES] {
+        let mut out = [0.0; LANES];
+        // SAFETY: there is room for sixteen floats.
+        unsafe { x86::_mm512_storeu_ps(out.as_mut_ptr(), x) };
+        out
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn load_words(x: &[u32; LANES]) -> W {
+        // SAFETY: sixteen words are there.
+        unsafe { x86::_mm512_loadu_si512(x.as_ptr().cast()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn shifted(x: W, by: u32) -> W {
+        x86::_mm512_srlv_epi32(x, x86::_mm512_set1_epi32(by.cast_signed()))
+    }
+
+    /// Reads the lowest four bits of an index.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn look_up(index: W, table: &Table) -> F {
+        x86::_mm512_permutexvar_ps(index, load(table))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn add(a: F, b: F) -> F {
+        x86::_mm512_add_ps(a, b)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn multiply(a: F, b: F) -> F {
+        x86::_mm512_mul_ps(a, b)
+    }
+
+    block!(#[target_feature(enable = "avx512f")]);
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use std::arch::x86_64 as x86;
+
+    use super::{CHUNK, CHUNKS, CodedKind, Job, LANES, SUMS, Table};
+
+    /// Two registers of eight.
+    type F = [x86::__m256; 2];
+    type W = [x86::__m256i; 2];
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn zero() -> F {
+        [x86::_mm256_setzero_ps(); 2]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn splat(x: f32) -> F {
+        [x86::_mm256_set1_ps(x); 2]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn load(x: &[f32; LANES]) -> F {
+        // SAFETY: sixteen floats are there.
+        unsafe { [x86::_mm256_loadu_ps(x.as_ptr()), x86::_mm256_loadu_ps(x[8..].as_ptr())] }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn store(x: F) -> [f32; LANES] {
+        let mut out = [0.0; LANES];
+        // SAFETY: there is room for sixteen floats.
+        unsafe {
+            x86::_mm256_storeu_ps(out.as_mut_ptr(), x[0]);
+            x86::_mm256_storeu_ps(out[8..].as_mut_ptr(), x[1]);
+        }
+        out
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn load_words(x: &[u32; LANES]) -> W {
+        // SAFETY: sixteen words are there.
+        unsafe {
+            [
+                x86::_mm256_loadu_si256(x.as_ptr().cast()),
+                x86::_mm256_loadu_si256(x[8..].as_ptr().cast()),
+            ]
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn shifted(x: W, by: u32) -> W {
+        let by = x86::_mm256_set1_epi32(by.cast_signed());
+        [x86::_mm256_srlv_epi32(x[0], by), x86::_mm256_srlv_epi32(x[1], by)]
+    }
+
+    /// The lowest three bits of an index say which entry, the fourth whether it is turned over.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn look_up(index: W, table: &Table) -> F {
+        // SAFETY: sixteen floats are there.
+        let table = unsafe { x86::_mm256_loadu_ps(table.as_ptr()) };
+        let minus = x86::_mm256_set1_epi32(i32::MIN);
+        let half = |index| {
+            let sign = x86::_mm256_and_si256(x86::_mm256_slli_epi32::<28>(index), minus);
+            let entry = x86::_mm256_permutevar8x32_ps(table, index);
+            x86::_mm256_xor_ps(entry, x86::_mm256_castsi256_ps(sign))
+        };
+        [half(index[0]), half(index[1])]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn add(a: F, b: F) -> F {
+        [x86::_mm256_add_ps(a[0], b[0]), x86::_mm256_add_ps(a[1], b[1])]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn multiply(a: F, b: F) -> F {
+        [x86::_mm256_mul_ps(a[0], b[0]), x86::_mm256_mul_ps(a[1], b[1])]
+    }
+
+    block!(#[target_feature(enable = "avx2")]);
+}
