@@ -20,6 +20,7 @@
 //! | [`quant`] | bits, groups, grids, observers, bit packing |
 //! | [`store`] | safetensors, crash-safe files, where a name leads to |
 //! | [`report`] | what the user sees: terminal, `metrics.jsonl`, TensorBoard |
+//! | [`page`] | a run as one HTML page |
 //! | [`error`], [`device`], [`stop`], [`exhausted`] | used by all |
 
 pub mod bench;
@@ -33,6 +34,7 @@ pub mod method;
 pub mod model;
 pub mod objective;
 pub mod ops;
+pub mod page;
 pub mod quant;
 pub mod recipe;
 pub mod report;

@@ -98,7 +98,8 @@ impl Left {
         // These have times in them, and are compared by what they say.
         files.retain(|name, _| {
             !name.starts_with("tensorboard/")
-                && !["metrics.jsonl", "run.json", "run.log", ".lock"].contains(&name.as_str())
+                && !["metrics.jsonl", "report.html", "run.json", "run.log", ".lock"]
+                    .contains(&name.as_str())
         });
         let (metrics, curves, record) =
             (story::metrics(place), story::curves(place), story::record(place));

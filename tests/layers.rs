@@ -10,10 +10,13 @@ const BASE: [&str; 5] = ["error", "device", "exhausted", "report", "stop"];
 
 /// The layers from the top to the bottom, and which ones each may use besides [`BASE`].
 /// `layer::Item` allows that one item.
-const LAYERS: [(&str, &[&str]); 15] = [
+const LAYERS: [(&str, &[&str]); 16] = [
     (
         "cli",
-        &["bench", "run", "recipe", "stage", "task", "export", "model", "data", "quant", "store"],
+        &[
+            "bench", "run", "page", "recipe", "stage", "task", "export", "model", "data", "quant",
+            "store",
+        ],
     ),
     // What is measured is what runs: the pieces that stages are made of.
     (
@@ -32,7 +35,9 @@ const LAYERS: [(&str, &[&str]); 15] = [
             "store",
         ],
     ),
-    ("run", &["recipe", "stage", "export", "model", "data", "quant", "store"]),
+    ("run", &["page", "recipe", "stage", "export", "model", "data", "quant", "store"]),
+    // A page knows a run by its files alone.
+    ("page", &["store::folder"]),
     (
         "recipe",
         &[

@@ -8,7 +8,7 @@ use crate::data::chat::{Chat, ChatTemplate};
 use crate::error::{Error, Result};
 
 /// Flags of commands that talk to a model.
-#[derive(Args, Clone, Debug)]
+#[derive(Args, Clone, Debug, Default)]
 pub(super) struct TemplateArgs {
     /// What the model is told before the conversation
     #[arg(long, value_name = "TEXT")]

@@ -6,7 +6,7 @@ use serde_json::json;
 use super::dialogue::{Dialogue, TemplateArgs};
 use super::sampling::SamplingArgs;
 use super::{AdaptedArgs, Session, output};
-use crate::data::{Answer, Tokenizer};
+use crate::data::{Answer, ChatTemplate, Tokenizer};
 use crate::error::{Error, Result};
 use crate::model::{CausalLm, Ended, Generation, Memory, Prompt, Sampler};
 use crate::stop::StopFlag;
@@ -48,12 +48,7 @@ pub(super) fn run(args: &GenerateArgs, stop: &StopFlag) -> Result<()> {
     let template = chat.then(|| args.template.need(&session)).transpose()?;
     let tokens = |text: &String| match &template {
         None => writer.prompt(text),
-        Some(template) => {
-            let mut dialogue = Dialogue::new(template.clone(), args.template.system.clone());
-            dialogue.ask(text);
-            // The template opens the text itself.
-            writer.fitting(tokenizer.encode(&dialogue.text()?)?)
-        }
+        Some(template) => writer.question(template, args.template.system.clone(), text),
     };
     let tokens = |text| tokens(text).map_err(|e| e.at("--prompt"));
     let prompts: Vec<Vec<u32>> = args.prompt.iter().map(tokens).collect::<Result<_>>()?;
@@ -106,6 +101,22 @@ impl Writer<'_> {
         let mut tokens: Vec<u32> = self.session.bos(self.tokenizer)?.into_iter().collect();
         tokens.extend(self.tokenizer.encode(text)?);
         self.fitting(tokens)
+    }
+
+    /// The tokens of a question in the words of a chat template.
+    ///
+    /// # Errors
+    /// As [`Writer::prompt`], and what the template says.
+    pub(super) fn question(
+        &self,
+        template: &ChatTemplate,
+        system: Option<String>,
+        text: &str,
+    ) -> Result<Vec<u32>> {
+        let mut dialogue = Dialogue::new(template.clone(), system);
+        dialogue.ask(text);
+        // The template opens the text itself.
+        self.fitting(self.tokenizer.encode(&dialogue.text()?)?)
     }
 
     /// Tokens that the model's context has room behind.
@@ -161,7 +172,10 @@ impl Writer<'_> {
     }
 
     /// The continuations of several prompts.
-    fn together(
+    ///
+    /// # Errors
+    /// When a signal came.
+    pub(super) fn together(
         &self,
         model: &CausalLm,
         prompts: &[Vec<u32>],

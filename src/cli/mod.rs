@@ -13,6 +13,7 @@ mod inspect;
 mod logits;
 mod output;
 mod recipes;
+mod report;
 mod sampling;
 mod sizes;
 mod train;
@@ -71,6 +72,8 @@ enum Command {
     Verify(verify::VerifyArgs),
     /// Show tensors, grids, bits per weight, sizes and histograms of codes
     Inspect(inspect::InspectArgs),
+    /// Write a run, or several side by side, as one HTML page
+    Report(report::ReportArgs),
     /// Continue prompts, or answer them by the model's chat template
     Generate(generate::GenerateArgs),
     /// Talk with a model, switching adapters in between
@@ -128,6 +131,7 @@ fn run(command: Command) -> Result<()> {
         Command::Adapter(args) => adapter::run(&args, &stop),
         Command::Verify(args) => verify::run(&args, &stop),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Report(args) => report::run(&args, &stop),
         Command::Generate(args) => generate::run(&args, &stop),
         Command::Chat(args) => chat::run(&args, &stop),
         Command::Logits(args) => logits::run(&args),

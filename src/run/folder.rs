@@ -10,12 +10,14 @@ use super::record::{RECORD_FILE, RunRecord};
 use super::{Prepared, Status};
 use crate::error::{Error, Result};
 use crate::export::Manifest;
+use crate::page::PAGE_FILE;
 use crate::recipe::to_toml;
 use crate::store::folder::{entries, is_running, write_atomic};
 
 /// Everything a run writes; starting over removes these and nothing else, the record last: a folder without
 /// it is not a run's.
-const CONTENTS: [&str; 9] = [
+const CONTENTS: [&str; 10] = [
+    PAGE_FILE,
     "recipe.toml",
     "metrics.jsonl",
     "run.log",

@@ -21,6 +21,7 @@ use crate::data::{SourceShare, TokenStream};
 use crate::error::{Error, Kind, Result};
 use crate::exhausted;
 use crate::export::Provenance;
+use crate::page;
 use crate::recipe::{Plan, Recipe, to_toml};
 use crate::report::jsonl::JsonLines;
 use crate::report::log::LogFile;
@@ -28,7 +29,7 @@ use crate::report::tensorboard::TensorBoard;
 use crate::report::{Event, Reporter, Reporters, memory};
 use crate::stage::{Measured, Quality, Results, StageContext, is_state, mark, remove_states};
 use crate::stop::StopFlag;
-use crate::store::folder::entries;
+use crate::store::folder::{entries, write_atomic};
 
 /// How a recipe is to be run.
 #[derive(Clone, Debug)]
@@ -88,7 +89,19 @@ pub fn train(options: &Options, mut report: Reporters, stop: &StopFlag) -> Resul
     outcome.and(saved)?;
     report.emit(&done(&record, last_change, folder.path()));
     report.flush();
+    write_page(&folder, &mut report);
     Ok(record)
+}
+
+/// The run as a page. What can be made again from the run is no reason to fail.
+fn write_page(folder: &RunFolder, report: &mut Reporters) {
+    let path = folder.path().join(page::PAGE_FILE);
+    let text = page::Run::read(folder.path()).and_then(|run| page::of(&[run], &[]));
+    let written = text.and_then(|text| write_atomic(&path, text.as_bytes()));
+    if let Err(error) = written {
+        let text = format!("{} was not written: {}", path.display(), error.what());
+        report.emit(&Event::Warning { text });
+    }
 }
 
 fn execute(
