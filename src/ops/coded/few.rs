@@ -8,9 +8,9 @@ use super::CodedMatrix;
 use crate::ops::bridge::{Rows, off_tape, reads_plain, tensor};
 use crate::ops::kernel::lookup::{self, Coefficients, Planes};
 
-/// Activations up to which looking sums up is faster than decoding weights for a dense product
-/// (docs/performance.md).
-const FEW: usize = 16;
+/// Activations times bits of a code up to which looking sums up is faster than decoding weights for a
+/// dense product (docs/performance.md).
+const FEW: usize = 64;
 
 /// Codes in the order of such products; clones of a matrix share them.
 pub(super) type SharedPlanes = Arc<OnceLock<Planes>>;
@@ -25,7 +25,7 @@ impl CodedMatrix {
     pub(super) fn is_few<const D: usize>(&self, x: &Tensor<D>) -> bool {
         let n: usize = x.dims()[..D - 1].iter().product();
         !self.transposed
-            && n <= FEW
+            && n * usize::from(self.codes.bits()) <= FEW
             && lookup::reads(self.codes.columns(), self.group_len)
             && reads_plain(x)
     }

@@ -15,7 +15,6 @@ use rayon::iter::{IndexedParallelIterator, IntoParallelRefMutIterator, ParallelI
 use rayon::slice::ParallelSliceMut;
 
 use super::coded::Coded;
-use super::min_tasks;
 use crate::ops::coded::{CodedKind, PackedCodes};
 use crate::ops::vector::Level;
 
@@ -29,6 +28,9 @@ const CHUNK: usize = 4;
 const CHUNKS: usize = 8;
 /// Inputs of a word.
 const WORD: usize = CHUNK * CHUNKS;
+
+/// Words read, for each activation, below which waking other threads costs more than they save.
+const SERIAL: usize = 1 << 12;
 
 /// Sums of four inputs by their signs; entry `8 + i` is the negative of entry `i`.
 type Table = [f32; LANES];
@@ -117,12 +119,13 @@ impl Planes {
             .collect();
         let job = block::Job { planes: self, grid, tables: &tables, sums: &sums };
         let mut blocks = vec![[[0.0; LANES]; N]; self.rows.div_ceil(LANES)];
-        let work = self.words.len() * LANES * N;
-        blocks
-            .par_iter_mut()
-            .enumerate()
-            .with_min_len(min_tasks(work))
-            .for_each(|(index, block)| *block = job.block(level, index));
+        let fill =
+            |(index, block): (usize, &mut [[f32; LANES]; N])| *block = job.block(level, index);
+        if self.words.len() * N < SERIAL {
+            blocks.iter_mut().enumerate().for_each(fill);
+        } else {
+            blocks.par_iter_mut().enumerate().for_each(fill);
+        }
         for (block, first) in blocks.iter().zip((0..).step_by(LANES)) {
             let rows = LANES.min(self.rows - first);
             for (i, block) in block.iter().enumerate() {
