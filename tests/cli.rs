@@ -87,6 +87,25 @@ mod words {
     use super::*;
 
     #[test]
+    fn shells_and_manuals_know_every_command() {
+        let place = Place::new();
+        for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
+            let script = place.ok(&["completions", shell]);
+            for word in ["recipes", "preview", "report", "recipe"] {
+                assert!(script.contains(word), "{shell}, {word}");
+            }
+        }
+        let pages = place.ok(&["man", "man"]);
+        for name in ["fewbit", "fewbit-train", "fewbit-data-preview", "fewbit-report"] {
+            assert!(pages.contains(&format!("man/{name}.1\n")), "{pages}");
+            let page = place.read(&format!("man/{name}.1"));
+            assert!(page.starts_with(".ie") && page.contains(".SH NAME"), "{page}");
+        }
+        assert!(place.read("man/fewbit-train.1").contains("recipe"));
+        assert_eq!(place.run(&["completions", "tcsh"]).code, 2);
+    }
+
+    #[test]
     fn help_names_every_command_and_version_the_version() {
         let place = Place::new();
         let help = place.ok(&["--help"]);
@@ -100,7 +119,9 @@ mod words {
             assert!(text.contains("Usage: fewbit") && text.contains(command), "{text}");
         }
         let version = concat!("fewbit ", env!("CARGO_PKG_VERSION"), "\n");
-        assert_eq!(place.ok(&["--version"]), version);
+        assert_eq!(place.ok(&["-V"]), version);
+        let long = place.ok(&["--version"]);
+        assert!(long.starts_with(version.trim_end()) && long.contains("; devices: "), "{long}");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::LazyLock;
 
 use burn::tensor::DType;
 use clap::Args;
@@ -286,6 +287,16 @@ impl Built {
             "memory": { "total": self.total, "free": self.free },
         })
     }
+}
+
+/// What `--version` says: version, commit where it is known, and what was compiled in.
+pub(super) fn version() -> &'static str {
+    static TEXT: LazyLock<String> = LazyLock::new(|| {
+        let commit = COMMIT.map_or_else(String::new, |commit| format!(", commit {commit}"));
+        let version = env!("CARGO_PKG_VERSION");
+        format!("{version}{commit}; devices: {}", device::compiled().join(", "))
+    });
+    &TEXT
 }
 
 /// What it was built from, where whoever built it said so.

@@ -15,6 +15,7 @@ mod output;
 mod recipes;
 mod report;
 mod sampling;
+mod shell;
 mod sizes;
 mod train;
 mod verify;
@@ -24,7 +25,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use burn::tensor::DType;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt;
@@ -45,7 +46,13 @@ use crate::task::{Gauge, GaugeText};
 
 /// Train language models into 4-, 3- and 2-bit weights.
 #[derive(Debug, Parser)]
-#[command(name = "fewbit", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(
+    name = "fewbit",
+    version,
+    long_version = doctor::version(),
+    max_term_width = 100,
+    arg_required_else_help = true
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -90,6 +97,10 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Say what was built in and found, check that every device computes right, and measure its speed
     Doctor(doctor::DoctorArgs),
+    /// Print a shell's completion script
+    Completions(shell::CompletionsArgs),
+    /// Write manual pages
+    Man(shell::ManArgs),
 }
 
 /// Parses the command line, runs it, prints at most one error, and chooses the exit code.
@@ -137,6 +148,8 @@ fn run(command: Command) -> Result<()> {
         Command::Logits(args) => logits::run(&args),
         Command::Bench(args) => bench::run(&args, &stop),
         Command::Doctor(args) => doctor::run(&args, &stop),
+        Command::Completions(args) => shell::completions(Cli::command(), &args),
+        Command::Man(args) => shell::man(Cli::command(), &args),
     }
 }
 
@@ -312,8 +325,6 @@ impl Session {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]
