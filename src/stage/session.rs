@@ -17,6 +17,7 @@ use super::teacher::Teacher;
 use super::training_state::{Snapshot, State};
 use super::watch::{Failure, Seen};
 use crate::data::{Order, seed_of};
+use crate::device;
 use crate::error::{Error, Kind, Result};
 use crate::exhausted;
 use crate::model::{CausalLm, Positions};
@@ -537,6 +538,9 @@ impl Session {
             ("perf/data_wait_fraction", timer.data.as_secs_f64() / seconds),
         ]);
         values.extend(memory::peak_gib().map(|gib| ("memory/peak_gib", gib)));
+        let held = ctx.device.discrete.then(|| device::held(&ctx.device.device)).flatten();
+        let gib = held.map(|[_, reserved]| reserved as f64 / f64::from(1 << 30));
+        values.extend(gib.map(|gib| ("memory/device_gib", gib)));
         ctx.report.emit(&Event::Step {
             stage: ctx.stage,
             verb: training.verb.to_owned(),

@@ -12,16 +12,23 @@ use crate::{Dice, Matrix, Outcome, host};
 /// Relative to a value and to the mean magnitude of all: f32 sums in another order.
 const TOLERANCE: f32 = 1e-5;
 
+/// Of a loss, whose gradients are differences of logarithms that f32 rounds before.
+const OF_LOSSES: f32 = 5e-5;
+
 fn device() -> Device {
     fewbit::device::open("auto").unwrap().device
 }
 
 fn near(what: &str, found: &[f32], expected: &[f32]) {
+    near_by(what, TOLERANCE, found, expected);
+}
+
+fn near_by(what: &str, tolerance: f32, found: &[f32], expected: &[f32]) {
     assert_eq!(found.len(), expected.len(), "{what}");
     let size = expected.iter().map(|x| x.abs()).sum::<f32>() / expected.len().max(1) as f32;
     for (i, (a, b)) in found.iter().zip(expected).enumerate() {
         let error = (a - b).abs();
-        assert!(error <= TOLERANCE * (b.abs() + size), "{what} at {i}: {a}, expected {b}");
+        assert!(error <= tolerance * (b.abs() + size), "{what} at {i}: {a}, expected {b}");
     }
 }
 
@@ -155,7 +162,12 @@ fn losses() {
             let composed = ops::composed(|| on(&device()));
             for expected in [composed, on(&Device::flex())] {
                 for (a, b) in found.iter().zip(&expected) {
-                    near(&format!("{divergence:?} at {temperature}, {tokens}x{vocab}"), a, b);
+                    near_by(
+                        &format!("{divergence:?} at {temperature}, {tokens}x{vocab}"),
+                        OF_LOSSES,
+                        a,
+                        b,
+                    );
                 }
             }
         }
@@ -168,7 +180,7 @@ fn losses() {
         let composed = ops::composed(|| entropy(&device()));
         for expected in [composed, entropy(&Device::flex())] {
             for (a, b) in found.iter().zip(&expected) {
-                near(&format!("cross-entropy, {tokens}x{vocab}"), a, b);
+                near_by(&format!("cross-entropy, {tokens}x{vocab}"), OF_LOSSES, a, b);
             }
         }
     }

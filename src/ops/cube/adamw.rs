@@ -2,7 +2,6 @@
 
 use burn_cubecl::cubecl;
 use burn_cubecl::kernel::into_contiguous;
-use burn_cubecl::ops::swap_dims;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
@@ -57,7 +56,12 @@ fn update(form: Form, inputs: [CubeTensor; 6]) -> [CubeTensor; 3] {
     let [parameter, gradient, first, second, units, restraint] = inputs;
     // Groups are runs of the transpose, and a transposed view is updated as what it is a view of.
     let flip = form.in_units || !parameter.is_contiguous() && parameter.meta.num_dims() == 2;
-    let orient = |x: CubeTensor| if flip { swap_dims(x, 0, 1) } else { x };
+    let orient = |mut x: CubeTensor| {
+        if flip {
+            x.meta.swap(0, 1);
+        }
+        x
+    };
     let rows = |x: CubeTensor| into_contiguous(orient(x));
     let own = |x: CubeTensor| {
         let x = rows(x);

@@ -1,10 +1,10 @@
-//! Losses over logits: a cube for each token, which reads the row three times and writes the gradient.
+//! Losses over logits: a plane for each token, which reads the row three times and writes the gradient.
 
 use burn::tensor::{Int, Tensor};
 use burn_cubecl::cubecl;
 use cubecl::prelude::*;
 
-use super::{by_row, clamped, contiguous, cube_max, cube_sum, empty, launch, row_of_cube};
+use super::{by_row, clamped, contiguous, empty, launch, row_of_plane};
 use crate::ops::bridge::Plain;
 use crate::ops::loss::{Divergence, NEAR_WEIGHT};
 
@@ -51,7 +51,7 @@ pub(in crate::ops) fn divergence(
     launch("fewbit_divergence", inputs, outputs, move |inputs| {
         let [student, teacher, weights] = contiguous(inputs);
         let (values, gradient) = (empty(&student, [shape[0], 1]), empty(&student, shape));
-        let (count, dim, units) = by_row(&student, shape);
+        let (count, dim) = by_row(&student, shape[0]);
         divergence_kernel::launch(
             &values.client,
             count,
@@ -67,7 +67,6 @@ pub(in crate::ops) fn divergence(
             form.first,
             form.second,
             form.kind,
-            units,
         );
         [values, gradient]
     })
@@ -85,7 +84,7 @@ pub(in crate::ops) fn cross_entropy(
     launch("fewbit_cross_entropy", inputs, outputs, move |inputs| {
         let [logits, targets, weights] = contiguous(inputs);
         let (values, gradient) = (empty(&logits, [shape[0], 1]), empty(&logits, shape));
-        let (count, dim, units) = by_row(&logits, shape);
+        let (count, dim) = by_row(&logits, shape[0]);
         cross_entropy_kernel::launch(
             &values.client,
             count,
@@ -97,7 +96,6 @@ pub(in crate::ops) fn cross_entropy(
             gradient.clone().into_buffer_arg(),
             shape[0],
             shape[1],
-            units,
         );
         [values, gradient]
     })
@@ -105,40 +103,27 @@ pub(in crate::ops) fn cross_entropy(
 
 /// The largest number of a row over a temperature.
 #[cube]
-fn row_max(
-    row: &[f32],
-    start: usize,
-    len: usize,
-    temperature: f32,
-    #[comptime] units: usize,
-) -> f32 {
+fn row_max(row: &[f32], start: usize, len: usize, temperature: f32) -> f32 {
     let mut largest = row[start] / temperature;
-    let mut column = UNIT_POS as usize;
+    let mut column = UNIT_POS_X as usize;
     while column < len {
         let x = row[start + column] / temperature;
         largest = select(x > largest, x, largest);
         column += CUBE_DIM_X as usize;
     }
-    cube_max(largest, units)
+    plane_max(largest)
 }
 
 /// The sum of a row's exponentials, each relative to the largest number.
 #[cube]
-fn row_sum(
-    row: &[f32],
-    start: usize,
-    len: usize,
-    temperature: f32,
-    largest: f32,
-    #[comptime] units: usize,
-) -> f32 {
+fn row_sum(row: &[f32], start: usize, len: usize, temperature: f32, largest: f32) -> f32 {
     let mut sum = 0.0f32;
-    let mut column = UNIT_POS as usize;
+    let mut column = UNIT_POS_X as usize;
     while column < len {
         sum += (row[start + column] / temperature - largest).exp();
         column += CUBE_DIM_X as usize;
     }
-    cube_sum(sum, units)
+    plane_sum(sum)
 }
 
 /// `ln(β p + (1 - β) q)`.
@@ -163,17 +148,16 @@ fn divergence_kernel(
     first: f32,
     second: f32,
     #[comptime] kind: u32,
-    #[comptime] units: usize,
 ) {
-    let token = row_of_cube();
+    let token = row_of_plane();
     if token >= tokens {
         terminate!();
     }
     let start = token * vocab;
-    let max_q = row_max(student, start, vocab, temperature, units);
-    let max_p = row_max(teacher, start, vocab, temperature, units);
-    let log_sum_q = row_sum(student, start, vocab, temperature, max_q, units).ln();
-    let log_sum_p = row_sum(teacher, start, vocab, temperature, max_p, units).ln();
+    let max_q = row_max(student, start, vocab, temperature);
+    let max_p = row_max(teacher, start, vocab, temperature);
+    let log_sum_q = row_sum(student, start, vocab, temperature, max_q).ln();
+    let log_sum_p = row_sum(teacher, start, vocab, temperature, max_p).ln();
     // β, where there is a mixture.
     let mut beta = 0.5f32;
     if comptime!(kind == JSD) {
@@ -183,7 +167,7 @@ fn divergence_kernel(
     let mut reverse = 0.0f32;
     let mut from_q = 0.0f32;
     let mut from_p = 0.0f32;
-    let mut column = UNIT_POS as usize;
+    let mut column = UNIT_POS_X as usize;
     while column < vocab {
         let log_q = student[start + column] / temperature - max_q - log_sum_q;
         let log_p = teacher[start + column] / temperature - max_p - log_sum_p;
@@ -202,10 +186,10 @@ fn divergence_kernel(
         }
         column += CUBE_DIM_X as usize;
     }
-    let forward = cube_sum(forward, units);
-    let reverse = cube_sum(reverse, units);
-    let from_q = cube_sum(from_q, units);
-    let from_p = cube_sum(from_p, units);
+    let forward = plane_sum(forward);
+    let reverse = plane_sum(reverse);
+    let from_q = plane_sum(from_q);
+    let from_p = plane_sum(from_p);
     let jsd = beta * from_p + (1.0f32 - beta) * from_q;
     // What each of the three weighs in the value.
     let mut of_forward = 0.0f32;
@@ -227,11 +211,11 @@ fn divergence_kernel(
         of_jsd = (1.0f32 - share) * comptime!(NEAR_WEIGHT as f32);
     }
     let weight = weights[token];
-    if UNIT_POS == 0 {
+    if UNIT_POS_X == 0 {
         values[token] = (of_forward * forward + of_reverse * reverse + of_jsd * jsd) * weight;
     }
     let scale = weight / temperature;
-    let mut column = UNIT_POS as usize;
+    let mut column = UNIT_POS_X as usize;
     while column < vocab {
         let log_q = student[start + column] / temperature - max_q - log_sum_q;
         let log_p = teacher[start + column] / temperature - max_p - log_sum_p;
@@ -261,21 +245,20 @@ fn cross_entropy_kernel(
     gradient: &mut [f32],
     tokens: usize,
     vocab: usize,
-    #[comptime] units: usize,
 ) {
-    let token = row_of_cube();
+    let token = row_of_plane();
     if token >= tokens {
         terminate!();
     }
     let start = token * vocab;
-    let largest = row_max(logits, start, vocab, 1.0f32, units);
-    let log_sum = row_sum(logits, start, vocab, 1.0f32, largest, units).ln();
+    let largest = row_max(logits, start, vocab, 1.0f32);
+    let log_sum = row_sum(logits, start, vocab, 1.0f32, largest).ln();
     let weight = weights[token];
     let target = targets[token] as usize;
-    if UNIT_POS == 0 {
+    if UNIT_POS_X == 0 {
         values[token] = -(logits[start + target] - largest - log_sum) * weight;
     }
-    let mut column = UNIT_POS as usize;
+    let mut column = UNIT_POS_X as usize;
     while column < vocab {
         let q = (logits[start + column] - largest - log_sum).exp();
         let hit = select(column == target, 1.0f32, 0.0f32);

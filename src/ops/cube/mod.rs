@@ -2,8 +2,9 @@
 //!
 //! A kernel runs in its turn among the device's other work (with burn's fusion as an operation of its own
 //! between fused ones); the host waits for nothing and uploads nothing but numbers of the launch. All of them
-//! compute in f32, sums by a tree over the units of a cube. Where tensors are of another type, and under
-//! [`composed`](super::composed), operations are composed from burn's.
+//! compute in f32; sums over a row are those of one plane (a warp, a subgroup), so a device has to have planes of
+//! one size. Where it has not, where tensors are of another type, and under [`composed`](super::composed),
+//! operations are composed from burn's.
 
 #![allow(clippy::cast_lossless, clippy::too_many_arguments)] // kernels: `as` is what CubeCL compiles
 #![allow(missing_docs)] // what the macro makes of a kernel
@@ -13,20 +14,23 @@ mod coded;
 mod losses;
 mod quantizers;
 
+use std::cell::RefCell;
+
 use burn::backend::fusion::custom::{
     CustomOpIr, HandleContainer, OperationFn, OperationIr, StreamId, TensorIr,
 };
 use burn::backend::fusion::{FusionBackend, FusionRuntime, FusionTensor};
 use burn::backend::{
-    BackendTensor, Cube, DispatchKindConversion, DispatchTensor, DispatchTensorKind, Shape,
+    BackendTensor, Cube, DispatchKindConversion, DispatchTensor, DispatchTensorKind,
     TensorMetadata as _,
 };
-use burn::tensor::DType;
-use burn_cubecl::CubeBackend;
+use burn::tensor::{DType, Shape};
 use burn_cubecl::cubecl;
+use burn_cubecl::cubecl::ir::features::Plane;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_dtype;
 use burn_cubecl::tensor::CubeTensor;
+use burn_cubecl::{CubeBackend, CubeDevice};
 use cubecl::prelude::*;
 
 pub(super) use self::adamw::adamw;
@@ -47,7 +51,37 @@ pub(super) fn reads(tensor: &Plain) -> bool {
     if let DispatchTensorKind::Autodiff(inner) = kind {
         kind = inner;
     }
-    matches!(kind, DispatchTensorKind::Cube(_)) && tensor.dtype() == DType::F32 && !is_composed()
+    let DispatchTensorKind::Cube(found) = kind else { return false };
+    if tensor.dtype() != DType::F32 || is_composed() {
+        return false;
+    }
+    let device = match found {
+        BackendTensor::Float(tensor) => tensor.device(),
+        BackendTensor::Autodiff(tensor) => tensor.primitive().device(),
+        _ => return false,
+    };
+    has_planes(&device)
+}
+
+thread_local! {
+    /// Devices that were asked, with their answers.
+    static PLANES: RefCell<Vec<(CubeDevice, bool)>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Whether a device adds up numbers of a plane, and planes are all of one size.
+fn has_planes(device: &CubeDevice) -> bool {
+    PLANES.with_borrow_mut(|known| {
+        if let Some((_, answer)) = known.iter().find(|(of, _)| of == device) {
+            return *answer;
+        }
+        let client = device.client();
+        let properties = client.properties();
+        let hardware = &properties.hardware;
+        let answer = properties.features.plane.contains(Plane::Ops)
+            && hardware.plane_size_min == hardware.plane_size_max;
+        known.push((device.clone(), answer));
+        answer
+    })
 }
 
 /// Runs `run` on device tensors off the tape, when it is their turn. Its results are f32 and have the shapes
@@ -112,65 +146,23 @@ fn by_element(like: &CubeTensor, elements: usize) -> (CubeCount, CubeDim) {
     (cubecl::calculate_cube_count_elemwise(&like.client, elements, dim), dim)
 }
 
-/// Cubes and units for a kernel whose cubes take a row each, and the number of units.
-fn by_row(like: &CubeTensor, [rows, columns]: [usize; 2]) -> (CubeCount, CubeDim, usize) {
-    // A tree needs a power of two; a device has at least as many units.
-    let most = like.client.properties().hardware.max_units_per_cube.clamp(1, 256) as usize;
-    let most = 1 << most.ilog2();
-    let units = columns.next_power_of_two().clamp(1, most);
+/// Cubes and units for a kernel whose planes take a row each.
+fn by_row(like: &CubeTensor, rows: usize) -> (CubeCount, CubeDim) {
+    let hardware = &like.client.properties().hardware;
+    let plane = hardware.plane_size_max.max(1);
+    let planes = (hardware.max_units_per_cube.min(256) / plane).clamp(1, 8);
+    let cubes = rows.div_ceil(planes as usize);
     // A device need not take more than 65535 cubes in a direction.
-    let across = rows.clamp(1, 1 << 15);
-    let count = CubeCount::Static(across as u32, rows.div_ceil(across) as u32, 1);
-    (count, CubeDim::new_1d(units as u32), units)
+    let across = cubes.clamp(1, 1 << 15);
+    let count = CubeCount::Static(across as u32, cubes.div_ceil(across) as u32, 1);
+    (count, CubeDim::new_2d(plane, planes))
 }
 
-/// The row of this cube.
+/// The row of this plane, whose units are those of one `UNIT_POS_Y`.
 #[cube]
-fn row_of_cube() -> usize {
-    CUBE_POS_Y as usize * CUBE_COUNT_X as usize + CUBE_POS_X as usize
-}
-
-/// The sum of every unit's number, in every unit.
-#[cube]
-fn cube_sum(value: f32, #[comptime] units: usize) -> f32 {
-    let mut shared = Shared::new_slice(units);
-    let unit = UNIT_POS as usize;
-    shared[unit] = value;
-    sync_cube();
-    let mut half = CUBE_DIM_X as usize / 2;
-    while half > 0 {
-        if unit < half {
-            let other = shared[unit + half];
-            shared[unit] += other;
-        }
-        sync_cube();
-        half /= 2;
-    }
-    let total = shared[0];
-    sync_cube();
-    total
-}
-
-/// The largest of every unit's number, in every unit.
-#[cube]
-fn cube_max(value: f32, #[comptime] units: usize) -> f32 {
-    let mut shared = Shared::new_slice(units);
-    let unit = UNIT_POS as usize;
-    shared[unit] = value;
-    sync_cube();
-    let mut half = CUBE_DIM_X as usize / 2;
-    while half > 0 {
-        if unit < half {
-            let other = shared[unit + half];
-            let own = shared[unit];
-            shared[unit] = select(other > own, other, own);
-        }
-        sync_cube();
-        half /= 2;
-    }
-    let largest = shared[0];
-    sync_cube();
-    largest
+fn row_of_plane() -> usize {
+    let cube = CUBE_POS_Y as usize * CUBE_COUNT_X as usize + CUBE_POS_X as usize;
+    cube * CUBE_DIM_Y as usize + UNIT_POS_Y as usize
 }
 
 /// The nearest integer, ties to even: what devices call round leaves ties to them.

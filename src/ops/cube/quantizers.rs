@@ -1,12 +1,10 @@
 //! Fake-quantization of the uniform family: an element for each unit on the way forward, a group for each
-//! cube on the way back.
+//! plane on the way back.
 
 use burn_cubecl::cubecl;
 use cubecl::prelude::*;
 
-use super::{
-    by_element, by_row, clamped, contiguous, cube_sum, empty, launch, round_even, row_of_cube,
-};
+use super::{by_element, by_row, clamped, contiguous, empty, launch, round_even, row_of_plane};
 use crate::ops::bridge::{Plain, tensor};
 use crate::ops::fake_quant::{Output, Rule, TieRule};
 
@@ -106,7 +104,7 @@ pub(in crate::ops) fn stepped_backward(
         let of_offsets = empty(&weight, if form.offsets { shape } else { [1, 1] });
         let of_step = empty(&weight, [shape[0], 1]);
         let of_zero = empty(&weight, [shape[0], 1]);
-        let (count, dim, units) = by_row(&weight, shape);
+        let (count, dim) = by_row(&weight, shape[0]);
         stepped_backward_kernel::launch(
             &passing.client,
             count,
@@ -126,7 +124,6 @@ pub(in crate::ops) fn stepped_backward(
             step_gradient,
             form.rule,
             form.offsets,
-            units,
         );
         let of_offsets = if form.offsets { of_offsets } else { passing.clone() };
         [passing, of_step, of_zero, of_offsets]
@@ -227,9 +224,8 @@ fn stepped_backward_kernel(
     step_gradient: f32,
     #[comptime] rule: u32,
     #[comptime] offsets: bool,
-    #[comptime] units: usize,
 ) {
-    let group = row_of_cube();
+    let group = row_of_plane();
     if group >= groups {
         terminate!();
     }
@@ -238,7 +234,7 @@ fn stepped_backward_kernel(
     let mut through_value = 0.0f32;
     let mut through_code = 0.0f32;
     let mut at_fixed_u = 0.0f32;
-    let mut column = UNIT_POS as usize;
+    let mut column = UNIT_POS_X as usize;
     while column < group_len {
         let at = group * group_len + column;
         let g = gradient[at];
@@ -265,10 +261,10 @@ fn stepped_backward_kernel(
         }
         column += CUBE_DIM_X as usize;
     }
-    let through_value = cube_sum(through_value, units);
-    let through_code = cube_sum(through_code, units);
-    let at_fixed_u = cube_sum(at_fixed_u, units);
-    if UNIT_POS == 0 {
+    let through_value = plane_sum(through_value);
+    let through_code = plane_sum(through_code);
+    let at_fixed_u = plane_sum(at_fixed_u);
+    if UNIT_POS_X == 0 {
         let factor = spacing(1.0f32, rule);
         of_step[group] = (through_value * factor - through_code) * step_gradient;
         of_zero[group] = at_fixed_u * spacing(delta, rule);
@@ -361,7 +357,7 @@ pub(in crate::ops) fn divided_backward(inputs: DividedInputs, gradient: Plain) -
         let [weight, base, zero, scale, division, row, column, gradient] = contiguous(inputs);
         let [of_division, sums, of_value] =
             [form.shape, [form.shape[0], 1], [form.shape[0], 1]].map(|shape| empty(&weight, shape));
-        let (count, dim, units) = by_row(&weight, form.shape);
+        let (count, dim) = by_row(&weight, form.shape[0]);
         divided_backward_kernel::launch(
             &of_division.client,
             count,
@@ -383,7 +379,6 @@ pub(in crate::ops) fn divided_backward(inputs: DividedInputs, gradient: Plain) -
             form.max_code,
             form.base,
             form.columns,
-            units,
         );
         [of_division, sums, of_value]
     })
@@ -449,9 +444,8 @@ fn divided_backward_kernel(
     max_code: f32,
     #[comptime] based: bool,
     #[comptime] columns: bool,
-    #[comptime] units: usize,
 ) {
-    let group = row_of_cube();
+    let group = row_of_plane();
     if group >= groups {
         terminate!();
     }
@@ -463,7 +457,7 @@ fn divided_backward_kernel(
     }
     let mut value = 0.0f32;
     let mut through = 0.0f32;
-    let mut column = UNIT_POS as usize;
+    let mut column = UNIT_POS_X as usize;
     while column < group_len {
         let at = group * group_len + column;
         let g = gradient[at];
@@ -485,9 +479,9 @@ fn divided_backward_kernel(
         through += division;
         column += CUBE_DIM_X as usize;
     }
-    let value = cube_sum(value, units);
-    let through = cube_sum(through, units);
-    if UNIT_POS == 0 {
+    let value = plane_sum(value);
+    let through = plane_sum(through);
+    if UNIT_POS_X == 0 {
         sums[group] = through;
         of_value[group] = value * scale;
     }
