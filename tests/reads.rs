@@ -42,7 +42,9 @@ fn reads(stages: &str, steps: u64) -> u64 {
     let dir = tempfile::tempdir().unwrap();
     let recipe = dir.path().join("recipe.toml");
     let stages = stages.replace("STEPS", &steps.to_string());
-    fs::write(&recipe, format!("output = {:?}\n{HEAD}{stages}", dir.path().join("run"))).unwrap();
+    let output = dir.path().join("run");
+    let text = format!("output = '{}'\n{HEAD}{stages}", output.display());
+    fs::write(&recipe, text).unwrap();
     let options = Options {
         recipe: recipe.display().to_string(),
         set: Vec::new(),

@@ -99,9 +99,9 @@ impl Sight {
     fn made_there(&self, device: &Device) -> Tensor<4> {
         let Self { past, seq, copies, window, .. } = *self;
         let total = past + seq;
-        let count = |n: usize| Tensor::<1, Int>::arange(0..n as i64, device);
+        let count = |n: usize| Tensor::<1, Int>::arange(0..n.cast_signed() as i64, device);
         // Of each query: its place, and the first one that it sees.
-        let query = count(seq).reshape([1, seq, 1]) + past as i64;
+        let query = count(seq).reshape([1, seq, 1]) + past.cast_signed() as i64;
         let mut first = match &self.starts {
             None => query.zeros_like(),
             Some(starts) => {
@@ -111,7 +111,7 @@ impl Sight {
             }
         };
         if window < total {
-            let seen = query.clone() - (window as i64 - 1);
+            let seen = query.clone() - (window.cast_signed() as i64 - 1);
             let seen = seen.expand(first.dims());
             first = first.max_pair(seen);
         }

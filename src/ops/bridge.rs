@@ -215,7 +215,7 @@ pub(super) fn at_hand<const D: usize>(tensor: &Tensor<D>) -> bool {
         if let DispatchTensorKind::Autodiff(inner) = kind {
             kind = inner;
         }
-        return matches!(kind, DispatchTensorKind::Flex(_)) && !COMPOSED.get();
+        matches!(kind, DispatchTensorKind::Flex(_)) && !COMPOSED.get()
     }
     #[cfg(not(feature = "flex"))]
     {

@@ -29,6 +29,7 @@ pub(super) fn read<const D: usize>(x: Tensor<D>) -> Vec<f32> {
 
 /// Some numbers, the same ones wherever they are.
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant)] // handles, a few for each parameter
 pub enum Numbers {
     /// At hand.
     Known(Vec<f64>),

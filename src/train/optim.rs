@@ -363,6 +363,7 @@ pub struct Scales(BTreeMap<usize, Scale>);
 
 /// What gradients and rates of a part are multiplied by.
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant)] // handles, one or one for each block
 enum Scale {
     /// Both.
     Known([f64; 2]),

@@ -11,8 +11,9 @@
 
 mod adamw;
 mod coded;
+mod divided;
 mod losses;
-mod quantizers;
+mod stepped;
 
 use std::cell::RefCell;
 
@@ -35,10 +36,9 @@ use cubecl::prelude::*;
 
 pub(super) use self::adamw::adamw;
 pub(super) use self::coded::{Decoded, decode};
+pub(super) use self::divided::{DividedInputs, divided, divided_backward};
 pub(super) use self::losses::{cross_entropy, divergence};
-pub(super) use self::quantizers::{
-    DividedInputs, SteppedInputs, divided, divided_backward, stepped, stepped_backward,
-};
+pub(super) use self::stepped::{SteppedInputs, stepped, stepped_backward};
 use super::bridge::{Plain, is_composed};
 
 /// What burn's fusion holds of a device tensor.
