@@ -72,6 +72,50 @@ pub struct Found {
     pub card: Option<String>,
 }
 
+/// What backend and system tell of the card behind a device.
+#[derive(Clone, Debug, Default, Eq, PartialEq, serde::Serialize)]
+pub struct Details {
+    /// What kernels are compiled for: `ptx_sm90`, a Vulkan driver's name.
+    pub target: Option<String>,
+    /// Where it is, `0000:01:00.0`; none of a software device.
+    pub pci: Option<String>,
+    /// Version of its driver, where the system says it.
+    pub driver: Option<String>,
+    /// Bytes of its memory, where the system says them.
+    pub memory: Option<u64>,
+}
+
+/// What there is to say of a device besides its name. Opens it.
+pub fn details(device: &Device) -> Details {
+    #[cfg(feature = "gpu")]
+    if let Some(identity) = device.identity() {
+        let physical = identity.physical.unwrap_or_default();
+        let pci = physical.pci_address.map(|address| address.to_string());
+        // What an AMD card's driver says of it, and NVIDIA's of itself.
+        let says = |path: String| std::fs::read_to_string(path).ok();
+        let memory = pci.as_ref().and_then(|pci| {
+            says(format!("/sys/bus/pci/devices/{pci}/mem_info_vram_total"))?.trim().parse().ok()
+        });
+        let nvidia = physical.vendor == Some(burn::tensor::PciVendor::Nvidia);
+        let driver = if nvidia {
+            says("/proc/driver/nvidia/version".to_owned())
+                .and_then(|text| text.lines().next().map(|line| line.trim().to_owned()))
+        } else {
+            says("/sys/module/amdgpu/version".to_owned()).map(|text| text.trim().to_owned())
+        };
+        return Details { target: Some(identity.fingerprint), pci, driver, memory };
+    }
+    let _ = device;
+    Details::default()
+}
+
+/// Bytes that a device's allocator holds, where the backend tells: of tensors, and all that it took from the
+/// card. It gives none back by itself, so the second is a peak.
+pub fn held(device: &Device) -> Option<[u64; 2]> {
+    let usage = device.clone().inner().memory_pool_usage()?;
+    Some([usage.bytes_in_use, usage.bytes_reserved])
+}
+
 /// The devices of a compiled backend that are there; a backend without its driver may panic here.
 pub fn found(kind: &str) -> Vec<Found> {
     let count = match kind {

@@ -977,8 +977,11 @@ fn four_micro_batches_are_one_batch_of_four() {
             let (next, stats) = if accumulate == 2 {
                 train::step(linear, &mut optimizer, accumulate, &rate, loss).unwrap()
             } else {
-                train::accumulated_step(linear, &mut optimizer, accumulate, &rate, still, loss)
-                    .unwrap()
+                let optimizer = &mut optimizer;
+                let stepped =
+                    train::accumulated_step(linear, optimizer, accumulate, &rate, still, loss);
+                let (next, stepped) = stepped.unwrap();
+                (next, stepped.stats())
             };
             linear = next;
             losses.push(stats.loss as f32);

@@ -8,7 +8,7 @@ use super::serving::Serving;
 use super::subject::Subject;
 use super::timing::{Effort, Spread};
 use super::training;
-use crate::device::NamedDevice;
+use crate::device::{self, NamedDevice};
 use crate::error::{Error, Result};
 use crate::method::{FlexRoundConfig, MethodConfig, NAMES, SeqConfig};
 use crate::report::memory;
@@ -141,6 +141,8 @@ pub struct Measured {
     pub peak_bytes: Option<u64>,
     /// Whether the system counted the peak anew for this part.
     pub peak_is_own: bool,
+    /// Bytes that the device's allocator had taken from it by then, where the backend tells: a peak.
+    pub device_bytes: Option<u64>,
 }
 
 /// What a part counts: what it was, one repetition's amount of something, and its matrix products' operations.
@@ -191,6 +193,7 @@ impl Bench<'_> {
                     of_ceiling,
                     peak_bytes,
                     peak_is_own,
+                    device_bytes: device::held(&self.device.device).map(|[_, reserved]| reserved),
                 })
             };
             match part {

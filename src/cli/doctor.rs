@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::output;
 use crate::bench::{Ceiling, Check, Disk, Numbers, reference, vector_level};
-use crate::device::{self, Found};
+use crate::device::{self, Details, Found};
 use crate::error::{Error, Kind, Result};
 use crate::report::size;
 use crate::run;
@@ -35,6 +35,9 @@ pub(super) struct DoctorArgs {
 struct Device {
     name: String,
     card: Option<String>,
+    details: Details,
+    /// What its allocator took for the checks.
+    held: Option<u64>,
     /// One for each type that was tried, or why none could be.
     types: Result<Vec<Type>>,
 }
@@ -133,9 +136,12 @@ fn examine(
     let Found { name, card } = found;
     if let Some(problem) = problem {
         // A backend whose device is not there is nothing that is wrong.
-        return Ok(Device { name, card, types: Err(Error::failed(problem)) });
+        let (details, types) = (Details::default(), Err(Error::failed(problem)));
+        return Ok(Device { name, card, details, held: None, types });
     }
     let named = device::open(&name)?;
+    let details = catch_unwind(AssertUnwindSafe(|| device::details(&named.device)));
+    let details = details.unwrap_or_default();
     let mut types = Vec::new();
     for (type_name, dtype) in TYPES {
         stop.check().map_err(|error| error.fix("the same command again"))?;
@@ -151,11 +157,13 @@ fn examine(
         if let Err(error) = &found
             && matches!(error.kind(), Kind::Stopped(_))
         {
-            return found.map(|_| Device { name, card, types: Ok(types) });
+            return found.map(|_| Device { name, card, details, held: None, types: Ok(types) });
         }
         types.push(Type { name: type_name, found });
     }
-    Ok(Device { name, card, types: Ok(types) })
+    let held = catch_unwind(AssertUnwindSafe(|| device::held(&named.device)));
+    let held = held.ok().flatten().map(|[_, reserved]| reserved);
+    Ok(Device { name, card, details, held, types: Ok(types) })
 }
 
 impl Device {
@@ -174,6 +182,17 @@ impl Device {
     fn as_text(&self) -> String {
         let card = self.card.as_ref().map_or_else(String::new, |card| format!("  {card}"));
         let mut text = format!("\ndevice   {}{card}\n", self.name);
+        let Details { target, pci, driver, memory } = &self.details;
+        let facts = [
+            ("compiles for", target.clone()),
+            ("PCI", pci.clone()),
+            ("driver", driver.clone()),
+            ("memory", memory.map(size)),
+            ("taken by these checks", self.held.map(size)),
+        ];
+        for (what, fact) in facts.into_iter().filter_map(|(what, fact)| Some((what, fact?))) {
+            let _ = writeln!(text, "         {what}: {fact}");
+        }
         let types = match &self.types {
             Ok(types) => types,
             Err(problem) => {
@@ -227,6 +246,8 @@ impl Device {
         json!({
             "name": self.name,
             "card": self.card,
+            "details": self.details,
+            "held": self.held,
             "problem": types.as_ref().err().map(|error| error.what()),
             "types": types.as_ref().ok(),
         })

@@ -4,19 +4,24 @@
 #[cfg(feature = "flex")]
 use std::sync::Arc;
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 
 use super::bridge::tensor;
 #[cfg(feature = "flex")]
 use super::bridge::{self, Rows, in_memory, reads};
+#[cfg(feature = "gpu")]
+use super::cube;
 #[cfg(feature = "flex")]
 use super::kernel::{adamw as kernel, moments as kernel8};
 #[cfg(feature = "flex")]
 use super::moments::Half;
 use super::moments::{Int8Moments, Moments};
+#[cfg(feature = "flex")]
+use super::numbers::read;
+use super::numbers::{Numbers, Restraint};
 
 /// One step's numbers (Loshchilov and Hutter 2019, algorithm 2).
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct AdamWStep {
     /// By what gradients are multiplied first (clipping).
     pub shrink: f64,
@@ -32,6 +37,8 @@ pub struct AdamWStep {
     pub weight_decay: f64,
     /// The number of this step, from 1.
     pub step: u64,
+    /// What more gradients and rates are multiplied by, where that is known on a device alone.
+    pub restraint: Option<Restraint>,
 }
 
 impl AdamWStep {
@@ -43,6 +50,25 @@ impl AdamWStep {
 
     pub(super) fn keep(&self) -> f64 {
         1.0 - self.rate * self.weight_decay
+    }
+
+    /// With what a restraint says, which is at hand; `None` where nothing may change.
+    #[cfg(feature = "flex")]
+    fn at_hand(&self) -> Option<Self> {
+        let Some(restraint) = &self.restraint else { return Some(self.clone()) };
+        let [shrink, damping, go]: [f32; 3] = read(restraint.tensor().clone()).try_into().ok()?;
+        let (shrink, rate) = (self.shrink * f64::from(shrink), self.rate * f64::from(damping));
+        (go > 0.0).then(|| Self { shrink, rate, restraint: None, ..self.clone() })
+    }
+
+    /// What a parameter is multiplied by, composed.
+    pub(super) fn kept<const D: usize>(&self, parameter: Tensor<D>) -> Tensor<D> {
+        match &self.restraint {
+            Some(restraint) if self.weight_decay > 0.0 => {
+                parameter * (restraint.damping() * (-self.rate * self.weight_decay) + 1.0)
+            }
+            _ => parameter * self.keep(),
+        }
     }
 
     #[cfg(feature = "flex")]
@@ -114,6 +140,10 @@ fn adamw<const D: usize>(
         let flip = units.is_some() || D == 2 && is_transposed(&parameter);
         let orient = |tensor: Tensor<D>| if flip { tensor.transpose() } else { tensor };
         let rows = |tensor: Tensor<D>| Rows::of(bridge::frozen(orient(tensor)));
+        let Some(step) = step.at_hand() else {
+            let [first, second] = moments;
+            return (parameter, Moments::new(first, second));
+        };
         let [mut first, mut second] = moments.map(rows);
         let gradient = rows(gradient);
         let mut parameter = rows(parameter);
@@ -130,10 +160,51 @@ fn adamw<const D: usize>(
         let back = |rows: Rows| orient(tensor::<D>(rows.plain()));
         return (back(parameter), Moments::new(back(first), back(second)));
     }
-    let gradient = gradient * step.shrink;
+    #[cfg(feature = "gpu")]
+    if [&parameter, &gradient].iter().all(|&x| cube::reads(&x.clone().into_dispatch())) {
+        return on_device(step, units, parameter, gradient, moments);
+    }
+    composed(step, units, parameter, gradient, moments)
+}
+
+/// As [`adamw`], by a kernel of a device.
+#[cfg(feature = "gpu")]
+fn on_device<const D: usize>(
+    step: &AdamWStep,
+    units: Option<Tensor<2>>,
+    parameter: Tensor<D>,
+    gradient: Tensor<D>,
+    moments: [Tensor<D>; 2],
+) -> (Tensor<D>, Moments) {
+    let restraint = match &step.restraint {
+        Some(restraint) => restraint.tensor().clone(),
+        None => Tensor::ones([3], &parameter.device()),
+    };
+    let shape = parameter.dims();
     let [first, second] = moments;
-    let first = first * step.beta1 + gradient.clone() * (1.0 - step.beta1);
-    let second = second * step.beta2 + gradient.square() * (1.0 - step.beta2);
+    let tensors = [parameter, gradient, first, second].map(Tensor::into_dispatch);
+    let units = units.map(Tensor::into_dispatch);
+    let found = cube::adamw(step, &shape, units, tensors, restraint.into_dispatch());
+    let [parameter, first, second] = found.map(tensor::<D>);
+    (parameter, Moments::new(first, second))
+}
+
+/// As [`adamw`], composed from burn's operations.
+fn composed<const D: usize>(
+    step: &AdamWStep,
+    units: Option<Tensor<2>>,
+    parameter: Tensor<D>,
+    gradient: Tensor<D>,
+    moments: [Tensor<D>; 2],
+) -> (Tensor<D>, Moments) {
+    let gradient = gradient * step.shrink;
+    let gradient = match &step.restraint {
+        Some(restraint) => restraint.shrink(gradient),
+        None => gradient,
+    };
+    let [old_first, old_second] = moments;
+    let first = old_first.clone() * step.beta1 + gradient.clone() * (1.0 - step.beta1);
+    let second = old_second.clone() * step.beta2 + gradient.square() * (1.0 - step.beta2);
     let [correction1, correction2] = step.corrections();
     let root = (second.clone() / correction2).sqrt() + step.epsilon;
     let delta = first.clone() / root * (step.rate / correction1);
@@ -149,7 +220,13 @@ fn adamw<const D: usize>(
             scaled.reshape([shape[1], shape[0]]).transpose().reshape(shape)
         }
     };
-    (parameter * step.keep() - delta, Moments::new(first, second))
+    let Some(restraint) = &step.restraint else {
+        return (parameter * step.keep() - delta, Moments::new(first, second));
+    };
+    let next = step.kept(parameter.clone()) - delta * restraint.damping();
+    let moments =
+        Moments::new(restraint.choose(first, old_first), restraint.choose(second, old_second));
+    (restraint.choose(next, parameter), moments)
 }
 
 /// As [`adamw`], with moments in 8 bits.
@@ -162,6 +239,7 @@ fn int8<const D: usize>(
 ) -> (Tensor<D>, Int8Moments) {
     #[cfg(feature = "flex")]
     if reads(&parameter) {
+        let Some(step) = step.at_hand() else { return (parameter, moments) };
         let mut moments = moments;
         let transposed = moments.transposed;
         let orient = |tensor: Tensor<D>| if transposed { tensor.transpose() } else { tensor };
@@ -183,14 +261,14 @@ fn int8<const D: usize>(
     moments.step(step, units, parameter, gradient)
 }
 
-/// The sum of squares, in f64.
-pub fn squared_norm<const D: usize>(x: Tensor<D>) -> f64 {
+/// The sum of squares: in f64 where it is known, in f32 on a device.
+pub fn squared_norm<const D: usize>(x: Tensor<D>) -> Numbers {
     #[cfg(feature = "flex")]
     if reads(&x) {
         let x = if D == 2 && is_transposed(&x) { x.transpose() } else { x };
-        return kernel::squared_norm(Rows::of(x.into_dispatch()).values());
+        return Numbers::one(kernel::squared_norm(Rows::of(x.into_dispatch()).values()));
     }
-    f64::from(x.square().sum().into_scalar::<f32>())
+    Numbers::of(x.cast(DType::F32).square().sum())
 }
 
 /// Zeros in the layout of `like`.

@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use burn::tensor::{Tensor, TensorData, activation};
+use burn::tensor::{Device, Int, Tensor, TensorData, activation};
 
 use super::forest::Forest;
 #[cfg(feature = "flex")]
@@ -88,24 +88,41 @@ impl Sight {
                 let mask = forest.mask(self.copies, self.window, &like.device());
                 return mask.cast(like.dtype());
             }
-            let total = self.past + self.seq;
-            let everywhere = vec![0; self.seq];
-            let starts = self.starts.as_deref().unwrap_or(&everywhere);
-            let mut mask = Vec::with_capacity(starts.len() * self.copies * total);
-            for starts in starts.chunks(self.seq.max(1)) {
-                for row in 0..self.copies * self.seq {
-                    let seen = self.past + row % self.seq + 1;
-                    let start = starts[row % self.seq] as usize;
-                    let seen = seen.saturating_sub(self.window).max(start)..seen;
-                    let hidden = |key| if seen.contains(&key) { 0.0 } else { f32::NEG_INFINITY };
-                    mask.extend((0..total).map(hidden));
-                }
-            }
-            let sequences = starts.len().checked_div(self.seq).unwrap_or(1);
-            let mask = TensorData::new(mask, [sequences, 1, self.copies * self.seq, total]);
-            Tensor::<4>::from_data(mask, &like.device()).cast(like.dtype())
+            self.made_there(&like.device()).cast(like.dtype())
         };
         self.mask.get_or_init(make).clone()
+    }
+}
+
+impl Sight {
+    /// The mask computed on a device, from the starts of documents alone.
+    fn made_there(&self, device: &Device) -> Tensor<4> {
+        let Self { past, seq, copies, window, .. } = *self;
+        let total = past + seq;
+        let count = |n: usize| Tensor::<1, Int>::arange(0..n.cast_signed() as i64, device);
+        // Of each query: its place, and the first one that it sees.
+        let query = count(seq).reshape([1, seq, 1]) + past.cast_signed() as i64;
+        let mut first = match &self.starts {
+            None => query.zeros_like(),
+            Some(starts) => {
+                let starts: Vec<i32> = starts.iter().map(|start| start.cast_signed()).collect();
+                let shape = [starts.len().checked_div(seq).unwrap_or(1), seq, 1];
+                Tensor::<3, Int>::from_data(TensorData::new(starts, shape), device)
+            }
+        };
+        if window < total {
+            let seen = query.clone() - (window.cast_signed() as i64 - 1);
+            let seen = seen.expand(first.dims());
+            first = first.max_pair(seen);
+        }
+        let sequences = first.dims()[0];
+        let key = count(total).reshape([1, 1, total]).expand([sequences, seq, total]);
+        let query = query.expand([sequences, seq, total]);
+        let first = first.expand([sequences, seq, total]);
+        let hidden = key.clone().greater(query).bool_or(key.lower(first));
+        let mask = Tensor::<3>::zeros([sequences, seq, total], device);
+        let mask = mask.mask_fill(hidden, f32::NEG_INFINITY);
+        mask.repeat_dim(1, copies).reshape([sequences, 1, copies * seq, total])
     }
 }
 

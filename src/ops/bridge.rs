@@ -205,8 +205,33 @@ where
     }
 }
 
+/// Whether reading a tensor costs nothing: it lies in this machine's memory, in whatever type, on the tape or
+/// off it.
+pub(super) fn at_hand<const D: usize>(tensor: &Tensor<D>) -> bool {
+    #[cfg(feature = "flex")]
+    {
+        let tensor = tensor.clone().into_dispatch();
+        let mut kind = &tensor.kind;
+        if let DispatchTensorKind::Autodiff(inner) = kind {
+            kind = inner;
+        }
+        matches!(kind, DispatchTensorKind::Flex(_)) && !COMPOSED.get()
+    }
+    #[cfg(not(feature = "flex"))]
+    {
+        let _ = tensor;
+        false
+    }
+}
+
 thread_local! {
     static COMPOSED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether the calling thread asked for no kernels of ours.
+#[cfg(feature = "gpu")]
+pub(super) fn is_composed() -> bool {
+    COMPOSED.get()
 }
 
 /// Runs `f` without any kernel of ours: everything is composed from burn's operations, as on a

@@ -7,12 +7,14 @@
 
 use std::sync::Arc;
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use super::bits;
 use super::bridge::{self, Operation, Plain, tensor};
 #[cfg(feature = "flex")]
 use super::bridge::{Rows, fused};
+#[cfg(feature = "gpu")]
+use super::cube;
 #[cfg(feature = "flex")]
 use super::kernel::coded as kernel;
 
@@ -155,7 +157,7 @@ impl CodedMatrix {
             let stride = bits::words_per_row(columns, codes.bits());
             let words = codes.words().iter().map(|word| word.cast_signed()).collect();
             let words = TensorData::new::<i32, _>(words, [codes.rows(), stride]);
-            Tensor::from_data(words, &device)
+            Tensor::from_data(words, (&device, DType::I32))
         });
         Self {
             codes,
@@ -444,8 +446,35 @@ impl CodedMatrix {
         }
     }
 
-    /// The weights as the codes are stored, composed.
+    /// What a kernel of the device they are on makes of the codes; `None` where there is none.
+    #[cfg(feature = "gpu")]
+    fn decoded(
+        &self,
+        decoded: cube::Decoded,
+        scale: &Tensor<2>,
+        shift: &Tensor<2>,
+    ) -> Option<Tensor<2>> {
+        let words = self.words.as_ref()?;
+        let grid = [scale, shift].map(|x| x.clone().into_dispatch());
+        if !grid.iter().all(cube::reads) {
+            return None;
+        }
+        let shape = [self.codes.rows(), self.codes.columns()];
+        Some(tensor(cube::decode(words.clone(), shape, self.codes.bits(), decoded, grid)))
+    }
+
+    /// The weights as the codes are stored.
     fn values(&self, scale: &Tensor<2>, shift: &Tensor<2>) -> Tensor<2> {
+        #[cfg(feature = "gpu")]
+        {
+            let kind = match self.kind {
+                CodedKind::Uniform => cube::Decoded::Uniform,
+                CodedKind::BinaryCoding => cube::Decoded::BinaryCoding,
+            };
+            if let Some(values) = self.decoded(kind, scale, shift) {
+                return values;
+            }
+        }
         let [groups, _] = shift.dims();
         let codes = self.unpacked(shift).reshape([groups, self.group_len]);
         let values = match self.kind {
@@ -460,6 +489,10 @@ impl CodedMatrix {
 
     /// Codes as floats, `[rows, columns]`, on the device of `like`.
     fn unpacked(&self, like: &Tensor<2>) -> Tensor<2> {
+        #[cfg(feature = "gpu")]
+        if let Some(codes) = self.decoded(cube::Decoded::Codes, like, like) {
+            return codes;
+        }
         let (columns, device) = (self.codes.columns(), like.device());
         let Some(words) = &self.words else {
             let codes = self.codes.to_vec().into_iter().map(f32::from).collect();

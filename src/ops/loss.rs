@@ -6,9 +6,14 @@
 //! this machine's processor a loss reads each row of logits once and writes the gradient over the
 //! student's.
 
+#[cfg(feature = "gpu")]
+use burn::tensor::DType;
 use burn::tensor::{Int, Tensor, TensorData, activation};
 
 use super::bridge::{self, Operation, Plain, tensor};
+#[cfg(feature = "gpu")]
+use super::cube;
+use super::numbers::{Numbers, read};
 #[cfg(feature = "flex")]
 use {
     super::bridge::{Rows, reads},
@@ -88,12 +93,30 @@ impl Operation<1> for Known {
     }
 
     fn backward(&self, _: [Plain; 1], (): (), upstream: Plain, _: [bool; 1]) -> [Option<Plain>; 1] {
-        // The scalar is read: a loss is not a part of a loop, and most often it is 1.
-        let upstream = tensor::<1>(upstream).into_scalar::<f32>();
+        let upstream = tensor::<1>(upstream);
+        if !bridge::at_hand(&upstream) {
+            return [Some(self.scaled_there(upstream))];
+        }
+        // The scalar is read, which costs nothing here, and most often it is 1.
+        let upstream = upstream.into_scalar::<f32>();
         #[allow(clippy::float_cmp)] // exactly 1, or multiplied
         let unchanged = upstream == 1.0;
         let gradient = self.gradient.clone();
         [Some(if unchanged { gradient } else { scaled(gradient, upstream) })]
+    }
+}
+
+impl Known {
+    /// The gradient times a number `[1]` that stays on its device.
+    fn scaled_there(&self, upstream: Tensor<1>) -> Plain {
+        use burn::backend::TensorMetadata as _;
+        let gradient = self.gradient.clone();
+        match gradient.rank() {
+            1 => (tensor::<1>(gradient) * upstream).into_dispatch(),
+            2 => (tensor::<2>(gradient) * upstream.reshape([1; 2])).into_dispatch(),
+            3 => (tensor::<3>(gradient) * upstream.reshape([1; 3])).into_dispatch(),
+            _ => (tensor::<4>(gradient) * upstream.reshape([1; 4])).into_dispatch(),
+        }
     }
 }
 
@@ -147,6 +170,10 @@ pub fn divergence(
         return loss_value(value, student);
     }
     let vocab = teacher.dims()[1];
+    #[cfg(feature = "gpu")]
+    if top_k.is_none_or(|k| k >= vocab) && on_device(&[&student, &teacher, &weights]) {
+        return summed(cube::divergence(divergence, temperature, [student, teacher, weights]));
+    }
     if let Some(k) = top_k.filter(|k| tail && *k < vocab) {
         return with_tail(divergence, temperature, k, [student, teacher], weights);
     }
@@ -216,8 +243,28 @@ pub fn divergence_value(
         let (student, teacher) = (student.values(), teacher.values());
         return kernel::divergence(&settings, student, teacher, weights.values());
     }
-    let loss = divergence(comparison, student, teacher, weights);
-    f64::from(loss.value.into_scalar::<f32>())
+    sum(divergence(comparison, student, teacher, weights).value)
+}
+
+/// Whether a kernel on a device can read them all.
+#[cfg(feature = "gpu")]
+fn on_device(tensors: &[&Tensor<2>]) -> bool {
+    tensors.iter().all(|&tensor| {
+        assert!(!tensor.is_tracked(), "a tracked tensor where an operation gives no gradient");
+        cube::reads(&tensor.clone().into_dispatch())
+    })
+}
+
+/// The loss of which a kernel gave each token's value and the gradient.
+#[cfg(feature = "gpu")]
+fn summed(found: [Plain; 2]) -> LossValue {
+    let [values, gradient] = found.map(tensor::<2>);
+    LossValue { value: values.sum(), gradient }
+}
+
+/// One number, waited for.
+fn sum(value: Tensor<1>) -> f64 {
+    Numbers::of(value).values().into_iter().sum()
 }
 
 /// How close a student is to its teacher, masked means over tokens, at temperature 1.
@@ -233,26 +280,38 @@ pub struct Closeness {
     pub top1: f64,
 }
 
+impl Closeness {
+    /// From what [`compare_later`] gave; 0 for what is missing.
+    pub fn of(numbers: &[f64]) -> Self {
+        let at = |index| numbers.get(index).copied().unwrap_or_default();
+        Self { jsd: at(0), kl_forward: at(1), kl_reverse: at(2), top1: at(3) }
+    }
+}
+
 /// Compares student and teacher; shapes and weights as in [`divergence`]. Nothing is kept.
 pub fn compare(student: Tensor<2>, teacher: Tensor<2>, weights: Tensor<2>) -> Closeness {
+    Closeness::of(&compare_later(student, teacher, weights).values())
+}
+
+/// As [`compare`], without waiting for the device: the four numbers of [`Closeness`] in their order.
+pub fn compare_later(student: Tensor<2>, teacher: Tensor<2>, weights: Tensor<2>) -> Numbers {
     #[cfg(feature = "flex")]
     if reads(&student) {
         let [student, teacher, weights] =
             [student, teacher, weights].map(|t| Rows::of(bridge::frozen(t)));
-        let [jsd, kl_forward, kl_reverse, top1] =
-            kernel::compare(student.values(), teacher.values(), weights.values());
-        return Closeness { jsd, kl_forward, kl_reverse, top1 };
+        let found = kernel::compare(student.values(), teacher.values(), weights.values());
+        return Numbers::Known(found.into());
     }
     let both = Distributions::new(student, teacher, 1.0);
-    let scalar = |value: Tensor<1>| f64::from(value.into_scalar::<f32>());
-    let mean = |kind| scalar((both.evaluate(kind).0 * weights.clone()).sum());
+    let mean = |kind| (both.evaluate(kind).0 * weights.clone()).sum();
     let same = both.log_q.clone().argmax(1).equal(both.log_p.clone().argmax(1));
-    Closeness {
-        jsd: mean(Divergence::Jsd { beta: 0.5 }),
-        kl_forward: mean(Divergence::KlForward),
-        kl_reverse: mean(Divergence::KlReverse),
-        top1: scalar((same.float() * weights.clone()).sum()),
-    }
+    let all = vec![
+        mean(Divergence::Jsd { beta: 0.5 }),
+        mean(Divergence::KlForward),
+        mean(Divergence::KlReverse),
+        (same.float() * weights).sum(),
+    ];
+    Numbers::of(Tensor::cat(all, 0))
 }
 
 /// Probabilities and log-probabilities of student `q` and teacher `p`, each `[tokens, vocab]`.
@@ -344,7 +403,7 @@ pub fn confidence(logits: Tensor<2>, weights: Tensor<2>) -> f64 {
         return kernel::confidence(logits.values(), weights.values());
     }
     let (p, _) = softmax_and_log(logits, 1.0);
-    f64::from((p.max_dim(1) * weights).sum().into_scalar::<f32>())
+    sum((p.max_dim(1) * weights).sum())
 }
 
 /// Masked mean of the next-token cross-entropy, and its gradient to the logits, which takes their
@@ -362,6 +421,10 @@ pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<2, Int>, weights: Tensor
         let value =
             kernel::cross_entropy_with_gradient(logits.values_mut(), &targets, weights.values());
         return loss_value(value, logits);
+    }
+    #[cfg(feature = "gpu")]
+    if targets.dtype() == DType::I32 && on_device(&[&logits, &weights]) {
+        return summed(cube::cross_entropy(logits, targets, weights));
     }
     let (q, log_q) = softmax_and_log(logits, 1.0);
     let nll = log_q.gather(1, targets.clone()).neg();
@@ -388,7 +451,7 @@ pub fn negative_log_likelihood(logits: Tensor<2>, targets: Tensor<2, Int>) -> Ve
         return kernel::negative_log_likelihood(logits.values(), &host(targets));
     }
     let nll = activation::log_softmax(logits, 1).gather(1, targets).neg();
-    nll.into_data().iter::<f32>().collect()
+    read(nll)
 }
 
 /// As [`negative_log_likelihood`], of several targets of each token.
@@ -409,7 +472,7 @@ pub fn negative_log_likelihoods(logits: Tensor<2>, targets: &[Vec<u32>]) -> Vec<
     let ids = TensorData::new(filled.collect::<Vec<i32>>(), [targets.len(), most]);
     let ids = Tensor::<2, Int>::from_data(ids, &logits.device());
     let nll = activation::log_softmax(logits, 1).gather(1, ids).neg();
-    let nll: Vec<f32> = nll.into_data().iter::<f32>().collect();
+    let nll = read(nll);
     let rows = nll.chunks(most.max(1)).zip(targets);
     rows.map(|(losses, row)| losses[..row.len()].to_vec()).collect()
 }

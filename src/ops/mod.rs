@@ -3,8 +3,9 @@
 //! Methods, objectives and the model call only these functions. Behind each is an operation with a
 //! derivative written by hand (`bridge`), so the tape holds little more than its inputs. On this
 //! machine's processor (burn's Flex backend, f32) it runs as a kernel over rows (`kernel`), in
-//! vector code that is chosen at run time (`vector`); on every other backend it is composed from
-//! burn's operations. [`composed`] forces the latter.
+//! vector code that is chosen at run time (`vector`); on burn's CubeCL backend those that matter most
+//! are kernels too (`cube`), and all others are composed from burn's operations. [`composed`] forces
+//! the latter.
 
 mod adamw;
 mod attention;
@@ -13,6 +14,8 @@ pub mod bits;
 mod block;
 mod bridge;
 mod coded;
+#[cfg(feature = "gpu")]
+mod cube;
 mod dynamic;
 mod fake_quant;
 mod forest;
@@ -21,6 +24,7 @@ mod kernel;
 mod linear;
 mod loss;
 mod moments;
+mod numbers;
 mod search;
 #[cfg(feature = "flex")]
 mod vector;
@@ -40,10 +44,12 @@ pub use fake_quant::{
 pub use forest::{Branch, Forest};
 pub use linear::{linear, matmul};
 pub use loss::{
-    Closeness, Comparison, Divergence, LossValue, compare, confidence, cross_entropy, divergence,
-    divergence_value, negative_log_likelihood, negative_log_likelihoods, with_gradient,
+    Closeness, Comparison, Divergence, LossValue, compare, compare_later, confidence,
+    cross_entropy, divergence, divergence_value, negative_log_likelihood, negative_log_likelihoods,
+    with_gradient,
 };
 pub use moments::{Int8Moments, LEAVES, Later, Moments, Values, later};
+pub use numbers::{Numbers, Restraint, device_reads};
 pub use search::{Candidate, Extent, nearest_grids};
 
 /// The instruction set that kernels run in on this machine's processor, for reports.

@@ -8,6 +8,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use super::adamw::AdamWStep;
 use super::bridge::{Plain, tensor};
 use super::dynamic::{Map, SIGNED, UNSIGNED, ZERO};
+use super::numbers::Restraint;
 use crate::error::Result;
 
 /// Values that share a scale. (The paper's 2048 makes one large gradient hide more of the others;
@@ -227,6 +228,7 @@ impl Int8Moments {
         gradient: Tensor<D>,
     ) -> (Tensor<D>, Self) {
         let Self { halves: [first, second], shape, transposed } = self;
+        let before = (parameter.clone(), first.clone(), second.clone());
         let len = shape.iter().product::<usize>();
         let device = parameter.device();
         let orient = |x: Tensor<D>| if transposed { x.transpose() } else { x };
@@ -237,6 +239,10 @@ impl Int8Moments {
             in_blocks((units * rate).expand([groups, len / groups]).reshape([len]))
         });
         let g = blocks(gradient) * step.shrink as f32;
+        let g = match &step.restraint {
+            Some(restraint) => restraint.shrink(g),
+            None => g,
+        };
         let m = first.decoded(&SIGNED, &device) * step.beta1 as f32
             + g.clone() * (1.0 - step.beta1) as f32;
         let v = second.decoded(&UNSIGNED, &device) * step.beta2 as f32
@@ -247,12 +253,26 @@ impl Int8Moments {
             None => m.clone() * rate,
             Some(rates) => rates * m.clone(),
         };
-        let next = blocks(parameter) * step.keep() as f32 - weighted / root;
+        let delta = weighted / root;
+        let next = match &step.restraint {
+            Some(restraint) => step.kept(blocks(parameter)) - delta * restraint.damping(),
+            None => blocks(parameter) * step.keep() as f32 - delta,
+        };
         let size: usize = next.dims().iter().product();
         let next = next.reshape([size]).narrow(0, 0, len);
         let dims: [usize; D] = std::array::from_fn(|axis| shape[axis]);
         let halves = [Half::encoded(m, &SIGNED, true), Half::encoded(v, &UNSIGNED, false)];
-        (orient(next.reshape(dims)), Self { halves, shape, transposed })
+        let next = orient(next.reshape(dims));
+        let Some(restraint) = &step.restraint else {
+            return (next, Self { halves, shape, transposed });
+        };
+        let (parameter, first, second) = before;
+        let [new_first, new_second] = halves;
+        let halves = [
+            new_first.unless_stopped(restraint, first, ZERO, &device),
+            new_second.unless_stopped(restraint, second, 0, &device),
+        ];
+        (restraint.choose(next, parameter), Self { halves, shape, transposed })
     }
 }
 
@@ -303,6 +323,14 @@ impl Half {
                 (Tensor::from_data(words, device), Tensor::from_data(scales, device))
             }
         }
+    }
+
+    /// This, or what there was before where nothing may change.
+    fn unless_stopped(self, restraint: &Restraint, old: Self, zero: u8, device: &Device) -> Self {
+        let (words, scales) = self.on_device(zero, device);
+        let (old_words, old_scales) = old.on_device(zero, device);
+        let words = restraint.choose_words(words, old_words);
+        Self::Device { words, scales: restraint.choose(scales, old_scales) }
     }
 
     /// `[blocks, 256]`.

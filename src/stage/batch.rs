@@ -13,7 +13,7 @@ use crate::data::TokenStream;
 use crate::error::{Error, Result};
 use crate::model::{CausalLm, ModelConfig, Positions};
 use crate::objective::{ObjectiveConfig, Targets};
-use crate::ops::{self, Closeness};
+use crate::ops::{self, Numbers};
 
 /// Token windows on the device.
 pub struct Batch {
@@ -158,7 +158,7 @@ impl Batch {
         teacher: Option<&CausalLm>,
         objective: &ObjectiveConfig,
         compare: bool,
-    ) -> Result<(Tensor<1>, Option<Closeness>)> {
+    ) -> Result<(Tensor<1>, Option<Numbers>)> {
         let positions = &self.positions;
         let hidden = student.hidden(self.tokens.clone(), positions);
         let goal = teacher.map(|teacher| (teacher, teacher.hidden(self.tokens.clone(), positions)));
@@ -179,14 +179,14 @@ impl Batch {
         teacher: Option<(&CausalLm, Tensor<3>)>,
         objective: &ObjectiveConfig,
         compare: bool,
-    ) -> Result<(Tensor<1>, Option<Closeness>)> {
+    ) -> Result<(Tensor<1>, Option<Numbers>)> {
         let hidden = flat(hidden);
         let free = hidden.clone().inner();
         let teacher = teacher.map(|(teacher, goal)| (teacher, flat(goal)));
         let [count, _] = free.dims();
         let mut value: Option<Tensor<1>> = None;
         let mut gradients = Vec::new();
-        let mut closeness = (compare && teacher.is_some()).then(Closeness::default);
+        let mut closeness: Option<Numbers> = None;
         for range in chunks(count, student.vocab()) {
             let part = |tensor: &Tensor<2>| tensor.clone().slice_dim(0, range.clone());
             let logits = student.logits(part(&free)).inner();
@@ -196,8 +196,12 @@ impl Batch {
                 next_weights: part(&self.next_weights),
                 weights: part(&self.weights),
             };
-            if let (Some(sum), Some(teacher)) = (closeness.as_mut(), targets.teacher.clone()) {
-                add(sum, ops::compare(logits.clone(), teacher, targets.weights.clone()));
+            if let (true, Some(teacher)) = (compare, targets.teacher.clone()) {
+                let part = ops::compare_later(logits.clone(), teacher, targets.weights.clone());
+                closeness = Some(match closeness {
+                    Some(sum) => sum.plus(part),
+                    None => part,
+                });
             }
             let loss = objective.on_logits(logits.clone(), &targets)?;
             value = Some(match value {
@@ -210,12 +214,4 @@ impl Batch {
         let loss = ops::with_gradient(hidden, value, Tensor::cat(gradients, 0));
         Ok((loss, closeness))
     }
-}
-
-/// Adds what was measured on a part of the tokens.
-fn add(sum: &mut Closeness, part: Closeness) {
-    sum.jsd += part.jsd;
-    sum.kl_forward += part.kl_forward;
-    sum.kl_reverse += part.kl_reverse;
-    sum.top1 += part.top1;
 }

@@ -17,14 +17,15 @@ use super::teacher::Teacher;
 use super::training_state::{Snapshot, State};
 use super::watch::{Failure, Seen};
 use crate::data::{Order, seed_of};
+use crate::device;
 use crate::error::{Error, Kind, Result};
 use crate::exhausted;
 use crate::model::{CausalLm, Positions};
 use crate::objective::ObjectiveConfig;
-use crate::ops::Closeness;
+use crate::ops::{Closeness, Numbers};
 use crate::quant::ScaleDigits;
 use crate::report::{Event, Reporter, memory};
-use crate::train::{Optimizer, RateUnit, StepStats};
+use crate::train::{Optimizer, RateUnit, StepStats, Stepped};
 
 /// How a whole model is trained.
 pub(super) struct Training<'a> {
@@ -63,7 +64,7 @@ impl Training<'_> {
                 if !matches!(stopped.kind(), Kind::Stopped(_)) {
                     return Err(stopped);
                 }
-                session.save(ctx)?;
+                session.save_judged(self, ctx)?;
                 session.states.finish()?;
                 return Err(stopped);
             }
@@ -100,6 +101,19 @@ struct Session {
     monitor: Monitor,
     states: States,
     timer: Timer,
+    /// Steps whose numbers nobody has waited for yet: a device goes on to the next one meanwhile.
+    waiting: Vec<Waiting>,
+    /// The loss that was last seen.
+    last_loss: f64,
+}
+
+/// A step that nobody has judged yet.
+struct Waiting {
+    /// Its number, from 1.
+    step: u64,
+    /// The schedule's share of the base rate.
+    factor: f64,
+    stepped: Stepped,
 }
 
 /// What steps are made of: a function of the step.
@@ -193,6 +207,8 @@ impl Session {
             monitor,
             states: States::of(ctx.dir, training.keys.keep)?,
             timer: Timer::new(),
+            waiting: Vec::new(),
+            last_loss: f64::NAN,
         };
         if !session.load(training, ctx)? {
             session.begin(ctx)?;
@@ -207,7 +223,7 @@ impl Session {
         ctx: &StageContext<'_>,
         rate_of: &dyn Fn(&str) -> f64,
         compare: bool,
-    ) -> Result<(StepStats, Option<Closeness>)> {
+    ) -> Result<(Stepped, Option<Numbers>)> {
         let waiting = Instant::now();
         let micros = self.source.micros(self.step, training, ctx)?;
         self.timer.data += waiting.elapsed();
@@ -249,31 +265,76 @@ impl Session {
         let log_point =
             (step + 1).is_multiple_of(training.keys.log_every) || step + 1 == training.keys.steps;
         let stepped = self.update(training, ctx, &rate_of, log_point);
-        let (stats, closeness) =
+        let (stepped, closeness) =
             stepped.map_err(|e| e.at(format!("stage {}, step {step}", ctx.stage)))?;
-        let StepStats { loss, grad_norm, ref culprit } = stats;
-        let culprit = culprit.clone();
-        let seen = Seen { step: step + 1, loss, grad_norm, factor: scheduled };
-        // At no rate nothing is to be expected, but numbers.
-        if training.rate > 0.0 {
-            if let Some(failure) = self.monitor.step(&seen) {
+        self.waiting.push(Waiting { step: step + 1, factor: scheduled, stepped });
+        if !(log_point || self.numbers_are_due(training)) {
+            self.step += 1;
+            self.say_progress(training, ctx);
+            return Ok(());
+        }
+        let (stats, closeness) = match self.judge(training, ctx, closeness)? {
+            Ok(seen) => seen,
+            Err((failure, culprit)) => {
                 return self.go_back(training, (&failure, culprit), step + 1, ctx);
             }
-        } else {
-            stats.finite().map_err(|e| e.at(format!("stage {}, step {step}", ctx.stage)))?;
-        }
+        };
         self.step += 1;
         if log_point {
             self.report(training, ctx, &stats, closeness, training.rate * factor);
         } else {
-            ctx.report.emit(&Event::Progress {
-                verb: training.verb.to_owned(),
-                done: self.step,
-                of: training.keys.steps,
-                detail: format!("loss {:.4}", stats.loss),
-            });
+            self.say_progress(training, ctx);
         }
         self.validate_where_due(training, ctx)
+    }
+
+    /// Whether the numbers of the steps so far are wanted behind the one that comes: a validation or a saved
+    /// state knows them, and on this machine's processor they are there already.
+    fn numbers_are_due(&self, training: &Training<'_>) -> bool {
+        let step = self.step + 1;
+        self.waiting.iter().all(|waiting| waiting.stepped.is_known())
+            || self.monitor.is_due(step)
+            || step.is_multiple_of(training.keys.checkpoint_every)
+    }
+
+    /// Judges the steps that wait for it, reading the device once; gives the last one's numbers, or what is
+    /// wrong with one of them and where.
+    #[allow(clippy::type_complexity)] // what it gives is taken apart at once
+    fn judge(
+        &mut self,
+        training: &Training<'_>,
+        ctx: &StageContext<'_>,
+        mut closeness: Option<Numbers>,
+    ) -> Result<Result<(StepStats, Option<Closeness>), (Failure, Option<String>)>> {
+        let mut waiting = std::mem::take(&mut self.waiting);
+        let steps = waiting.iter_mut().flat_map(|waiting| waiting.stepped.numbers_mut());
+        Numbers::read_all(steps.chain(closeness.as_mut()));
+        let closeness = closeness.map(|numbers| Closeness::of(&numbers.values()));
+        let mut last = StepStats { loss: f64::NAN, grad_norm: f64::NAN, culprit: None };
+        for Waiting { step, factor, stepped } in waiting {
+            last = stepped.stats();
+            let StepStats { loss, grad_norm, .. } = last;
+            // At no rate nothing is to be expected, but numbers.
+            if training.rate > 0.0 {
+                if let Some(failure) = self.monitor.step(&Seen { step, loss, grad_norm, factor }) {
+                    return Ok(Err((failure, last.culprit)));
+                }
+            } else {
+                last.finite()
+                    .map_err(|e| e.at(format!("stage {}, step {}", ctx.stage, step - 1)))?;
+            }
+        }
+        self.last_loss = last.loss;
+        Ok(Ok((last, closeness)))
+    }
+
+    fn say_progress(&self, training: &Training<'_>, ctx: &mut StageContext<'_>) {
+        ctx.report.emit(&Event::Progress {
+            verb: training.verb.to_owned(),
+            done: self.step,
+            of: training.keys.steps,
+            detail: format!("loss {:.4}", self.last_loss),
+        });
     }
 
     /// Has the student write what the next steps compare it by, where that is due.
@@ -399,6 +460,7 @@ impl Session {
         step: u64,
         ctx: &mut StageContext<'_>,
     ) -> Result<()> {
+        self.waiting.clear();
         self.monitor.go_back(failure, step, ctx)?;
         self.take_kept(training, ctx)?;
         self.timer = Timer::new();
@@ -476,6 +538,9 @@ impl Session {
             ("perf/data_wait_fraction", timer.data.as_secs_f64() / seconds),
         ]);
         values.extend(memory::peak_gib().map(|gib| ("memory/peak_gib", gib)));
+        let held = ctx.device.discrete.then(|| device::held(&ctx.device.device)).flatten();
+        let gib = held.map(|[_, reserved]| reserved as f64 / f64::from(1 << 30));
+        values.extend(gib.map(|gib| ("memory/device_gib", gib)));
         ctx.report.emit(&Event::Step {
             stage: ctx.stage,
             verb: training.verb.to_owned(),
@@ -484,6 +549,15 @@ impl Session {
             global_step: ctx.first_step + self.step,
             values: values.into_iter().map(|(tag, value)| (tag.to_owned(), value)).collect(),
         });
+    }
+
+    /// Saves behind a step whose numbers may be waited for still.
+    fn save_judged(&mut self, training: &Training<'_>, ctx: &mut StageContext<'_>) -> Result<()> {
+        let step = self.step;
+        match self.judge(training, ctx, None)? {
+            Ok(_) => self.save(ctx),
+            Err((failure, culprit)) => self.go_back(training, (&failure, culprit), step, ctx),
+        }
     }
 
     fn save(&mut self, ctx: &mut StageContext<'_>) -> Result<()> {

@@ -15,8 +15,8 @@ use crate::error::{Error, Result};
 use crate::method;
 use crate::model::{Block, CausalLm, Forward, Positions};
 use crate::objective::ObjectiveConfig;
-use crate::ops::{self, Closeness};
-use crate::train::{self, Optimizer, Scales, Squares, StepStats, Still, culprit};
+use crate::ops::{self, Numbers};
+use crate::train::{self, Optimizer, Scales, Squares, Stepped, Still, culprit};
 
 /// A batch, and what its loss counts for in its micro-batch.
 pub(super) struct Part<'a> {
@@ -70,7 +70,7 @@ impl OnTape<'_> {
         micros: &[Vec<Part<'_>>],
         rate_of: &dyn Fn(&str) -> f64,
         compare: bool,
-    ) -> Result<(CausalLm, StepStats, Option<Closeness>)> {
+    ) -> Result<(CausalLm, Stepped, Option<Numbers>)> {
         let mut closeness = None;
         let loss = |student: &CausalLm, micro: usize| {
             total(&micros[micro], |_, part| {
@@ -122,13 +122,13 @@ impl ByBlockStep<'_> {
         micros: &[Vec<Part<'_>>],
         teacher: Option<(&dyn Forward, &CausalLm)>,
         compare: bool,
-    ) -> Result<(StepStats, Option<Closeness>)> {
+    ) -> Result<(Stepped, Option<Numbers>)> {
         let goals = teacher.map(|(model, _)| goals(model, micros)).transpose()?;
         let (inputs, outputs) = self.forward(micros)?;
         let teacher = teacher.map(|(_, ends)| ends).zip(goals.as_ref());
         let (loss, gradients, closeness) = self.losses(micros, outputs, teacher, compare)?;
-        if !loss.is_finite() {
-            let stats = StepStats { loss, grad_norm: f64::NAN, culprit: None };
+        if loss.is_bad() {
+            let stats = Stepped { loss, grad_norm: Numbers::one(f64::NAN), culprit: None };
             return Ok((stats, closeness));
         }
         let stats = self.backward(micros, inputs, gradients, loss)?;
@@ -165,9 +165,9 @@ impl ByBlockStep<'_> {
         outputs: Streams,
         teacher: Option<(&CausalLm, &Streams)>,
         compare: bool,
-    ) -> Result<(f64, Streams, Option<Closeness>)> {
+    ) -> Result<(Numbers, Streams, Option<Numbers>)> {
         let ends = &self.rack.ends;
-        let (mut sum, mut gradients, mut closeness) = (0.0, Vec::new(), None);
+        let (mut sum, mut gradients, mut closeness) = (Numbers::one(0.0), Vec::new(), None);
         for (micro, (parts, outputs)) in micros.iter().zip(outputs).enumerate() {
             let leaves: Vec<_> = outputs.into_iter().map(leaf).collect();
             let loss = total(parts, |index, part| {
@@ -184,9 +184,9 @@ impl ByBlockStep<'_> {
                 leaf.grad(&back).unwrap_or_else(|| leaf.clone().inner().zeros_like())
             };
             gradients.push(leaves.iter().map(of_leaf).collect());
-            sum += f64::from(loss.into_scalar::<f32>());
+            sum = Numbers::sum([sum, Numbers::of(loss.inner())]);
         }
-        Ok((sum / micros.len() as f64, gradients, closeness))
+        Ok((sum.divided_by(micros.len() as f64), gradients, closeness))
     }
 
     /// Gradients from the last block to the first, and the update.
@@ -195,8 +195,8 @@ impl ByBlockStep<'_> {
         micros: &[Vec<Part<'_>>],
         mut inputs: Vec<Streams>,
         mut gradients: Streams,
-        loss: f64,
-    ) -> Result<StepStats> {
+        loss: Numbers,
+    ) -> Result<Stepped> {
         let waits = self.optimizer.needs_global_norm();
         let mut squares: Vec<Squares> = Vec::new();
         let mut found = None;
@@ -212,12 +212,13 @@ impl ByBlockStep<'_> {
             let name = index.to_string();
             let path = ["blocks", name.as_str()];
             let own = self.optimizer.squares(&path, &block, &of_block);
-            if !own.norm().is_finite() {
+            let bad = own.norm().is_bad();
+            if bad {
                 found = found.or_else(|| culprit(&path, &block, &of_block));
             }
             if waits {
                 self.rack.keep_gradients(index, &block, of_block)?;
-            } else if own.norm().is_finite() {
+            } else if !bad {
                 let scales = self.optimizer.scales(&own);
                 self.update(index, block, of_block, &scales)?;
             }
@@ -226,7 +227,7 @@ impl ByBlockStep<'_> {
         squares.reverse();
         let squares = Squares::of_parts(squares);
         let grad_norm = squares.norm();
-        if waits && grad_norm.is_finite() {
+        if waits && !grad_norm.is_bad() {
             self.optimizer.begin_step();
             let scales = self.optimizer.scales(&squares);
             for index in 0..self.rack.len() {
@@ -235,7 +236,7 @@ impl ByBlockStep<'_> {
                 self.update(index, block, of_block, &scales)?;
             }
         }
-        Ok(StepStats { loss, grad_norm, culprit: found })
+        Ok(Stepped { loss, grad_norm, culprit: found })
     }
 
     /// The gradients of a block's parameters, and those of its inputs.

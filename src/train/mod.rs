@@ -17,7 +17,7 @@ pub use optim::{
 pub use schedule::{ACTIVATION_RATE, LearningRate, RateUnit, Role, ScheduleConfig};
 
 use crate::error::{Error, Result};
-use crate::ops;
+use crate::ops::{self, Numbers};
 
 /// What a step reports.
 #[derive(Clone, Debug)]
@@ -28,6 +28,37 @@ pub struct StepStats {
     pub grad_norm: f64,
     /// Where the first number of a gradient stands that is not finite, if there is one.
     pub culprit: Option<String>,
+}
+
+/// What a step leaves before anybody waits for its numbers.
+#[derive(Clone, Debug)]
+pub struct Stepped {
+    /// Mean loss over the micro-batches, one number.
+    pub loss: Numbers,
+    /// Global norm of the gradients, before clipping, one number.
+    pub grad_norm: Numbers,
+    /// As in [`StepStats`], where it is known.
+    pub culprit: Option<String>,
+}
+
+impl Stepped {
+    /// Whether nothing has to be waited for.
+    pub fn is_known(&self) -> bool {
+        self.loss.is_known() && self.grad_norm.is_known()
+    }
+
+    /// Both numbers.
+    pub fn numbers_mut(&mut self) -> [&mut Numbers; 2] {
+        [&mut self.loss, &mut self.grad_norm]
+    }
+
+    /// What it reports; waits for the device if need be.
+    pub fn stats(mut self) -> StepStats {
+        Numbers::read_all(self.numbers_mut().into_iter());
+        let value = |numbers: &Numbers| numbers.values().first().copied().unwrap_or_default();
+        let (loss, grad_norm) = (value(&self.loss), value(&self.grad_norm));
+        StepStats { loss, grad_norm, culprit: self.culprit }
+    }
 }
 
 /// Runs `accumulate` micro-batches through `loss`, and one optimizer step on the mean of their
@@ -42,13 +73,15 @@ pub fn step<M: Module>(
     rate_of: &dyn Fn(&str) -> f64,
     loss: impl FnMut(&M, usize) -> Result<Tensor<1>>,
 ) -> Result<(M, StepStats)> {
-    let (module, stats) = checked_step(module, optimizer, accumulate, rate_of, loss)?;
+    let (module, stepped) = checked_step(module, optimizer, accumulate, rate_of, loss)?;
+    let stats = stepped.stats();
     stats.finite()?;
     Ok((module, stats))
 }
 
 /// As [`step`], but a loss or gradient that is not finite is no error: the module comes back as it
-/// was, beside the numbers.
+/// was, beside the numbers. On a device nothing is waited for: what a gradient that is not finite would
+/// change is left as it is there.
 ///
 /// # Errors
 /// Whatever `loss` returns.
@@ -58,7 +91,7 @@ pub fn checked_step<M: Module>(
     accumulate: usize,
     rate_of: &dyn Fn(&str) -> f64,
     loss: impl FnMut(&M, usize) -> Result<Tensor<1>>,
-) -> Result<(M, StepStats)> {
+) -> Result<(M, Stepped)> {
     let (gradients, loss) = mean_gradients(&module, accumulate, loss)?;
     Ok(update(module, optimizer, rate_of, gradients, loss))
 }
@@ -84,7 +117,7 @@ pub fn accumulated_step<M: Module>(
     rate_of: &dyn Fn(&str) -> f64,
     still: impl FnOnce(&M) -> Still<M>,
     loss: impl FnMut(&M, usize) -> Result<Tensor<1>>,
-) -> Result<(M, StepStats)> {
+) -> Result<(M, Stepped)> {
     if accumulate == 1 {
         return checked_step(module, optimizer, accumulate, rate_of, loss);
     }
@@ -117,16 +150,16 @@ fn mean_gradients<M: Module>(
     module: &M,
     accumulate: usize,
     mut loss: impl FnMut(&M, usize) -> Result<Tensor<1>>,
-) -> Result<(GradientsParams, f64)> {
-    let mut total = 0.0;
+) -> Result<(GradientsParams, Numbers)> {
+    let mut total = Numbers::one(0.0);
     let mut sum = GradientsAccumulator::new();
     for micro in 0..accumulate {
         let value = loss(module, micro)?;
         let gradients = (value.clone() / accumulate as f64).backward();
         sum.accumulate(module, GradientsParams::from_grads(gradients, module));
-        total += f64::from(value.into_scalar::<f32>());
+        total = Numbers::sum([total, Numbers::of(value.inner())]);
     }
-    Ok((sum.grads(), total / accumulate as f64))
+    Ok((sum.grads(), total.divided_by(accumulate as f64)))
 }
 
 fn update<M: Module>(
@@ -134,16 +167,16 @@ fn update<M: Module>(
     optimizer: &mut Optimizer,
     rate_of: &dyn Fn(&str) -> f64,
     gradients: GradientsParams,
-    loss: f64,
-) -> (M, StepStats) {
+    loss: Numbers,
+) -> (M, Stepped) {
     let squares = optimizer.squares(&[], &module, &gradients);
     let grad_norm = squares.norm();
-    if !loss.is_finite() || !grad_norm.is_finite() {
+    if loss.is_bad() || grad_norm.is_bad() {
         let culprit = optim::culprit(&[], &module, &gradients);
-        return (module, StepStats { loss, grad_norm, culprit });
+        return (module, Stepped { loss, grad_norm, culprit });
     }
     let module = optimizer.step(module, gradients, &squares, rate_of);
-    (module, StepStats { loss, grad_norm, culprit: None })
+    (module, Stepped { loss, grad_norm, culprit: None })
 }
 
 impl StepStats {

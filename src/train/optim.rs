@@ -11,7 +11,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::ops::{self, AdamWStep, Moments};
+use crate::ops::{self, AdamWStep, Moments, Numbers, Restraint};
 pub use crate::ops::{Later, Values, later};
 
 /// How a gradient becomes a step.
@@ -132,8 +132,8 @@ pub struct Optimizer {
     config: OptimizerConfig,
     moments: BTreeMap<String, (Moments, usize)>,
     steps: u64,
-    /// The largest gradient norms so far, of each part that has one of its own.
-    largest_norms: BTreeMap<usize, f64>,
+    /// The largest gradient norms so far, of each part that has one of its own, one number each.
+    largest_norms: BTreeMap<usize, Numbers>,
     /// Decoder blocks that learn.
     blocks: usize,
     measures: HashMap<ParamId, Measure>,
@@ -178,9 +178,10 @@ impl Optimizer {
     /// gradient has collapsed. AdamW divides by the gradient's own size and would make steps of full
     /// length from noise.
     fn damping(&mut self, part: usize, norm: f64) -> f64 {
-        let largest = self.largest_norms.entry(part).or_insert(0.0);
-        *largest = largest.max(norm);
-        let least = COLLAPSED * *largest;
+        let before = self.largest_norms.get(&part).map_or(0.0, |largest| first(&largest.values()));
+        let largest = before.max(norm);
+        self.largest_norms.insert(part, Numbers::one(largest));
+        let least = COLLAPSED * largest;
         if norm < least { norm / least } else { 1.0 }
     }
 
@@ -220,11 +221,8 @@ impl Optimizer {
     /// What gradients and rates are multiplied by at a step with gradients of these norms: of the whole
     /// model, or of a part that has a norm of its own.
     pub fn scales(&mut self, squares: &Squares) -> Scales {
-        let of = |optimizer: &mut Self, part: usize, norm: f64, share: f64| {
-            // PyTorch's clip_grad_norm_: the small constant keeps a zero norm from dividing.
-            let clip = optimizer.config.clip_norm;
-            let shrink = clip.map_or(1.0, |max| (max * share / (norm + 1e-6)).min(1.0));
-            (part, [shrink, optimizer.damping(part, norm)])
+        let of = |optimizer: &mut Self, part: usize, norm: Numbers, share: f64| {
+            (part, optimizer.scale(part, &norm, share))
         };
         if self.config.norm.is_global() {
             return Scales([of(self, WHOLE, squares.norm(), 1.0)].into());
@@ -232,6 +230,25 @@ impl Optimizer {
         let share = 1.0 / (self.blocks as f64).sqrt();
         let parts: BTreeSet<usize> = squares.0.iter().map(|(part, _)| *part).collect();
         Scales(parts.into_iter().map(|part| of(self, part, squares.norm_of(part), share)).collect())
+    }
+
+    fn scale(&mut self, part: usize, norm: &Numbers, share: f64) -> Scale {
+        let clip = self.config.clip_norm.map(|max| max * share);
+        match norm {
+            Numbers::Known(norm) => {
+                let norm = first(norm);
+                // PyTorch's clip_grad_norm_: the small constant keeps a zero norm from dividing.
+                let shrink = clip.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0));
+                Scale::Known([shrink, self.damping(part, norm)])
+            }
+            Numbers::There(norm) => {
+                let before = self.largest_norms.remove(&part).unwrap_or_else(|| Numbers::one(0.0));
+                let before = before.on_device_of(norm);
+                let (restraint, largest) = Restraint::new(norm, before, clip, COLLAPSED);
+                self.largest_norms.insert(part, Numbers::There(largest));
+                Scale::There(restraint)
+            }
+        }
     }
 
     /// The step of a part of the model: of `module`, which stands at `path` in it.
@@ -269,10 +286,12 @@ impl Optimizer {
                 tensors.push(Later { name: format!("{path}{}", part.name), ..part });
             }
         }
-        let norms = self.largest_norms.iter().map(|(part, norm)| match *part {
+        let mut largest = self.largest_norms.clone();
+        Numbers::read_all(largest.values_mut());
+        let norms = largest.iter().map(|(part, norm)| match (*part, first(&norm.values())) {
             // Shortest text that reads back as the same number.
-            WHOLE => norm.to_string(),
-            part => format!("{part}:{norm}"),
+            (WHOLE, norm) => norm.to_string(),
+            (part, norm) => format!("{part}:{norm}"),
         });
         (tensors, self.steps, norms.collect::<Vec<_>>().join(" "))
     }
@@ -293,7 +312,7 @@ impl Optimizer {
             let (part, norm) = text
                 .split_once(':')
                 .map_or((Some(WHOLE), text), |(part, norm)| (part.parse().ok(), norm));
-            Some((part?, norm.parse().ok()?))
+            Some((part?, Numbers::one(norm.parse().ok()?)))
         };
         let norms: Option<_> = largest_norms.split_whitespace().map(norm).collect();
         self.largest_norms =
@@ -319,17 +338,17 @@ impl Optimizer {
 /// Squares of gradient norms, parameter by parameter in the model's order, each with the block that it
 /// belongs to (a number of its own outside of blocks).
 #[derive(Clone, Debug, Default)]
-pub struct Squares(Vec<(usize, f64)>);
+pub struct Squares(Vec<(usize, Numbers)>);
 
 impl Squares {
-    /// The Euclidean norm of all gradients together.
-    pub fn norm(&self) -> f64 {
-        self.0.iter().fold(0.0, |sum, (_, square)| sum + square).sqrt()
+    /// The Euclidean norm of all gradients together, one number.
+    pub fn norm(&self) -> Numbers {
+        Numbers::sum(self.0.iter().map(|(_, square)| square.clone())).root()
     }
 
-    fn norm_of(&self, part: usize) -> f64 {
+    fn norm_of(&self, part: usize) -> Numbers {
         let own = self.0.iter().filter(|(of, _)| *of == part);
-        own.fold(0.0, |sum, (_, square)| sum + square).sqrt()
+        Numbers::sum(own.map(|(_, square)| square.clone())).root()
     }
 
     /// Those of several parts, in their order.
@@ -340,7 +359,21 @@ impl Squares {
 
 /// What gradients and rates are multiplied by, by part of the model.
 #[derive(Debug)]
-pub struct Scales(BTreeMap<usize, [f64; 2]>);
+pub struct Scales(BTreeMap<usize, Scale>);
+
+/// What gradients and rates of a part are multiplied by.
+#[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant)] // handles, one or one for each block
+enum Scale {
+    /// Both.
+    Known([f64; 2]),
+    /// On a device.
+    There(Restraint),
+}
+
+fn first(numbers: &[f64]) -> f64 {
+    numbers.first().copied().unwrap_or_default()
+}
 
 /// The block that a parameter belongs to, by its path.
 fn part_of(path: &[String]) -> usize {
@@ -437,12 +470,21 @@ impl ModuleMapper for Update<'_> {
         };
         let Scales(scales) = self.scales;
         let found = scales.get(&WHOLE).or_else(|| scales.get(&part_of(&self.path)));
-        let [shrink, damping] = found.copied().unwrap_or([1.0, 1.0]);
+        let ([shrink, damping], restraint) = match found {
+            Some(Scale::Known(both)) => (*both, None),
+            Some(Scale::There(restraint)) => ([1.0; 2], Some(restraint.clone())),
+            None => ([1.0; 2], None),
+        };
         let path = self.path.join(".");
         let rate = (self.rate_of)(&path) * damping;
         let config = &self.optimizer.config;
         if config.rule == Rule::Sign {
-            let tensor = tensor.inner() - gradient.sign() * rate;
+            let change = gradient.sign() * rate;
+            let change = match &restraint {
+                Some(restraint) => restraint.damp(change),
+                None => change,
+            };
+            let tensor = tensor.inner() - change;
             return Param::from_mapped_value(id, Tensor::from_inner(tensor).require_grad(), mapper);
         }
         let step = AdamWStep {
@@ -453,6 +495,7 @@ impl ModuleMapper for Update<'_> {
             rate,
             weight_decay: config.weight_decay.into(),
             step: self.optimizer.steps,
+            restraint,
         };
         let moments = self.optimizer.moments.remove(&path).map(|(moments, _)| moments);
         let tensor = tensor.inner();

@@ -6,6 +6,14 @@ mod adamw;
 mod binary_coding;
 mod block;
 mod coded;
+#[cfg(any(
+    feature = "cuda",
+    feature = "metal",
+    feature = "rocm",
+    feature = "vulkan",
+    feature = "wgpu"
+))]
+mod device;
 mod divided;
 mod laws;
 mod losses;

@@ -71,6 +71,7 @@ impl Case {
             rate: dice.one_of(&[1e-4, 1e-2]),
             weight_decay: dice.one_of(&[0.0, 0.1]),
             step: 0,
+            restraint: None,
         };
         let units = groups.map(|groups| {
             let mut units = dice.matrix([groups, 1], 1.0);
@@ -93,7 +94,7 @@ impl Case {
 
     /// Takes step `i`.
     fn step(&self, (parameter, moments): (Tensor<2>, Moments), i: usize) -> (Tensor<2>, Moments) {
-        let numbers = AdamWStep { step: i as u64 + 1, ..self.numbers };
+        let numbers = AdamWStep { step: i as u64 + 1, ..self.numbers.clone() };
         let gradient = self.lay(&self.gradients[i]);
         match &self.units {
             None => ops::adamw_step(&numbers, parameter, gradient, Some(moments)),

@@ -6,6 +6,8 @@ use super::{Output, exp, off_tape};
 use crate::ops::bridge::{self, Operation, Plain, tensor};
 #[cfg(feature = "flex")]
 use crate::ops::bridge::{Rows, fused};
+#[cfg(feature = "gpu")]
+use crate::ops::cube;
 #[cfg(feature = "flex")]
 use crate::ops::kernel::fake_quant as kernel;
 
@@ -109,6 +111,10 @@ impl Operation<4> for DividedOperation {
             let out = rows.kernel().forward(self.output);
             return (Rows::new(out, rows.weight.shape()).plain(), ());
         }
+        #[cfg(feature = "gpu")]
+        if cube::reads(&self.weight) {
+            return (cube::divided(self.on_device(inputs), self.output), ());
+        }
         let parts = self.composed(inputs);
         let out = match self.output {
             Output::Codes => parts.code,
@@ -135,6 +141,10 @@ impl Operation<4> for DividedOperation {
                 Some(rows.log_row.like(found.log_row).plain()),
                 wanted[3].then(|| rows.log_column.like(found.log_column).plain()),
             ];
+        }
+        #[cfg(feature = "gpu")]
+        if cube::reads(&self.weight) {
+            return self.device_backward(inputs, gradient, wanted[3]);
         }
         let [out, _] = tensor::<2>(inputs[2].clone()).dims();
         let parts = self.composed(inputs);
@@ -169,6 +179,44 @@ struct DividedParts {
     code: Tensor<2>,
     scale: Tensor<2>,
     zero_point: Tensor<2>,
+}
+
+#[cfg(feature = "gpu")]
+impl DividedOperation {
+    fn on_device(&self, inputs: [Plain; 4]) -> cube::DividedInputs {
+        let [log_scale, log_division, log_row, log_column] = inputs;
+        cube::DividedInputs {
+            weight: self.weight.clone(),
+            base: self.base.clone(),
+            zero_point: self.zero_point.clone(),
+            log_scale,
+            log_division,
+            log_row,
+            log_column: self.columns.then_some(log_column),
+            max_code: self.max_code,
+        }
+    }
+
+    fn device_backward(
+        &self,
+        inputs: [Plain; 4],
+        gradient: Plain,
+        columns: bool,
+    ) -> [Option<Plain>; 4] {
+        let [out, _] = tensor::<2>(inputs[2].clone()).dims();
+        let found = cube::divided_backward(self.on_device(inputs), gradient);
+        let [division, sums, value] = found.map(tensor::<2>);
+        let [groups, len] = division.dims();
+        let row = sums.clone().reshape([out, groups / out]).sum_dim(1);
+        let column =
+            columns.then(|| division.clone().reshape([out, groups / out * len]).sum_dim(0));
+        [
+            Some((value + sums).into_dispatch()),
+            Some(division.into_dispatch()),
+            Some(row.into_dispatch()),
+            column.map(Tensor::into_dispatch),
+        ]
+    }
 }
 
 impl DividedOperation {

@@ -9,6 +9,8 @@ use super::Output;
 use crate::ops::bridge::{self, Operation, Plain, tensor};
 #[cfg(feature = "flex")]
 use crate::ops::bridge::{Rows, fused};
+#[cfg(feature = "gpu")]
+use crate::ops::cube;
 #[cfg(feature = "flex")]
 use crate::ops::kernel::fake_quant::{self as kernel, InPlace};
 
@@ -182,6 +184,13 @@ impl SteppedOperation {
         kernel::Stepped { weight, step, zero_point, rounding, rule: self.rule }
     }
 
+    #[cfg(feature = "gpu")]
+    fn on_device(&self, inputs: [Plain; 4]) -> cube::SteppedInputs {
+        let [weight, step, zero_point, rounding] = inputs;
+        let rounding = self.offsets.then_some(rounding);
+        cube::SteppedInputs { weight, step, zero_point, rounding, rule: self.rule }
+    }
+
     /// Code, u without V, and where the gradient stops.
     fn composed(&self, inputs: [Plain; 4]) -> (Tensor<2>, Tensor<2>, Outside) {
         let [weight, step, zero_point, rounding] = inputs.map(tensor::<2>);
@@ -202,6 +211,10 @@ impl Operation<4> for SteppedOperation {
             let inputs = inputs.map(Rows::of);
             let out = self.kernel(&inputs).forward(self.output);
             return (inputs[0].like(out).plain(), ());
+        }
+        #[cfg(feature = "gpu")]
+        if cube::reads(&inputs[0]) {
+            return (cube::stepped(self.on_device(inputs), self.output), ());
         }
         let [_, step, zero_point, _] = inputs.clone().map(tensor::<2>);
         let (code, ..) = self.composed(inputs);
@@ -245,6 +258,15 @@ impl Operation<4> for SteppedOperation {
                     (tensor::<2>(found) * tensor(inputs[1].clone().plain())).into_dispatch()
                 }),
             ];
+        }
+        #[cfg(feature = "gpu")]
+        if cube::reads(&inputs[0]) {
+            let inputs = self.on_device(inputs);
+            let [of_weight, of_step, of_zero, of_rounding] =
+                cube::stepped_backward(inputs, gradient, self.step_gradient);
+            let (of_weight, of_rounding) =
+                (weight.then_some(of_weight), rounding.then_some(of_rounding));
+            return [of_weight, Some(of_step), Some(of_zero), of_rounding];
         }
         let [_, step, zero_point, _] = inputs.clone().map(tensor::<2>);
         let (code, ratio, outside) = self.composed(inputs);

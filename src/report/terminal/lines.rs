@@ -172,6 +172,7 @@ pub(super) fn value(tag: &str, value: f64) -> String {
         "perf/tokens_per_second" => return format!("{value:>5.0} tok/s"),
         "perf/data_wait_fraction" => return format!("wait {:>2.0}%", value * 100.0),
         "memory/peak_gib" => return memory(value),
+        "memory/device_gib" => return format!("device {}", memory(value)),
         "train/learning_rate" => "lr",
         "train/grad_norm" => "grad",
         "distill/top1_agreement" => "top1",

@@ -10,12 +10,13 @@ use crate::data::Order;
 use crate::error::{Error, Result};
 use crate::export::activations::InputGrids;
 use crate::method::{self, Moment};
+use crate::ops::Numbers;
 use crate::report::{Event, Reporter};
 use crate::stage::context::StageContext;
 use crate::stage::inputs::{self, Piece, Student};
 use crate::stage::states::States;
 use crate::stage::training_state::{PARAMETERS, Snapshot, State};
-use crate::train::{self, Optimizer, RateUnit, Role, StepStats};
+use crate::train::{self, Optimizer, RateUnit, Role, Stepped};
 
 /// How often a block is fitted again, each time at half the rate.
 const RETRIES: i32 = 3;
@@ -71,6 +72,10 @@ pub(super) struct Descent<'a> {
     optimizer: Optimizer,
     /// The student of the best step.
     best: Option<Student>,
+    /// Steps, by number, whose losses nobody has waited for yet: a device goes on meanwhile.
+    waiting: Vec<(u64, Stepped)>,
+    /// The loss that was last seen.
+    last_loss: f64,
 }
 
 impl<'a> Descent<'a> {
@@ -83,7 +88,16 @@ impl<'a> Descent<'a> {
     ) -> Self {
         let course = Course { piece, ..Course::default() };
         let optimizer = Optimizer::new(&config.optimizer);
-        Self { config, states, halfway, course, optimizer, best: None }
+        Self {
+            config,
+            states,
+            halfway,
+            course,
+            optimizer,
+            best: None,
+            waiting: Vec::new(),
+            last_loss: f64::NAN,
+        }
     }
 
     /// Trains; `grids` are where the learned grids start.
@@ -133,7 +147,7 @@ impl<'a> Descent<'a> {
         let (order, stream) = self.drawn(ctx, task)?;
         let start = self.course.start;
         let end = task.loss(ctx, left, &order.batch(0), &stream, 0);
-        let end = f64::from(end.into_scalar::<f32>());
+        let end = Numbers::of(end).values().into_iter().sum::<f64>();
         let diverged = self.config.steps > 0 && (end.is_nan() || end > DIVERGED * start);
         Ok(diverged.then(|| {
             format!("it diverged: its loss on the first batch rose from {start:.3e} to {end:.3e}")
@@ -176,6 +190,7 @@ impl<'a> Descent<'a> {
         self.course = Course { piece, halvings: halvings + 1, ..Course::default() };
         self.optimizer = Optimizer::new(&self.config.optimizer);
         self.best = None;
+        self.waiting.clear();
         Ok(())
     }
 
@@ -200,6 +215,9 @@ impl<'a> Descent<'a> {
         while self.course.step < config.steps {
             let step = self.course.step;
             if let Err(stopped) = ctx.stop.check() {
+                if let Some(fault) = self.losses(ctx, task, None) {
+                    return Ok(Err(fault));
+                }
                 self.save(ctx, task, &student)?;
                 self.states.finish()?;
                 return Err(stopped);
@@ -226,15 +244,18 @@ impl<'a> Descent<'a> {
                 train::checked_step(student, &mut self.optimizer, 1, &rate_of, |student, _| {
                     Ok(task.loss(ctx, student, &batch, &stream, step))
                 });
-            let (trained, stats) = stepped.map_err(|e| {
+            let (trained, stepped) = stepped.map_err(|e| {
                 e.at(format!("stage {}, block {}, step {step}", ctx.stage, task.index))
             })?;
-            if let Some(fault) = stats.fault() {
+            self.waiting.push((step, stepped));
+            if self.losses_are_due(step)
+                && let Some(fault) = self.losses(ctx, task, start)
+            {
                 return Ok(Err(fault));
             }
             student = trained;
             task.between_steps(&mut student.block, Moment::Step(step + 1));
-            self.note(ctx, task, start, &stats);
+            self.note(ctx, task);
             if (step + 1).is_multiple_of(config.checkpoint_every) && step + 1 < config.steps {
                 self.save(ctx, task, &student)?;
             }
@@ -242,36 +263,75 @@ impl<'a> Descent<'a> {
         Ok(Ok(student))
     }
 
-    /// Takes note of a step, and says so; `start` is the student before it, where that may be kept.
-    fn note(
+    /// Whether the losses of the steps so far are wanted behind this one: for the curve, for a saved state, to
+    /// know the best step; on this machine's processor they are there already.
+    fn losses_are_due(&self, step: u64) -> bool {
+        let config = self.config;
+        self.waiting.iter().all(|(_, stepped)| stepped.is_known())
+            || config.keep_best
+            || step == 0
+            || self.is_on_curve(step)
+            || (step + 1).is_multiple_of(config.checkpoint_every)
+            || step + 1 == config.steps
+    }
+
+    /// The number of a step among those of all pieces, and how many there are.
+    fn number(&self, step: u64) -> [u64; 2] {
+        let pieces = self.config.within.pieces().len() as u64;
+        [self.course.piece as u64 * self.config.steps + step, self.config.steps * pieces]
+    }
+
+    fn is_on_curve(&self, step: u64) -> bool {
+        let [step, steps] = self.number(step);
+        step.is_multiple_of((steps / 50).max(1)) || step + 1 == steps
+    }
+
+    /// Takes note of the losses that wait for it, reading the device once; gives what is wrong with one.
+    /// `start` is the student before the last of them, where that may be kept.
+    fn losses(
         &mut self,
         ctx: &mut StageContext<'_>,
         task: &Task<'_>,
         start: Option<Student>,
-        stats: &StepStats,
-    ) {
+    ) -> Option<String> {
+        let mut waiting = std::mem::take(&mut self.waiting);
+        Numbers::read_all(waiting.iter_mut().flat_map(|(_, stepped)| stepped.numbers_mut()));
+        for (step, stepped) in waiting {
+            let stats = stepped.stats();
+            if let Some(fault) = stats.fault() {
+                self.course.step = step;
+                return Some(fault);
+            }
+            if step == 0 {
+                self.course.start = stats.loss;
+            }
+            // The curve is always the plain mean, whatever the reduction, so that recipes compare.
+            let length = task.places.length();
+            let sums = self.config.sum_sequence();
+            self.last_loss = stats.loss;
+            let loss = if sums { stats.loss / length as f64 } else { stats.loss };
+            if self.is_on_curve(step) {
+                let (stage, block, [step, _]) = (ctx.stage, task.index, self.number(step));
+                ctx.report.emit(&Event::BlockLoss { stage, block, step, loss });
+            }
+        }
         if let Some(start) = start
-            && self.course.best.is_none_or(|least| stats.loss < least)
+            && self.course.best.is_none_or(|least| self.last_loss < least)
         {
-            (self.best, self.course.best) = (Some(start), Some(stats.loss));
+            (self.best, self.course.best) = (Some(start), Some(self.last_loss));
         }
-        let (config, step) = (self.config, self.course.step);
-        if step == 0 {
-            self.course.start = stats.loss;
-        }
+        None
+    }
+
+    /// A step is done, and says so.
+    fn note(&mut self, ctx: &mut StageContext<'_>, task: &Task<'_>) {
+        let [step, steps] = self.number(self.course.step);
         self.course.step += 1;
-        let pieces = config.within.pieces().len() as u64;
-        let (step, steps) = (self.course.piece as u64 * config.steps + step, config.steps * pieces);
-        // The curve is always the plain mean, whatever the reduction, so that recipes compare.
         let length = task.places.length();
-        let loss = if config.sum_sequence() { stats.loss / length as f64 } else { stats.loss };
-        let every = (steps / 50).max(1);
-        let (stage, block) = (ctx.stage, task.index);
-        if step.is_multiple_of(every) || step + 1 == steps {
-            ctx.report.emit(&Event::BlockLoss { stage, block, step, loss });
-        }
+        let sums = self.config.sum_sequence();
+        let loss = if sums { self.last_loss / length as f64 } else { self.last_loss };
         ctx.report.emit(&Event::Progress {
-            verb: format!("block {:>2}/{}", block + 1, ctx.model.config.n_blocks),
+            verb: format!("block {:>2}/{}", task.index + 1, ctx.model.config.n_blocks),
             done: step + 1,
             of: steps,
             detail: format!("mse {loss:.3e}"),
