@@ -18,10 +18,12 @@ mod fake_quant;
 mod forest;
 #[cfg(feature = "flex")]
 mod kernel;
+mod likely;
 mod linear;
 mod loss;
 mod moments;
 mod search;
+mod stochastic;
 #[cfg(feature = "flex")]
 mod vector;
 
@@ -38,6 +40,7 @@ pub use fake_quant::{
     scale_gradient, shorten_ste,
 };
 pub use forest::{Branch, Forest};
+pub use likely::{Likely, likeliest};
 pub use linear::{linear, matmul};
 pub use loss::{
     Closeness, Comparison, Divergence, LossValue, compare, confidence, cross_entropy, divergence,
@@ -45,6 +48,7 @@ pub use loss::{
 };
 pub use moments::{Int8Moments, LEAVES, Later, Moments, Values, later};
 pub use search::{Candidate, Extent, nearest_grids};
+pub use stochastic::round_to_bf16;
 
 /// The instruction set that kernels run in on this machine's processor, for reports.
 pub fn vector_level() -> &'static str {
