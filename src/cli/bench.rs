@@ -10,7 +10,7 @@ use super::{compute, output};
 use crate::bench::{Bench, Ceiling, Effort, Measured, Part, Refusal, Settings, Subject};
 use crate::device;
 use crate::error::{Error, Result};
-use crate::model::{known_config, write_random};
+use crate::model::{known_config, write_random, write_random_seed};
 use crate::recipe::Compute;
 use crate::report::size;
 use crate::stop::StopFlag;
@@ -33,6 +33,10 @@ pub(super) struct BenchArgs {
     /// the built-in tokenizer where its vocabulary fits
     #[arg(long, value_name = "DIR", requires = "like", conflicts_with_all = ["part", "method", "batch", "length"])]
     write: Option<PathBuf>,
+    /// With --write: the seed in the place of the weights, which any command then makes as it reads them.
+    /// A folder of a few kilobytes, to rehearse a run with
+    #[arg(long, requires = "write")]
+    seed_only: bool,
     /// What to measure: block, distill, load, prompt, generate, export [default: all that fit]
     #[arg(long, value_name = "PART", value_delimiter = ',')]
     part: Vec<String>,
@@ -290,19 +294,28 @@ fn write(
 ) -> Result<()> {
     let shown = std::io::stderr().is_terminal();
     let mut told = 0;
-    let bytes = write_random(config, args.seed, target, stop, &mut |done, of| {
-        let percent = 100 * done / of.max(1);
-        if shown && percent > told {
-            told = percent;
-            output::aside(&format!("\r{percent:>3} %\r"));
-        }
-    })?;
+    let bytes = if args.seed_only {
+        write_random_seed(config, args.seed, target)?;
+        0
+    } else {
+        write_random(config, args.seed, target, stop, &mut |done, of| {
+            let percent = 100 * done / of.max(1);
+            if shown && percent > told {
+                told = percent;
+                output::aside(&format!("\r{percent:>3} %\r"));
+            }
+        })?
+    };
     let path = target.display().to_string();
     if args.json {
         let seed = args.seed;
         return output::json(
             &json!({ "written": path, "like": like, "seed": seed, "bytes": bytes }),
         );
+    }
+    if args.seed_only {
+        let seed = args.seed;
+        return output::line(&format!("{path}   seed {seed} of random weights like {like}"));
     }
     output::line(&format!("{path}   {} of random weights like {like}", size(bytes)))
 }

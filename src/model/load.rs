@@ -11,6 +11,7 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 use super::CausalLm;
 use super::arch::{ModelConfig, NormKind, Place, Places, weight_name};
 use super::block::{Block, Norm, Norms};
+use super::random::{self, RandomWeights};
 use super::tap::ModelTap;
 use crate::error::{Error, Result};
 use crate::quant::{CodedWeight, Learned, QuantizedWeight};
@@ -62,12 +63,17 @@ impl WeightSource for Checkpoint {
 }
 
 /// Opens a folder's config and weights, by the names that its checkpoint has; matrices of Conv1D are
-/// given as those of linears.
+/// given as those of linears. A folder that names a seed instead of weights gives
+/// [`RandomWeights`].
 ///
 /// # Errors
 /// As [`ModelConfig::read`] and [`Checkpoint::open`].
 pub fn open_folder(dir: &Path) -> Result<(ModelConfig, Checkpoint)> {
     let config = ModelConfig::read(dir)?;
+    if let Some(seed) = random::seed_in(dir)? {
+        let checkpoint = RandomWeights::new(&config, seed).into_checkpoint(dir);
+        return Ok((config, checkpoint));
+    }
     let checkpoint = Checkpoint::open(dir)?;
     let config = config.with_names_of(|name| checkpoint.info(name).is_some());
     let columns: Vec<String> = config.stored_by_columns().collect();

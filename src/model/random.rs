@@ -3,10 +3,11 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use half::bf16;
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::arch::{ModelConfig, NormKind, Role};
@@ -14,7 +15,7 @@ use super::load::{WeightSource, companions};
 use crate::error::{Error, Result};
 use crate::stop::StopFlag;
 use crate::store::folder::{StagedFolder, free_bytes, write_atomic};
-use crate::store::safetensors::ShardWriter;
+use crate::store::safetensors::{Checkpoint, Decode, ShardWriter};
 use crate::store::{DType, HostTensor, locate};
 
 /// Standard deviation of weights, as most models are started with.
@@ -24,6 +25,8 @@ const SPREAD: f32 = 0.02;
 const CHUNK: usize = 1 << 14;
 /// Bytes of values in a shard.
 const SHARD_BYTES: u64 = 4 << 30;
+/// In the place of weights: the seed that they are made from.
+const SEED_FILE: &str = "random_weights.json";
 /// Whose tokenizer is put beside a model of random weights.
 const TOKENIZER: &str = "embedded:tinystories-656k";
 
@@ -64,6 +67,14 @@ impl RandomWeights {
             (name, (shape, values))
         });
         Self { seed, tensors: tensors.collect() }
+    }
+
+    /// As the checkpoint of the folder that names their seed: each tensor is made when it is read.
+    pub(super) fn into_checkpoint(self, dir: &Path) -> Checkpoint {
+        let shapes: Vec<_> =
+            self.tensors.iter().map(|(name, (shape, _))| (name.clone(), shape.clone())).collect();
+        let file = dir.join(SEED_FILE);
+        Checkpoint::empty().decoding(|_| false, shapes.into_iter(), &file, Arc::new(self))
     }
 
     /// Bytes of all tensors in bf16.
@@ -146,6 +157,60 @@ impl WeightSource for RandomWeights {
     }
 }
 
+impl Decode for RandomWeights {
+    fn decode(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        self.weight(name, shape)
+    }
+
+    fn dtype(&self) -> DType {
+        DType::BF16
+    }
+
+    fn tensor(&self, name: &str, _shape: &[usize]) -> Result<HostTensor> {
+        self.bf16(name)
+    }
+}
+
+/// What [`SEED_FILE`] says.
+#[derive(Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct Seed {
+    seed: u64,
+}
+
+/// The seed that a folder names in the place of weights; `None` for a folder that does not.
+///
+/// # Errors
+/// When its file is damaged.
+pub(super) fn seed_in(dir: &Path) -> Result<Option<u64>> {
+    let path = dir.join(SEED_FILE);
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let text = std::fs::read(&path).map_err(|e| Error::io("read", &path, &e))?;
+    let Seed { seed } = serde_json::from_slice(&text).map_err(|e| {
+        let what = format!("the seed of random weights is not valid: {e}");
+        Error::damaged(what, "{ \"seed\": 0 } in it").at(path.display())
+    })?;
+    Ok(Some(seed))
+}
+
+/// As [`write_random`], with the seed in the place of the weights: a few kilobytes, and each tensor is made
+/// when it is read.
+///
+/// # Errors
+/// As [`write_random`].
+pub fn write_random_seed(config: &Map<String, Value>, seed: u64, dir: &Path) -> Result<()> {
+    let shape = ModelConfig::parse(&Value::Object(config.clone()).to_string())?;
+    check_place(dir, 0)?;
+    let folder = StagedFolder::create(dir)?;
+    add_config(&shape, config, folder.path())?;
+    let text = serde_json::to_string(&Seed { seed })
+        .map_err(|e| Error::failed(format!("a seed cannot be written: {e}")))?;
+    write_atomic(&folder.path().join(SEED_FILE), text.as_bytes())?;
+    folder.commit()
+}
+
 /// Writes a folder with random weights in bf16, see [`RandomWeights`]: `config.json`, shards, and the
 /// built-in tokenizer where its vocabulary fits, whose first and last token the config then names. The
 /// memory is that of the largest tensor. Gives the bytes of the weights.
@@ -165,13 +230,7 @@ pub fn write_random(
     let bytes = weights.bytes();
     check_place(dir, bytes)?;
     let folder = StagedFolder::create(dir)?;
-    let mut config = config.clone();
-    add_tokenizer(&shape, &mut config, folder.path())?;
-    let text = format!("{:#}\n", Value::Object(config));
-    write_atomic(&folder.path().join("config.json"), text.as_bytes())?;
-    let note =
-        "Random weights of this shape, made to measure speed and memory with. They know nothing.\n";
-    write_atomic(&folder.path().join("README.md"), note.as_bytes())?;
+    add_config(&shape, config, folder.path())?;
     let columns: Vec<String> = shape.stored_by_columns().collect();
     let mut writer = ShardWriter::create(folder.path(), SHARD_BYTES)?;
     let mut written = 0;
@@ -187,6 +246,17 @@ pub fn write_random(
     writer.finish(&facts.map(|(key, value)| (key.to_owned(), value)).into())?;
     folder.commit()?;
     Ok(bytes)
+}
+
+/// Everything of a folder but its weights.
+fn add_config(shape: &ModelConfig, config: &Map<String, Value>, dir: &Path) -> Result<()> {
+    let mut config = config.clone();
+    add_tokenizer(shape, &mut config, dir)?;
+    let text = format!("{:#}\n", Value::Object(config));
+    write_atomic(&dir.join("config.json"), text.as_bytes())?;
+    let note =
+        "Random weights of this shape, made to measure speed and memory with. They know nothing.\n";
+    write_atomic(&dir.join("README.md"), note.as_bytes())
 }
 
 /// Refuses a folder with something in it, and a disk that is too small.
@@ -349,6 +419,24 @@ mod tests {
         assert!(dir.join("tokenizer.json").is_file());
         let error = write_random(&config, 5, &dir, &stop, &mut |_, _| ()).unwrap_err();
         assert_eq!(error.what(), "the folder is not empty");
+    }
+
+    #[test]
+    fn a_seed_in_the_place_of_weights_is_the_same_model() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("model");
+        let config = tiny();
+        write_random_seed(&config, 5, &dir).unwrap();
+        let (read, checkpoint) = open_folder(&dir).unwrap();
+        let weights = RandomWeights::new(&shape(&config), 5);
+        assert_eq!(checkpoint.total_bytes(), weights.bytes());
+        for (name, shape) in read.tensors() {
+            let (found, wanted) = (checkpoint.weight(&name, &shape), weights.weight(&name, &shape));
+            assert!(found.unwrap() == wanted.unwrap(), "{name}");
+        }
+        std::fs::write(dir.join(SEED_FILE), "{ \"seed\": -1 }").unwrap();
+        let error = open_folder(&dir).unwrap_err().to_string();
+        assert!(error.lines().count() == 3 && error.contains(SEED_FILE), "{error}");
     }
 
     #[test]

@@ -219,6 +219,36 @@ impl ObjectiveConfig {
         }
     }
 
+    /// How many of a teacher's likeliest tokens, at which temperature, are all that this objective asks of it.
+    ///
+    /// # Errors
+    /// A usage error where it asks for more.
+    pub fn kept_of_teacher(&self) -> Result<(usize, f64)> {
+        let whole = |name: &str, fix: &str| {
+            let what = format!("objective.{name} compares with all that the teacher knows");
+            Err(Error::usage(what).fix(fix))
+        };
+        let (name, top_k, temperature) = match self {
+            Self::Jsd(jsd) => ("jsd", jsd.top_k, jsd.temperature),
+            Self::KlForward(kl) => ("kl_forward", kl.top_k, kl.temperature),
+            Self::KlReverse(kl) => ("kl_reverse", kl.top_k, kl.temperature),
+            Self::Adaptive(adaptive) => ("adaptive", adaptive.top_k, adaptive.temperature),
+            Self::Cakld(CakldObjective { gamma: None, .. }) => {
+                return whole("cakld without gamma", "gamma = 0.7 and top_k = 64");
+            }
+            Self::Cakld(cakld) => ("cakld", cakld.top_k, cakld.temperature),
+            Self::Sum(terms) => return kept_of_terms(terms),
+            Self::Mse(_) | Self::CrossEntropy(_) => {
+                let what = format!("objective.{} has no teacher to keep", self.name());
+                return Err(Error::usage(what).fix("no teacher key, or objective.jsd = {}"));
+            }
+        };
+        match top_k {
+            Some(k) => Ok((k, temperature)),
+            None => whole(name, "top_k = 64 and tail = true in the objective"),
+        }
+    }
+
     /// The most batches that a confidence has to be measured on before training; 0: none.
     pub fn confidence_batches(&self) -> u64 {
         match self {
@@ -377,6 +407,27 @@ impl Term {
         }
         self.objective.check()
     }
+}
+
+/// As [`ObjectiveConfig::kept_of_teacher`], of a sum: the most that any of its terms asks for.
+fn kept_of_terms(terms: &[Term]) -> Result<(usize, f64)> {
+    let asking = terms.iter().filter(|term| term.objective.needs_teacher());
+    let mut all: Option<(usize, f64)> = None;
+    for term in asking {
+        let (k, temperature) = term.objective.kept_of_teacher()?;
+        all = match all {
+            None => Some((k, temperature)),
+            Some((most, same)) if same.to_bits() == temperature.to_bits() => {
+                Some((most.max(k), same))
+            }
+            Some((_, other)) => {
+                let what =
+                    format!("objective.sum compares at temperatures {other} and {temperature}");
+                return Err(Error::usage(what).fix("one temperature in all of its terms"));
+            }
+        };
+    }
+    all.ok_or_else(|| Error::usage("objective.sum has no teacher to keep").fix("no teacher key"))
 }
 
 fn weighted_sum(terms: &[Term], student: &Tensor<2>, targets: &Targets) -> Result<LossValue> {

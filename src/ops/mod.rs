@@ -21,11 +21,13 @@ mod fake_quant;
 mod forest;
 #[cfg(feature = "flex")]
 mod kernel;
+mod likely;
 mod linear;
 mod loss;
 mod moments;
 mod numbers;
 mod search;
+mod stochastic;
 #[cfg(feature = "flex")]
 mod vector;
 
@@ -42,6 +44,7 @@ pub use fake_quant::{
     scale_gradient, shorten_ste,
 };
 pub use forest::{Branch, Forest};
+pub use likely::{Likely, likeliest};
 pub use linear::{linear, matmul};
 pub use loss::{
     Closeness, Comparison, Divergence, LossValue, compare, compare_later, confidence,
@@ -51,6 +54,7 @@ pub use loss::{
 pub use moments::{Int8Moments, LEAVES, Later, Moments, Values, later};
 pub use numbers::{Numbers, Restraint, device_reads};
 pub use search::{Candidate, Extent, nearest_grids};
+pub use stochastic::round_to_bf16;
 
 /// The instruction set that kernels run in on this machine's processor, for reports.
 pub fn vector_level() -> &'static str {

@@ -57,6 +57,8 @@ pub(super) enum Half {
 pub enum Values {
     /// As numbers.
     F32(Box<dyn FnOnce() -> Result<Vec<f32>> + Send>),
+    /// As numbers that bf16 holds, and that are saved so.
+    Bf16(Box<dyn FnOnce() -> Result<Vec<f32>> + Send>),
     /// As bytes.
     U8(Box<dyn FnOnce() -> Result<Vec<u8>> + Send>),
 }

@@ -9,10 +9,11 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use super::logits::{chunks, flat};
 use super::on_policy::Sample;
+use super::teacher_cache::Targets;
 use crate::data::TokenStream;
 use crate::error::{Error, Result};
 use crate::model::{CausalLm, ModelConfig, Positions};
-use crate::objective::{ObjectiveConfig, Targets};
+use crate::objective::{ObjectiveConfig, Targets as Compared};
 use crate::ops::{self, Numbers};
 
 /// Token windows on the device.
@@ -22,6 +23,8 @@ pub struct Batch {
     next: Tensor<2, Int>,
     next_weights: Tensor<2>,
     weights: Tensor<2>,
+    /// What a teacher that is not there has said of its tokens.
+    said: Option<Targets>,
 }
 
 /// Where batches come from and go to.
@@ -116,7 +119,14 @@ impl Batch {
             next: Tensor::from_data(TensorData::new::<i32, _>(next, [count, 1]), device),
             next_weights: shares(&counts),
             weights: shares(&compared),
+            said: None,
         }
+    }
+
+    /// With what a teacher has said of its tokens.
+    #[must_use]
+    pub(super) fn with_said(self, said: Targets) -> Self {
+        Self { said: Some(said), ..self }
     }
 
     /// Tokens.
@@ -165,7 +175,8 @@ impl Batch {
         self.loss_at(student, hidden, goal, objective, compare)
     }
 
-    /// As [`Batch::loss`], from what the heads of student and teacher read.
+    /// As [`Batch::loss`], from what the heads of student and teacher read. Without a teacher the objective's
+    /// is what the batch knows of one.
     ///
     /// # Errors
     /// As [`Batch::loss`].
@@ -190,8 +201,13 @@ impl Batch {
         for range in chunks(count, student.vocab()) {
             let part = |tensor: &Tensor<2>| tensor.clone().slice_dim(0, range.clone());
             let logits = student.logits(part(&free)).inner();
-            let targets = Targets {
-                teacher: teacher.as_ref().map(|(teacher, goal)| teacher.logits(part(goal))),
+            let said = self.said.as_ref().map(|said| {
+                let (vocab, device) = (student.vocab(), logits.device());
+                said.likely.logits(range.clone(), vocab, said.temperature, &device)
+            });
+            let asked = teacher.as_ref().map(|(teacher, goal)| teacher.logits(part(goal)));
+            let targets = Compared {
+                teacher: asked.or(said),
                 next: self.next.clone().slice_dim(0, range.clone()),
                 next_weights: part(&self.next_weights),
                 weights: part(&self.weights),

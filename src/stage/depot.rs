@@ -45,13 +45,19 @@ impl Parked {
         Self { name, turned, data: tensor.into_data() }
     }
 
+    /// As [`Parked::of`], of values that bf16 holds: two bytes each.
+    pub(super) fn of_bf16<const D: usize>(name: String, tensor: Tensor<D>) -> Self {
+        let Self { name, turned, data } = Self::of(name, tensor);
+        Self { name, turned, data: narrowed(&data) }
+    }
+
     /// What is about to be saved, as it lies there.
     ///
     /// # Errors
     /// When it cannot be read.
     pub(super) fn read(name: String, later: Later) -> Result<Self> {
         let data = match later.values {
-            Values::F32(read) => TensorData::new(read()?, later.shape),
+            Values::F32(read) | Values::Bf16(read) => TensorData::new(read()?, later.shape),
             Values::U8(read) => TensorData::new(read()?, later.shape),
         };
         Ok(Self { name, turned: false, data })
@@ -62,10 +68,11 @@ impl Parked {
         self.data
     }
 
-    /// The tensor, on a device without a tape.
+    /// The tensor, on a device without a tape; of bf16 in f32.
     pub(super) fn tensor<const D: usize>(self, device: &Device) -> Tensor<D> {
-        let options = (device, self.data.dtype());
-        let tensor = Tensor::<D>::from_data(self.data, options);
+        let data = if self.data.dtype() == DType::BF16 { widened(&self.data) } else { self.data };
+        let options = (device, data.dtype());
+        let tensor = Tensor::<D>::from_data(data, options);
         if self.turned { tensor.transpose() } else { tensor }
     }
 
@@ -171,6 +178,24 @@ impl Depot {
         slots.iter().map(|slot| read(slot, self.file.as_deref())).collect()
     }
 
+    /// Lets go of what was kept of a kind, on the disk too where it lies behind everything else.
+    ///
+    /// # Errors
+    /// When the file cannot be made shorter.
+    pub(super) fn drop_all(&mut self, kind: Kind) -> Result<()> {
+        if let Some((_, thread)) = self.ahead.borrow_mut().take() {
+            joined(thread)?;
+        }
+        self.slots.retain(|(_, of), _| *of != kind);
+        let Some(file) = &self.file else { return Ok(()) };
+        let ends = self.slots.values().flatten().map(|slot| match slot.at {
+            At::File(place) => place + slot.bytes as u64,
+            At::Memory(_) => 0,
+        });
+        self.end = ends.max().unwrap_or(0);
+        file.cut(self.end)
+    }
+
     /// Begins to read what will be asked for next; nothing to do in main memory.
     ///
     /// # Errors
@@ -204,11 +229,14 @@ impl Depot {
                 let read = move || Ok(read(&slot, file.as_deref())?.data.iter::<u8>().collect());
                 Values::U8(Box::new(read))
             } else {
-                Values::F32(Box::new(move || {
-                    let values: Vec<f32> =
-                        read(&slot, file.as_deref())?.data.iter::<f32>().collect();
+                let bf16 = slot.dtype == DType::BF16;
+                let read = Box::new(move || {
+                    let data = read(&slot, file.as_deref())?.data;
+                    let data = if bf16 { widened(&data) } else { data };
+                    let values: Vec<f32> = data.iter::<f32>().collect();
                     Ok(if slot.turned { turned(&values, slot.shape[1]) } else { values })
-                }))
+                });
+                if bf16 { Values::Bf16(read) } else { Values::F32(read) }
             };
             Later { name, shape, values }
         })
@@ -225,6 +253,23 @@ fn read(slot: &Slot, file: Option<&Scratch>) -> Result<Parked> {
         (At::File(_), None) => return Err(Error::failed("a scratch file is gone")),
     };
     Ok(Parked { name: slot.name.clone(), turned: slot.turned, data })
+}
+
+/// f32 values that bf16 holds as that: the upper half of their bits.
+fn narrowed(data: &TensorData) -> TensorData {
+    let values = data.as_bytes().as_chunks::<4>().0;
+    let mut bytes = vec![0; 2 * values.len()];
+    for (place, value) in bytes.as_chunks_mut::<2>().0.iter_mut().zip(values) {
+        *place = ((u32::from_ne_bytes(*value) >> 16) as u16).to_ne_bytes();
+    }
+    TensorData::from_bytes_vec(bytes, data.shape().to_vec(), DType::BF16)
+}
+
+/// bf16 values in f32.
+fn widened(data: &TensorData) -> TensorData {
+    let values = data.as_bytes().as_chunks::<2>().0.iter();
+    let widen = |value: &[u8; 2]| f32::from_bits(u32::from(u16::from_ne_bytes(*value)) << 16);
+    TensorData::new::<f32, _>(values.map(widen).collect(), data.shape().to_vec())
 }
 
 fn joined<T>(thread: JoinHandle<T>) -> T {

@@ -20,6 +20,7 @@ use super::start::StartFrom;
 use super::state::{ModelState, Packed};
 use super::states::{self, has_states};
 use super::student::Student;
+use super::teacher_cache::{Kept, TeacherFrom};
 use super::validate::ValidateConfig;
 use crate::error::{Error, Result};
 use crate::export::fewbit::Saved;
@@ -27,7 +28,7 @@ use crate::method::{self, MethodConfig};
 use crate::model::{Block, Loader, WeightSource};
 use crate::objective::ObjectiveConfig;
 use crate::quant::{Bits, GroupAxis, GroupLayout, GroupSize, ObserverConfig, Symmetry};
-use crate::train::{LearningRate, NormOf, OptimizerConfig, RateUnit, ScheduleConfig};
+use crate::train::{LatentsIn, LearningRate, NormOf, OptimizerConfig, RateUnit, ScheduleConfig};
 
 /// Keys of `[stage.distill]`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -74,7 +75,7 @@ pub struct DistillConfig {
     /// Steps between saves of the whole training state.
     #[serde(default = "super::keys::hundred")]
     pub checkpoint_every: u64,
-    /// How many of those states are kept.
+    /// How many of those states are kept; 0: none is saved, and a run that is stopped begins this stage again.
     #[serde(default = "super::keys::two")]
     pub keep: usize,
     /// Steps between log points.
@@ -87,6 +88,10 @@ pub struct DistillConfig {
     /// each. Absent: the fastest that there is room for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<Memory>,
+    /// Where the teacher's numbers come from: `"model"`, or `"cached"`: asked once for every window before the
+    /// first step, and kept in a file as far as the objective's `top_k` goes.
+    #[serde(default, skip_serializing_if = "TeacherFrom::is_model")]
+    pub teacher: TeacherFrom,
     /// What the student writes itself, to be compared with its teacher on that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_policy: Option<OnPolicy>,
@@ -110,9 +115,24 @@ impl Stage for DistillConfig {
                 return Err(Error::usage(what).fix("memory = \"device\", or no on_policy"));
             }
         }
+        if self.teacher == TeacherFrom::Cached {
+            self.objective.kept_of_teacher().map_err(|e| e.at("teacher = \"cached\""))?;
+            if self.on_policy.is_some() {
+                let what = "on_policy asks the teacher about texts that nobody knows yet";
+                return Err(Error::usage(what)
+                    .at("teacher = \"cached\"")
+                    .fix("teacher = \"model\", or no on_policy"));
+            }
+        }
         if !self.method.learns() {
             return Err(Error::usage(format!("method.{} learns nothing", self.method.name()))
                 .fix("method.seq = {} here, or [stage.calibrate]"));
+        }
+        if self.optimizer.latents != LatentsIn::F32 && !self.method.trains_base() {
+            let what = format!("method.{} learns no latent weights", self.method.name());
+            return Err(Error::usage(what)
+                .at("optimizer.latents")
+                .fix("method.seq or method.lsq, or no optimizer.latents"));
         }
         if self.method.has_hook() {
             // Its state between steps is not part of a saved training state.
@@ -172,13 +192,19 @@ impl Stage for DistillConfig {
         // Latents and quantized weights, with the gradients of both.
         let all = 4 * 4 * linears + self.optimizer.moments.bytes(linears);
         // Weights and moments, and gradients that wait for the norm of all.
-        let state = 4 * linears
+        let state = self.optimizer.latents.bytes(linears)
             + self.optimizer.moments.bytes(linears)
             + if self.optimizer.norm == NormOf::Global { 4 * linears } else { 0 };
         // One block at work: latents, quantized weights, their gradients and those of the latents; its moments,
         // the next block, and transients of about one more.
         let one = 4 * 6 * block + self.optimizer.moments.bytes(block);
-        let teacher = if self.needs_float() { 4 * linears } else { 0 };
+        let kept = self.kept(scene.config().vocab, scene.data);
+        let teacher = match (self.needs_float(), kept) {
+            (false, _) => 0,
+            (true, None) => 4 * linears,
+            // One block at a time, before the first step.
+            (true, Some(_)) => 4 * block,
+        };
         let (weights, host, file) = match memory {
             Memory::Tape => (all + teacher + ends, 0, 0),
             Memory::Device => (state + one + teacher + ends, 0, 0),
@@ -187,7 +213,10 @@ impl Stage for DistillConfig {
             Memory::Disk => (one + ends, 0, state),
         };
         // The saved state, the best one, and one of them while it is written.
-        let disk = linears + states::bytes(linears, &self.optimizer, keys!(self).states()) + file;
+        // Moments and gradients are let go of before codes are written.
+        let codes = linears + if file > 0 { self.optimizer.latents.bytes(linears) } else { 0 };
+        let disk = states::bytes(linears, &self.optimizer, keys!(self).states()) + file.max(codes);
+        let disk = disk + kept.map_or(0, |kept| self.windows(scene.data) * kept.record() as u64);
         let keys = keys!(self);
         let by_block = memory != Memory::Tape;
         let moved = [0, linears * 4 * 40 + 2 * file];
@@ -232,6 +261,7 @@ impl Stage for DistillConfig {
             fake_quant: self.method.tunes().is_none(),
             on_policy: self.on_policy.as_ref(),
             memory: self.memory.unwrap_or(Memory::Tape),
+            cached: self.kept(ctx.model.config.vocab, ctx.data),
         };
         let student = training.run(student, ctx)?;
         finish(self, ctx, &student, &start)
@@ -239,6 +269,25 @@ impl Stage for DistillConfig {
 
     fn restore(&self, ctx: &mut StageContext<'_>) -> Result<()> {
         ctx.restore_linears()
+    }
+}
+
+impl DistillConfig {
+    /// What is kept of a teacher that is asked once.
+    fn kept(&self, vocab: usize, data: &Data) -> Option<Kept> {
+        if self.teacher != TeacherFrom::Cached {
+            return None;
+        }
+        let (k, temperature) = self.objective.kept_of_teacher().ok()?;
+        Some(Kept { k, temperature, vocab, length: data.train.as_ref()?.length })
+    }
+
+    /// The most windows that steps may draw.
+    fn windows(&self, data: &Data) -> u64 {
+        let drawn = self.steps * (self.batch * self.accumulate) as u64;
+        let Some(corpus) = &data.train else { return drawn };
+        let windows = corpus.stream.windows(corpus.length);
+        drawn.min(corpus.samples.map_or(windows, |samples| samples.min(windows)) as u64)
     }
 }
 
@@ -258,7 +307,8 @@ fn student(config: &DistillConfig, ctx: &StageContext<'_>) -> Result<(Student, V
         Ok(block)
     };
     let memory = config.memory.unwrap_or(Memory::Tape);
-    let student = Student::build(memory, ends, ctx.dir, (device, ctx.device.discrete), block)?;
+    let kept = (memory, config.optimizer.latents);
+    let student = Student::build(kept, ends, ctx.dir, (device, ctx.device.discrete), block)?;
     Ok((student, start))
 }
 
@@ -277,7 +327,7 @@ fn finish(
             let name = format!("{}.{name}", ctx.model.config.block_prefix(index));
             if ctx.specs.contains_key(&name) {
                 let folded = ctx.fold(&name, linear)?;
-                saved.latents.extend(ctx.latents_of(&name, linear));
+                saved.latents.extend(ctx.latents_of(&name, linear, config.optimizer.latents));
                 saved.linears.push((name, folded, config.method.name().to_owned()));
             }
         }
@@ -307,7 +357,8 @@ fn attach(
             linear.weight = coded.into_parameter(linear.weight.id);
             continue;
         }
-        ctx.attach(&name, linear, &config.method, config.start_from, ctx.compute)?;
+        let kept = (ctx.compute, config.optimizer.latents);
+        ctx.attach(&name, linear, &config.method, config.start_from, kept)?;
     }
     Ok(())
 }

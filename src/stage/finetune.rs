@@ -338,6 +338,7 @@ impl Stage for FinetuneConfig {
             fake_quant: false,
             on_policy: None,
             memory: Memory::Tape,
+            cached: None,
         };
         let student = training.run(Student::Whole(student), ctx)?;
         // The public copy first: the stage is done once its own is there.

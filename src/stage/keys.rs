@@ -3,7 +3,7 @@
 use super::validate::ValidateConfig;
 use crate::error::{Error, Result};
 use crate::objective::ObjectiveConfig;
-use crate::train::{OptimizerConfig, RateUnit, Rule, ScheduleConfig};
+use crate::train::{LatentsIn, OptimizerConfig, RateUnit, Rule, ScheduleConfig};
 
 /// What may help where a training of the whole model makes it worse.
 pub(super) const ADVICE: &str = "a smaller learning_rate, more steps, objective.adaptive, or a \
@@ -46,7 +46,7 @@ pub(super) struct Keys<'a> {
     pub optimizer: &'a OptimizerConfig,
     /// Steps between saves of the whole training state.
     pub checkpoint_every: u64,
-    /// How many of the saved states are kept.
+    /// How many of the saved states are kept; 0: none is saved.
     pub keep: usize,
     /// Steps between log points.
     pub log_every: u64,
@@ -87,8 +87,11 @@ pub(super) use neutralize;
 
 impl Keys<'_> {
     /// How many states there may be on the disk at once: those that are kept, the one to go back to, and one
-    /// that is being written.
+    /// that is being written. With `keep = 0` none but the one to go back to.
     pub(super) fn states(&self) -> u64 {
+        if self.keep == 0 {
+            return 2 * u64::from(self.validate.keeps());
+        }
         let kept = (self.steps / self.checkpoint_every.max(1)).min(self.keep as u64);
         kept + u64::from(self.validate.keeps()) + 1
     }
@@ -96,11 +99,13 @@ impl Keys<'_> {
     /// Refuses counts of zero and what does not train a whole model.
     pub(super) fn check(&self, stage: &str) -> Result<()> {
         check_objective(self.objective, stage)?;
+        if stage != "distill" {
+            check_latents(self.optimizer, stage)?;
+        }
         check_counts(&[
             ("batch", self.batch as u64),
             ("accumulate", self.accumulate as u64),
             ("checkpoint_every", self.checkpoint_every),
-            ("keep", self.keep as u64),
             ("log_every", self.log_every),
         ])?;
         self.validate.check()
@@ -126,6 +131,16 @@ pub(super) fn check_rate_unit(unit: RateUnit, optimizer: &OptimizerConfig) -> Re
             .fix("rate_unit = \"absolute\", or optimizer.rule = \"adamw\""));
     }
     Ok(())
+}
+
+/// Refuses bf16 latents in a stage that keeps them in f32.
+pub(super) fn check_latents(optimizer: &OptimizerConfig, stage: &str) -> Result<()> {
+    if optimizer.latents == LatentsIn::F32 {
+        return Ok(());
+    }
+    Err(Error::usage(format!("{stage} keeps what it learns in f32"))
+        .at("optimizer.latents")
+        .fix("latents = \"bf16\" in a stage.distill, or no latents here"))
 }
 
 /// Refuses counts of zero.

@@ -42,6 +42,7 @@ mod step;
 mod streams;
 mod student;
 mod teacher;
+mod teacher_cache;
 mod training_state;
 mod tune_scales;
 mod validate;

@@ -28,7 +28,7 @@ pub use self::keys::{ReconstructConfig, Within};
 use super::context::{StageContext, block_file, saved_mse, with_mse};
 use super::corpus::Data;
 use super::cost::{Cost, Lever, Scene, trained};
-use super::keys::check_rate_unit;
+use super::keys::{check_latents, check_rate_unit};
 use super::kind::{Before, Effect, Judged, Stage, codes};
 use super::state::ModelState;
 use super::states::{self, States, has_states, remove_states};
@@ -50,6 +50,7 @@ impl Stage for ReconstructConfig {
             .fix("objective.mse = {}, or [stage.distill]"));
         }
         check_rate_unit(self.rate_unit, &self.optimizer)?;
+        check_latents(&self.optimizer, "reconstruct")?;
         if self.batch == 0 {
             return Err(Error::usage("batch = 0").fix("batch = 2"));
         }

@@ -1,6 +1,7 @@
 //! Training a whole model on windows of text: steps, log points, saved states. What learns of the
 //! model, and what becomes of it, is the stages' affair.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::batch::Feed;
@@ -14,18 +15,20 @@ use super::states::States;
 use super::step::{ByBlockStep, OnTape, Part};
 use super::student::Student;
 use super::teacher::Teacher;
+use super::teacher_cache::{Kept, TeacherCache};
 use super::training_state::{Snapshot, State};
 use super::watch::{Failure, Seen};
 use crate::data::{Order, seed_of};
 use crate::device;
 use crate::error::{Error, Kind, Result};
 use crate::exhausted;
+use crate::method;
 use crate::model::{CausalLm, Positions};
 use crate::objective::ObjectiveConfig;
 use crate::ops::{Closeness, Numbers};
 use crate::quant::ScaleDigits;
 use crate::report::{Event, Reporter, memory};
-use crate::train::{Optimizer, RateUnit, StepStats, Stepped};
+use crate::train::{Optimizer, RateUnit, Role, StepStats, Stepped};
 
 /// How a whole model is trained.
 pub(super) struct Training<'a> {
@@ -45,11 +48,19 @@ pub(super) struct Training<'a> {
     pub on_policy: Option<&'a OnPolicy>,
     /// Where what is trained is kept.
     pub memory: Memory,
+    /// What is kept of a teacher that is asked once, before the first step.
+    pub cached: Option<Kept>,
 }
 
 impl Training<'_> {
     fn optimizer(&self, ctx: &StageContext<'_>) -> Optimizer {
-        Optimizer::new(self.keys.optimizer).of_blocks(ctx.model.config.n_blocks)
+        let (seed, stage) = (ctx.seed, ctx.stage);
+        let seeds = move |step, path: &str| {
+            let is_latent = method::role_of(path) == Some(Role::Weight);
+            is_latent.then(|| seed_of(seed, &format!("stage {stage} step {step} {path}")))
+        };
+        let optimizer = Optimizer::new(self.keys.optimizer).of_blocks(ctx.model.config.n_blocks);
+        optimizer.rounding(seeds)
     }
 
     /// Trains what learns of `student`, off the tape before and after; goes on from a saved state
@@ -73,7 +84,7 @@ impl Training<'_> {
             if session.step.is_multiple_of(self.keys.checkpoint_every)
                 && session.step < self.keys.steps
             {
-                session.save(ctx)?;
+                session.save(self, ctx)?;
             }
         }
         if session.step < self.keys.steps {
@@ -84,6 +95,7 @@ impl Training<'_> {
         }
         session.leave_best(self, ctx)?;
         session.states.finish()?;
+        session.student.rest()?;
         Ok(session.student)
     }
 }
@@ -123,6 +135,8 @@ struct Source {
     positions: Positions,
     /// What the student wrote last.
     samples: Option<Samples>,
+    /// What the teacher said of all windows, where it is not asked again.
+    cache: Option<TeacherCache>,
 }
 
 /// Times between log points.
@@ -164,12 +178,16 @@ impl Source {
             }
             if written < size {
                 let batch = feed.windows(&windows[written..]);
+                let batch = match &self.cache {
+                    None => batch,
+                    Some(cache) => batch.with_said(cache.of(windows)?),
+                };
                 let objective = &self.objective;
                 parts.push(Part { batch, objective, share: share(size - written) });
             }
-            parts
+            Ok(parts)
         };
-        Ok((0..accumulate).map(micro).collect())
+        (0..accumulate).map(micro).collect()
     }
 }
 
@@ -191,8 +209,12 @@ impl Session {
         let device = &ctx.device.device;
         let positions = Positions::new(&ctx.model.config, 0, corpus.length, ctx.compute, device);
         let compares = training.keys.objective.needs_teacher() || training.on_policy.is_some();
-        let teacher =
-            compares.then(|| Teacher::new(ctx, training.memory, student.ends())).transpose()?;
+        // One that is asked once is read block by block.
+        let memory = training.cached.map_or(training.memory, |_| Memory::Disk);
+        let teacher = compares.then(|| Teacher::new(ctx, memory, student.ends())).transpose()?;
+        let cache = training.cached.zip(teacher.as_ref());
+        let cache = cache.map(|(kept, teacher)| cached(training, kept, ctx, teacher, &order));
+        let cache = cache.transpose()?;
         let feed = feed(ctx, corpus, &positions);
         let objective = confident(training, ctx, teacher.as_ref(), &order, &feed)?;
         let watched = (training.verb, training.keys.steps, training.keys.objective);
@@ -200,7 +222,7 @@ impl Session {
         let mut session = Self {
             student: student.train(),
             teacher,
-            source: Source { objective, order, positions, samples: None },
+            source: Source { objective, order, positions, samples: None, cache },
             optimizer: training.optimizer(ctx),
             step: 0,
             shortened: false,
@@ -230,7 +252,7 @@ impl Session {
         self.timer.tokens += micros.iter().flatten().map(|part| part.batch.len()).sum::<usize>();
         let in_units = training.rate_unit == RateUnit::Grid;
         let (fake_quant, optimizer) = (training.fake_quant, &mut self.optimizer);
-        let teacher = self.teacher.as_ref();
+        let teacher = self.teacher.as_ref().filter(|_| self.source.cache.is_none());
         match &mut self.student {
             Student::Whole(model) => {
                 let on_tape = OnTape { in_units, fake_quant, teacher: teacher.map(Teacher::ends) };
@@ -401,7 +423,9 @@ impl Session {
         }
         let validated = self.validate(ctx).or_else(|error| match error.kind() {
             // A run that goes on begins with this validation.
-            Kind::Stopped(_) => self.save(ctx).and_then(|()| self.states.finish()).and(Err(error)),
+            Kind::Stopped(_) => {
+                self.save(training, ctx).and_then(|()| self.states.finish()).and(Err(error))
+            }
             _ => Err(error),
         });
         match validated? {
@@ -464,7 +488,7 @@ impl Session {
         self.monitor.go_back(failure, step, ctx)?;
         self.take_kept(training, ctx)?;
         self.timer = Timer::new();
-        self.save(ctx)
+        self.save(training, ctx)
     }
 
     /// The state that was kept becomes the current one.
@@ -555,12 +579,15 @@ impl Session {
     fn save_judged(&mut self, training: &Training<'_>, ctx: &mut StageContext<'_>) -> Result<()> {
         let step = self.step;
         match self.judge(training, ctx, None)? {
-            Ok(_) => self.save(ctx),
+            Ok(_) => self.save(training, ctx),
             Err((failure, culprit)) => self.go_back(training, (&failure, culprit), step, ctx),
         }
     }
 
-    fn save(&mut self, ctx: &mut StageContext<'_>) -> Result<()> {
+    fn save(&mut self, training: &Training<'_>, ctx: &mut StageContext<'_>) -> Result<()> {
+        if training.keys.keep == 0 {
+            return Ok(());
+        }
         let state = self.snapshot(self.monitor.saved()?);
         self.states.write(state, ctx.report)?;
         self.settle()
@@ -603,6 +630,51 @@ fn feed<'a>(ctx: &'a StageContext<'_>, corpus: &'a Corpus, positions: &'a Positi
         dtype: ctx.compute,
         device: &ctx.device.device,
     }
+}
+
+/// What the teacher says of all windows that steps will draw, from the stage's folder as far as it is there.
+fn cached(
+    training: &Training<'_>,
+    kept: Kept,
+    ctx: &mut StageContext<'_>,
+    teacher: &Teacher,
+    order: &Order,
+) -> Result<TeacherCache> {
+    let steps = training.keys.steps;
+    let drawn: BTreeSet<u32> = (0..steps).flat_map(|step| order.batch(step)).collect();
+    let tuned = ctx.model.tuned.iter().map(|(name, tensor)| format!("{name} {}", tensor.sha256()));
+    let facts = [
+        ctx.provenance.model_sha256.clone(),
+        Data::need(ctx.data.train.as_ref(), "train")?.sha256.clone(),
+        format!("seed {} stage {} {:?} {}", ctx.seed, ctx.stage, ctx.compute, ctx.device.name),
+    ];
+    let facts: Vec<String> = facts.into_iter().chain(tuned).collect();
+    let windows = drawn.into_iter().collect();
+    let mut cache = TeacherCache::open(ctx.dir, kept, windows, &facts.join("\n"))?;
+    let [found, of] = cache.windows();
+    if found == of {
+        return Ok(cache);
+    }
+    let text =
+        format!("the teacher is asked once: {} of {of} windows are to be computed", of - found);
+    ctx.report.emit(&Event::Note { text });
+    let corpus = Data::need(ctx.data.train.as_ref(), "train")?;
+    let device = &ctx.device.device;
+    let positions = Positions::new(&ctx.model.config, 0, corpus.length, ctx.compute, device);
+    while let [done, of] = cache.windows()
+        && done < of
+    {
+        ctx.stop.check()?;
+        ctx.report.emit(&Event::Progress {
+            verb: training.verb.to_owned(),
+            done: 0,
+            of: steps,
+            detail: format!("the teacher has said {done}/{of}"),
+        });
+        let feed = feed(ctx, corpus, &positions);
+        teacher.with(ctx, |model| cache.fill(model, &feed))?;
+    }
+    Ok(cache)
 }
 
 /// The objective with the teacher's confidence on the first batches, where it asks for that. A

@@ -7,6 +7,7 @@
 use burn::module::Param;
 use burn::nn::Linear;
 use burn::tensor::{DType, Tensor, TensorData};
+use half::bf16;
 use serde::{Deserialize, Serialize};
 
 use super::context::StageContext;
@@ -20,6 +21,7 @@ use crate::ops;
 use crate::quant::{Grid, GroupLayout, QuantizedWeight};
 use crate::store::safetensors::Checkpoint;
 use crate::store::{HostTensor, TensorSource};
+use crate::train::LatentsIn;
 
 /// What a stage on another grid than the one before starts from. On the same grid it goes on.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
@@ -43,14 +45,14 @@ struct Found {
 
 impl StageContext<'_> {
     /// Puts `method` on `linear`'s weight as `name` starts this stage; forwards see the result in
-    /// `compute`. Latent weights are f32 whatever the model's type.
+    /// `compute`. Latent weights are f32 whatever the model's type, and hold what `latents` can.
     pub(super) fn attach(
         &self,
         name: &str,
         linear: &mut Linear,
         method: &MethodConfig,
         from: StartFrom,
-        compute: DType,
+        (compute, latents): (DType, LatentsIn),
     ) -> Result<()> {
         let spec = &self.specs[name];
         let [inputs, out] = linear.weight.dims();
@@ -59,7 +61,7 @@ impl StageContext<'_> {
         let same = left.filter(|(left, _)| (left.bits, left.layout) == (spec.bits, layout));
         let found = self.latent(name)?;
         if let Some((codes, made_by)) = same
-            && self.go_on(name, linear, method, &found, (codes, made_by), compute)?
+            && self.go_on(name, linear, method, &found, (codes, made_by), (compute, latents))?
         {
             return Ok(());
         }
@@ -73,9 +75,10 @@ impl StageContext<'_> {
             }
         };
         match values {
-            Some(values) => self.set_weight(linear, values),
-            None if linear.weight.val().dtype() != DType::F32 => {
-                self.set_weight(linear, self.model.weight(&weight_name(name), &[out, inputs])?);
+            Some(values) => self.set_weight(linear, held(values, latents)),
+            None if linear.weight.val().dtype() != DType::F32 || latents != LatentsIn::F32 => {
+                let values = self.model.weight(&weight_name(name), &[out, inputs])?;
+                self.set_weight(linear, held(values, latents));
             }
             None => {}
         }
@@ -94,7 +97,7 @@ impl StageContext<'_> {
         method: &MethodConfig,
         found: &Found,
         (codes, made_by): (&QuantizedWeight, &str),
-        compute: DType,
+        (compute, latents): (DType, LatentsIn),
     ) -> Result<bool> {
         let layout = codes.layout;
         let Grid::Uniform { scale, zero_point, zero_kind } = &codes.grid else { return Ok(false) };
@@ -114,7 +117,7 @@ impl StageContext<'_> {
         // Scales of few digits, and rounding errors, may have moved a weight over an edge: such a
         // weight starts in the middle of its level.
         for _ in 0..2 {
-            self.set_weight(linear, latent.clone());
+            self.set_weight(linear, held(latent.clone(), latents));
             let weight = grouped(linear, layout);
             let start = self.start(name, layout, &weight);
             let resumed = method.resume(&start, &grid).map_err(|e| e.at(name))?;
@@ -174,19 +177,40 @@ impl StageContext<'_> {
     }
 
     /// What later stages go on from, for what this one saves; nothing where no later stage does.
-    pub(super) fn latents_of(&self, name: &str, linear: &Linear) -> Vec<(String, HostTensor)> {
+    /// What bf16 holds is saved so.
+    pub(super) fn latents_of(
+        &self,
+        name: &str,
+        linear: &Linear,
+        latents: LatentsIn,
+    ) -> Vec<(String, HostTensor)> {
         let Some(latent) = self.keeps_latents.then(|| method::latent(&linear.weight)).flatten()
         else {
             return Vec::new();
         };
-        let host = |tensor: Tensor<2>| {
+        let host = |tensor: Tensor<2>, kept: LatentsIn| {
             let shape = tensor.dims();
-            HostTensor::f32(shape, &tensor.into_data().iter::<f32>().collect::<Vec<f32>>())
+            let values: Vec<f32> = tensor.into_data().iter::<f32>().collect();
+            match kept {
+                LatentsIn::F32 => HostTensor::f32(shape, &values),
+                LatentsIn::Bf16 => HostTensor::bf16_from_f32(shape, &values),
+            }
         };
-        let names = latent_names(name).into_iter();
-        let tensors = [Some(latent.weight), latent.step].into_iter();
-        names.zip(tensors).filter_map(|(name, tensor)| Some((name, host(tensor?)))).collect()
+        let keys = latent_names(name).into_iter();
+        let tensors = [Some((latent.weight, latents)), latent.step.map(|s| (s, LatentsIn::F32))];
+        let named = keys.zip(tensors);
+        named.filter_map(|(name, of)| of.map(|(tensor, kept)| (name, host(tensor, kept)))).collect()
     }
+}
+
+/// Values as `latents` holds them, the nearest.
+fn held(mut values: Vec<f32>, latents: LatentsIn) -> Vec<f32> {
+    if latents == LatentsIn::Bf16 {
+        for value in &mut values {
+            *value = bf16::from_f32(*value).to_f32();
+        }
+    }
+    values
 }
 
 /// The weight of a linear that carries no method, `[groups, group_len]`, off the tape.

@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
+use super::teacher_cache;
 use super::training_state::{Snapshot, State};
 use crate::error::{Error, Result};
 use crate::report::{Event, Reporter};
@@ -133,10 +134,10 @@ impl Drop for States {
     }
 }
 
-/// Bytes on the disk of so many states of a training of so many numbers, with the moments that `optimizer`
-/// holds.
+/// Bytes on the disk of so many states of a training of so many numbers, as `optimizer` holds
+/// them and their moments.
 pub(super) fn bytes(learned: u64, optimizer: &OptimizerConfig, states: u64) -> u64 {
-    (4 * learned + optimizer.moments.bytes(learned)) * states
+    (optimizer.latents.bytes(learned) + optimizer.moments.bytes(learned)) * states
 }
 
 /// A state to go on from.
@@ -167,7 +168,8 @@ pub fn remove_states(dir: &Path) -> Result<()> {
         return Ok(());
     }
     let states = numbered(dir)?.into_iter().map(|(_, path)| path);
-    for state in states.chain([BEST_FILE, PIECES_FILE].map(|name| dir.join(name))) {
+    let files = [BEST_FILE, PIECES_FILE, teacher_cache::FILE].map(|name| dir.join(name));
+    for state in states.chain(files) {
         if state.exists() {
             std::fs::remove_file(&state).map_err(|e| Error::io("remove", &state, &e))?;
         }
@@ -177,7 +179,7 @@ pub fn remove_states(dir: &Path) -> Result<()> {
 
 /// Whether a file in a stage's folder is a state of its training.
 pub fn is_state(name: &str) -> bool {
-    name.starts_with(STATE) || [BEST_FILE, PIECES_FILE].contains(&name)
+    name.starts_with(STATE) || [BEST_FILE, PIECES_FILE, teacher_cache::FILE].contains(&name)
 }
 
 /// Whether there is a state in a stage's folder.

@@ -15,7 +15,7 @@ use crate::method;
 use crate::model::{Block, CausalLm, Forward, Positions, batches_that_wait};
 use crate::ops::{self, Moments};
 use crate::quant::ScaleDigits;
-use crate::train::Optimizer;
+use crate::train::{LatentsIn, Optimizer, Role};
 
 /// The model that a stage trains.
 #[allow(clippy::large_enum_variant)] // one of them in a stage
@@ -32,7 +32,7 @@ impl Student {
     /// # Errors
     /// Those of `block`, and of the file that blocks wait in.
     pub(super) fn build(
-        memory: Memory,
+        (memory, latents): (Memory, LatentsIn),
         ends: CausalLm,
         dir: &Path,
         (device, discrete): (&Device, bool),
@@ -42,14 +42,18 @@ impl Student {
         if memory == Memory::Tape {
             return Ok(Self::Whole(CausalLm { blocks: blocks.collect::<Result<_>>()?, ..ends }));
         }
+        let bf16 = latents == LatentsIn::Bf16;
         let depot = match memory {
             // Without memory of its own the device's is main memory.
             Memory::Host if discrete => Some(Depot::in_memory()),
             Memory::Disk => Some(Depot::on_disk(dir)?),
+            // A block that waits has its latents in two bytes.
+            _ if bf16 && !discrete => Some(Depot::in_memory()),
             _ => None,
         };
+        let all_wait = discrete || memory == Memory::Disk;
         let (gradients, device) = (HashMap::new(), device.clone());
-        let mut rack = Rack { ends, blocks: Vec::new(), depot, gradients, device };
+        let mut rack = Rack { ends, blocks: Vec::new(), depot, all_wait, bf16, gradients, device };
         for (index, block) in blocks.enumerate() {
             rack.blocks.push(None);
             rack.put(index, block?)?;
@@ -91,8 +95,9 @@ impl Student {
     pub(super) fn whole(&self) -> Option<CausalLm> {
         let (ends, blocks): (_, Vec<Block>) = match self {
             Self::Whole(model) => (model, model.blocks.iter().map(quantized).collect()),
-            Self::ByBlock(rack) if rack.depot.is_none() => {
-                (&rack.ends, rack.blocks.iter().flatten().map(quantized).collect())
+            Self::ByBlock(rack) if rack.depot.is_none() || !rack.all_wait => {
+                let block = |index| rack.block(index).map(|block| quantized(&block)).ok();
+                (&rack.ends, (0..rack.len()).map(block).collect::<Option<_>>()?)
             }
             Self::ByBlock(_) => return None,
         };
@@ -136,12 +141,23 @@ impl Student {
         facts: impl IntoIterator<Item = (&'static str, String)>,
     ) -> Snapshot {
         let state = Snapshot::of_optimizer(optimizer, facts);
-        match self {
+        let state = match self {
             Self::Whole(model) => state.with(PARAMETERS, model),
             Self::ByBlock(rack) => {
                 (0..rack.blocks.len()).fold(state, |state, index| rack.add_to(state, index))
             }
-        }
+        };
+        state.shortened(|path| optimizer.is_bf16(path))
+    }
+
+    /// Lets go of what only further steps would need and that waits elsewhere.
+    ///
+    /// # Errors
+    /// When the file cannot be made shorter.
+    pub(super) fn rest(&mut self) -> Result<()> {
+        let Self::ByBlock(Rack { depot: Some(depot), .. }) = self else { return Ok(()) };
+        depot.drop_all(Kind::Gradients)?;
+        depot.drop_all(Kind::Moments)
     }
 
     /// Whether parts of it are neither on the device nor shared with what is saved.
@@ -173,6 +189,10 @@ pub(super) struct Rack {
     /// Blocks; without values where those wait in the depot, and none where one is being changed.
     blocks: Vec<Option<Block>>,
     depot: Option<Depot>,
+    /// Whether moments and gradients wait there too, and not parameters alone.
+    all_wait: bool,
+    /// Whether latents are bf16 where they wait.
+    bf16: bool,
     /// Gradients that wait on the device.
     gradients: HashMap<usize, GradientsParams>,
     device: Device,
@@ -223,7 +243,7 @@ impl Rack {
             self.blocks[index] = Some(block);
             return Ok(());
         };
-        let mut empty = Empty { parked: Vec::new(), path: Vec::new() };
+        let mut empty = Empty { parked: Vec::new(), path: Vec::new(), bf16: self.bf16 };
         self.blocks[index] = Some(block.map(&mut empty));
         depot.put((index, Kind::Parameters), empty.parked)
     }
@@ -238,7 +258,7 @@ impl Rack {
         block: &Block,
         gradients: GradientsParams,
     ) -> Result<()> {
-        let Some(depot) = &mut self.depot else {
+        let Some(depot) = self.depot.as_mut().filter(|_| self.all_wait) else {
             self.gradients.insert(index, gradients);
             return Ok(());
         };
@@ -253,7 +273,7 @@ impl Rack {
     /// # Errors
     /// When it cannot be read.
     pub(super) fn gradients(&mut self, index: usize, block: &Block) -> Result<GradientsParams> {
-        let Some(depot) = &self.depot else {
+        let Some(depot) = self.depot.as_ref().filter(|_| self.all_wait) else {
             return Ok(self.gradients.remove(&index).unwrap_or_default());
         };
         let gradients = GradientsParams::new();
@@ -276,7 +296,7 @@ impl Rack {
     /// # Errors
     /// When it cannot be read.
     pub(super) fn moments_to(&self, index: usize, optimizer: &mut Optimizer) -> Result<()> {
-        let Some(depot) = &self.depot else { return Ok(()) };
+        let Some(depot) = self.depot.as_ref().filter(|_| self.all_wait) else { return Ok(()) };
         let mut parts: BTreeMap<String, BTreeMap<&str, Parked>> = BTreeMap::new();
         for parked in depot.get((index, Kind::Moments))? {
             let leaf = ops::LEAVES.into_iter().flatten().find(|leaf| parked.name.ends_with(leaf));
@@ -298,7 +318,7 @@ impl Rack {
     /// # Errors
     /// When it cannot be written.
     pub(super) fn moments_from(&mut self, index: usize, optimizer: &mut Optimizer) -> Result<()> {
-        let Some(depot) = &mut self.depot else { return Ok(()) };
+        let Some(depot) = self.depot.as_mut().filter(|_| self.all_wait) else { return Ok(()) };
         let mut parked = Vec::new();
         for (path, moments, rank) in optimizer.take_part(&format!("blocks.{index}.")) {
             let named = |leaf: &str| format!("{path}{leaf}");
@@ -409,6 +429,8 @@ fn moments(parts: &mut BTreeMap<&str, Parked>, device: &Device) -> Option<(Momen
 struct Empty {
     parked: Vec<Parked>,
     path: Vec<String>,
+    /// Whether latents are kept in bf16.
+    bf16: bool,
 }
 
 impl ModuleMapper for Empty {
@@ -426,7 +448,9 @@ impl ModuleMapper for Empty {
         let taped = value.device().is_autodiff();
         let value = if taped { value.inner() } else { value };
         let nothing = Tensor::<D>::zeros([0; D], &value.device());
-        self.parked.push(Parked::of(self.path.join("."), value));
+        let path = self.path.join(".");
+        let bf16 = self.bf16 && learned && method::role_of(&path) == Some(Role::Weight);
+        self.parked.push(if bf16 { Parked::of_bf16(path, value) } else { Parked::of(path, value) });
         let nothing = if taped { Tensor::from_inner(nothing) } else { nothing };
         let nothing = if learned { nothing.require_grad() } else { nothing };
         Param::from_mapped_value(id, nothing, mapper)

@@ -99,23 +99,33 @@ impl Snapshot {
         self
     }
 
+    /// With the parameters of which `is_bf16` says, by their paths, that bf16 holds them saved so.
+    pub(super) fn shortened(mut self, is_bf16: impl Fn(&str) -> bool) -> Self {
+        for later in &mut self.tensors {
+            if later.name.strip_prefix(PARAMETERS).is_some_and(&is_bf16) {
+                let values =
+                    std::mem::replace(&mut later.values, Values::U8(Box::new(|| Ok(Vec::new()))));
+                later.values = match values {
+                    Values::F32(read) => Values::Bf16(read),
+                    values => values,
+                };
+            }
+        }
+        self
+    }
+
     /// Writes it, a tensor at a time.
     ///
     /// # Errors
     /// I/O errors; an earlier file stays then.
     pub(super) fn write(mut self, path: &Path) -> Result<()> {
-        // The same order, wherever they come from; bytes last, for what they are followed by is not aligned.
+        // The same order, wherever they come from; the shortest numbers last, for what they are followed by is
+        // not aligned.
         self.moments.sort_by(|a, b| a.name.cmp(&b.name));
         self.moments.append(&mut self.tensors);
-        self.moments.sort_by_key(|later| matches!(later.values, Values::U8(_)));
+        self.moments.sort_by_key(|later| std::cmp::Reverse(dtype(&later.values).size()));
         let mut layout: Vec<(String, DType, Vec<usize>)> = (self.moments.iter())
-            .map(|later| {
-                let dtype = match later.values {
-                    Values::F32(_) => DType::F32,
-                    Values::U8(_) => DType::U8,
-                };
-                (later.name.clone(), dtype, later.shape.clone())
-            })
+            .map(|later| (later.name.clone(), dtype(&later.values), later.shape.clone()))
             .collect();
         layout.push((HASH.to_owned(), DType::U8, vec![HASH_LEN]));
         let mut tensors = self.moments.into_iter();
@@ -124,6 +134,7 @@ impl Snapshot {
             Some(Later { name, shape, values }) => {
                 let tensor = match values {
                     Values::F32(read) => HostTensor::f32(shape, &read()?),
+                    Values::Bf16(read) => HostTensor::bf16_from_f32(shape, &read()?),
                     Values::U8(read) => HostTensor::u8(shape, &read()?),
                 };
                 sum.add(&name, &tensor);
@@ -131,6 +142,15 @@ impl Snapshot {
             }
             None => Ok(sum.tensor()),
         })
+    }
+}
+
+/// What values are saved as.
+fn dtype(values: &Values) -> DType {
+    match values {
+        Values::F32(_) => DType::F32,
+        Values::Bf16(_) => DType::BF16,
+        Values::U8(_) => DType::U8,
     }
 }
 

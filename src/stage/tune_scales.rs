@@ -188,6 +188,7 @@ impl Stage for TuneScalesConfig {
             fake_quant: false,
             on_policy: None,
             memory: Memory::Tape,
+            cached: None,
         };
         let student = training.run(Student::Whole(student), ctx)?;
         let mut tuned = Vec::new();

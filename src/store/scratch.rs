@@ -42,6 +42,14 @@ impl Scratch {
         Ok(bytes)
     }
 
+    /// Gives back what lies behind a place.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn cut(&self, at: u64) -> Result<()> {
+        self.file.set_len(at).map_err(|e| failed("cut", &self.dir, &e))
+    }
+
     /// Waits until everything is on the disk.
     ///
     /// # Errors
@@ -116,6 +124,9 @@ mod tests {
         scratch.write(0, b"front").unwrap();
         assert_eq!(scratch.read(3, 4).unwrap(), b"ntbe");
         assert!(scratch.read(8, 4).is_err());
+        scratch.cut(6).unwrap();
+        assert_eq!(scratch.read(3, 3).unwrap(), b"ntb");
+        assert!(scratch.read(3, 4).is_err());
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
         let error = Scratch::new(&dir.path().join("missing")).unwrap_err().to_string();
         assert!(error.contains("missing"), "{error}");

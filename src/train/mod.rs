@@ -11,8 +11,8 @@ use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::Tensor;
 
 pub use optim::{
-    Later, Measure, MomentsIn, NormOf, Optimizer, OptimizerConfig, Rule, Scales, Squares, Values,
-    culprit, later,
+    LatentsIn, Later, Measure, MomentsIn, NormOf, Optimizer, OptimizerConfig, Rule, Scales,
+    Squares, Values, culprit, later,
 };
 pub use schedule::{ACTIVATION_RATE, LearningRate, RateUnit, Role, ScheduleConfig};
 

@@ -52,6 +52,33 @@ impl MomentsIn {
     }
 }
 
+/// What latent weights are between steps.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LatentsIn {
+    /// f32: 4 bytes.
+    #[default]
+    F32,
+    /// bf16: 2 bytes. A step is computed in f32 and rounded up or down by chance, so that steps that are
+    /// smaller than the distance of two such numbers count on average.
+    Bf16,
+}
+
+impl LatentsIn {
+    #[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Bytes of so many weights.
+    pub fn bytes(self, weights: u64) -> u64 {
+        match self {
+            Self::F32 => 4 * weights,
+            Self::Bf16 => 2 * weights,
+        }
+    }
+}
+
 /// Keys of `optimizer` in a training stage. PyTorch's defaults, but no weight decay.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
@@ -76,6 +103,9 @@ pub struct OptimizerConfig {
     /// AdamW's moments between steps: `"f32"` or `"int8"`.
     #[serde(skip_serializing_if = "MomentsIn::is_default")]
     pub moments: MomentsIn,
+    /// Latent weights between steps: `"f32"` or `"bf16"`, rounded by chance; of `distill`.
+    #[serde(skip_serializing_if = "LatentsIn::is_default")]
+    pub latents: LatentsIn,
 }
 
 /// What a gradient norm is taken over, for clipping and for the watch on gradients that collapse.
@@ -108,6 +138,7 @@ impl Default for OptimizerConfig {
             clip_norm: None,
             norm: NormOf::Global,
             moments: MomentsIn::F32,
+            latents: LatentsIn::F32,
         }
     }
 }
@@ -137,7 +168,12 @@ pub struct Optimizer {
     /// Decoder blocks that learn.
     blocks: usize,
     measures: HashMap<ParamId, Measure>,
+    /// Where weights are bf16 between steps.
+    seeds: Option<Seeds>,
 }
+
+/// The seed of a step's rounding by the step and a parameter's path; `None` for one that stays f32.
+type Seeds = Box<dyn Fn(u64, &str) -> Option<u64>>;
 
 /// The number of what is outside of blocks, where norms are taken over blocks, and of everything where
 /// they are not.
@@ -153,6 +189,28 @@ impl Optimizer {
             largest_norms: BTreeMap::new(),
             blocks: 1,
             measures: HashMap::new(),
+            seeds: None,
+        }
+    }
+
+    /// With the seeds that the rounding of bf16 weights follows from, by the number of the step and a
+    /// parameter's path: `None` for a parameter that stays f32. Nothing where the configuration has no bf16.
+    #[must_use]
+    pub fn rounding(self, seeds: impl Fn(u64, &str) -> Option<u64> + 'static) -> Self {
+        let wanted = self.config.latents == LatentsIn::Bf16;
+        Self { seeds: wanted.then(|| Box::new(seeds) as Seeds), ..self }
+    }
+
+    /// Whether a parameter is bf16 between steps, by its path.
+    pub fn is_bf16(&self, path: &str) -> bool {
+        self.seeds.as_ref().is_some_and(|seeds| seeds(0, path).is_some())
+    }
+
+    /// A parameter after a step, as it is kept.
+    fn kept<const D: usize>(&self, path: &str, tensor: Tensor<D>) -> Tensor<D> {
+        match self.seeds.as_ref().and_then(|seeds| seeds(self.steps, path)) {
+            Some(seed) => ops::round_to_bf16(tensor, seed),
+            None => tensor,
         }
     }
 
@@ -485,6 +543,7 @@ impl ModuleMapper for Update<'_> {
                 None => change,
             };
             let tensor = tensor.inner() - change;
+            let tensor = self.optimizer.kept(&path, tensor);
             return Param::from_mapped_value(id, Tensor::from_inner(tensor).require_grad(), mapper);
         }
         let step = AdamWStep {
@@ -524,6 +583,7 @@ impl ModuleMapper for Update<'_> {
                 (tensor * change.exp(), moments)
             }
         };
+        let tensor = self.optimizer.kept(&path, tensor);
         self.optimizer.moments.insert(path, (moments, D));
         Param::from_mapped_value(id, Tensor::from_inner(tensor).require_grad(), mapper)
     }

@@ -128,7 +128,7 @@ impl Case {
 fn parts(moments: &Moments) -> Vec<(String, TensorData)> {
     let parts = moments.parts(2).into_iter().map(|part| {
         let data = match part.values {
-            Values::F32(read) => TensorData::new(read().unwrap(), part.shape),
+            Values::F32(read) | Values::Bf16(read) => TensorData::new(read().unwrap(), part.shape),
             Values::U8(read) => TensorData::new(read().unwrap(), part.shape),
         };
         (part.name, data)

@@ -17,6 +17,7 @@ pub(super) mod norm;
 #[cfg(test)]
 mod sample;
 pub(super) mod search;
+pub(super) mod stochastic;
 pub(super) mod swiglu;
 
 /// Elements below which waking other threads costs more than they save.

@@ -21,6 +21,7 @@ use crate::stage::inputs::{self, Piece, StaticInputs, Student};
 use crate::stage::states::States;
 use crate::stage::streams::{Streams, float_block, loader};
 use crate::stage::visits::Visits;
+use crate::train::LatentsIn;
 
 /// The training of one block.
 pub(super) struct Fit<'a> {
@@ -63,7 +64,13 @@ impl<'a> Fit<'a> {
         for (name, linear) in block.linears_mut() {
             let name = format!("{prefix}.{name}");
             if ctx.specs.contains_key(&name) {
-                ctx.attach(&name, linear, &config.method, config.start_from, DType::F32)?;
+                ctx.attach(
+                    &name,
+                    linear,
+                    &config.method,
+                    config.start_from,
+                    (DType::F32, LatentsIn::F32),
+                )?;
             }
         }
         let start = coarseness(ctx, &prefix, &block)?;
@@ -236,7 +243,7 @@ impl<'a> Fit<'a> {
             let full = format!("{prefix}.{}", spec.name);
             if piece.holds(spec.role) && ctx.specs.contains_key(&full) {
                 let folded = ctx.fold(&full, linear)?;
-                saved.latents.extend(ctx.latents_of(&full, linear));
+                saved.latents.extend(ctx.latents_of(&full, linear, LatentsIn::F32));
                 ctx.set_weight(linear, folded.dequantize());
                 saved.linears.push((full, folded, self.config.method.name().to_owned()));
             }

@@ -33,6 +33,19 @@ pub trait Decode: std::fmt::Debug + Send + Sync {
     /// # Errors
     /// When the files are damaged.
     fn decode(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>>;
+
+    /// What it makes them in.
+    fn dtype(&self) -> DType {
+        DType::F32
+    }
+
+    /// The tensor in that type.
+    ///
+    /// # Errors
+    /// As [`Decode::decode`].
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<HostTensor> {
+        Ok(HostTensor::f32(shape, &self.decode(name, shape)?))
+    }
 }
 
 impl Checkpoint {
@@ -125,7 +138,7 @@ impl Checkpoint {
     }
 
     /// With other tensors than its files name: those that `keep` are read as before, and those of
-    /// `computed`, by name and shape, are computed in f32 from `file`.
+    /// `computed`, by name and shape, are computed from `file`.
     #[must_use]
     pub fn decoding(
         mut self,
@@ -136,14 +149,9 @@ impl Checkpoint {
     ) -> Self {
         self.tensors.retain(|name, _| keep(name));
         for (name, shape) in computed {
-            let bytes = DType::F32.bytes_for(&shape).unwrap_or_default() as u64;
-            let info = TensorInfo {
-                dtype: DType::F32,
-                shape,
-                file: file.to_owned(),
-                start: 0,
-                end: bytes,
-            };
+            let dtype = decoder.dtype();
+            let bytes = dtype.bytes_for(&shape).unwrap_or_default() as u64;
+            let info = TensorInfo { dtype, shape, file: file.to_owned(), start: 0, end: bytes };
             self.tensors.insert(name.clone(), info);
             self.decoded.insert(name);
         }
@@ -189,9 +197,7 @@ impl TensorSource for Checkpoint {
             });
         };
         if let Some(decoder) = self.decoder.as_ref().filter(|_| self.decoded.contains(name)) {
-            let shape = info.shape.clone();
-            let values = decoder.decode(name, &shape)?;
-            return Ok(HostTensor::f32(shape, &values));
+            return decoder.tensor(name, &info.shape);
         }
         let bytes = read_range(info).map_err(|error| error.at(name))?;
         let mut tensor = HostTensor { dtype: info.dtype, shape: info.shape.clone(), bytes };
