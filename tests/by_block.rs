@@ -125,8 +125,11 @@ fn a_teacher_that_was_asked_once_says_what_it_says_at_each_step() {
         };
         let (model, cached) = (losses("model"), losses("cached"));
         assert_eq!(model.len(), 6, "{objective}");
-        for (model, cached) in model.iter().zip(&cached) {
-            assert!((model - cached).abs() < 1e-4 * model.abs(), "{objective}: {model} {cached}");
+        for (step, (model, cached)) in model.iter().zip(&cached).enumerate() {
+            // A weight may be rounded the other way behind a last bit, and steps go on from that.
+            let near = if step == 0 { 1e-5 } else { 1e-2 };
+            let far = (model - cached).abs() / model.abs();
+            assert!(far < near, "{objective}, step {step}: {model} {cached}");
         }
     }
 }
@@ -144,7 +147,7 @@ fn tensors(bytes: &[u8]) -> BTreeMap<String, (String, usize)> {
     tensors.map(of).collect()
 }
 
-/// What is trained in bf16 is saved so, steps stay f32, and a stage that learns nothing more leaves the codes
+/// What is trained in bf16 is saved so, and a stage that learns nothing more leaves the codes
 /// that it found.
 #[test]
 fn latents_in_bf16_are_saved_in_two_bytes_and_gone_on_from() {
@@ -161,7 +164,7 @@ fn latents_in_bf16_are_saved_in_two_bytes_and_gone_on_from() {
     let latents: Vec<_> =
         tensors(&first).into_iter().filter(|(name, _)| name.contains("latent")).collect();
     let of = |dtype: &str| latents.iter().filter(|(_, (found, _))| found == dtype).count();
-    assert_eq!((of("BF16"), of("F32")), (7, 7), "{latents:?}");
+    assert_eq!((of("BF16"), of("F32")), (7, 0), "{latents:?}");
     let codes = |bytes: &[u8]| -> Vec<u8> {
         let len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
         let head: serde_json::Value = serde_json::from_slice(&bytes[8..8 + len]).unwrap();

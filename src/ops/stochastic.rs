@@ -106,8 +106,8 @@ fn composed(x: Tensor<1>, draws: Tensor<1>) -> Tensor<1> {
     let lost = share * 23f32.exp2() - kept.clone() * 16f32.exp2();
     let up = (lost + draws).greater_equal_elem(16f32.exp2()).float();
     let rounded = (kept + up) * (-7f32).exp2() * unit;
-    let rounded = rounded.mask_fill(magnitude.clone().lower_elem(LEAST), 0.0);
     let rounded = rounded.clone().mask_where(x.clone().lower_elem(0.0), rounded.neg());
+    let rounded = rounded.mask_fill(magnitude.clone().lower_elem(LEAST), 0.0);
     // Neither infinite values nor NaN are below this.
     let finite = magnitude.lower_equal_elem(f32::MAX);
     x.mask_where(finite, rounded)
@@ -167,14 +167,15 @@ mod tests {
     /// A weight that steps of a hundredth of its neighbours' distance move goes where f32 goes.
     #[test]
     fn small_steps_add_up() {
-        const LEN: usize = 4096;
+        const LEN: usize = 1 << 16;
         let mut x = column(vec![1.0; LEN]);
         for step in 0..200 {
             x = round_to_bf16(x + 2f32.powi(-7) / 100.0, step);
         }
         let values: Vec<f32> = x.into_data().iter::<f32>().collect();
         let mean = values.iter().map(|v| f64::from(*v)).sum::<f64>() / LEN as f64;
-        assert!((mean - 1.015_625).abs() < 2e-4, "{mean}");
+        // Five deviations: of each weight 200 draws of a hundredth, in steps of 2^-7.
+        assert!((mean - 1.015_625).abs() < 2.2e-4, "{mean}");
         assert!(values.iter().all(|v| v.to_bits().trailing_zeros() >= 16));
     }
 

@@ -7,14 +7,15 @@ use std::ops::Range;
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
+use super::context::StageContext;
+use super::corpus::Corpus;
 use super::logits::{chunks, flat};
 use super::on_policy::Sample;
-use super::teacher_cache::Targets;
 use crate::data::TokenStream;
 use crate::error::{Error, Result};
 use crate::model::{CausalLm, ModelConfig, Positions};
-use crate::objective::{ObjectiveConfig, Targets as Compared};
-use crate::ops::{self, Numbers};
+use crate::objective::{ObjectiveConfig, Targets};
+use crate::ops::{self, Likely, Numbers};
 
 /// Token windows on the device.
 pub struct Batch {
@@ -24,7 +25,15 @@ pub struct Batch {
     next_weights: Tensor<2>,
     weights: Tensor<2>,
     /// What a teacher that is not there has said of its tokens.
-    said: Option<Targets>,
+    said: Option<Said>,
+}
+
+/// What a teacher that is not there has said of the tokens of a batch.
+pub(super) struct Said {
+    /// Of each token.
+    pub likely: Likely,
+    /// At this temperature.
+    pub temperature: f64,
 }
 
 /// Where batches come from and go to.
@@ -44,7 +53,23 @@ pub struct Feed<'a> {
     pub device: &'a Device,
 }
 
-impl Feed<'_> {
+impl<'a> Feed<'a> {
+    /// What the batches of a stage are made from.
+    pub(super) fn new(
+        ctx: &'a StageContext<'_>,
+        corpus: &'a Corpus,
+        positions: &'a Positions,
+    ) -> Self {
+        Self {
+            stream: &corpus.stream,
+            length: corpus.length,
+            positions,
+            config: &ctx.model.config,
+            dtype: ctx.compute,
+            device: &ctx.device.device,
+        }
+    }
+
     /// Some windows of the text.
     pub fn windows(&self, windows: &[u32]) -> Batch {
         let Self { stream, length, .. } = *self;
@@ -125,7 +150,7 @@ impl Batch {
 
     /// With what a teacher has said of its tokens.
     #[must_use]
-    pub(super) fn with_said(self, said: Targets) -> Self {
+    pub(super) fn with_said(self, said: Said) -> Self {
         Self { said: Some(said), ..self }
     }
 
@@ -206,7 +231,7 @@ impl Batch {
                 said.likely.logits(range.clone(), vocab, said.temperature, &device)
             });
             let asked = teacher.as_ref().map(|(teacher, goal)| teacher.logits(part(goal)));
-            let targets = Compared {
+            let targets = Targets {
                 teacher: asked.or(said),
                 next: self.next.clone().slice_dim(0, range.clone()),
                 next_weights: part(&self.next_weights),

@@ -1,12 +1,11 @@
 //! Training a whole model on windows of text: steps, log points, saved states. What learns of the
 //! model, and what becomes of it, is the stages' affair.
 
-use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::batch::Feed;
 use super::context::StageContext;
-use super::corpus::{Corpus, Data};
+use super::corpus::Data;
 use super::keys::Keys;
 use super::memory::Memory;
 use super::monitor::Monitor;
@@ -162,7 +161,7 @@ impl Source {
     ) -> Result<Vec<Vec<Part<'a>>>> {
         let Keys { batch: size, accumulate, .. } = training.keys;
         let corpus = Data::need(ctx.data.train.as_ref(), "train")?;
-        let feed = feed(ctx, corpus, &self.positions);
+        let feed = Feed::new(ctx, corpus, &self.positions);
         let drawn = self.order.batch(step);
         let own = training.on_policy.zip(self.samples.as_ref());
         let written = own.map_or(0, |(keys, _)| keys.rows(size));
@@ -213,9 +212,12 @@ impl Session {
         let memory = training.cached.map_or(training.memory, |_| Memory::Disk);
         let teacher = compares.then(|| Teacher::new(ctx, memory, student.ends())).transpose()?;
         let cache = training.cached.zip(teacher.as_ref());
-        let cache = cache.map(|(kept, teacher)| cached(training, kept, ctx, teacher, &order));
+        let cache = cache.map(|(kept, teacher)| {
+            let steps = training.keys.steps;
+            TeacherCache::filled(kept, (training.verb, steps), &order, teacher, ctx)
+        });
         let cache = cache.transpose()?;
-        let feed = feed(ctx, corpus, &positions);
+        let feed = Feed::new(ctx, corpus, &positions);
         let objective = confident(training, ctx, teacher.as_ref(), &order, &feed)?;
         let watched = (training.verb, training.keys.steps, training.keys.objective);
         let monitor = Monitor::new(training.keys.validate, watched, ctx, teacher.as_ref())?;
@@ -618,63 +620,6 @@ impl Session {
         }
         Ok(true)
     }
-}
-
-/// What the batches of a stage are made from.
-fn feed<'a>(ctx: &'a StageContext<'_>, corpus: &'a Corpus, positions: &'a Positions) -> Feed<'a> {
-    Feed {
-        stream: &corpus.stream,
-        length: corpus.length,
-        positions,
-        config: &ctx.model.config,
-        dtype: ctx.compute,
-        device: &ctx.device.device,
-    }
-}
-
-/// What the teacher says of all windows that steps will draw, from the stage's folder as far as it is there.
-fn cached(
-    training: &Training<'_>,
-    kept: Kept,
-    ctx: &mut StageContext<'_>,
-    teacher: &Teacher,
-    order: &Order,
-) -> Result<TeacherCache> {
-    let steps = training.keys.steps;
-    let drawn: BTreeSet<u32> = (0..steps).flat_map(|step| order.batch(step)).collect();
-    let tuned = ctx.model.tuned.iter().map(|(name, tensor)| format!("{name} {}", tensor.sha256()));
-    let facts = [
-        ctx.provenance.model_sha256.clone(),
-        Data::need(ctx.data.train.as_ref(), "train")?.sha256.clone(),
-        format!("seed {} stage {} {:?} {}", ctx.seed, ctx.stage, ctx.compute, ctx.device.name),
-    ];
-    let facts: Vec<String> = facts.into_iter().chain(tuned).collect();
-    let windows = drawn.into_iter().collect();
-    let mut cache = TeacherCache::open(ctx.dir, kept, windows, &facts.join("\n"))?;
-    let [found, of] = cache.windows();
-    if found == of {
-        return Ok(cache);
-    }
-    let text =
-        format!("the teacher is asked once: {} of {of} windows are to be computed", of - found);
-    ctx.report.emit(&Event::Note { text });
-    let corpus = Data::need(ctx.data.train.as_ref(), "train")?;
-    let device = &ctx.device.device;
-    let positions = Positions::new(&ctx.model.config, 0, corpus.length, ctx.compute, device);
-    while let [done, of] = cache.windows()
-        && done < of
-    {
-        ctx.stop.check()?;
-        ctx.report.emit(&Event::Progress {
-            verb: training.verb.to_owned(),
-            done: 0,
-            of: steps,
-            detail: format!("the teacher has said {done}/{of}"),
-        });
-        let feed = feed(ctx, corpus, &positions);
-        teacher.with(ctx, |model| cache.fill(model, &feed))?;
-    }
-    Ok(cache)
 }
 
 /// The objective with the teacher's confidence on the first batches, where it asks for that. A

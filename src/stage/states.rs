@@ -4,13 +4,14 @@
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
-use super::teacher_cache;
 use super::training_state::{Snapshot, State};
 use crate::error::{Error, Result};
 use crate::report::{Event, Reporter};
 use crate::store::folder::entries;
 use crate::train::OptimizerConfig;
 
+/// What a teacher that is asked once has said.
+pub(super) const CACHE_FILE: &str = "teacher.cache";
 /// How the names of states begin; a number of six digits follows.
 const STATE: &str = "state-";
 /// The state that a training may go back to.
@@ -168,7 +169,7 @@ pub fn remove_states(dir: &Path) -> Result<()> {
         return Ok(());
     }
     let states = numbered(dir)?.into_iter().map(|(_, path)| path);
-    let files = [BEST_FILE, PIECES_FILE, teacher_cache::FILE].map(|name| dir.join(name));
+    let files = [BEST_FILE, PIECES_FILE, CACHE_FILE].map(|name| dir.join(name));
     for state in states.chain(files) {
         if state.exists() {
             std::fs::remove_file(&state).map_err(|e| Error::io("remove", &state, &e))?;
@@ -179,7 +180,7 @@ pub fn remove_states(dir: &Path) -> Result<()> {
 
 /// Whether a file in a stage's folder is a state of its training.
 pub fn is_state(name: &str) -> bool {
-    name.starts_with(STATE) || [BEST_FILE, PIECES_FILE, teacher_cache::FILE].contains(&name)
+    name.starts_with(STATE) || [BEST_FILE, PIECES_FILE, CACHE_FILE].contains(&name)
 }
 
 /// Whether there is a state in a stage's folder.

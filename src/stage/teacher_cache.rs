@@ -5,7 +5,7 @@
 //! follow from) and a record of one length for each window, with a hash of its own. A run that was stopped
 //! while it wrote, and a file with damage, go on from the first record that is not whole.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -13,15 +13,19 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::batch::Feed;
+use super::batch::{Feed, Said};
+use super::context::StageContext;
+use super::corpus::Data;
 use super::logits::{chunks, flat};
+use super::states::CACHE_FILE;
+use super::teacher::Teacher;
+use crate::data::Order;
 use crate::error::{Error, Result};
-use crate::model::Forward;
+use crate::model::{Forward, Positions};
 use crate::ops::{Likely, likeliest};
+use crate::report::{Event, Reporter};
 use crate::store::hex;
 
-/// Its name in the stage's folder.
-pub(super) const FILE: &str = "teacher.cache";
 /// The first line.
 const HEAD: &[u8] = b"fewbit teacher, likeliest tokens, 1\n";
 /// Bytes of a fingerprint in hex and the end of its line.
@@ -122,7 +126,7 @@ impl TeacherCache {
     /// # Errors
     /// When the file cannot be read or written.
     pub(super) fn open(dir: &Path, kept: Kept, windows: Vec<u32>, facts: &str) -> Result<Self> {
-        let path = dir.join(FILE);
+        let path = dir.join(CACHE_FILE);
         let failed = |e: &std::io::Error| Error::io("open", &path, e);
         let list: Vec<u8> = windows.iter().flat_map(|window| window.to_le_bytes()).collect();
         let facts = format!("{facts}\n{kept:?}\n{}", hex(&Sha256::digest(&list)));
@@ -142,6 +146,45 @@ impl TeacherCache {
         }
         // What follows is no record, or that of a window behind one.
         cache.file.set_len(cache.start(cache.whole)).map_err(|e| failed(&e))?;
+        Ok(cache)
+    }
+
+    /// The file of what `teacher` says of all windows that steps will draw, from the stage's folder as far as it is
+    /// there.
+    ///
+    /// # Errors
+    /// As [`TeacherCache::open`] and [`TeacherCache::fill`]; when a signal came.
+    pub(super) fn filled(
+        kept: Kept,
+        (verb, steps): (&str, u64),
+        order: &Order,
+        teacher: &Teacher,
+        ctx: &mut StageContext<'_>,
+    ) -> Result<Self> {
+        let corpus = Data::need(ctx.data.train.as_ref(), "train")?;
+        let drawn: BTreeSet<u32> = (0..steps).flat_map(|step| order.batch(step)).collect();
+        let tuned = ctx.model.tuned.iter();
+        let tuned = tuned.map(|(name, tensor)| format!("{name} {}", tensor.sha256()));
+        let facts = [
+            ctx.provenance.model_sha256.clone(),
+            tokens_hash(&corpus.stream.tokens),
+            format!("seed {} stage {} {:?} {}", ctx.seed, ctx.stage, ctx.compute, ctx.device.name),
+        ];
+        let facts: Vec<String> = facts.into_iter().chain(tuned).collect();
+        let mut cache = Self::open(ctx.dir, kept, drawn.into_iter().collect(), &facts.join("\n"))?;
+        let (config, device) = (&ctx.model.config, &ctx.device.device);
+        let positions = Positions::new(config, 0, corpus.length, ctx.compute, device);
+        while let [done, all] = cache.windows()
+            && done < all
+        {
+            ctx.stop.check()?;
+            let detail = format!("the teacher has said {done}/{all}");
+            let verb = verb.to_owned();
+            ctx.report.emit(&Event::Progress { verb, done: 0, of: steps, detail });
+            let corpus = Data::need(ctx.data.train.as_ref(), "train")?;
+            let feed = Feed::new(ctx, corpus, &positions);
+            teacher.with(ctx, |model| cache.fill(model, &feed))?;
+        }
         Ok(cache)
     }
 
@@ -213,7 +256,7 @@ impl TeacherCache {
     ///
     /// # Errors
     /// When the file cannot be read, or was changed.
-    pub(super) fn of(&self, windows: &[u32]) -> Result<Targets> {
+    pub(super) fn of(&self, windows: &[u32]) -> Result<Said> {
         let mut all = Likely::default();
         for window in windows {
             let place = self.places.get(window).copied().filter(|place| *place < self.whole);
@@ -225,16 +268,17 @@ impl TeacherCache {
             })?;
             all.extend(&self.kept.decode(&bytes));
         }
-        Ok(Targets { likely: all, temperature: self.kept.temperature })
+        Ok(Said { likely: all, temperature: self.kept.temperature })
     }
 }
 
-/// What a teacher says of the tokens of a batch.
-pub(super) struct Targets {
-    /// Of each token.
-    pub likely: Likely,
-    /// At this temperature.
-    pub temperature: f64,
+/// The SHA-256 of token ids.
+fn tokens_hash(tokens: &[u32]) -> String {
+    let mut sum = Sha256::new();
+    for token in tokens {
+        sum.update(token.to_le_bytes());
+    }
+    hex(&sum.finalize())
 }
 
 #[cfg(test)]
@@ -286,7 +330,7 @@ mod tests {
     #[test]
     fn damage_is_found_and_done_again() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join(FILE);
+        let path = dir.path().join(CACHE_FILE);
         drop(filled(dir.path(), kept(100), "a"));
         let bytes = std::fs::read(&path).unwrap();
         let head = HEAD.len() + FINGERPRINT;
@@ -305,6 +349,6 @@ mod tests {
         let (cache, _) = filled(dir.path(), kept(100), "a");
         std::fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
         let error = cache.of(&[9]).err().unwrap().to_string();
-        assert!(error.lines().count() == 3 && error.contains(FILE), "{error}");
+        assert!(error.lines().count() == 3 && error.contains(CACHE_FILE), "{error}");
     }
 }
