@@ -13,15 +13,16 @@ use std::time::Instant;
 use burn::tensor::{Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use super::activations::Activations;
+use super::activations::{Activations, StreamType};
 use super::context::{StageContext, block_file, saved_mse, with_mse};
 use super::corpus::Data;
 use super::cost::{Cost, Lever, Scene};
 use super::inputs;
 use super::kind::{Before, Effect, Stage, codes};
+use super::memory::Memory;
 use super::solve_block::solve_block;
 use super::state::ModelState;
-use super::streams::Streams;
+use super::streams::{STREAM_PLACES, Streams, check_memory};
 use super::visits::Visits;
 use crate::error::{Error, Result};
 use crate::exhausted;
@@ -52,6 +53,13 @@ pub struct CalibrateConfig {
     /// What enters a block while its inputs are observed: `"quantized"` or `"float"`.
     #[serde(default)]
     pub inputs: InputStream,
+    /// Where the hidden states of the calibration set are kept: `"host"`, main memory, or `"disk"`, a file in
+    /// the run's folder; the same numbers from each. Absent: main memory where there is room.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Memory>,
+    /// The type they are kept in: `"f32"` or `"bf16"`, half the room and other numbers.
+    #[serde(default, skip_serializing_if = "StreamType::is_default")]
+    pub streams: StreamType,
 }
 
 /// Which stream feeds the block that is being worked on.
@@ -74,6 +82,7 @@ impl CalibrateConfig {
 
 impl Stage for CalibrateConfig {
     fn check(&self) -> Result<()> {
+        check_memory(self.memory)?;
         if self.method.learns() {
             return Err(Error::usage(format!(
                 "calibrate learns nothing, and method.{} learns",
@@ -155,6 +164,18 @@ impl Stage for CalibrateConfig {
         }
     }
 
+    fn memory(&mut self) -> Option<&mut Option<Memory>> {
+        Some(&mut self.memory)
+    }
+
+    fn places(&self) -> &'static [Memory] {
+        &STREAM_PLACES
+    }
+
+    fn neutralize(&mut self) {
+        self.memory = None;
+    }
+
     fn has_saved(&self, dir: &Path) -> bool {
         block_file(dir, 0).exists()
     }
@@ -184,7 +205,8 @@ impl Stage for CalibrateConfig {
 /// With calibration text: methods that look at inputs see them, static grids of activations are
 /// taken, and every method reports its block errors.
 fn block_by_block(config: &CalibrateConfig, ctx: &mut StageContext<'_>) -> Result<()> {
-    let mut streams = Streams::start(ctx)?;
+    let mut streams = Streams::start(ctx, config.memory, config.streams)?;
+    let float_stays = config.inputs == InputStream::Float;
     let blocks = ctx.model.config.n_blocks;
     let saved = (0..blocks).take_while(|index| ctx.block_file(*index).exists()).count();
     if let Some(last) = saved.checked_sub(1) {
@@ -195,7 +217,7 @@ fn block_by_block(config: &CalibrateConfig, ctx: &mut StageContext<'_>) -> Resul
         ctx.stop.check()?;
         exhausted::part(&format!("block {index}"));
         let start = Instant::now();
-        let target = streams.target(ctx, index)?;
+        let target = streams.target(ctx, index, float_stays)?;
         let path = ctx.block_file(index);
         if path.exists() {
             let saved = Saved::read(&path)?;
@@ -264,7 +286,7 @@ fn finish_block(
     let before = streams.float_error(ctx, index, &target, &visits)?;
     visits.report(ctx, index);
     streams.advance(ctx, index, target)?;
-    let mse = [before, streams.quantized.mse(&streams.float)];
+    let mse = [before, streams.quantized.mse(&streams.float)?];
     ctx.report.emit(&Event::Block {
         stage: ctx.stage,
         index,

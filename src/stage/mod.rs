@@ -48,6 +48,7 @@ mod validate;
 mod visits;
 mod watch;
 
+pub use activations::StreamType;
 pub use batch::{Batch, Feed};
 pub use calibrate::{CalibrateConfig, InputStream};
 pub use config::StageConfig;

@@ -30,9 +30,10 @@ use super::corpus::Data;
 use super::cost::{Cost, Lever, Scene, trained};
 use super::keys::check_rate_unit;
 use super::kind::{Before, Effect, Judged, Stage, codes};
+use super::memory::Memory;
 use super::state::ModelState;
 use super::states::{self, States, has_states, remove_states};
-use super::streams::Streams;
+use super::streams::{STREAM_PLACES, Streams, check_memory};
 use crate::error::{Error, Result};
 use crate::exhausted;
 use crate::export::fewbit::Saved;
@@ -50,6 +51,7 @@ impl Stage for ReconstructConfig {
             .fix("objective.mse = {}, or [stage.distill]"));
         }
         check_rate_unit(self.rate_unit, &self.optimizer)?;
+        check_memory(self.memory)?;
         if self.batch == 0 {
             return Err(Error::usage("batch = 0").fix("batch = 2"));
         }
@@ -146,6 +148,15 @@ impl Stage for ReconstructConfig {
         self.allow_worse = false;
         self.checkpoint_every = keys::five_hundred();
         self.keep = super::keys::two();
+        self.memory = None;
+    }
+
+    fn memory(&mut self) -> Option<&mut Option<Memory>> {
+        Some(&mut self.memory)
+    }
+
+    fn places(&self) -> &'static [Memory] {
+        &STREAM_PLACES
     }
 
     fn has_saved(&self, dir: &Path) -> bool {
@@ -153,7 +164,8 @@ impl Stage for ReconstructConfig {
     }
 
     fn run(&self, ctx: &mut StageContext<'_>) -> Result<()> {
-        let mut streams = Streams::start(ctx)?;
+        let mut streams = Streams::start(ctx, self.memory, self.streams)?;
+        let float_stays = self.reads_float(ctx.model.activations.quant);
         let blocks = ctx.model.config.n_blocks;
         let mut states = States::of(ctx.dir, self.keep)?;
         let mut halfway = self.go_on(ctx, &states)?;
@@ -161,7 +173,7 @@ impl Stage for ReconstructConfig {
             ctx.stop.check()?;
             exhausted::part(&format!("block {index}"));
             let start = Instant::now();
-            let target = streams.target(ctx, index)?;
+            let target = streams.target(ctx, index, float_stays)?;
             let path = ctx.block_file(index);
             let mse = if path.exists() {
                 let saved = Saved::read(&path)?;
@@ -174,7 +186,7 @@ impl Stage for ReconstructConfig {
                 let (mut saved, before) = fit.run(ctx, &mut states, halfway.take())?;
                 ctx.take(saved.clone(), &path)?;
                 streams.advance(ctx, index, target)?;
-                let mse = [before, streams.quantized.mse(&streams.float)];
+                let mse = [before, streams.quantized.mse(&streams.float)?];
                 saved.metadata = with_mse(saved.metadata, mse);
                 ctx.report.emit(&Event::Block {
                     stage: ctx.stage,

@@ -11,7 +11,7 @@ use crate::device::NamedDevice;
 use crate::error::{Error, Result};
 use crate::recipe::Plan;
 use crate::report::{Event, size};
-use crate::stage::{Data, Lever, Memory, ModelState, Scene, Speed, Stage};
+use crate::stage::{Data, Lever, ModelState, Scene, Speed, Stage};
 use crate::store::folder::{bytes_below, free_bytes};
 
 /// Memory of the process itself: code, tokenizer, buffers.
@@ -149,6 +149,7 @@ fn choose_memory(plan: &mut Plan, scene: &Scene<'_>, room: Option<u64>) -> Vec<S
         if !is_open(planned.config.stage_mut()) {
             continue;
         }
+        let places = planned.config.stage().places();
         let mut of = |memory| {
             if let Some(asked) = planned.config.stage_mut().memory() {
                 *asked = Some(memory);
@@ -156,11 +157,11 @@ fn choose_memory(plan: &mut Plan, scene: &Scene<'_>, room: Option<u64>) -> Vec<S
             let cost = planned.config.stage().cost(scene);
             BASE_BYTES + scene.linears + cost.host + cost.device
         };
-        let fastest = of(Memory::Tape);
-        let fits = Memory::ALL.into_iter().find(|memory| of(*memory) <= room);
-        let memory = fits.unwrap_or(Memory::Disk);
-        let needed = of(memory);
-        if memory != Memory::Tape {
+        let (Some(first), Some(last)) = (places.first(), places.last()) else { continue };
+        let fits = places.iter().find(|memory| of(**memory) <= room);
+        let memory = *fits.unwrap_or(last);
+        let (fastest, needed) = (of(*first), of(memory));
+        if memory != *first {
             chosen.push(format!(
                 "stage.{index}.{name}.memory = \"{}\": {} of memory in place of {}, and the same numbers",
                 memory.name(),
