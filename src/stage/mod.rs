@@ -30,6 +30,7 @@ mod monitor;
 mod observed;
 mod on_policy;
 mod places;
+mod probe;
 mod reconstruct;
 mod results;
 mod session;
@@ -62,6 +63,7 @@ pub use finetune::{FinetuneConfig, FinetuneMethod, FullConfig, LoraConfig, Qlora
 pub use kind::{Before, Codes, Effect, Judged, Stage};
 pub use lora::{Target, Targets};
 pub use memory::Memory;
+pub use probe::{Line, Probe, attach};
 pub use reconstruct::{ReconstructConfig, Within};
 pub use results::{ExportRecord, Measured, Quality, Results, Setback};
 pub use stand_in::StandIns;
