@@ -161,9 +161,16 @@ impl Scene<'_> {
     /// Bytes of measuring the model block by block on so many tokens at once, and of what plain rounding is
     /// compared by where `rounds` says so.
     pub(super) fn measuring(&self, tokens: u64, rounds: bool) -> u64 {
-        let logits = 4 * LOGITS_MEASURED.min(tokens * self.config().vocab as u64);
         let codes = if rounds { self.codes + 28 * self.widest } else { 0 };
-        self.ends() + codes.max(4 * self.block) + pass_bytes(self.config(), tokens) + logits
+        let work = codes.max(4 * self.block) + self.passing(tokens);
+        // Nothing else is there while the ends are read.
+        self.ends().max(4 * self.rest + work)
+    }
+
+    /// Bytes of a pass of so many tokens through a block, or of their logits.
+    pub(super) fn passing(&self, tokens: u64) -> u64 {
+        let logits = 4 * LOGITS_MEASURED.min(tokens * self.config().vocab as u64);
+        logits.max(pass_bytes(self.config(), tokens))
     }
 
     /// Seconds of measuring perplexities on `tokens`, and of reading the model for it; `None` without a probe.
@@ -283,7 +290,7 @@ impl Scene<'_> {
             kept * blocks + 8 * micro * (d + inner)
         };
         let seen = 3 * 4 * (micro * vocab).min(LOGITS_TRAINED);
-        let validating = self.measuring(micro.min(2048), false) - self.ends() - 4 * self.block;
+        let validating = self.passing(micro.min(2048));
         Some(Cost {
             device: weights + (tapes + seen).max(validating),
             seconds: self.speed.seconds(flops, (per_step * keys.steps) as f64, keys.steps as f64),

@@ -111,7 +111,7 @@ impl Stage for EvaluateConfig {
         };
         let context = 2048.min(scene.config().max_positions as u64);
         let pass = 4096.min(tokens / models.max(1)).max(64);
-        let passing = scene.measuring(pass, false) - 4 * scene.block;
+        let passing = scene.ends() + scene.passing(pass);
         let reading = scene
             .measured(tokens, context)
             .map_or(reading, |seconds| seconds + scene.load((models - 1) * weights).unwrap_or(0.0));

@@ -77,7 +77,7 @@ impl Stage for ExportConfig {
         });
         // A linear as it was and as it is read again, in floats and in bytes.
         Cost {
-            device: scene.measuring(text.clamp(128, 4096), false) + 12 * scene.widest,
+            device: scene.measuring(text.clamp(128, 4096), false).max(12 * scene.widest),
             disk: all.iter().map(bytes).sum::<u64>() + largest,
             seconds: work.unwrap_or(0.2 + (scene.linears + scene.rest) as f64 * 2e-8),
             ..Cost::default()
