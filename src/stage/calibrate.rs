@@ -175,7 +175,7 @@ impl Stage for CalibrateConfig {
         } else {
             let passing = 8 * scene.block + moments + pass_bytes(config, pass);
             let solving = solved + if self.reads_text() { 4 * scene.block } else { 0 };
-            passing.max(solving).max(scene.ends())
+            passing.max(solving).max(scene.entrance())
         };
         Cost {
             device: work,

@@ -146,6 +146,11 @@ impl Scene<'_> {
         tape_bytes(self.config(), tokens, length, self.discrete)
     }
 
+    /// Bytes of the embedding in f32, and in its file's type while it is read.
+    pub(super) fn entrance(&self) -> u64 {
+        (4 + self.stored) * self.config().head_shape().iter().product::<usize>() as u64
+    }
+
     /// Bytes of embedding and head in f32, and of the larger one in its file's type while it is read.
     pub(super) fn ends(&self) -> u64 {
         let head = self.config().head_shape().iter().product::<usize>() as u64;

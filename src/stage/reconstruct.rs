@@ -140,7 +140,7 @@ impl Stage for ReconstructConfig {
         let fitted = trained(scene.block, &self.method, &self.optimizer, scene.discrete) + best;
         let work = (fitted + scene.tape(tokens, length))
             .max(8 * scene.block + pass_bytes(config, pass))
-            .max(scene.ends());
+            .max(scene.entrance());
         let judged = scene.data.validation.is_some();
         let judged = if judged { scene.measuring(1024, true) } else { 0 };
         Cost {
