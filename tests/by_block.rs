@@ -282,3 +282,64 @@ fn what_cannot_be_is_refused_before_it_begins() {
     let error = place.refused(&["check", "--recipe", "recipe.toml"]);
     assert!(error.contains("disk"), "{error}");
 }
+
+/// The stages that look at calibration text, fitted in pieces and with inputs of both streams, so that every stream
+/// there is gets read.
+const STREAMS: &str = r#"[[stage]]
+[stage.reconstruct]
+method.flexround = {}
+steps = 5
+batch = 2
+learning_rate = 1e-3
+input_prob = 0.5
+within = "staged"
+allow_worse = true
+[[stage]]
+[stage.reconstruct]
+bits = 2
+method.seq = {}
+objective.mse = { augmented = true }
+steps = 3
+learning_rate = 1e-3
+allow_worse = true
+"#;
+
+/// The blocks that a run leaves with these settings of all its stages.
+fn blocks(stages: &str, sets: &[&str]) -> BTreeMap<String, Vec<u8>> {
+    let place = Place::with_small_run(stages);
+    let sets = sets.iter().flat_map(|set| ["--set", *set]);
+    place.ok(&TRAIN.into_iter().chain(sets).collect::<Vec<_>>());
+    let left = place.tree("run/checkpoints");
+    assert!(left.keys().all(|name| name.contains("block-")), "{:?}", left.keys());
+    left
+}
+
+#[test]
+fn hidden_states_in_a_file_give_the_same_bits_as_in_memory() {
+    let places = |stage: usize, kind: &str, memory: &str| {
+        format!("stage.{stage}.{kind}.memory=\"{memory}\"")
+    };
+    let of = |memory: &str, streams: &str| {
+        let set = [0, 1].map(|stage| places(stage, "reconstruct", memory));
+        let types = [0, 1].map(|stage| format!("stage.{stage}.reconstruct.streams=\"{streams}\""));
+        let sets: Vec<&str> = set.iter().chain(&types).map(String::as_str).collect();
+        blocks(STREAMS, &sets)
+    };
+    let (memory, disk) = (of("host", "f32"), of("disk", "f32"));
+    assert!(!memory.is_empty() && memory == disk);
+    let (short, short_disk) = (of("host", "bf16"), of("disk", "bf16"));
+    assert!(short == short_disk && short != memory);
+    for method in ["awq", "adadim", "gptq"] {
+        let stage = format!("[[stage]]\n[stage.calibrate]\nmethod.{method} = {{}}\n");
+        let of = |memory| blocks(&stage, &[places(0, "calibrate", memory).as_str()]);
+        assert!(of("host") == of("disk"), "{method}");
+    }
+}
+
+#[test]
+fn hidden_states_have_two_places() {
+    let stage = "[[stage]]\n[stage.calibrate]\nmethod.gptq = {}\nmemory = \"tape\"\n";
+    let error = Place::with_small_run(stage).refused(&["check", "--recipe", "recipe.toml"]);
+    assert!(error.contains("is for stages that train the whole model"), "{error}");
+    assert!(error.contains("memory = \"host\" or \"disk\""), "{error}");
+}

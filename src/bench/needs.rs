@@ -96,7 +96,7 @@ pub(super) fn bytes(
     let known = settings.method.is_none() && settings.dtype == DType::F32;
     let trained = if known { KERNEL_BYTES } else { TRAINED_WEIGHT_BYTES };
     let tokens = batch * length;
-    let tape = tape_bytes(config, tokens, length);
+    let tape = tape_bytes(config, tokens, length, settings.dtype != DType::F32);
     let (d, blocks) = (config.d_model as u64, config.n_blocks as u64);
     let cache = |rows: u64, length: u64| {
         2 * held * rows * length * blocks * (config.n_kv_heads * config.head_dim) as u64

@@ -29,6 +29,9 @@ pub(super) struct BenchArgs {
     /// config.json; they are made as they are needed, nothing is downloaded
     #[arg(long, value_name = "SHAPE")]
     like: Option<String>,
+    /// Of that shape only so many blocks
+    #[arg(long, value_name = "BLOCKS", requires = "like", value_parser = positive())]
+    layers: Option<u32>,
     /// Measure nothing, but write those random weights as a folder: config.json, bf16 safetensors, and
     /// the built-in tokenizer where its vocabulary fits
     #[arg(long, value_name = "DIR", requires = "like", conflicts_with_all = ["part", "method", "batch", "length"])]
@@ -81,7 +84,8 @@ fn seconds(text: &str) -> Result<f64, String> {
 pub(super) fn run(args: &BenchArgs, stop: &StopFlag) -> Result<()> {
     let asked = args.parts()?;
     let method = args.method.as_deref().map(Settings::method).transpose()?;
-    let like = args.like.as_deref().map(|like| config_of(like).map(|config| (like, config)));
+    let shape = |like| config_of(like).and_then(|config| with_layers(config, args.layers));
+    let like = args.like.as_deref().map(|like| shape(like).map(|config| (like, config)));
     let like = like.transpose()?;
     if let (Some(target), Some((like, config))) = (&args.write, &like) {
         return write(args, target, like, config, stop);
@@ -318,6 +322,24 @@ fn write(
         return output::line(&format!("{path}   seed {seed} of random weights like {like}"));
     }
     output::line(&format!("{path}   {} of random weights like {like}", size(bytes)))
+}
+
+/// A config of fewer blocks.
+fn with_layers(mut config: Map<String, Value>, layers: Option<u32>) -> Result<Map<String, Value>> {
+    const KEYS: [&str; 3] = ["num_hidden_layers", "n_layer", "num_layers"];
+    let Some(layers) = layers else { return Ok(config) };
+    let own = KEYS.into_iter().find_map(|key| Some((key, config.get(key)?.as_u64()?)));
+    let Some((key, _)) = own.filter(|(_, own)| u64::from(layers) <= *own) else {
+        let has = own.map_or_else(|| "no number of them".to_owned(), |(_, own)| format!("{own}"));
+        return Err(Error::usage(format!("--layers {layers}, and the shape has {has}"))
+            .at("--layers")
+            .fix(own.map_or_else(String::new, |(_, own)| format!("--layers {own}, or fewer"))));
+    };
+    config.insert(key.to_owned(), layers.into());
+    if let Some(Value::Array(kinds)) = config.get_mut("layer_types") {
+        kinds.truncate(layers as usize);
+    }
+    Ok(config)
 }
 
 /// The config of a known shape, or of a file or folder.

@@ -158,6 +158,8 @@ type Sets = Vec<(String, Corpus)>;
 
 fn of_recipe(recipe: &str, args: &PreviewArgs) -> Result<(Sets, Tokenizer)> {
     let options = Options {
+        probe: false,
+        price_per_hour: None,
         recipe: recipe.to_owned(),
         set: args.set.clone(),
         output: None,

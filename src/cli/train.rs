@@ -27,12 +27,27 @@ struct Changes {
     /// auto, cpu, cuda[:i], metal, rocm[:i], vulkan, wgpu; instead of the recipe's `device`
     #[arg(long)]
     device: Option<String>,
+    /// Time one block with the recipe's shapes before anything begins (seconds), and estimate by that
+    #[arg(long)]
+    probe: bool,
+    /// What an hour of this machine costs; the estimate is then given in money, too
+    #[arg(long, value_name = "X", value_parser = price)]
+    price_per_hour: Option<f64>,
 }
 
 impl Changes {
     fn options(self, recipe: String, fresh: bool) -> Options {
-        let Self { set, output, device } = self;
-        Options { recipe, set, output, device, fresh }
+        let Self { set, output, device, probe, price_per_hour } = self;
+        Options { recipe, set, output, device, fresh, probe, price_per_hour }
+    }
+}
+
+fn price(text: &str) -> Result<f64, String> {
+    let value: f64 = text.parse().map_err(|_| "a number, for instance 2.50".to_owned())?;
+    if value.is_finite() && value >= 0.0 {
+        Ok(value)
+    } else {
+        Err("a price of 0 or more".to_owned())
     }
 }
 

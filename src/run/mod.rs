@@ -13,7 +13,8 @@ use std::time::Instant;
 
 pub use folder::RunFolder;
 pub use preflight::{
-    Needs, Prepared, Target, data_of, memory_available, memory_total, model_sha256, prepare,
+    Needs, Prepared, Price, StageNeeds, Target, data_of, memory_available, memory_total,
+    model_sha256, prepare,
 };
 pub use record::{Fingerprint, RunRecord, StageRecord, Status};
 
@@ -29,7 +30,7 @@ use crate::report::tensorboard::TensorBoard;
 use crate::report::{Event, Reporter, Reporters, memory};
 use crate::stage::{Measured, Quality, Results, StageContext, is_state, mark, remove_states};
 use crate::stop::StopFlag;
-use crate::store::folder::{entries, write_atomic};
+use crate::store::folder::{bytes_below, entries, write_atomic};
 
 /// How a recipe is to be run.
 #[derive(Clone, Debug)]
@@ -44,6 +45,10 @@ pub struct Options {
     pub device: Option<String>,
     /// Start over, whatever the folder holds.
     pub fresh: bool,
+    /// Time one block before anything begins, and estimate by that.
+    pub probe: bool,
+    /// What an hour of this machine costs.
+    pub price_per_hour: Option<f64>,
 }
 
 /// Runs a recipe to its end, or to a signal; resumes by itself.
@@ -75,6 +80,9 @@ pub fn train(options: &Options, mut report: Reporters, stop: &StopFlag) -> Resul
     record.seconds = before + start.elapsed().as_secs_f64();
     let peak = memory::peak_gib();
     record.peak_gib = record.peak_gib.zip(peak).map(|(a, b)| a.max(b)).or(peak);
+    record.disk_bytes = Some(bytes_below(folder.path()));
+    let per_hour = options.price_per_hour.or(record.price.map(|price| price.per_hour));
+    record.price = per_hour.map(|per_hour| Price::of(per_hour, record.seconds));
     record.status = match &outcome {
         Ok(()) => Status::Done,
         Err(error) if matches!(error.kind(), Kind::Stopped(_)) => Status::Stopped,
@@ -187,6 +195,7 @@ fn execute(
             continue;
         }
         record.stages[index].seconds += start.elapsed().as_secs_f64();
+        record.stages[index].peak_gib = memory::peak_gib();
         record.stages[index].status = match &outcome {
             Ok(()) => Status::Done,
             Err(_) if trained => Status::Trained,
@@ -246,6 +255,10 @@ pub fn announce(prepared: &Prepared, report: &mut dyn Reporter) {
         kept: prepared.kept(),
     });
     report.emit(&prepared.needs.event(&prepared.device));
+    if let Some(Price { per_hour, run }) = prepared.needs.price {
+        let text = format!("at {per_hour:.2} an hour the run costs about {run:.2}");
+        report.emit(&Event::Note { text });
+    }
     if let Some(Target { format, scales, bits_per_weight }) = prepared.target {
         let text = format!(
             "for {}: {bits_per_weight:.2} bits a quantized weight, with quant.scales = \"{}\"",

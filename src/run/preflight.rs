@@ -1,6 +1,7 @@
 //! The preflight: everything that can be refused is refused before a weight is read, and what the
 //! run will need is estimated.
 
+mod fit;
 mod identity;
 mod limits;
 mod needs;
@@ -12,7 +13,8 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-pub use self::needs::Needs;
+use self::needs::Means;
+pub use self::needs::{Needs, Price, StageNeeds};
 use super::record::RECORD_FILE;
 use super::{Fingerprint, Options, RunFolder};
 use crate::data::sha256_of;
@@ -116,9 +118,12 @@ fn fitted(options: &Options, stop: &StopFlag) -> Result<Prepared> {
     let data = load_data(&plan.recipe.data, &model, rows)?;
     check_data(&plan, &model, &data)?;
     check_exports(&plan, &model, &device)?;
-    let (needs, peaks, chosen) = Needs::estimate(&mut plan, &model, &data, &device);
+    let (probe, price_per_hour) = (options.probe, options.price_per_hour);
+    let means = Means { probe, price_per_hour, stop };
+    let (needs, peaks, chosen) = Needs::estimate(&mut plan, &model, &data, &device, means);
+    stop.check()?;
     let scarce = needs.check(&peaks, &plan.recipe.output)?;
-    let smaller = peaks.iter().map(needs::Peak::smaller).collect();
+    let smaller = peaks.iter().map(fit::Peak::smaller).collect();
     let fingerprint = identity::without_model(&plan, &data)?;
     Ok(Prepared { plan, device, model, data, fingerprint, needs, smaller, target, scarce, chosen })
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::Needs;
+use super::{Needs, Price, StageNeeds};
 use crate::error::{Error, Result};
 use crate::recipe::{self, Recipe, to_toml};
 use crate::stage::Results;
@@ -43,6 +43,12 @@ pub struct StageRecord {
     pub status: Status,
     /// Wall-clock seconds spent in it, over all attempts.
     pub seconds: f64,
+    /// What the preflight expected of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub needs: Option<StageNeeds>,
+    /// Peak memory of the process at its end, over all stages so far, where the system tells.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_gib: Option<f64>,
     /// The checkpoints that it left, once it has left its model.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<String>,
@@ -105,6 +111,12 @@ pub struct RunRecord {
     pub seconds: f64,
     /// Peak memory of the process, where the system tells.
     pub peak_gib: Option<f64>,
+    /// Bytes of the run's folder at the end of the last attempt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_bytes: Option<u64>,
+    /// What the run cost, where it was said what an hour costs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub price: Option<Price>,
     /// Perplexities, errors and exports.
     pub results: Results,
     /// What the checkpoints depend on.
@@ -113,11 +125,14 @@ pub struct RunRecord {
 
 impl RunRecord {
     /// The record of a run that has not begun.
-    pub fn new(stages: &[&str], needs: Needs, fingerprint: Fingerprint) -> Self {
+    pub fn new(stages: &[&str], mut needs: Needs, fingerprint: Fingerprint) -> Self {
+        let mut of_stages = std::mem::take(&mut needs.stages).into_iter();
         let pending = |name: &&str| StageRecord {
             name: (*name).to_owned(),
             status: Status::Pending,
             seconds: 0.0,
+            needs: of_stages.next(),
+            peak_gib: None,
             files: Vec::new(),
         };
         Self {
@@ -129,6 +144,8 @@ impl RunRecord {
             needs,
             seconds: 0.0,
             peak_gib: None,
+            disk_bytes: None,
+            price: None,
             results: Results::default(),
             fingerprint,
         }

@@ -135,7 +135,7 @@ impl Search<'_> {
     /// The factors, `[in]`, of the exponent with the smallest output error; none when that is no
     /// balancing at all. The first of equals wins.
     fn best(&self, block: &Block) -> Result<Option<Tensor<1>>> {
-        let magnitude = self.observed.inputs.mean_magnitude();
+        let magnitude = self.observed.inputs.mean_magnitude()?;
         let site = self.group.site;
         let reference = Reference::new(self.ctx, block, site, self.observed, self.places)?;
         let mut best: Option<(f64, Option<Tensor<1>>)> = None;

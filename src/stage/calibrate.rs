@@ -13,15 +13,16 @@ use std::time::Instant;
 use burn::tensor::{Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use super::activations::Activations;
+use super::activations::{Activations, StreamType, samples_per_pass};
 use super::context::{StageContext, block_file, saved_mse, with_mse};
 use super::corpus::Data;
-use super::cost::{Cost, Lever, Scene};
+use super::cost::{Cost, Lever, Scene, pass_bytes};
 use super::inputs;
 use super::kind::{Before, Effect, Stage, codes};
+use super::memory::Memory;
 use super::solve_block::solve_block;
 use super::state::ModelState;
-use super::streams::Streams;
+use super::streams::{STREAM_PLACES, Streams, check_memory};
 use super::visits::Visits;
 use crate::error::{Error, Result};
 use crate::exhausted;
@@ -52,6 +53,13 @@ pub struct CalibrateConfig {
     /// What enters a block while its inputs are observed: `"quantized"` or `"float"`.
     #[serde(default)]
     pub inputs: InputStream,
+    /// Where the hidden states of the calibration set are kept: `"host"`, main memory, or `"disk"`, a file in
+    /// the run's folder; the same numbers from each. Absent: main memory where there is room.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Memory>,
+    /// The type they are kept in: `"f32"` or `"bf16"`, half the room and other numbers.
+    #[serde(default, skip_serializing_if = "StreamType::is_default")]
+    pub streams: StreamType,
 }
 
 /// Which stream feeds the block that is being worked on.
@@ -66,6 +74,22 @@ pub enum InputStream {
 }
 
 impl CalibrateConfig {
+    /// Seconds by what a probe measured, with so many tokens of calibration.
+    fn seconds(&self, scene: &Scene<'_>, tokens: u64) -> Option<f64> {
+        let blocks = scene.config().n_blocks as f64;
+        let rounded = scene.rounding(&self.method)? * blocks;
+        if tokens == 0 {
+            return Some(rounded + scene.load(scene.linears)?);
+        }
+        let length = scene.calibration()?.1;
+        // Target, error, and behind the block; what is observed; then one for each way to balance.
+        let looks = u64::from(self.reads_text()) as f64;
+        let tried = self.method.balance_exponents().len() as f64;
+        let passes = 3.0 + looks + tried;
+        let pass = scene.pass(length)? * tokens as f64 * blocks;
+        Some(passes * pass + rounded * tried.max(1.0) + 4.0 * scene.load(scene.linears)?)
+    }
+
     /// Whether the method looks at calibration text.
     fn reads_text(&self) -> bool {
         self.method.needs() != Needs::Weight
@@ -74,6 +98,7 @@ impl CalibrateConfig {
 
 impl Stage for CalibrateConfig {
     fn check(&self) -> Result<()> {
+        check_memory(self.memory)?;
         if self.method.learns() {
             return Err(Error::usage(format!(
                 "calibrate learns nothing, and method.{} learns",
@@ -127,32 +152,60 @@ impl Stage for CalibrateConfig {
         let read = config.arch.experts.as_ref().map_or(usize::MAX, |experts| experts.active);
         let seen = all.iter().filter(|(site, _)| site.expert().is_none_or(|at| at < read));
         let inputs: u64 = seen.map(|(_, width)| *width).sum();
-        // Both streams, and one that is being made.
-        let streams =
-            scene.calibration().map_or(0, |(samples, length)| 12 * samples * length * d_model);
+        let stream = scene.stream(self.streams.size());
+        let on_disk = self.memory == Some(Memory::Disk);
+        let streams = 2 + u64::from(self.inputs == InputStream::Float);
         // The moments at every site of a block in f64, and what a solver makes of one of them.
-        let moments =
-            8 * (all.values().map(|width| width * width).sum::<u64>() + 3 * widest * widest);
+        let moments = 8 * all.values().map(|width| width * width).sum::<u64>();
         // The inputs of every site, and a module's output.
-        let per_token = 4 * (inputs + d_model);
+        let per_token = self.streams.size() * (inputs + d_model);
         let kept = scene.calibration().map_or(0, |(samples, length)| samples * length * per_token);
-        let (moments, kept) = match self.method.needs() {
-            Needs::Weight => (0, 0),
-            Needs::Moments => (moments, 0),
-            Needs::Outputs => (moments, kept),
+        // Of the linear that is worked on; f64 where its errors are made good.
+        let (solved, kept) = match self.method.needs() {
+            Needs::Weight => (28 * scene.widest, 0),
+            Needs::Moments => (moments + 16 * (widest * widest + scene.widest), 0),
+            Needs::Outputs => (moments + 28 * scene.widest, kept),
         };
-        let samples = scene.calibration().map_or(0, |(samples, _)| samples);
+        let (samples, length) = scene.calibration().unwrap_or_default();
+        let pass = (samples_per_pass(length as usize) as u64).min(samples) * length;
+        let waits = streams * stream + kept;
+        let moments = if self.method.needs() == Needs::Weight { 0 } else { moments };
+        let work = if samples == 0 {
+            solved
+        } else {
+            let passing = 8 * scene.block + moments + pass_bytes(config, pass);
+            let solving = solved + if self.reads_text() { 4 * scene.block } else { 0 };
+            passing.max(solving).max(scene.entrance())
+        };
         Cost {
-            device: 8 * scene.block,
-            host: streams + moments + kept,
-            disk: scene.linears,
-            seconds: scene.linears as f64 * 40.0 / scene.speed.bytes,
-            lever: (samples > 0).then(|| Lever {
-                key: "data.calibration.samples",
-                value: samples,
-                bytes: (streams + kept) / samples,
+            device: work,
+            host: if on_disk { 12 * pass * d_model } else { waits },
+            disk: scene.codes + if on_disk { waits } else { 0 },
+            seconds: self.seconds(scene, samples * length).unwrap_or_else(|| {
+                let flops = 8.0 * (scene.linears * samples * length) as f64;
+                scene.speed.seconds(flops, scene.linears as f64 * 40.0, 0.0)
+            }),
+            lever: (samples > 0).then(|| match on_disk {
+                true => Lever { key: "data.calibration.samples", value: samples, bytes: 0 },
+                false => Lever {
+                    key: "data.calibration.samples",
+                    value: samples,
+                    bytes: waits / samples,
+                },
             }),
         }
+    }
+
+    fn memory(&mut self) -> Option<&mut Option<Memory>> {
+        Some(&mut self.memory)
+    }
+
+    fn places(&self) -> &'static [Memory] {
+        &STREAM_PLACES
+    }
+
+    fn neutralize(&mut self) {
+        self.memory = None;
     }
 
     fn has_saved(&self, dir: &Path) -> bool {
@@ -184,7 +237,8 @@ impl Stage for CalibrateConfig {
 /// With calibration text: methods that look at inputs see them, static grids of activations are
 /// taken, and every method reports its block errors.
 fn block_by_block(config: &CalibrateConfig, ctx: &mut StageContext<'_>) -> Result<()> {
-    let mut streams = Streams::start(ctx)?;
+    let mut streams = Streams::start(ctx, config.memory, config.streams)?;
+    let float_stays = config.inputs == InputStream::Float;
     let blocks = ctx.model.config.n_blocks;
     let saved = (0..blocks).take_while(|index| ctx.block_file(*index).exists()).count();
     if let Some(last) = saved.checked_sub(1) {
@@ -195,7 +249,7 @@ fn block_by_block(config: &CalibrateConfig, ctx: &mut StageContext<'_>) -> Resul
         ctx.stop.check()?;
         exhausted::part(&format!("block {index}"));
         let start = Instant::now();
-        let target = streams.target(ctx, index)?;
+        let target = streams.target(ctx, index, float_stays)?;
         let path = ctx.block_file(index);
         if path.exists() {
             let saved = Saved::read(&path)?;
@@ -264,7 +318,7 @@ fn finish_block(
     let before = streams.float_error(ctx, index, &target, &visits)?;
     visits.report(ctx, index);
     streams.advance(ctx, index, target)?;
-    let mse = [before, streams.quantized.mse(&streams.float)];
+    let mse = [before, streams.quantized.mse(&streams.float)?];
     ctx.report.emit(&Event::Block {
         stage: ctx.stage,
         index,

@@ -189,15 +189,14 @@ impl Stage for DistillConfig {
         let memory = self.memory.unwrap_or(Memory::Tape);
         let shared = scene.model.has_float_ends();
         let ends = 4 * if shared { rest } else { 2 * rest };
-        // Latents and quantized weights, with the gradients of both.
-        let all = 4 * 4 * linears + self.optimizer.moments.bytes(linears);
+        // Latents, quantized weights, and the gradients of one of them.
+        let all = 4 * 3 * linears + self.optimizer.moments.bytes(linears);
         // Weights and moments, and gradients that wait for the norm of all.
         let state = self.optimizer.latents.bytes(linears)
             + self.optimizer.moments.bytes(linears)
             + if self.optimizer.norm == NormOf::Global { 4 * linears } else { 0 };
-        // One block at work: latents, quantized weights, their gradients and those of the latents; its moments,
-        // the next block, and transients of about one more.
-        let one = 4 * 6 * block + self.optimizer.moments.bytes(block);
+        // One block at work: latents, quantized weights, gradients; its moments.
+        let one = 4 * 3 * block + self.optimizer.moments.bytes(block);
         let kept = self.kept(scene.config().vocab, scene.data);
         let teacher = match (self.needs_float(), kept) {
             (false, _) => 0,
@@ -227,7 +226,7 @@ impl Stage for DistillConfig {
             disk,
             host,
             device: cost.device + writing.device,
-            seconds: cost.seconds + writing.seconds,
+            seconds: self.seconds(scene).unwrap_or(cost.seconds) + writing.seconds,
             ..cost
         })
     }
@@ -288,6 +287,26 @@ impl DistillConfig {
         let Some(corpus) = &data.train else { return drawn };
         let windows = corpus.stream.windows(corpus.length);
         drawn.min(corpus.samples.map_or(windows, |samples| samples.min(windows)) as u64)
+    }
+
+    /// Seconds by what a probe measured.
+    fn seconds(&self, scene: &Scene<'_>) -> Option<f64> {
+        let length = scene.data.train.as_ref()?.length as u64;
+        let (blocks, tokens) = (scene.config().n_blocks as f64, self.batch as u64 * length);
+        let step = scene.step(&self.method, &self.optimizer, [length, tokens])?.at(tokens);
+        // One that is asked once answers before the first step: a pass over windows, few of them twice.
+        let asks = self.needs_float() && self.teacher == TeacherFrom::Model;
+        let teacher = if asks { 1.0 } else { 0.0 };
+        let again = if self.memory.is_none_or(|memory| memory == Memory::Tape) { 0.0 } else { 1.0 };
+        let pass = (teacher + again) * scene.pass(length)? * tokens as f64;
+        // Logits of both, and the gradient to the hidden states.
+        let head = scene.probe.as_ref()?.head()?.token * tokens as f64 * (2.0 + teacher);
+        let micro = blocks * (step + pass) + head;
+        let every = self.validate.interval(self.steps);
+        let points = if every == 0 { 0 } else { self.steps / every + 1 };
+        let own = scene.rounding(&self.method)? * blocks + 2.0 * scene.load(scene.linears)?;
+        let steps = (self.steps * self.accumulate as u64) as f64;
+        Some(steps * micro + own + scene.judging(&self.validate, points)?)
     }
 }
 

@@ -99,8 +99,24 @@ impl Stage for EvaluateConfig {
         let writing: Vec<Cost> = writing.collect();
         let cached = writing.iter().map(|cost| cost.device).max().unwrap_or(0);
         let seconds: f64 = writing.iter().map(|cost| cost.seconds).sum();
+        // A dense model, or rounded codes beside it, is the largest.
+        let of = |baseline| self.baselines.as_ref().is_some_and(|all| all.contains(&baseline));
+        let float = self.baselines.is_none() && scene.model.float().is_ok() || of(Baseline::Float);
+        let whole = if of(Baseline::Rtn) {
+            4 * scene.linears + scene.codes
+        } else if float || scene.codes == 0 {
+            4 * scene.linears
+        } else {
+            scene.codes
+        };
+        let context = 2048.min(scene.config().max_positions as u64);
+        let pass = 4096.min(tokens / models.max(1)).max(64);
+        let passing = scene.ends() + scene.passing(pass);
+        let reading = scene
+            .measured(tokens, context)
+            .map_or(reading, |seconds| seconds + scene.load((models - 1) * weights).unwrap_or(0.0));
         Cost {
-            device: 4 * weights + scene.tape(2048, 2048).max(cached),
+            device: whole + passing + cached,
             seconds: reading + seconds * models as f64,
             ..Cost::default()
         }

@@ -57,9 +57,31 @@ impl Stage for ExportConfig {
     }
 
     fn cost(&self, scene: &Scene<'_>) -> Cost {
-        let dense = scene.model.checkpoint.total_bytes();
-        let formats = self.format.formats().len() as u64;
-        Cost { disk: formats * (dense + 4 * scene.linears), seconds: 0.2, ..Cost::default() }
+        let all = self.format.formats();
+        let config = scene.config();
+        let norms = scene.config().n_blocks as u64 * 4 * config.d_model as u64;
+        let rest = scene.stored * (scene.rest + norms);
+        let bytes = |format: &Format| match format {
+            Format::Dequantized => 4 * scene.linears + rest,
+            _ => scene.codes + rest,
+        };
+        // Values are there twice while the last folder is put together.
+        let largest = all.iter().map(bytes).max().unwrap_or(0);
+        let text = scene.data.validation.as_ref();
+        let text = text.map_or(0, |corpus| corpus.stream.tokens.len().min(PARITY_TOKENS)) as u64;
+        // On the prompts, too.
+        let tokens = (text + 128) * (1 + all.len() as u64);
+        let work = scene.measured(tokens, 2048).map(|measured| {
+            measured
+                + all.len() as f64 * scene.load(8 * scene.linears + 4 * scene.rest).unwrap_or(0.0)
+        });
+        // A linear as it was and as it is read again, in floats and in bytes.
+        Cost {
+            device: scene.measuring(text.clamp(128, 4096), false).max(12 * scene.widest),
+            disk: all.iter().map(bytes).sum::<u64>() + largest,
+            seconds: work.unwrap_or(0.2 + (scene.linears + scene.rest) as f64 * 2e-8),
+            ..Cost::default()
+        }
     }
 
     fn exports(&self) -> Option<&FormatsConfig> {

@@ -92,6 +92,11 @@ pub trait Stage {
         None
     }
 
+    /// The places that [`Stage::memory`] may name, the fastest first.
+    fn places(&self) -> &'static [Memory] {
+        &Memory::ALL
+    }
+
     /// The formats it writes.
     fn exports(&self) -> Option<&FormatsConfig> {
         None

@@ -30,6 +30,7 @@ mod monitor;
 mod observed;
 mod on_policy;
 mod places;
+mod probe;
 mod reconstruct;
 mod results;
 mod session;
@@ -49,6 +50,7 @@ mod validate;
 mod visits;
 mod watch;
 
+pub use activations::StreamType;
 pub use batch::{Batch, Feed};
 pub use calibrate::{CalibrateConfig, InputStream};
 pub use config::StageConfig;
@@ -62,6 +64,7 @@ pub use finetune::{FinetuneConfig, FinetuneMethod, FullConfig, LoraConfig, Qlora
 pub use kind::{Before, Codes, Effect, Judged, Stage};
 pub use lora::{Target, Targets};
 pub use memory::Memory;
+pub use probe::{Line, Probe, attach};
 pub use reconstruct::{ReconstructConfig, Within};
 pub use results::{ExportRecord, Measured, Quality, Results, Setback};
 pub use stand_in::StandIns;

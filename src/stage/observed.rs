@@ -7,7 +7,7 @@ use burn::module::Param;
 use burn::nn::Linear;
 use burn::tensor::Tensor;
 
-use super::activations::Activations;
+use super::activations::{Activations, Keeping, values_of};
 use super::context::StageContext;
 use super::places::Places;
 use crate::error::{Error, Result};
@@ -24,8 +24,8 @@ pub(super) struct Observed {
 
 impl Observed {
     /// Nothing yet, at a site of this width.
-    pub(super) fn none(width: usize) -> Self {
-        Self { hessian: Hessian::new(width), inputs: Activations::default() }
+    pub(super) fn none(width: usize, keeping: &Keeping) -> Self {
+        Self { hessian: Hessian::new(width), inputs: Activations::none(keeping) }
     }
 }
 
@@ -39,16 +39,16 @@ pub(super) fn observe(
     keep: bool,
 ) -> Result<BTreeMap<Site, Observed>> {
     let all: RefCell<BTreeMap<Site, Observed>> = RefCell::default();
+    let failed: RefCell<Option<Error>> = RefCell::default();
     let tap = |site, x: Tensor<3>| {
         if sites.contains(&site) {
-            let mut part = Activations::default();
-            let rows = part.push(x.clone());
-            let [_, _, width] = x.dims();
+            let (shape, rows) = (x.dims(), values_of(x.clone()));
             let mut all = all.borrow_mut();
-            let observed = all.entry(site).or_insert_with(|| Observed::none(width));
+            let none = || Observed::none(shape[2], input.keeping());
+            let observed = all.entry(site).or_insert_with(none);
             observed.hessian.add(&rows);
-            if keep {
-                observed.inputs.append(part);
+            if keep && let Err(error) = observed.inputs.add(&rows, shape) {
+                *failed.borrow_mut() = Some(error);
             }
         }
         x
@@ -56,7 +56,7 @@ pub(super) fn observe(
     input.each(&ctx.device.device, |x, samples| {
         ctx.stop.check()?;
         block.forward_tapped(x, &places.of(samples), None, &tap);
-        Ok(())
+        failed.borrow_mut().take().map_or(Ok(()), Err)
     })?;
     Ok(all.into_inner())
 }

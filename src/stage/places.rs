@@ -55,7 +55,7 @@ mod tests {
 
     use super::*;
     use crate::model::{CausalLm, Loader, open_folder};
-    use crate::stage::activations::Activations;
+    use crate::stage::activations::{Activations, Keeping};
 
     const LENGTH: usize = 24;
 
@@ -87,17 +87,19 @@ mod tests {
             let stream = packed(11);
             let windows: Vec<usize> = (0..11).rev().collect();
             let places = Places::new(&config, &stream, &windows, LENGTH, &device);
-            let embedded = Activations::collect(windows.len(), |range| {
-                let samples: Vec<u32> = range.clone().map(|i| i as u32).collect();
-                let rows: Vec<&[u32]> = range.map(|i| stream.window(windows[i], LENGTH)).collect();
-                Ok(entrance.embed(CausalLm::tokens(&rows, &device), &places.of(&samples)))
-            });
+            let embedded =
+                Activations::collect([windows.len(), LENGTH], &Keeping::default(), |range| {
+                    let samples: Vec<u32> = range.clone().map(|i| i as u32).collect();
+                    let rows: Vec<&[u32]> =
+                        range.map(|i| stream.window(windows[i], LENGTH)).collect();
+                    Ok(entrance.embed(CausalLm::tokens(&rows, &device), &places.of(&samples)))
+                });
             let forward = |x, samples: &[u32]| Ok(block.forward(x, &places.of(samples)));
             let behind = embedded.unwrap().map(&device, forward).unwrap();
             for (sample, window) in windows.iter().enumerate() {
                 let (row, starts) =
                     (stream.window(*window, LENGTH), stream.starts(*window, LENGTH).unwrap());
-                let together = behind.batch(&[sample as u32], &device);
+                let together = behind.batch(&[sample as u32], &device).unwrap();
                 let size = together.clone().abs().max().into_scalar::<f32>();
                 for range in starts.chunk_by(|a, b| a == b) {
                     let range = range[0] as usize..range[0] as usize + range.len();

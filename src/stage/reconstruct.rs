@@ -25,14 +25,17 @@ use std::time::Instant;
 use self::descent::Halfway;
 use self::fit::Fit;
 pub use self::keys::{ReconstructConfig, Within};
+use super::activations::samples_per_pass;
 use super::context::{StageContext, block_file, saved_mse, with_mse};
 use super::corpus::Data;
-use super::cost::{Cost, Lever, Scene, trained};
+use super::cost::{Cost, Lever, Scene, pass_bytes, trained};
 use super::keys::{check_latents, check_rate_unit};
 use super::kind::{Before, Effect, Judged, Stage, codes};
+use super::memory::Memory;
 use super::state::ModelState;
 use super::states::{self, States, has_states, remove_states};
-use super::streams::Streams;
+use super::streams::{STREAM_PLACES, Streams, check_memory};
+use super::validate::ValidateConfig;
 use crate::error::{Error, Result};
 use crate::exhausted;
 use crate::export::fewbit::Saved;
@@ -51,6 +54,7 @@ impl Stage for ReconstructConfig {
         }
         check_rate_unit(self.rate_unit, &self.optimizer)?;
         check_latents(&self.optimizer, "reconstruct")?;
+        check_memory(self.memory)?;
         if self.batch == 0 {
             return Err(Error::usage("batch = 0").fix("batch = 2"));
         }
@@ -117,21 +121,38 @@ impl Stage for ReconstructConfig {
         let Some((samples, length)) = scene.calibration() else { return Cost::default() };
         let config = scene.config();
         let tokens = self.batch as u64 * length;
-        let steps = self.steps(config.n_blocks) as f64;
+        let pieces = self.within.pieces().len() as u64;
+        let steps = (self.steps(config.n_blocks) * pieces) as f64;
         let flops = 6.0 * (scene.block * tokens) as f64 * steps
             + 6.0 * (scene.linears * samples * length) as f64;
         let moved = steps * (scene.block * 4 * 40 + scene.tape(tokens, length) * 3) as f64;
-        // Both streams and the target; what lies between pieces; the float block's output on the
-        // quantized stream.
-        let pieces = if self.within == Within::Staged { 2 } else { 0 };
-        let streams = 3 + pieces + u64::from(self.augmented());
-        let sample = 4 * streams * length * config.d_model as u64;
+        // The quantized stream and the target; the float stream where it is looked at; what lies between
+        // pieces; the float block's output on the quantized stream.
+        let float = u64::from(self.reads_float(scene.model.activations.quant));
+        let between = if self.within == Within::Staged { 2 } else { 0 };
+        let streams = 2 + float + between + u64::from(self.augmented());
+        let all = streams * scene.stream(self.streams.size());
+        let on_disk = self.memory == Some(Memory::Disk);
+        // A batch of each, the next ones, and the bytes of one.
+        let batches = (8 * streams + 4) * tokens * config.d_model as u64;
+        let each = if on_disk { 0 } else { all / samples.max(1) };
+        let pass = (samples_per_pass(length as usize) as u64).min(samples) * length;
+        let best = if self.keep_best { 4 * scene.block } else { 0 };
+        let fitted = trained(scene.block, &self.method, &self.optimizer, scene.discrete) + best;
+        let work = (fitted + scene.tape(tokens, length))
+            .max(8 * scene.block + pass_bytes(config, pass))
+            .max(scene.entrance());
+        let judged = scene.data.validation.is_some();
+        let judged = if judged { scene.measuring(1024, true) } else { 0 };
         Cost {
-            device: trained(scene.block, &self.optimizer) + scene.tape(tokens, length),
-            host: samples * sample,
-            disk: scene.linears + states::bytes(scene.block, &self.optimizer, self.keep as u64 + 2),
-            seconds: scene.speed.seconds(flops, moved, steps),
-            lever: Some(Lever { key: "data.calibration.samples", value: samples, bytes: sample }),
+            device: work.max(judged.saturating_sub(if on_disk { 0 } else { all })),
+            host: if on_disk { batches } else { all },
+            disk: scene.codes
+                + states::bytes(scene.block, &self.optimizer, self.states(pieces))
+                + if on_disk { all } else { 0 },
+            seconds: (self.seconds(scene, [samples, length], steps))
+                .unwrap_or_else(|| scene.speed.seconds(flops, moved, steps)),
+            lever: Some(Lever { key: "data.calibration.samples", value: samples, bytes: each }),
         }
     }
 
@@ -147,6 +168,15 @@ impl Stage for ReconstructConfig {
         self.allow_worse = false;
         self.checkpoint_every = keys::five_hundred();
         self.keep = super::keys::two();
+        self.memory = None;
+    }
+
+    fn memory(&mut self) -> Option<&mut Option<Memory>> {
+        Some(&mut self.memory)
+    }
+
+    fn places(&self) -> &'static [Memory] {
+        &STREAM_PLACES
     }
 
     fn has_saved(&self, dir: &Path) -> bool {
@@ -154,7 +184,8 @@ impl Stage for ReconstructConfig {
     }
 
     fn run(&self, ctx: &mut StageContext<'_>) -> Result<()> {
-        let mut streams = Streams::start(ctx)?;
+        let mut streams = Streams::start(ctx, self.memory, self.streams)?;
+        let float_stays = self.reads_float(ctx.model.activations.quant);
         let blocks = ctx.model.config.n_blocks;
         let mut states = States::of(ctx.dir, self.keep)?;
         let mut halfway = self.go_on(ctx, &states)?;
@@ -162,7 +193,7 @@ impl Stage for ReconstructConfig {
             ctx.stop.check()?;
             exhausted::part(&format!("block {index}"));
             let start = Instant::now();
-            let target = streams.target(ctx, index)?;
+            let target = streams.target(ctx, index, float_stays)?;
             let path = ctx.block_file(index);
             let mse = if path.exists() {
                 let saved = Saved::read(&path)?;
@@ -175,7 +206,7 @@ impl Stage for ReconstructConfig {
                 let (mut saved, before) = fit.run(ctx, &mut states, halfway.take())?;
                 ctx.take(saved.clone(), &path)?;
                 streams.advance(ctx, index, target)?;
-                let mse = [before, streams.quantized.mse(&streams.float)];
+                let mse = [before, streams.quantized.mse(&streams.float)?];
                 saved.metadata = with_mse(saved.metadata, mse);
                 ctx.report.emit(&Event::Block {
                     stage: ctx.stage,
@@ -206,6 +237,27 @@ impl Stage for ReconstructConfig {
 }
 
 impl ReconstructConfig {
+    /// Seconds by what a probe measured.
+    fn seconds(&self, scene: &Scene<'_>, [samples, length]: [u64; 2], steps: f64) -> Option<f64> {
+        let blocks = scene.config().n_blocks as f64;
+        let tokens = self.batch as u64 * length;
+        let step = scene.step(&self.method, &self.optimizer, [length, tokens])?.at(tokens);
+        // Target, error, and behind the block.
+        let passes = 3.0 + if self.within == Within::Staged { 3.0 } else { 0.0 };
+        let passes = passes + u64::from(self.augmented()) as f64;
+        let passes = passes * scene.pass(length)? * (samples * length) as f64 * blocks;
+        let own = scene.rounding(&self.method)? * blocks + 3.0 * scene.load(scene.linears)?;
+        // A piece computes about half of what the block does.
+        let piece = if self.within == Within::Staged { 0.6 } else { 1.0 };
+        Some(steps * step * piece + passes + own + scene.judging(&ValidateConfig::default(), 0)?)
+    }
+
+    /// States on the disk at once, of a block in so many pieces.
+    fn states(&self, pieces: u64) -> u64 {
+        let saved = self.steps.saturating_sub(1) / self.checkpoint_every.max(1);
+        if saved == 0 && pieces == 1 { 0 } else { saved.min(self.keep as u64) + 1 }
+    }
+
     /// Says from where an interrupted stage goes on; gives the state in the middle of a block, if that
     /// is where.
     fn go_on(&self, ctx: &mut StageContext<'_>, states: &States) -> Result<Option<Halfway>> {

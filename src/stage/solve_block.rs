@@ -45,7 +45,7 @@ pub(super) fn solve_block(
         let observed = if let Some(observed) = sites.get(&linear.site()) {
             observed
         } else {
-            unseen = Observed::none(inputs);
+            unseen = Observed::none(inputs, input.keeping());
             &unseen
         };
         let reference = Reference::new(ctx, &block, linear.site(), observed, places)?;

@@ -1,24 +1,30 @@
 //! What a run will need, and whether this machine has it.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
 use burn::tensor::{Device, Distribution, Tensor};
 use serde::{Deserialize, Serialize};
 
+use super::fit::{Peak, choose_memory, fitting};
 use super::limits;
 use crate::device::NamedDevice;
 use crate::error::{Error, Result};
-use crate::recipe::Plan;
-use crate::report::{Event, size};
-use crate::stage::{Data, Lever, Memory, ModelState, Scene, Speed, Stage};
+use crate::quant::QuantSpec;
+use crate::recipe::{Plan, PlannedStage, QuantSection};
+use crate::report::{Event, memory, size};
+use crate::stage::{Data, ModelState, Probe, Scene, Speed};
+use crate::stop::StopFlag;
 use crate::store::folder::{bytes_below, free_bytes};
 
-/// Memory of the process itself: code, tokenizer, buffers.
-const BASE_BYTES: u64 = 150 << 20;
+/// Memory of the process itself where the system does not tell: code, tokenizer, texts.
+const BASE_BYTES: u64 = 100 << 20;
+/// What else the process grows by: threads with their stacks and their parts of the allocator, buffers.
+const GROWTH_BYTES: u64 = 8 << 20;
 
 /// What a run will need: an estimate.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 pub struct Needs {
     /// Memory on the device, when it has its own.
     pub device_bytes: Option<u64>,
@@ -28,56 +34,95 @@ pub struct Needs {
     pub disk_bytes: u64,
     /// Seconds.
     pub seconds: f64,
+    /// Whether the seconds rest on a timed probe of one block.
+    #[serde(default)]
+    pub probed: bool,
+    /// What an hour of the machine costs, where that was said, and the run by the estimate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub price: Option<Price>,
+    /// Stage by stage.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stages: Vec<StageNeeds>,
+}
+
+/// What a run costs.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Price {
+    /// An hour, in whatever currency it was said.
+    pub per_hour: f64,
+    /// The run.
+    pub run: f64,
+}
+
+impl Price {
+    /// Of a run of so many seconds.
+    pub fn of(per_hour: f64, seconds: f64) -> Self {
+        Self { per_hour, run: per_hour * seconds / 3600.0 }
+    }
+}
+
+/// What a stage will need: an estimate.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
+pub struct StageNeeds {
+    /// Memory on the device, when it has its own.
+    pub device_bytes: Option<u64>,
+    /// Main memory while it runs, what is there before included.
+    pub host_bytes: u64,
+    /// Disk space that it fills.
+    pub disk_bytes: u64,
+    /// Seconds.
+    pub seconds: f64,
+}
+
+/// How an estimate is made.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Means<'a> {
+    /// Whether one block is timed for it.
+    pub probe: bool,
+    /// What an hour costs.
+    pub price_per_hour: Option<f64>,
+    /// Ends the probe.
+    pub stop: &'a StopFlag,
 }
 
 impl Needs {
-    /// What the run needs, and what of main memory each stage does. Where trainings keep their state, if the
+    /// What the run needs, and what of main memory each stage does. Where stages keep their state, if the
     /// recipe leaves it open, is chosen on the way, and said in words where it is not the fastest.
     pub(super) fn estimate(
         plan: &mut Plan,
         model: &ModelState,
         data: &Data,
         device: &NamedDevice,
+        means: Means<'_>,
     ) -> (Self, Vec<Peak>, Vec<String>) {
-        let config = &model.config;
-        let linears: u64 =
-            config.linears().map(|(_, spec)| spec.shape.iter().product::<usize>() as u64).sum();
-        let heads = if config.tied { 1 } else { 2 };
-        let scene = Scene {
-            model,
-            data,
-            linears,
-            block: linears / config.n_blocks.max(1) as u64,
-            rest: (heads * config.head_shape().iter().product::<usize>()) as u64,
-            speed: measure(&device.device),
-            discrete: device.discrete,
-        };
-        let chosen = choose_memory(plan, &scene, limits::available());
-        let (mut on_device, mut on_host, mut disk, mut seconds) = (0, linears, 0, 0.0);
-        let mut peaks = Vec::new();
-        for (index, stage) in plan.stages.iter().enumerate() {
-            let cost = stage.config.stage().cost(&scene);
-            on_device = on_device.max(cost.device);
-            on_host = on_host.max(linears + cost.host);
-            disk += cost.disk;
-            seconds += cost.seconds;
-            // A key with dots stands where the recipe has it.
-            let key = |lever: Lever| {
-                let own = !lever.key.contains('.');
-                let table = format!("stage.{index}.{}.", stage.config.name());
-                (if own { table + lever.key } else { lever.key.to_owned() }, lever)
-            };
-            let on_device = if device.discrete { 0 } else { cost.device };
-            let lever = cost.lever.filter(|lever| !device.discrete || lever.key.contains('.'));
-            peaks.push(Peak { bytes: cost.host + on_device, lever: lever.map(key) });
+        // Texts and headers are there already; what was there for a moment may be the most there ever is.
+        let bytes = |gib: Option<f64>| gib.map(|gib| (gib * f64::from(1 << 30)) as u64);
+        let base = bytes(memory::current_gib()).unwrap_or(BASE_BYTES) + GROWTH_BYTES;
+        let before = bytes(memory::peak_gib()).unwrap_or(base);
+        let mut scene = scene(plan, model, data, device, means);
+        let room = limits::available().map(|room| room.saturating_sub(GROWTH_BYTES));
+        let chosen = choose_memory(plan, &mut scene, room);
+        let mut needs = Self { host_bytes: before, disk_bytes: 1 << 20, ..Self::default() };
+        let (mut peaks, mut codes) = (Vec::new(), Codes::of(model));
+        for (index, planned) in plan.stages.iter_mut().enumerate() {
+            codes.enter(&mut scene, planned);
+            let cost = planned.config.stage().cost(&scene);
+            let host = base + scene.in_memory(&cost);
+            needs.host_bytes = needs.host_bytes.max(host);
+            needs.disk_bytes += cost.disk;
+            needs.seconds += cost.seconds;
+            let device_bytes = device.discrete.then_some(cost.device);
+            needs.device_bytes = needs.device_bytes.max(device_bytes);
+            needs.stages.push(StageNeeds {
+                device_bytes,
+                host_bytes: host,
+                disk_bytes: cost.disk,
+                seconds: cost.seconds,
+            });
+            peaks.push(Peak::of(index, planned, &scene, base, cost));
         }
-        let host = BASE_BYTES + on_host + if device.discrete { 0 } else { on_device };
-        let needs = Self {
-            device_bytes: device.discrete.then_some(on_device),
-            host_bytes: host,
-            disk_bytes: disk + (1 << 20),
-            seconds,
-        };
+        needs.probed = means.probe;
+        needs.price = means.price_per_hour.map(|per_hour| Price::of(per_hour, needs.seconds));
         (needs, peaks, chosen)
     }
 
@@ -138,69 +183,77 @@ impl Needs {
     }
 }
 
-/// Chooses where each training keeps its state: the fastest place that `room` bytes of main memory allow. A
-/// device's own memory is not known: there it is the recipe's to say.
-fn choose_memory(plan: &mut Plan, scene: &Scene<'_>, room: Option<u64>) -> Vec<String> {
-    let Some(room) = room.filter(|_| !scene.discrete) else { return Vec::new() };
-    let mut chosen = Vec::new();
-    for (index, planned) in plan.stages.iter_mut().enumerate() {
-        let name = planned.config.name();
-        let is_open = |stage: &mut dyn Stage| stage.memory().is_some_and(|asked| asked.is_none());
-        if !is_open(planned.config.stage_mut()) {
-            continue;
-        }
-        let mut of = |memory| {
-            if let Some(asked) = planned.config.stage_mut().memory() {
-                *asked = Some(memory);
-            }
-            let cost = planned.config.stage().cost(scene);
-            BASE_BYTES + scene.linears + cost.host + cost.device
-        };
-        let fastest = of(Memory::Tape);
-        let fits = Memory::ALL.into_iter().find(|memory| of(*memory) <= room);
-        let memory = fits.unwrap_or(Memory::Disk);
-        let needed = of(memory);
-        if memory != Memory::Tape {
-            chosen.push(format!(
-                "stage.{index}.{name}.memory = \"{}\": {} of memory in place of {}, and the same numbers",
-                memory.name(),
-                size(needed),
-                size(fastest)
-            ));
-        }
-    }
-    chosen
-}
-
-/// What of main memory one stage needs, and the setting it grows with, by its full key.
-pub(super) struct Peak {
-    bytes: u64,
-    lever: Option<(String, Lever)>,
-}
-
-impl Peak {
-    /// What makes the stage smaller, in words; empty where nothing does.
-    pub(super) fn smaller(&self) -> String {
-        let lever = self.lever.as_ref().filter(|(_, lever)| lever.value > 1);
-        lever.map_or_else(String::new, |(key, lever)| {
-            format!("a smaller {key} than {}", lever.value)
-        })
+/// What costs of a plan's stages depend on, before the first of them.
+fn scene<'a>(
+    plan: &Plan,
+    model: &'a ModelState,
+    data: &'a Data,
+    device: &'a NamedDevice,
+    means: Means<'a>,
+) -> Scene<'a> {
+    let config = &model.config;
+    let size = |shape: [usize; 2]| shape.iter().product::<usize>() as u64;
+    let of_block =
+        |index: usize| config.specs(index).iter().map(|spec| size(spec.shape)).sum::<u64>();
+    let head = size(config.head_shape());
+    let values: usize =
+        config.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+    let stored = model.checkpoint.total_bytes().div_ceil(values.max(1) as u64);
+    let QuantSection { bits, group_size, symmetric: symmetry, .. } = plan.recipe.quant;
+    Scene {
+        model,
+        data,
+        linears: config.linears().map(|(_, spec)| size(spec.shape)).sum(),
+        block: (0..config.n_blocks).map(of_block).max().unwrap_or(0),
+        rest: if config.tied { head } else { 2 * head },
+        speed: measure(&device.device),
+        discrete: device.discrete,
+        widest: config.linears().map(|(_, spec)| size(spec.shape)).max().unwrap_or(0),
+        stored: stored.clamp(1, 4),
+        codes: 0,
+        spec: QuantSpec { bits, group_size, symmetry },
+        observer: plan.recipe.quant.observer.clone(),
+        probe: means.probe.then(|| Probe::new(model, &device.device, means.stop)),
     }
 }
 
-/// The setting that takes `over` bytes off the largest of the peaks, whichever it is then.
-fn fitting(peaks: &[Peak], over: u64) -> Option<String> {
-    let largest = peaks.iter().max_by_key(|peak| peak.bytes)?;
-    let (key, lever) = largest.lever.as_ref()?;
-    let value = lever.value.checked_sub(over.div_ceil(lever.bytes.max(1))).filter(|v| *v > 0)?;
-    let limit = largest.bytes - over.min(largest.bytes);
-    let with = |peak: &Peak| match &peak.lever {
-        Some((other, lever)) if other == key => {
-            peak.bytes.saturating_sub(lever.value.saturating_sub(value) * lever.bytes)
+/// Bytes of the codes in main memory, by linear, on the way through a plan.
+pub(super) struct Codes<'a> {
+    model: &'a ModelState,
+    bytes: BTreeMap<String, u64>,
+}
+
+impl<'a> Codes<'a> {
+    /// Those of the model that a run starts from.
+    pub(super) fn of(model: &'a ModelState) -> Self {
+        let mut codes = Self { model, bytes: BTreeMap::new() };
+        let packed = model.packed.iter().flat_map(|packed| packed.linears());
+        for (name, record) in packed {
+            let len = record.shape.iter().product::<usize>() as u64;
+            let groups = len / record.group_len.max(1) as u64;
+            let bytes = len * u64::from(record.bits.get()) / 8 + 8 * groups;
+            codes.bytes.insert(name.clone(), bytes);
         }
-        _ => peak.bytes,
-    };
-    peaks.iter().all(|peak| with(peak) <= limit).then(|| format!("{key} = {value}"))
+        codes
+    }
+
+    /// Goes into a stage: the scene knows what is there behind it, and how it quantizes.
+    pub(super) fn enter(&mut self, scene: &mut Scene<'_>, stage: &PlannedStage) {
+        let shapes = self.model.config.linear_shapes();
+        for (name, [out, inputs]) in shapes {
+            let Some(spec) = stage.specs.get(&name) else { continue };
+            self.bytes.insert(name, bytes_of(spec, [out, inputs]));
+        }
+        scene.codes = self.bytes.values().sum();
+        (scene.spec, scene.observer) = (stage.default_spec, stage.observer.clone());
+    }
+}
+
+/// Codes, and a scale and a zero point for each group.
+fn bytes_of(spec: &QuantSpec, shape: [usize; 2]) -> u64 {
+    let len = shape.iter().product::<usize>() as u64;
+    let groups = spec.layout(shape).map_or(0, |layout| layout.groups as u64);
+    len * u64::from(spec.bits.get()) / 8 + 8 * groups
 }
 
 /// What a device reaches in about a tenth of a second of work of the kind that training does.
@@ -237,31 +290,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_setting_that_fits_is_that_of_the_largest_stage() {
-        let peak = |bytes, key: &str, value, each| Peak {
-            bytes,
-            lever: Some((key.to_owned(), Lever { key: "", value, bytes: each })),
-        };
-        let samples = |bytes, each| peak(bytes, "data.calibration.samples", 128, each);
-        let batch = peak(500, "stage.1.distill.batch", 8, 50);
-        let peaks = [samples(1400, 10), batch];
-        assert_eq!(fitting(&peaks, 405).as_deref(), Some("data.calibration.samples = 87"));
-        // Then the other one would be too large, or this one cannot be small enough.
-        assert_eq!(fitting(&peaks, 950), None);
-        assert_eq!(fitting(&[samples(2000, 10)], 1280), None);
-        // The same key makes both smaller.
-        let peaks = [samples(1400, 10), samples(1200, 8)];
-        assert_eq!(fitting(&peaks, 300).as_deref(), Some("data.calibration.samples = 98"));
-        assert_eq!(fitting(&[Peak { bytes: 10, lever: None }], 5), None);
-    }
-
-    #[test]
     fn what_a_run_has_written_takes_no_more_room() {
         const GB: u64 = 1_000_000_000;
         let dir = tempfile::tempdir().unwrap();
         let Some(free) = free_bytes(dir.path()) else { return };
         let of = |disk_bytes| {
-            let needs = Needs { device_bytes: None, host_bytes: 0, disk_bytes, seconds: 0.0 };
+            let needs = Needs { disk_bytes, ..Needs::default() };
             needs.check_disk(dir.path())
         };
         // Half a gigabyte either way: others write to this disk as well.

@@ -100,20 +100,21 @@ impl<'a> Descent<'a> {
         }
     }
 
-    /// Trains; `grids` are where the learned grids start.
+    /// Trains `student`; `grids` are where the learned grids start. `start` makes the student as it comes:
+    /// a copy of it for the case that it is needed again would take as much as what is trained.
     pub(super) fn run(
         &mut self,
         ctx: &mut StageContext<'_>,
         task: &Task<'_>,
-        start: &Student,
+        mut student: Student,
+        start: &dyn Fn(&StageContext<'_>) -> Result<Student>,
         grids: &InputGrids,
     ) -> Result<Student> {
-        let mut student = start.clone();
         if let Some(Halfway { state, course }) = self.halfway.take() {
             self.course = course;
             state.optimizer(&mut self.optimizer, "", &ctx.device.device)?;
             if state.has(BEST) {
-                self.best = Some(state.parameters(BEST, start.clone())?);
+                self.best = Some(state.parameters(BEST, start(ctx)?)?);
             }
             student = state.parameters(PARAMETERS, student)?;
         }
@@ -133,7 +134,7 @@ impl<'a> Descent<'a> {
                 }
             };
             self.begin_again(ctx, task.index, &fault)?;
-            student = start.clone();
+            student = start(ctx)?;
         }
     }
 
@@ -146,7 +147,7 @@ impl<'a> Descent<'a> {
     ) -> Result<Option<String>> {
         let (order, stream) = self.drawn(ctx, task)?;
         let start = self.course.start;
-        let end = task.loss(ctx, left, &order.batch(0), &stream, 0);
+        let end = task.loss(ctx, left, &order.batch(0), &stream, 0)?;
         let end = Numbers::of(end).values().into_iter().sum::<f64>();
         let diverged = self.config.steps > 0 && (end.is_nan() || end > DIVERGED * start);
         Ok(diverged.then(|| {
@@ -242,7 +243,11 @@ impl<'a> Descent<'a> {
             }
             let stepped =
                 train::checked_step(student, &mut self.optimizer, 1, &rate_of, |student, _| {
-                    Ok(task.loss(ctx, student, &batch, &stream, step))
+                    let loss = task.loss(ctx, student, &batch, &stream, step)?;
+                    if step + 1 < config.steps {
+                        task.ahead(&order.batch(step + 1))?;
+                    }
+                    Ok(loss)
                 });
             let (trained, stepped) = stepped.map_err(|e| {
                 e.at(format!("stage {}, block {}, step {step}", ctx.stage, task.index))

@@ -23,6 +23,15 @@ use crate::stage::streams::{Streams, float_block, loader};
 use crate::stage::visits::Visits;
 use crate::train::LatentsIn;
 
+/// The steps of a piece, and what they start from.
+struct Fitting<'a, 'd> {
+    descent: &'a mut Descent<'d>,
+    /// Makes the student anew.
+    again: &'a dyn Fn(&StageContext<'_>) -> Result<Student>,
+    /// Where the learned grids start.
+    grids: &'a InputGrids,
+}
+
 /// The training of one block.
 pub(super) struct Fit<'a> {
     config: &'a ReconstructConfig,
@@ -45,8 +54,7 @@ impl<'a> Fit<'a> {
         target: &'a Activations,
     ) -> Self {
         let quant = config.activations(ctx.model.activations.quant);
-        let input_prob = if quant.fixed().is_some() { 0.5 } else { 1.0 };
-        let input_prob = config.input_prob.unwrap_or(input_prob);
+        let input_prob = config.share_of_quantized(quant);
         Self { config, index, streams, target, quant, input_prob }
     }
 
@@ -60,19 +68,7 @@ impl<'a> Fit<'a> {
     ) -> Result<(Saved, f64)> {
         let config = self.config;
         let prefix = ctx.model.config.block_prefix(self.index);
-        let mut block = loader(ctx, ctx.model).block(self.index)?;
-        for (name, linear) in block.linears_mut() {
-            let name = format!("{prefix}.{name}");
-            if ctx.specs.contains_key(&name) {
-                ctx.attach(
-                    &name,
-                    linear,
-                    &config.method,
-                    config.start_from,
-                    (DType::F32, LatentsIn::F32),
-                )?;
-            }
-        }
+        let block = self.block(ctx, &Saved::default())?;
         let start = coarseness(ctx, &prefix, &block)?;
         let grids = inputs::observe(ctx, self.streams, &block)?;
         let (quant, visits) = (ctx.model.activations.quant, Visits::default());
@@ -88,7 +84,7 @@ impl<'a> Fit<'a> {
         let mut saved = Saved::default();
         let mut student = Student { block, inputs: learned };
         // What lies between the pieces, on the float stream.
-        let mut attended = Activations::default();
+        let mut attended = Activations::none(self.streams.quantized.keeping());
         let (mut at, mut state) =
             halfway.map(|h| (Some(h.course.piece), Some(h))).unwrap_or_default();
         for (number, piece) in config.within.pieces().iter().enumerate() {
@@ -105,7 +101,14 @@ impl<'a> Fit<'a> {
             }
             let mut descent =
                 Descent::new(config, number, states, state.take_if(|_| at == Some(number)));
-            student = self.fit(ctx, *piece, student, &mut attended, &mut descent, &grids)?;
+            // What makes it again; the grids that learn are a few numbers.
+            let learned = student.inputs.clone();
+            let again = |ctx: &StageContext<'_>| {
+                let block = self.block(ctx, &saved)?;
+                Ok(Student { block, inputs: learned.clone() }.train())
+            };
+            let fitting = Fitting { descent: &mut descent, again: &again, grids: &grids };
+            student = self.fit(ctx, *piece, student, &mut attended, fitting)?;
             at = None;
             self.keep(ctx, *piece, &mut student.block, &mut saved)?;
             if number + 1 < config.within.pieces().len() {
@@ -123,6 +126,24 @@ impl<'a> Fit<'a> {
         Ok((saved, before))
     }
 
+    /// The block with the method on every linear of the plan but those that are fitted already.
+    fn block(&self, ctx: &StageContext<'_>, fitted: &Saved) -> Result<Block> {
+        let prefix = ctx.model.config.block_prefix(self.index);
+        let mut block = loader(ctx, ctx.model).block(self.index)?;
+        for (name, linear) in block.linears_mut() {
+            let name = format!("{prefix}.{name}");
+            let done = fitted.linears.iter().find(|(fitted, ..)| *fitted == name);
+            if let Some((_, codes, _)) = done {
+                ctx.set_weight(linear, codes.dequantize());
+            } else if ctx.specs.contains_key(&name) {
+                let Self { config, .. } = self;
+                let types = (DType::F32, LatentsIn::F32);
+                ctx.attach(&name, linear, &config.method, config.start_from, types)?;
+            }
+        }
+        Ok(block)
+    }
+
     /// Fits one piece of the block.
     fn fit(
         &self,
@@ -130,15 +151,15 @@ impl<'a> Fit<'a> {
         piece: Piece,
         student: Student,
         attended: &mut Activations,
-        descent: &mut Descent<'_>,
-        grids: &InputGrids,
+        fitting: Fitting<'_, '_>,
     ) -> Result<Student> {
+        let Fitting { descent, again, grids } = fitting;
         let streams = self.streams;
         if piece == Piece::Whole && !self.config.augmented() {
             let (quantized, float) = (&streams.quantized, &streams.float);
             let target = self.target;
             let task = self.task(piece, quantized, float, target);
-            return descent.run(ctx, &task, &student.train(), grids);
+            return descent.run(ctx, &task, student.train(), again, grids);
         }
         let float_block = float_block(ctx, self.index)?;
         let through = |x: &Activations, piece: Piece, block: &Block| {
@@ -177,7 +198,7 @@ impl<'a> Fit<'a> {
         let augmented = augmented.then(|| through(quantized, piece, &float_block)).transpose()?;
         drop(float_block);
         let task = Task { augmented, ..self.task(piece, quantized, float, target) };
-        descent.run(ctx, &task, &student.train(), grids)
+        descent.run(ctx, &task, student.train(), again, grids)
     }
 
     fn task<'t>(

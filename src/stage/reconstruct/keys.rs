@@ -5,7 +5,9 @@ use serde::{Deserialize, Serialize};
 use crate::method::MethodConfig;
 use crate::objective::{MseObjective, ObjectiveConfig, Reduction, TokenWeight};
 use crate::quant::{ActivationQuant, Bits, GroupSize, ObserverConfig, Symmetry};
+use crate::stage::activations::StreamType;
 use crate::stage::inputs::Piece;
+use crate::stage::memory::Memory;
 use crate::stage::start::StartFrom;
 use crate::train::{LearningRate, OptimizerConfig, RateUnit, ScheduleConfig};
 
@@ -74,6 +76,13 @@ pub struct ReconstructConfig {
     /// AdamW's constants.
     #[serde(default)]
     pub optimizer: OptimizerConfig,
+    /// Where the hidden states of the calibration set are kept: `"host"`, main memory, or `"disk"`, a file in
+    /// the run's folder; the same numbers from each. Absent: main memory where there is room.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Memory>,
+    /// The type they are kept in: `"f32"` or `"bf16"`, half the room and other numbers.
+    #[serde(default, skip_serializing_if = "StreamType::is_default")]
+    pub streams: StreamType,
 }
 
 /// What of a block learns at a time.
@@ -113,6 +122,16 @@ impl ReconstructConfig {
     pub(super) fn activations(&self, quant: ActivationQuant) -> ActivationQuant {
         let quantizes = self.quantize_activations.unwrap_or(quant.fixed().is_some());
         if quantizes { quant } else { ActivationQuant::default() }
+    }
+
+    /// Share of the block's input entries that come from the quantized stream.
+    pub(super) fn share_of_quantized(&self, quant: ActivationQuant) -> f64 {
+        self.input_prob.unwrap_or(if quant.fixed().is_some() { 0.5 } else { 1.0 })
+    }
+
+    /// Whether steps look at what enters the block in the float model.
+    pub(super) fn reads_float(&self, quant: ActivationQuant) -> bool {
+        self.within == Within::Staged || self.share_of_quantized(self.activations(quant)) < 1.0
     }
 
     pub(super) fn sum_sequence(&self) -> bool {

@@ -5,6 +5,7 @@ use burn::tensor::{Tensor, TensorData};
 
 use super::keys::ReconstructConfig;
 use crate::data::coin_flips;
+use crate::error::Result;
 use crate::method::{self, Moment};
 use crate::model::Block;
 use crate::ops;
@@ -44,11 +45,11 @@ impl Task<'_> {
         batch: &[u32],
         stream: &str,
         step: u64,
-    ) -> Tensor<1> {
+    ) -> Result<Tensor<1>> {
         let device = &ctx.device.device;
-        let mut input = self.quantized.batch(batch, device);
+        let mut input = self.quantized.batch(batch, device)?;
         if self.input_prob < 1.0 {
-            let float = self.float.batch(batch, device);
+            let float = self.float.batch(batch, device)?;
             let shape = input.dims();
             let stream = format!("{stream} inputs");
             let count = shape.iter().product();
@@ -57,8 +58,8 @@ impl Task<'_> {
             input = float.mask_where(mask.equal_elem(1.0), input);
         }
         let output = student.forward(self.piece, input, &self.places.of(batch), self.quant);
-        let compare = |goal: &Activations| {
-            let goal = goal.batch(batch, device);
+        let compare = |goal: &Activations| -> Result<Tensor<1>> {
+            let goal = goal.batch(batch, device)?;
             let (output, goal) = if self.config.relative_tokens() {
                 // A token whose output is zero counts as one of a tiny output, not infinitely.
                 let size = (goal.clone().square().mean_dim(2) + f32::MIN_POSITIVE).sqrt();
@@ -66,13 +67,20 @@ impl Task<'_> {
             } else {
                 (output.clone(), goal)
             };
-            ops::block_mse(output, goal, self.config.sum_sequence())
+            Ok(ops::block_mse(output, goal, self.config.sum_sequence()))
         };
-        let loss = compare(self.target);
-        match &self.augmented {
-            Some(augmented) => loss + compare(augmented),
+        let loss = compare(self.target)?;
+        Ok(match &self.augmented {
+            Some(augmented) => loss + compare(augmented)?,
             None => loss,
-        }
+        })
+    }
+
+    /// Begins to read what the next step will ask for, where it is in files.
+    pub(super) fn ahead(&self, batch: &[u32]) -> Result<()> {
+        let float = (self.input_prob < 1.0).then_some(self.float);
+        let streams = [Some(self.quantized), float, Some(self.target), self.augmented.as_ref()];
+        streams.into_iter().flatten().try_for_each(|stream| stream.ahead(batch))
     }
 
     pub(super) fn between_steps(&self, block: &mut Block, moment: Moment) {
