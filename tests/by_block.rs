@@ -149,7 +149,7 @@ fn tensors(bytes: &[u8]) -> BTreeMap<String, (String, usize)> {
 
 /// What a later stage goes on from, beside the codes.
 fn is_latent(name: &str) -> bool {
-    name.ends_with(".latent") || name.ends_with(".step")
+    matches!(name.rsplit('.').next(), Some("latent" | "step"))
 }
 
 /// What is trained in bf16 is saved so, steps stay f32, and a stage that learns nothing more leaves the codes
