@@ -90,7 +90,7 @@ def measure(args, recipe, name, model):
             if path and f"[data.{table}]" in text:
                 sets.append(f"data.{table}.path={json.dumps(path)}")
     elif name == "stories260k":
-        sets += ["quant.group_size=32"] if "group_size = 128" in text else []
+        sets += ["quant.group_size=channel"] if "group_size = 128" in text else []
     for kind in ["reconstruct", "distill"]:
         if f"[stage.{kind}]" in text:
             sets.append(f"stage.0.{kind}.allow_worse=true")

@@ -185,13 +185,10 @@ impl Stage for CalibrateConfig {
                 let flops = 8.0 * (scene.linears * samples * length) as f64;
                 scene.speed.seconds(flops, scene.linears as f64 * 40.0, 0.0)
             }),
-            lever: (samples > 0).then(|| match on_disk {
-                true => Lever { key: "data.calibration.samples", value: samples, bytes: 0 },
-                false => Lever {
-                    key: "data.calibration.samples",
-                    value: samples,
-                    bytes: waits / samples,
-                },
+            lever: (samples > 0).then(|| Lever {
+                key: "data.calibration.samples",
+                value: samples,
+                bytes: if on_disk { 0 } else { waits / samples },
             }),
         }
     }

@@ -89,12 +89,12 @@ pub(super) fn trained(
     optimizer: &OptimizerConfig,
     discrete: bool,
 ) -> u64 {
+    // Methods that learn little beside a frozen weight: factors, or a few numbers for each row.
+    const FEW: [&str; 2] = ["lrq", "lwc"];
     let moments = optimizer.moments.bytes(weights);
     if discrete {
         return TRAINED_WEIGHT_BYTES * weights - MomentsIn::F32.bytes(weights) + moments;
     }
-    // Of those that learn little beside a frozen weight: factors, or a few numbers for each row.
-    const FEW: [&str; 2] = ["lrq", "lwc"];
     match (method.trains_base(), FEW.contains(&method.name())) {
         (true, _) => 8 * weights + moments,
         (false, false) => 12 * weights + moments,

@@ -303,7 +303,7 @@ impl DistillConfig {
         let head = scene.probe.as_ref()?.head()?.token * tokens as f64 * (2.0 + teacher);
         let micro = blocks * (step + pass) + head;
         let every = self.validate.interval(self.steps);
-        let points = if every == 0 { 0 } else { self.steps / every + 1 };
+        let points = self.steps.checked_div(every).map_or(0, |points| points + 1);
         let own = scene.rounding(&self.method)? * blocks + 2.0 * scene.load(scene.linears)?;
         let steps = (self.steps * self.accumulate as u64) as f64;
         Some(steps * micro + own + scene.judging(&self.validate, points)?)

@@ -67,10 +67,10 @@ impl Peak {
         planned: &mut PlannedStage,
         scene: &Scene<'_>,
         base: u64,
-        cost: Cost,
+        cost: &Cost,
     ) -> Self {
         let table = format!("stage.{index}.{}", planned.config.name());
-        let bytes = base + scene.in_memory(&cost);
+        let bytes = base + scene.in_memory(cost);
         // A key with dots stands where the recipe has it.
         let key = |lever: Lever| {
             let own = !lever.key.contains('.');

@@ -11,6 +11,7 @@ use super::fit::{Peak, choose_memory, fitting};
 use super::limits;
 use crate::device::NamedDevice;
 use crate::error::{Error, Result};
+use crate::export::OpenModel;
 use crate::quant::QuantSpec;
 use crate::recipe::{Plan, PlannedStage, QuantSection};
 use crate::report::{Event, memory, size};
@@ -119,7 +120,7 @@ impl Needs {
                 disk_bytes: cost.disk,
                 seconds: cost.seconds,
             });
-            peaks.push(Peak::of(index, planned, &scene, base, cost));
+            peaks.push(Peak::of(index, planned, &scene, base, &cost));
         }
         needs.probed = means.probe;
         needs.price = means.price_per_hour.map(|per_hour| Price::of(per_hour, needs.seconds));
@@ -227,7 +228,7 @@ impl<'a> Codes<'a> {
     /// Those of the model that a run starts from.
     pub(super) fn of(model: &'a ModelState) -> Self {
         let mut codes = Self { model, bytes: BTreeMap::new() };
-        let packed = model.packed.iter().flat_map(|packed| packed.linears());
+        let packed = model.packed.iter().flat_map(OpenModel::linears);
         for (name, record) in packed {
             let len = record.shape.iter().product::<usize>() as u64;
             let groups = len / record.group_len.max(1) as u64;
