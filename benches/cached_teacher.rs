@@ -101,6 +101,7 @@ fn add(sums: &mut Sums, whole: LossValue, kept: LossValue, logits: &Tensor<2>, s
         [whole.gradient, kept.gradient].map(|gradient| student.head_gradient(gradient, logits));
     sums.whole += f64::from(whole.value.into_scalar::<f32>());
     sums.kept += f64::from(kept.value.into_scalar::<f32>());
-    sums.gradient += ops::squared_norm(of_whole.clone());
-    sums.difference += ops::squared_norm(of_kept - of_whole);
+    let square = |x: Tensor<2>| ops::squared_norm(x).values().into_iter().sum::<f64>();
+    sums.gradient += square(of_whole.clone());
+    sums.difference += square(of_kept - of_whole);
 }
