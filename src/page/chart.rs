@@ -181,7 +181,7 @@ fn short(value: f64) -> String {
     let size = value.abs();
     if size < 1e-12 {
         "0".to_owned()
-    } else if size >= 1e5 || size < 1e-3 {
+    } else if !(1e-3..1e5).contains(&size) {
         format!("{value:.1e}")
     } else if size >= 100.0 {
         format!("{value:.0}")

@@ -18,13 +18,13 @@ pub(super) fn of_run(run: &Run) -> Vec<Value> {
             ("gradient norm", vec![line("train/grad_norm", "gradient norm")], Scale::Either),
         ];
         for (what, lines, scale) in parts {
-            push(&mut figures, format!("{title}: {what}"), "step", scale, lines);
+            push(&mut figures, &format!("{title}: {what}"), "step", scale, lines);
         }
         let validated = |key: &str, name: &str| validations(run, stage, key, name);
         let perplexity = vec![validated("perplexity", "perplexity")];
         push(
             &mut figures,
-            format!("{title}: perplexity on validation"),
+            &format!("{title}: perplexity on validation"),
             "step",
             Scale::Either,
             perplexity,
@@ -32,7 +32,7 @@ pub(super) fn of_run(run: &Run) -> Vec<Value> {
         let closeness = vec![validated("kl_forward", "KL to the float model")];
         push(
             &mut figures,
-            format!("{title}: closeness to the float model"),
+            &format!("{title}: closeness to the float model"),
             "step",
             Scale::Either,
             closeness,
@@ -49,7 +49,7 @@ pub(super) fn of_run(run: &Run) -> Vec<Value> {
         let lines = vec![of("mse_before", "before"), of("mse_after", "after")];
         push(
             &mut figures,
-            format!("{title}: error of each block's output"),
+            &format!("{title}: error of each block's output"),
             "block",
             Scale::Powers,
             lines,
@@ -74,11 +74,11 @@ pub(super) fn of_runs(runs: &[Run]) -> Vec<Value> {
             runs.iter().filter(same)
         };
         let lines = same().map(|run| steps(run, stage, "train/loss", &run.name)).collect();
-        push(&mut figures, format!("{title}: loss"), "step", Scale::Either, lines);
+        push(&mut figures, &format!("{title}: loss"), "step", Scale::Either, lines);
         let lines = same().map(|run| validations(run, stage, "perplexity", &run.name)).collect();
         push(
             &mut figures,
-            format!("{title}: perplexity on validation"),
+            &format!("{title}: perplexity on validation"),
             "step",
             Scale::Either,
             lines,
@@ -90,7 +90,7 @@ pub(super) fn of_runs(runs: &[Run]) -> Vec<Value> {
 /// A chart, its title and its legend, if there is anything to see.
 fn push(
     figures: &mut Vec<Value>,
-    title: String,
+    title: &str,
     across: &'static str,
     scale: Scale,
     lines: Vec<Line>,

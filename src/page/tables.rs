@@ -116,7 +116,7 @@ fn has_rows(table: &Value) -> bool {
     table["rows"].as_array().is_some_and(|rows| !rows.is_empty())
 }
 
-fn table(title: &str, heading: &[&str], rows: Vec<Vec<String>>) -> Value {
+fn table(title: &str, heading: &[&str], rows: &[Vec<String>]) -> Value {
     json!({ "title": title, "heading": heading, "rows": rows })
 }
 
@@ -160,7 +160,7 @@ fn evaluations(runs: &[Run]) -> Value {
     if runs.len() > 1 {
         heading.insert(0, "run");
     }
-    table("Evaluation", &heading, rows)
+    table("Evaluation", &heading, &rows)
 }
 
 /// What the quality gate measured.
@@ -177,7 +177,7 @@ fn gates(run: &Run) -> Value {
         ]
     };
     let heading = ["behind", "perplexity", "at its start", "plain rounding", "tokens", ""];
-    table("Quality gate", &heading, run.events("gate").map(row).collect())
+    table("Quality gate", &heading, &run.events("gate").map(row).collect::<Vec<_>>())
 }
 
 /// What was written, and whether it is what was trained.
@@ -192,7 +192,7 @@ fn exports(run: &Run) -> Value {
         ]
     };
     let heading = ["format", "size", "bits a weight", "bits a parameter, all in", "parity"];
-    table("Exports", &heading, run.events("exported").map(row).collect())
+    table("Exports", &heading, &run.events("exported").map(row).collect::<Vec<_>>())
 }
 
 /// The time of each stage.
@@ -202,7 +202,11 @@ fn stages(run: &Run) -> Value {
         let seconds = stage["seconds"].as_f64().map(duration).unwrap_or_default();
         vec![(index + 1).to_string(), plain(&stage["name"]), plain(&stage["status"]), seconds]
     };
-    table("Stages", &["", "stage", "state", "time"], stages.enumerate().map(row).collect())
+    table(
+        "Stages",
+        &["", "stage", "state", "time"],
+        &stages.enumerate().map(row).collect::<Vec<_>>(),
+    )
 }
 
 /// What the preflight expected beside what was.
@@ -217,7 +221,7 @@ fn estimates(run: &Run) -> Value {
         let bytes = (peak * f64::from(1u32 << 30)) as u64;
         rows.push(vec!["main memory".to_owned(), size(guess), size(bytes)]);
     }
-    table("Expected and measured", &["", "expected", "measured"], rows)
+    table("Expected and measured", &["", "expected", "measured"], &rows)
 }
 
 /// Errors of blocks before and after.
@@ -236,7 +240,7 @@ fn blocks(run: &Run) -> Value {
         ]
     };
     let heading = ["stage", "block", "error before", "after", "left", "time"];
-    table("Blocks", &heading, run.events("block").map(row).collect())
+    table("Blocks", &heading, &run.events("block").map(row).collect::<Vec<_>>())
 }
 
 /// Weights by width and grouping, of the first export.
@@ -260,7 +264,7 @@ fn widths(run: &Run) -> Value {
         ]
     });
     let heading = ["bits", "weights in a group", "method", "linears", "weights", "of codes"];
-    table("Where the weights are", &heading, rows.collect())
+    table("Where the weights are", &heading, &rows.collect::<Vec<_>>())
 }
 
 /// Each linear of the first export.
@@ -276,9 +280,9 @@ fn linears(run: &Run) -> Value {
             plain(&linear["method"]),
         ]
     };
-    let rows = manifest_linears(run).take(LISTED).map(row).collect();
+    let rows: Vec<_> = manifest_linears(run).take(LISTED).map(row).collect();
     let heading = ["linear", "bits", "weights in a group", "shape", "method"];
-    let mut table = table("Linears", &heading, rows);
+    let mut table = table("Linears", &heading, &rows);
     table["folded"] = true.into();
     table
 }
@@ -295,7 +299,7 @@ fn differences(runs: &[Run]) -> Value {
     let mut names: Vec<&String> = keys.iter().flat_map(BTreeMap::keys).collect();
     names.sort();
     names.dedup();
-    let rows = names
+    let rows: Vec<Vec<String>> = names
         .into_iter()
         .filter(|name| name.as_str() != "output")
         .map(|name| (name, keys.iter().map(|keys| keys.get(name)).collect::<Vec<_>>()))
@@ -307,7 +311,7 @@ fn differences(runs: &[Run]) -> Value {
         .collect();
     let names = runs.iter().map(|run| run.name.as_str());
     let heading: Vec<&str> = std::iter::once("key").chain(names).collect();
-    table("Where the recipes differ", &heading, rows)
+    table("Where the recipes differ", &heading, &rows)
 }
 
 /// A recipe's keys by their path.

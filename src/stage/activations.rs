@@ -287,8 +287,16 @@ mod tests {
         let ones = |_| Ok(Tensor::<3>::ones([2, 3, 1], &device));
         let first = Activations::collect([2, 3], &Keeping::default(), ones).unwrap();
         let second = first.clone().replace(&device, |x, _| Ok(x * 2.0)).unwrap();
-        assert!(values_of(first.batch(&[1], &device).unwrap()).iter().all(|x| *x == 1.0));
-        assert!(values_of(second.batch(&[1], &device).unwrap()).iter().all(|x| *x == 2.0));
+        assert!(
+            values_of(first.batch(&[1], &device).unwrap())
+                .iter()
+                .all(|x| x.to_bits() == 1f32.to_bits())
+        );
+        assert!(
+            values_of(second.batch(&[1], &device).unwrap())
+                .iter()
+                .all(|x| x.to_bits() == 2f32.to_bits())
+        );
     }
 
     /// Experts see other numbers of tokens in each pass.

@@ -42,7 +42,7 @@ pub(crate) struct Planes {
     words: Vec<[u32; LANES]>,
     rows: usize,
     columns: usize,
-    planes: usize,
+    bits: usize,
 }
 
 /// A grid in the order in which a product reads it.
@@ -81,7 +81,7 @@ impl Planes {
                 }
             }
         });
-        Self { words, rows, columns, planes }
+        Self { words, rows, columns, bits: planes }
     }
 
     /// `X Sᵀ` of activations, `[n, columns]`: `[n, rows]`.
@@ -143,7 +143,7 @@ fn indices(codes: &[u8], plane: usize) -> u32 {
         signs |= u32::from(code >> plane & 1) << place;
     }
     // Where the fourth sign is a plus, the other three are turned over.
-    signs ^ (signs >> 3 & 0x1111_1111) * 7
+    signs ^ ((signs >> 3 & 0x1111_1111) * 7)
 }
 
 impl Coefficients {

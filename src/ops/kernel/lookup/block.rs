@@ -46,7 +46,7 @@ macro_rules! block {
         $(#[$attribute])*
         pub(super) fn block<const N: usize>(job: &Job<'_, N>, block: usize) -> [[f32; LANES]; N] {
             let Job { planes, grid, tables, sums } = job;
-            let count = planes.planes;
+            let count = planes.bits;
             let stride = planes.columns.div_ceil(CHUNK * CHUNKS) * count;
             let words = &planes.words[block * stride..][..stride];
             let width = grid.scales + 1;
