@@ -51,6 +51,8 @@ fn reads(stages: &str, steps: u64) -> u64 {
         output: None,
         device: None,
         fresh: false,
+        probe: false,
+        price_per_hour: None,
     };
     let before = ops::device_reads();
     ops::composed(|| run::train(&options, Reporters::new(Vec::new()), &StopFlag::default()))
