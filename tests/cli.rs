@@ -236,7 +236,7 @@ mod recipe_errors {
               at   recipe.toml line 36:
                    36 | learnig_rate = 1e-2
                       | ^^^^^^^^^^^^
-              try  `learning_rate` (known here: allow_worse, batch, bits, checkpoint_every, group_size, input_prob, keep, keep_best, learning_rate, method, objective, observer, optimizer, quantize_activations, rate_unit, schedule, start_from, steps, symmetric, within)
+              try  `learning_rate` (known here: allow_worse, batch, bits, checkpoint_every, group_size, input_prob, keep, keep_best, learning_rate, memory, method, objective, observer, optimizer, quantize_activations, rate_unit, schedule, start_from, steps, streams, symmetric, within)
         ");
         let train = place.refused(&["train", "--recipe", "recipe.toml"]);
         assert_eq!(train, check_refuses(&place, &[]), "train and check say the same");

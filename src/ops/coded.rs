@@ -221,8 +221,8 @@ impl CodedMatrix {
     }
 
     /// As [`CodedMatrix::linear`], for a grid that is the same in every call: `values` gives its
-    /// scale and shift. A product of few rows of `x` off the tape is computed on the packed codes:
-    /// another order of the same sum.
+    /// scale and shift. One token of each of a few texts, `[texts, 1, in]`, off the tape is multiplied with
+    /// the packed codes: another order of the same sum.
     pub fn linear_frozen<const D: usize>(
         &self,
         x: Tensor<D>,

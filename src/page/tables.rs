@@ -68,7 +68,8 @@ pub(super) fn headline(run: &Run) -> Vec<[String; 2]> {
     add("bits a weight", done["bits_per_weight"].as_f64().map(|bits| format!("{bits:.2}")));
     add("packed size", done["bytes"].as_u64().map(size));
     add("time", record["seconds"].as_f64().map(duration));
-    add("peak memory", record["peak_gib"].as_f64().map(|peak| format!("{peak:.2} GiB")));
+    add("price", record["price"]["run"].as_f64().map(|price| format!("{price:.2}")));
+    add("peak memory", record["peak_gib"].as_f64().map(gib));
     add("device", record["device"].as_str().map(str::to_owned));
     rows
 }
@@ -195,33 +196,48 @@ fn exports(run: &Run) -> Value {
     table("Exports", &heading, &run.events("exported").map(row).collect::<Vec<_>>())
 }
 
-/// The time of each stage.
+/// Time and memory of each stage, as the preflight expected them and as they were.
 fn stages(run: &Run) -> Value {
     let stages = run.record["stages"].as_array().into_iter().flatten();
     let row = |(index, stage): (usize, &Value)| {
-        let seconds = stage["seconds"].as_f64().map(duration).unwrap_or_default();
-        vec![(index + 1).to_string(), plain(&stage["name"]), plain(&stage["status"]), seconds]
+        let needs = &stage["needs"];
+        vec![
+            (index + 1).to_string(),
+            plain(&stage["name"]),
+            plain(&stage["status"]),
+            needs["seconds"].as_f64().map(duration).unwrap_or_default(),
+            stage["seconds"].as_f64().map(duration).unwrap_or_default(),
+            needs["host_bytes"].as_u64().map(size).unwrap_or_default(),
+            stage["peak_gib"].as_f64().map(gib).unwrap_or_default(),
+        ]
     };
-    table(
-        "Stages",
-        &["", "stage", "state", "time"],
-        &stages.enumerate().map(row).collect::<Vec<_>>(),
-    )
+    let heading =
+        ["", "stage", "state", "time expected", "taken", "memory expected", "peak so far"];
+    table("Stages", &heading, &stages.enumerate().map(row).collect::<Vec<_>>())
 }
 
-/// What the preflight expected beside what was.
+/// What the preflight expected of the whole run beside what was.
 fn estimates(run: &Run) -> Value {
-    let record = &run.record;
-    let needs = &record["needs"];
+    let (record, needs) = (&run.record, &run.record["needs"]);
     let mut rows = Vec::new();
-    if let (Some(guess), Some(seconds)) = (needs["seconds"].as_f64(), record["seconds"].as_f64()) {
-        rows.push(vec!["time".to_owned(), duration(guess), duration(seconds)]);
-    }
-    if let (Some(guess), Some(peak)) = (needs["host_bytes"].as_u64(), record["peak_gib"].as_f64()) {
-        let bytes = (peak * f64::from(1u32 << 30)) as u64;
-        rows.push(vec!["main memory".to_owned(), size(guess), size(bytes)]);
-    }
+    let mut add = |what: &str, expected: Option<String>, measured: Option<String>| {
+        if let (Some(expected), Some(measured)) = (expected, measured) {
+            rows.push(vec![what.to_owned(), expected, measured]);
+        }
+    };
+    let time = |value: &Value| value.as_f64().map(duration);
+    add("time", time(&needs["seconds"]), time(&record["seconds"]));
+    let bytes = |value: &Value| value.as_u64().map(size);
+    add("main memory", bytes(&needs["host_bytes"]), record["peak_gib"].as_f64().map(gib));
+    add("disk", bytes(&needs["disk_bytes"]), bytes(&record["disk_bytes"]));
+    let price = |value: &Value| value["run"].as_f64().map(|price| format!("{price:.2}"));
+    add("price", price(&needs["price"]), price(&record["price"]));
     table("Expected and measured", &["", "expected", "measured"], &rows)
+}
+
+/// Memory in the unit of the estimates.
+fn gib(peak: f64) -> String {
+    size((peak * f64::from(1u32 << 30)) as u64)
 }
 
 /// Errors of blocks before and after.

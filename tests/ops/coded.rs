@@ -1,10 +1,10 @@
 //! Packed codes on a learned grid: weights, products, and gradients of inputs and grid.
 
 use burn::tensor::{Device, Tensor};
-use fewbit::ops::{CodedKind, CodedMatrix, PackedCodes};
+use fewbit::ops::{CodedKind, CodedMatrix, FrozenGrid, PackedCodes};
 use proptest::prelude::*;
 
-use crate::{Dice, Matrix, Outcome, Sum, bits, close};
+use crate::{Dice, Matrix, Outcome, Sum, bits, close, host};
 
 #[derive(Debug)]
 struct Case {
@@ -142,8 +142,19 @@ fn check(case: &Case) {
             close(name, found, exact, 2e-5);
         }
     }
-    // The weights alone: the same bits in both forms, `[out, in]`.
     let (inputs, out) = case.sizes();
+    // The next token of each text, on a grid that never changes: asked twice, for what it keeps.
+    let device = Device::flex();
+    let [x, scale, shift] = case.inputs.each_ref().map(|input| input.on(&device));
+    let (x, matrix) = (x.reshape([TOKENS, 1, inputs]), case.matrix(&device));
+    let frozen = FrozenGrid::default();
+    for _ in 0..2 {
+        let values = || [scale.clone(), shift.clone()];
+        let found = matrix.linear_frozen(x.clone(), &frozen, values);
+        assert_eq!(found.dims(), [TOKENS, 1, out]);
+        close("of one token", &host(found), &output, 3e-6);
+    }
+    // The weights alone: the same bits in both forms, `[out, in]`.
     let expected: Vec<f32> =
         (0..out * inputs).map(|i| case.value(case.place(i / inputs, i % inputs))).collect();
     let grid = [case.inputs[1].clone(), case.inputs[2].clone()];

@@ -21,10 +21,15 @@ pub(super) type SharedPlanes = Arc<OnceLock<Planes>>;
 pub struct FrozenGrid(Arc<OnceLock<Coefficients>>);
 
 impl CodedMatrix {
-    /// Whether a product with `x` is one of few activations, which nobody wants a gradient of.
+    /// Whether a product with `x` is one of few activations, which nobody wants a gradient of: one token
+    /// of each of a few texts, `[texts, 1, in]`, as they are continued. Longer runs of tokens take the
+    /// decoded weights, so that a packed model gives the bits of the dense one it stands for.
     pub(super) fn is_few<const D: usize>(&self, x: &Tensor<D>) -> bool {
-        let n: usize = x.dims()[..D - 1].iter().product();
-        !self.transposed
+        let shape = x.dims();
+        let n: usize = shape[..D - 1].iter().product();
+        D > 2
+            && shape[D - 2] == 1
+            && !self.transposed
             && n * usize::from(self.codes.bits()) <= FEW
             && lookup::reads(self.codes.columns(), self.group_len)
             && reads_plain(x)
