@@ -8,6 +8,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::{CausalLm, KvCache, Positions, Sampler};
 use crate::error::{Error, Result};
+use crate::ops;
 
 /// How texts are continued.
 #[derive(Clone, Copy, Debug)]
@@ -116,7 +117,7 @@ impl Generation<'_> {
             if batch.rows.is_empty() {
                 break;
             }
-            let mut logits = batch.step(self);
+            let mut logits = ops::continuing(|| batch.step(self));
             let vocab = logits.len() / batch.rows.len();
             let mut kept = Vec::with_capacity(batch.rows.len());
             for (index, logits) in logits.chunks_exact_mut(vocab).enumerate() {

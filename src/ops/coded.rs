@@ -21,12 +21,18 @@ use super::kernel::coded as kernel;
 #[cfg(feature = "flex")]
 mod few;
 #[cfg(feature = "flex")]
-pub use few::FrozenGrid;
+pub use few::{FrozenGrid, continuing};
 
 /// A grid that never changes; only this machine's kernels know more of it than its values.
 #[cfg(not(feature = "flex"))]
 #[derive(Clone, Debug, Default)]
 pub struct FrozenGrid(());
+
+/// Runs `f`; only this machine's kernels have another way to multiply few activations.
+#[cfg(not(feature = "flex"))]
+pub fn continuing<R>(f: impl FnOnce() -> R) -> R {
+    f()
+}
 
 /// Codes of a matrix, packed row by row as [`bits`] says. Clones share the words.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -221,8 +227,8 @@ impl CodedMatrix {
     }
 
     /// As [`CodedMatrix::linear`], for a grid that is the same in every call: `values` gives its
-    /// scale and shift. One token of each of a few texts, `[texts, 1, in]`, off the tape is multiplied with
-    /// the packed codes: another order of the same sum.
+    /// scale and shift. Inside [`continuing`] few rows of `x` off the tape are multiplied with the packed
+    /// codes.
     pub fn linear_frozen<const D: usize>(
         &self,
         x: Tensor<D>,

@@ -38,7 +38,7 @@ pub use attention::{Attending, Scores, Sight, causal_attention, has_kernel};
 pub use binary_coding::{Unified, nearest_codes};
 pub use block::{block_mse, layer_norm, rms_norm, swiglu};
 pub use bridge::composed;
-pub use coded::{CodedKind, CodedMatrix, FrozenGrid, PackedCodes};
+pub use coded::{CodedKind, CodedMatrix, FrozenGrid, PackedCodes, continuing};
 pub use fake_quant::{
     Divided, Rule, Stepped, TieRule, clamp_ste, exp, off_tape, reshape_grouped, round_ste,
     scale_gradient, shorten_ste,

@@ -1,5 +1,6 @@
 //! Products of few activations with a frozen grid, on packed codes: what text is generated with.
 
+use std::cell::Cell;
 use std::sync::{Arc, OnceLock};
 
 use burn::tensor::Tensor;
@@ -20,15 +21,31 @@ pub(super) type SharedPlanes = Arc<OnceLock<Planes>>;
 #[derive(Clone, Debug, Default)]
 pub struct FrozenGrid(Arc<OnceLock<Coefficients>>);
 
+thread_local! {
+    static CONTINUING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `f`, in which texts are continued: there a product of few activations with packed codes on a frozen
+/// grid ([`CodedMatrix::linear_frozen`]) is computed on the codes, another order of the same sum. Elsewhere
+/// weights are decoded, so that a packed model gives the bits of the dense one that it stands for. Holds for
+/// the calling thread.
+pub fn continuing<R>(f: impl FnOnce() -> R) -> R {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            CONTINUING.set(self.0);
+        }
+    }
+    let _restore = Restore(CONTINUING.replace(true));
+    f()
+}
+
 impl CodedMatrix {
-    /// Whether a product with `x` is one of few activations, which nobody wants a gradient of: one token
-    /// of each of a few texts, `[texts, 1, in]`, as they are continued. Longer runs of tokens take the
-    /// decoded weights, so that a packed model gives the bits of the dense one it stands for.
+    /// Whether a product with `x` is one of few activations inside [`continuing`], which nobody wants a
+    /// gradient of.
     pub(super) fn is_few<const D: usize>(&self, x: &Tensor<D>) -> bool {
-        let shape = x.dims();
-        let n: usize = shape[..D - 1].iter().product();
-        D > 2
-            && shape[D - 2] == 1
+        let n: usize = x.dims()[..D - 1].iter().product();
+        CONTINUING.get()
             && !self.transposed
             && n * usize::from(self.codes.bits()) <= FEW
             && lookup::reads(self.codes.columns(), self.group_len)
