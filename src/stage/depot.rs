@@ -45,10 +45,16 @@ impl Parked {
         Self { name, turned, data: tensor.into_data() }
     }
 
-    /// As [`Parked::of`], of values that bf16 holds: two bytes each.
+    /// As [`Parked::of`], in two bytes each where bf16 holds every value.
     pub(super) fn of_bf16<const D: usize>(name: String, tensor: Tensor<D>) -> Self {
         let Self { name, turned, data } = Self::of(name, tensor);
-        Self { name, turned, data: narrowed(&data) }
+        let is_held = data
+            .as_bytes()
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .all(|value| u32::from_ne_bytes(*value).trailing_zeros() >= 16);
+        Self { name, turned, data: if is_held { narrowed(&data) } else { data } }
     }
 
     /// What is about to be saved, as it lies there.

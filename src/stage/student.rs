@@ -449,7 +449,8 @@ impl ModuleMapper for Empty {
         let value = if taped { value.inner() } else { value };
         let nothing = Tensor::<D>::zeros([0; D], &value.device());
         let path = self.path.join(".");
-        let bf16 = self.bf16 && learned && method::role_of(&path) == Some(Role::Weight);
+        // Before a training begins nothing learns yet, and is to lie where it will.
+        let bf16 = self.bf16 && method::role_of(&path) == Some(Role::Weight);
         self.parked.push(if bf16 { Parked::of_bf16(path, value) } else { Parked::of(path, value) });
         let nothing = if taped { Tensor::from_inner(nothing) } else { nothing };
         let nothing = if learned { nothing.require_grad() } else { nothing };
