@@ -298,3 +298,23 @@ fn turned(values: &[f32], columns: usize) -> Vec<f32> {
     }
     turned
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A block lies where it will before anything of it learns: its place in the file never changes.
+    #[test]
+    fn what_bf16_holds_takes_two_bytes_and_keeps_its_value() {
+        let device = Device::flex();
+        let bytes = |values: [f32; 3]| {
+            let parked = Parked::of_bf16("x".to_owned(), Tensor::<1>::from_data(values, &device));
+            let len = parked.data.as_bytes().len();
+            let back: Vec<f32> = parked.tensor::<1>(&device).into_data().iter::<f32>().collect();
+            assert!(back.iter().zip(values).all(|(a, b)| a.to_bits() == b.to_bits()));
+            len
+        };
+        assert_eq!(bytes([1.0, -0.375, 0.0]), 6);
+        assert_eq!(bytes([1.0, 0.1, 0.0]), 12);
+    }
+}
