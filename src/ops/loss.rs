@@ -205,7 +205,9 @@ fn with_tail(
     // The events: every kept token, and in a last column the rest.
     let events = |p: &Tensor<2>, log_p: &Tensor<2>| {
         let kept = p.clone().mask_fill(rest.clone(), 0.0);
-        let tail = (kept.clone().sum_dim(1).neg() + 1.0).clamp_min(LEAST_TAIL);
+        // Not one less the kept ones, which would lose the digits of a small one.
+        let tail = p.clone().mask_fill(rest.clone().bool_not(), 0.0).sum_dim(1);
+        let tail = tail.clamp_min(LEAST_TAIL);
         let log =
             Tensor::cat(vec![log_p.clone().mask_fill(rest.clone(), -1e30), tail.clone().log()], 1);
         (Tensor::cat(vec![kept, tail], 1), log)

@@ -152,7 +152,7 @@ impl Depot {
                 None => At::Memory(Arc::new(data)),
                 Some(file) => {
                     let place = match old.get(index) {
-                        Some(Slot { at: At::File(place), bytes: room, .. }) if *room == bytes => {
+                        Some(Slot { at: At::File(place), bytes: room, .. }) if *room >= bytes => {
                             *place
                         }
                         _ => {

@@ -43,6 +43,22 @@ pub(super) fn sum(x: &[f32]) -> f32 {
 /// what is done with them.
 macro_rules! block {
     ($(#[$attribute:meta])*) => {
+        /// Adds what the index at a place of 16 words says.
+        $(#[$attribute])*
+        #[inline]
+        fn add_one<const N: usize>(
+            partial: &mut [[F; SUMS]; N],
+            words: W,
+            place: usize,
+            tables: &[Table; N],
+        ) {
+            let index = shifted(words, 4 * place as u32);
+            for (sums, table) in partial.iter_mut().zip(tables) {
+                let sum = &mut sums[place % SUMS];
+                *sum = add(*sum, look_up(index, table));
+            }
+        }
+
         $(#[$attribute])*
         pub(super) fn block<const N: usize>(job: &Job<'_, N>, block: usize) -> [[f32; LANES]; N] {
             let Job { planes, grid, tables, sums } = job;
@@ -65,22 +81,13 @@ macro_rules! block {
                         let to = CHUNKS.min(from + last - chunk);
                         let tables = &tables[chunk - from..][..CHUNKS];
                         if to - from == CHUNKS {
+                            // Of a known length, so that shifts become constants.
                             for (place, tables) in tables.iter().enumerate() {
-                                let index = shifted(word, 4 * place as u32);
-                                for (sums, table) in partial.iter_mut().zip(tables) {
-                                    let sum = &mut sums[place % SUMS];
-                                    *sum = add(*sum, look_up(index, table));
-                                }
+                                add_one(&mut partial, word, place, tables);
                             }
                         } else {
-                            for (place, tables) in
-                                tables.iter().enumerate().take(to).skip(from)
-                            {
-                                let index = shifted(word, 4 * place as u32);
-                                for (sums, table) in partial.iter_mut().zip(tables) {
-                                    let sum = &mut sums[place % SUMS];
-                                    *sum = add(*sum, look_up(index, table));
-                                }
+                            for (place, tables) in tables.iter().enumerate().take(to).skip(from) {
+                                add_one(&mut partial, word, place, tables);
                             }
                         }
                         chunk += to - from;

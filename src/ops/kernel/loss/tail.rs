@@ -1,7 +1,7 @@
 //! Divergences over a few events and what is left, in f64.
 
 use super::Settings;
-use super::softmax::{BLOCK, Scratch, Total, ln};
+use super::softmax::{BLOCK, Scratch, Softmax, Total, ln};
 use crate::ops::loss::{Divergence, LEAST_TAIL, NEAR_WEIGHT, far_share};
 
 /// The divergence of a row over the teacher's `k` largest logits and one event for all others. With
@@ -21,19 +21,19 @@ pub(super) fn with_tail<const KEEP: bool>(
         (f64::from(logit) - f64::from(total.max)) * inverse - ln(total.sum)
     };
     // Logarithms of the student's and the teacher's probability of each event; the tail is last.
-    let mut left = [1.0; 2];
     let kept: Vec<usize> = (0..teacher.len()).filter(|i| teacher[*i] >= least).collect();
     let mut events: Vec<[f64; 2]> = Vec::with_capacity(kept.len() + 1);
     for i in &kept {
         let event =
             [log(&scratch.student.total, student[*i]), log(&scratch.teacher.total, teacher[*i])];
-        left = [left[0] - event[0].exp(), left[1] - event[1].exp()];
         events.push(event);
     }
-    events.push(left.map(|p| p.max(LEAST_TAIL).ln()));
+    scratch.finish(inverse as f32);
+    // A sum of its own: one less the kept ones would lose the digits of a small one.
+    let rest = [&scratch.student, &scratch.teacher].map(|of| mass_below(of, teacher, least));
+    events.push(rest.map(|p| p.max(LEAST_TAIL).ln()));
     let (value, pulls) = over_events(settings.kind, &events);
     if KEEP {
-        scratch.finish(inverse as f32);
         let Scratch { student, teacher } = scratch;
         let of_tail = pulls[kept.len()] as f32;
         let blocks = student.exponentials.chunks(BLOCK).zip(&student.total.factors);
@@ -47,6 +47,16 @@ pub(super) fn with_tail<const KEEP: bool>(
         }
     }
     value
+}
+
+/// The probability of all tokens whose logit of the teacher is below `least`, of a finished softmax.
+fn mass_below(softmax: &Softmax, teacher: &[f32], least: f32) -> f64 {
+    let blocks = softmax.exponentials.chunks(BLOCK).zip(teacher.chunks(BLOCK));
+    let of = |((exponentials, teacher), factor): ((&[f32], &[f32]), &f32)| {
+        let left = exponentials.iter().zip(teacher).filter(|(_, logit)| **logit < least);
+        f64::from(*factor) * left.map(|(e, _)| f64::from(*e)).sum::<f64>()
+    };
+    blocks.zip(&softmax.total.factors).map(of).sum()
 }
 
 /// The divergence over events of these log-probabilities, student's and teacher's, and for each what
