@@ -1,6 +1,9 @@
 //! Line charts and histograms as SVG, drawn by `plotters`: in the page's own colour where it has one,
 //! so that they can be read on light and on dark ground.
 
+use std::ops::Range;
+
+use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
@@ -73,28 +76,12 @@ impl Chart {
         let margin = if high > low { 0.06 * (high - low) } else { 0.5 * high.abs().max(0.1) };
         let (first, last) = extent(|point| point.0);
         let last = if last > first { last } else { first + 1.0 };
-        let mut svg = String::new();
-        let drawn = (|| {
-            let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
-            let mut chart = ChartBuilder::on(&area)
-                .margin(10)
-                .x_label_area_size(38)
-                .y_label_area_size(62)
-                .build_cartesian_2d(first..last, low - margin..high + margin)?;
-            chart
-                .configure_mesh()
-                .light_line_style(TRANSPARENT)
-                .bold_line_style(BLACK.mix(0.12))
-                .axis_style(BLACK.mix(0.5))
-                .x_labels(7)
-                .y_labels(6)
-                .x_desc(self.across)
-                .x_label_style(label())
-                .y_label_style(label())
-                .axis_desc_style(label())
-                .x_label_formatter(&|x| short(*x))
-                .y_label_formatter(&|y| short(if logarithmic { 10f64.powf(*y) } else { *y }))
-                .draw()?;
+        let axes = Axes {
+            across: self.across,
+            x: &short,
+            y: &|y| short(if logarithmic { 10f64.powf(y) } else { y }),
+        };
+        let svg = drawn(first..last, low - margin..high + margin, &axes, |chart| {
             for (index, line) in lines.iter().enumerate() {
                 let colour = colour(index);
                 let points = line.points.iter().map(|(x, y)| (*x, place(*y)));
@@ -104,10 +91,9 @@ impl Chart {
                     chart.draw_series(dots)?;
                 }
             }
-            area.present()
-        })();
-        drawn.map_err(|e| Error::failed(format!("a chart cannot be drawn: {e}")))?;
-        Ok(Some(adapted(&svg)))
+            Ok(())
+        });
+        svg.map(Some)
     }
 }
 
@@ -120,6 +106,45 @@ pub(super) fn bars(edges: &[f64], counts: &[f64], across: &str) -> Result<Option
     }
     let whole = edges.iter().all(|edge| ((edge + 0.5) - (edge + 0.5).round()).abs() < 1e-9);
     let highest = counts.iter().copied().fold(0.0, f64::max) / total * 100.0;
+    // Of codes, whose middles are whole numbers, those alone.
+    let x = |x: f64| {
+        let between = whole && (x - x.round()).abs() > 1e-6;
+        if between { String::new() } else { short(x) }
+    };
+    let axes = Axes { across, x: &x, y: &|y| format!("{} %", short(y)) };
+    let svg = drawn(*first..*last, 0.0..highest * 1.06, &axes, |chart| {
+        let bars = edges.windows(2).zip(counts).map(|(edges, count)| {
+            let gap = 0.08 * (edges[1] - edges[0]);
+            let corners = [(edges[0] + gap, 0.0), (edges[1] - gap, count / total * 100.0)];
+            Rectangle::new(corners, colour(0).filled())
+        });
+        chart.draw_series(bars).map(drop)
+    });
+    svg.map(Some)
+}
+
+/// What stands at a chart's axes.
+struct Axes<'a> {
+    /// What the horizontal one counts.
+    across: &'a str,
+    /// Labels of the horizontal and of the vertical one.
+    x: &'a dyn Fn(f64) -> String,
+    y: &'a dyn Fn(f64) -> String,
+}
+
+/// Where a chart is drawn.
+type Plane<'a> = ChartContext<'a, SVGBackend<'a>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
+
+/// What a drawing fails with.
+type Failed = DrawingAreaErrorKind<std::io::Error>;
+
+/// A chart over these ranges as SVG; `paint` draws what is in it.
+fn drawn(
+    across: Range<f64>,
+    up: Range<f64>,
+    axes: &Axes<'_>,
+    paint: impl FnOnce(&mut Plane<'_>) -> Result<(), Failed>,
+) -> Result<String> {
     let mut svg = String::new();
     let drawn = (|| {
         let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
@@ -127,35 +152,26 @@ pub(super) fn bars(edges: &[f64], counts: &[f64], across: &str) -> Result<Option
             .margin(10)
             .x_label_area_size(38)
             .y_label_area_size(62)
-            .build_cartesian_2d(*first..*last, 0.0..highest * 1.06)?;
+            .build_cartesian_2d(across, up)?;
         chart
             .configure_mesh()
-            .disable_x_mesh()
             .light_line_style(TRANSPARENT)
             .bold_line_style(BLACK.mix(0.12))
             .axis_style(BLACK.mix(0.5))
+            .x_labels(7)
             .y_labels(6)
-            .x_desc(across)
+            .x_desc(axes.across)
             .x_label_style(label())
             .y_label_style(label())
             .axis_desc_style(label())
-            // Of codes, whose middles are whole numbers, those alone.
-            .x_label_formatter(&|x| {
-                let between = whole && (x - x.round()).abs() > 1e-6;
-                if between { String::new() } else { short(*x) }
-            })
-            .y_label_formatter(&|y| format!("{} %", short(*y)))
+            .x_label_formatter(&|x| (axes.x)(*x))
+            .y_label_formatter(&|y| (axes.y)(*y))
             .draw()?;
-        let bars = edges.windows(2).zip(counts).map(|(edges, count)| {
-            let gap = 0.08 * (edges[1] - edges[0]);
-            let corners = [(edges[0] + gap, 0.0), (edges[1] - gap, count / total * 100.0)];
-            Rectangle::new(corners, colour(0).filled())
-        });
-        chart.draw_series(bars)?;
+        paint(&mut chart)?;
         area.present()
     })();
-    drawn.map_err(|e| Error::failed(format!("a chart cannot be drawn: {e}")))?;
-    Ok(Some(adapted(&svg)))
+    drawn.map_err(|e: Failed| Error::failed(format!("a chart cannot be drawn: {e}")))?;
+    Ok(adapted(&svg))
 }
 
 fn label() -> TextStyle<'static> {
