@@ -59,6 +59,7 @@ fn quantized([out, inputs]: [usize; 2]) -> QuantizedWeight {
         },
         bits: Bits::new(BITS).unwrap(),
         layout: GroupLayout { out, inputs, groups, group_len: GROUP, axis: GroupAxis::In },
+        nested: Vec::new(),
     }
 }
 

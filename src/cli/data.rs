@@ -190,7 +190,7 @@ fn of_files(args: &PreviewArgs) -> Result<(Sets, Tokenizer)> {
         return Err(Error::usage("nothing says which data").fix("--recipe, or --model and --data"));
     };
     let (device, compute) = ("cpu".to_owned(), Compute::F32);
-    let session = ModelArgs { model: model.clone(), device, compute }.open()?;
+    let session = ModelArgs { model: model.clone(), device, compute, bits: None }.open()?;
     let mut paths: Vec<PathBuf> = Vec::new();
     for name in &args.data {
         paths.extend(locate::data_files(name)?);

@@ -181,7 +181,8 @@ impl EvalArgs {
     fn reference(&self, session: &Session) -> Result<Option<Session>> {
         let Some(name) = &self.reference else { return Ok(None) };
         let ModelArgs { device, compute, .. } = &self.source.model;
-        let args = ModelArgs { model: name.clone(), device: device.clone(), compute: *compute };
+        let (device, compute) = (device.clone(), *compute);
+        let args = ModelArgs { model: name.clone(), device, compute, bits: None };
         let opened = args.open().map_err(|error| error.at("--reference"))?;
         let [ours, theirs] = [session, &opened].map(|session| session.opened.config.vocab);
         if ours != theirs {

@@ -10,6 +10,7 @@ use crate::data::{DataFormat, Reading, TokenStream, sha256_of};
 use crate::error::{Error, Result};
 use crate::export::{Exported, Format, FormatsConfig, Gate, Manifest, OpenModel, write_opened};
 use crate::model::WeightSource;
+use crate::quant::Bits;
 use crate::recipe::Compute;
 use crate::report::size;
 use crate::stage::PARITY_WINDOWS;
@@ -57,6 +58,10 @@ pub(super) struct TargetArgs {
     /// says of this data, else text]
     #[arg(long, value_name = "FORMAT", value_parser = data_format)]
     data_format: Option<DataFormat>,
+    /// The width that is written of a model of several (method.anybcq) [default: the widest, and all of them
+    /// in fewbit's own format]
+    #[arg(long, value_name = "N", value_parser = super::bits)]
+    bits: Option<Bits>,
     /// Where to measure: auto, cpu, cuda[:i], metal, rocm[:i], vulkan, wgpu
     #[arg(long, default_value = "auto")]
     device: String,
@@ -108,7 +113,8 @@ pub(super) fn write(
     let options = FormatsConfig::of(format, &args.set)?;
     let device = args.device.clone();
     // What `verify` measures in.
-    let model = ModelArgs { model: model.to_owned(), device, compute: Compute::F32 };
+    let model =
+        ModelArgs { model: model.to_owned(), device, compute: Compute::F32, bits: args.bits };
     let session = AdaptedArgs { model, adapter: adapter.map(Path::to_owned) }.open()?;
     let data = args.data.as_deref().map(locate::data).transpose()?;
     let inputs = [Some(&session.opened.dir), session.adapter.as_ref(), data.as_ref()];

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{adapter, output};
 use crate::error::Result;
-use crate::export::{Adapter, Format, Manifest, fewbit, gguf, tensor_names};
+use crate::export::{Adapter, Format, Manifest, all_tensor_names, fewbit, gguf};
 use crate::quant::{CodeHistogram, GroupAxis, QuantizedWeight, Repr};
 use crate::report::size;
 use crate::store::safetensors::Checkpoint;
@@ -168,6 +168,7 @@ fn as_json(path: &Path, stored: &BTreeMap<String, TensorInfo>, linears: &[Linear
                 "name": name,
                 "method": method,
                 "bits": weight.bits,
+                "widths": weight.widths(),
                 "shape": [weight.layout.out, weight.layout.inputs],
                 "group_len": weight.layout.group_len,
                 "axis": weight.layout.axis,
@@ -210,7 +211,11 @@ fn as_text(path: &Path, stored: &BTreeMap<String, TensorInfo>, linears: &[Linear
             name.clone(),
             format!("{} x {}", layout.out, layout.inputs),
             match weight.grid.repr() {
-                Repr::BinaryCoding => format!("{} planes", weight.bits),
+                Repr::BinaryCoding => {
+                    let widths: Vec<String> =
+                        weight.widths().iter().map(ToString::to_string).collect();
+                    format!("{} planes", widths.join(","))
+                }
                 _ => weight.bits.to_string(),
             },
             match layout.axis {
@@ -225,7 +230,7 @@ fn as_text(path: &Path, stored: &BTreeMap<String, TensorInfo>, linears: &[Linear
     let codes = if rows.iter().any(|row| !row[5].is_empty()) { "codes, share in %" } else { "" };
     text += &table(&["linear", "out x in", "bits", "group", "bits/weight", codes], &rows);
     let quantized: BTreeSet<String> =
-        linears.iter().flat_map(|linear| tensor_names(&linear.name)).collect();
+        linears.iter().flat_map(|linear| all_tensor_names(&linear.name)).collect();
     let others = stored.iter().filter(|(name, _)| !quantized.contains(*name));
     let rows: Vec<Vec<String>> = others
         .map(|(name, info)| {

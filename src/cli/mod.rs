@@ -37,6 +37,7 @@ use crate::error::{Error, Result};
 use crate::exhausted;
 use crate::export::{Adapter, OpenModel, open_model};
 use crate::model::{CausalLm, Loader};
+use crate::quant::Bits;
 use crate::recipe::Compute;
 use crate::stop::StopFlag;
 use crate::store::folder::entries;
@@ -185,6 +186,9 @@ struct ModelArgs {
     /// Type of activations: f32 or bf16
     #[arg(long, default_value = "f32", value_parser = compute)]
     compute: Compute,
+    /// The width at which a model of several is read (method.anybcq) [default: the widest]
+    #[arg(long, value_name = "N", value_parser = bits)]
+    bits: Option<Bits>,
 }
 
 /// A model, and the adapter whose scales it gets.
@@ -206,6 +210,11 @@ fn compute(text: &str) -> Result<Compute, String> {
     }
 }
 
+fn bits(text: &str) -> Result<Bits, String> {
+    let bits = text.parse::<i64>().map_err(|_| "a number of bits, 1 to 8".to_owned())?;
+    Bits::try_from(bits)
+}
+
 fn data_format(text: &str) -> Result<DataFormat, String> {
     let known = DataFormat::ALL.into_iter().find(|format| format.name() == text);
     known.ok_or_else(|| DataFormat::ALL.map(DataFormat::name).join(", "))
@@ -222,9 +231,13 @@ struct Session {
 
 impl ModelArgs {
     fn open(&self) -> Result<Session> {
+        let opened = open_model(&locate::model(&self.model)?)?;
         Ok(Session {
             device: device::open(&self.device)?,
-            opened: open_model(&locate::model(&self.model)?)?,
+            opened: match self.bits {
+                Some(bits) => opened.at_width(bits)?,
+                None => opened,
+            },
             adapter: None,
             dtype: self.compute.dtype(),
         })

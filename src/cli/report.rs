@@ -83,7 +83,7 @@ impl ReportArgs {
     /// What a model writes behind each prompt.
     fn texts(&self, model: &str, stop: &StopFlag) -> Result<Vec<String>> {
         let (model, device) = (model.to_owned(), self.device.clone());
-        let session = ModelArgs { model, device, compute: Compute::F32 }.open()?;
+        let session = ModelArgs { model, device, compute: Compute::F32, bits: None }.open()?;
         let tokenizer = session.tokenizer()?;
         let ends = session.opened.generation()?.ends;
         let max_new = self.max_new_tokens;

@@ -186,7 +186,7 @@ fn check_linear(opened: &OpenModel, manifest: &Manifest, name: &str) -> Result<(
 
 fn session(args: &VerifyArgs) -> Result<Session> {
     let (model, device) = (args.dir.clone(), args.device.clone());
-    ModelArgs { model, device, compute: Compute::F32 }.open()
+    ModelArgs { model, device, compute: Compute::F32, bits: None }.open()
 }
 
 /// The folder says to the recorded prompts what it said when it was written. Gives their number.

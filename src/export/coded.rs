@@ -332,7 +332,8 @@ mod tests {
             let grid = Grid::Uniform { scale, zero_point, zero_kind: ZeroKind::Integer };
             let columns = layout.stored()[1];
             let codes = PackedCodes::pack(&[1; 8], columns, 2);
-            QuantizedWeight { codes, grid, bits: Bits::new(2).unwrap(), layout }
+            let bits = Bits::new(2).unwrap();
+            QuantizedWeight { codes, grid, bits, layout, nested: Vec::new() }
         };
         let fault = |weight: &QuantizedWeight| Coded::new("x", weight).unwrap_err().to_string();
         let good = weight(0.5, layout(2, GroupAxis::In));

@@ -3,8 +3,9 @@
 //! Per linear `X`: `X.codes`, u32 `[out, words]`, a dense little-endian bit stream per row. On a
 //! uniform grid `X.scales`, f32 `[out, groups]`, and `X.zero_points`, u8, i32 or f32 of the same
 //! shape, or `[1, 1]` when they are all equal. In binary coding `X.alphas`, f32
-//! `[out, groups, bits]`, and `X.offsets`, f32 `[out, groups]` or `[1, 1]`. Where groups lie along
-//! the outputs, all of it is that of the transposed weight.
+//! `[out, groups, bits]`, and `X.offsets`, f32 `[out, groups]` or `[1, 1]`; for each narrower width `N`
+//! that the same planes serve, `X.alphas_N` and `X.offsets_N`. Where groups lie along the outputs, all
+//! of it is that of the transposed weight.
 
 use std::collections::BTreeMap;
 
@@ -15,10 +16,11 @@ use super::coded::Tensors;
 use super::format::{FileFormat, Kind, OwnFormat};
 use super::read::DAMAGED;
 use super::record::{
-    FORMAT_VERSION, GridRecord, LinearRecord, MANIFEST_FILE, tensor_names, weights_sha256,
+    FORMAT_VERSION, GridRecord, LinearRecord, MANIFEST_FILE, nested_names, tensor_names,
+    weights_sha256,
 };
 use crate::error::{Error, Result};
-use crate::quant::{Grid, GroupLayout, PackedCodes, QuantizedWeight, ZeroKind, bits};
+use crate::quant::{Bits, Grid, GroupLayout, PackedCodes, QuantizedWeight, ZeroKind, bits};
 use crate::store::{DType, HostTensor, TensorSource};
 
 /// `format.fewbit`: no keys.
@@ -74,6 +76,14 @@ pub fn encode(name: &str, weight: &QuantizedWeight) -> Tensors {
             tensors.push((offsets_name, encode_zeros(offset, ZeroKind::Real, scale_shape)));
         }
     }
+    for (grid, bits) in weight.nested.iter().zip(weight.widths()) {
+        let Grid::BinaryCoding { alpha, offset } = grid else { continue };
+        let [alphas_name, offsets_name] = nested_names(name, bits);
+        let [rows, groups] = scale_shape;
+        let shape = [rows, groups, usize::from(bits.get())];
+        tensors.push((alphas_name, HostTensor::f32(shape, alpha)));
+        tensors.push((offsets_name, encode_zeros(offset, ZeroKind::Real, scale_shape)));
+    }
     tensors
 }
 
@@ -126,22 +136,28 @@ pub fn decode(
         let values = decode_zeros(&stored).map_err(|e| e.at(name))?;
         Ok(if values.len() == 1 { vec![values[0]; groups] } else { values })
     };
+    let planes = |[alphas, offsets]: [&str; 2], bits: Bits| -> Result<Grid> {
+        let shape = [&scale_shape[..], &[usize::from(bits.get())]].concat();
+        Ok(Grid::BinaryCoding { alpha: floats(alphas, shape)?, offset: per_group(offsets)? })
+    };
     let grid = match record.grid {
         GridRecord::Uniform { zero_kind } => Grid::Uniform {
             scale: floats(&scales_name, scale_shape.clone())?,
             zero_point: per_group(&zeros_name)?,
             zero_kind,
         },
-        GridRecord::BinaryCoding {} => Grid::BinaryCoding {
-            alpha: floats(&alphas_name, [&scale_shape[..], &[usize::from(width)]].concat())?,
-            offset: per_group(&offsets_name)?,
-        },
+        GridRecord::BinaryCoding {} => planes([&alphas_name, &offsets_name], record.bits)?,
     };
+    let nested = record.nested.iter().map(|bits| {
+        let [alphas, offsets] = nested_names(name, *bits);
+        planes([&alphas, &offsets], *bits)
+    });
+    let nested = nested.collect::<Result<_>>()?;
     let codes = PackedCodes::from_words(words, [rows, columns], width).ok_or_else(|| {
         let what = "bits behind the last code of a row are set";
         Error::damaged(what, DAMAGED).at(&codes_name)
     })?;
-    let weight = QuantizedWeight { codes, grid, bits: record.bits, layout };
+    let weight = QuantizedWeight { codes, grid, bits: record.bits, layout, nested };
     weight.checked().map_err(|e| e.at(name).of_input(DAMAGED))
 }
 
@@ -266,7 +282,7 @@ mod tests {
 
     use super::super::coded::sample::generator;
     use super::*;
-    use crate::quant::{Bits, GroupAxis};
+    use crate::quant::GroupAxis;
 
     /// `kind`: a uniform grid with those zero points, or binary coding.
     fn weight(
@@ -304,7 +320,14 @@ mod tests {
         let axis = if seed.is_multiple_of(2) { GroupAxis::In } else { GroupAxis::Out };
         let (out, inputs) = if axis == GroupAxis::In { (out, inputs) } else { (inputs, out) };
         let layout = GroupLayout { out, inputs, groups: n, group_len, axis };
-        QuantizedWeight::new(&codes, grid, bits, layout).unwrap()
+        let narrower = if kind.is_none() { 1..bits.get() } else { 0..0 };
+        let nested = narrower.map(|planes| Grid::BinaryCoding {
+            alpha: positive(n * usize::from(planes)),
+            offset: positive(n),
+        });
+        let nested = nested.collect();
+        let weight = QuantizedWeight::new(&codes, grid, bits, layout).unwrap();
+        QuantizedWeight { nested, ..weight }.checked().unwrap()
     }
 
     proptest! {

@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::model::{
     GenerationConfig, ModelConfig, ModelTap, Place, Places, WeightSource, open_folder, weight_name,
 };
-use crate::quant::{GroupLayout, QuantizedWeight};
+use crate::quant::{Bits, GroupLayout, QuantizedWeight};
 use crate::store::safetensors::{Checkpoint, Decode};
 use crate::store::{TensorSource, embedded, hex};
 
@@ -36,6 +36,8 @@ pub struct OpenModel {
     pub manifest: Option<Manifest>,
     /// An adapter whose scales stand in for the stored ones.
     pub adapter: Option<Adapter>,
+    /// The width at which linears are read whose planes serve several; absent: the widest.
+    width: Option<Bits>,
     /// How linears are stored in another runtime's format.
     packed_as: Option<Packed>,
     /// The file that holds the weights instead of safetensors.
@@ -61,6 +63,7 @@ fn open(dir: &Path) -> Result<OpenModel> {
             checkpoint: Checkpoint::empty(),
             manifest: None,
             adapter: None,
+            width: None,
             packed_as: None,
             gguf: Some(weights),
             files,
@@ -85,6 +88,7 @@ fn open(dir: &Path) -> Result<OpenModel> {
         gguf,
         manifest: Manifest::read(dir)?,
         adapter: None,
+        width: None,
         files: BTreeMap::new(),
         packed_as: packed_as(&config_json(dir)?).map_err(|e| e.at(dir.display()))?,
     };
@@ -293,6 +297,35 @@ impl OpenModel {
         manifest.into_iter().flat_map(|manifest| &manifest.linears)
     }
 
+    /// The widths at which linears can be read whose planes serve several; none where there are no such.
+    pub fn widths(&self) -> BTreeSet<Bits> {
+        let nested = self.linears().filter(|(_, record)| !record.nested.is_empty());
+        nested.flat_map(|(_, record)| record.nested.iter().copied().chain([record.bits])).collect()
+    }
+
+    /// The model read at `bits`: its linears by their first planes, with the scales of that width.
+    ///
+    /// # Errors
+    /// A usage error when it was not made to be read so.
+    pub fn at_width(self, bits: Bits) -> Result<Self> {
+        let widths = self.widths();
+        if widths.contains(&bits) {
+            return Ok(Self { width: Some(bits), ..self });
+        }
+        let known: Vec<String> = widths.iter().map(ToString::to_string).collect();
+        let (what, fix) = if known.is_empty() {
+            let what = "the model is stored at one width".to_owned();
+            (what, "a model made by method.anybcq, or no --bits".to_owned())
+        } else {
+            let known = known.join(", ");
+            (
+                format!("the model has no {bits} bits: its planes serve {known}"),
+                format!("--bits {known}"),
+            )
+        };
+        Err(Error::usage(what).at(self.dir.display()).fix(fix))
+    }
+
     /// The record of a linear that is stored as codes.
     fn packed(&self, linear: &str) -> Option<&LinearRecord> {
         let manifest = self.manifest.as_ref().filter(|m| m.format == Format::Fewbit)?;
@@ -307,6 +340,10 @@ impl OpenModel {
         let Some(record) = self.packed(linear) else { return Ok(None) };
         let weight = fewbit::decode(linear, record, &self.checkpoint)
             .map_err(|e| e.at(self.dir.display()).of_input(DAMAGED))?;
+        let weight = match self.width.filter(|_| !weight.nested.is_empty()) {
+            Some(bits) => weight.at(bits).map_err(|e| e.at(linear))?,
+            None => weight,
+        };
         match &self.adapter {
             None => Ok(Some(weight)),
             Some(adapter) => {

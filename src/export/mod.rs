@@ -49,7 +49,7 @@ pub use gate::Gate;
 pub use manifest::{LogitsRecord, Manifest, ParityRecord};
 pub use parts::{ModelParts, Quantized};
 pub use record::{
-    GridRecord, LinearRecord, MANIFEST_FILE, Provenance, tensor_names, weights_sha256,
+    GridRecord, LinearRecord, MANIFEST_FILE, Provenance, all_tensor_names, weights_sha256,
 };
 pub use switch::Adapters;
 pub use write::{Exported, WeightStats, write};

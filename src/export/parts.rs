@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::activations::ActivationRecord;
 use super::approximate::Loss;
-use super::record::{LinearRecord, Provenance, tensor_names};
+use super::record::{LinearRecord, Provenance, all_tensor_names};
 use crate::error::{Error, Result};
 use crate::model::{ModelConfig, Place, Places, WeightSource, weight_name};
 use crate::quant::QuantizedWeight;
@@ -56,7 +56,7 @@ impl ModelParts<'_> {
         let linears = self.quantized.names();
         // A packed source holds the parts of its codes under names of their own.
         let parts: BTreeSet<String> =
-            linears.iter().flat_map(|linear| tensor_names(linear)).collect();
+            linears.iter().flat_map(|linear| all_tensor_names(linear)).collect();
         // What the model does not use, an export does not hold.
         let places = Places::new(config);
         let kept = |name: &&str| matches!(places.of(name), Place::Used | Place::Beside);

@@ -46,6 +46,9 @@ pub struct LinearRecord {
     pub axis: GroupAxis,
     /// What the codes stand for.
     pub grid: GridRecord,
+    /// Narrower widths that the first planes of the codes serve, ascending.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nested: Vec<Bits>,
     /// Occurrences of each code.
     pub histogram: CodeHistogram,
     /// SHA-256 of each stored tensor's bytes, by tensor name.
@@ -77,6 +80,7 @@ impl LinearRecord {
             group_len: weight.layout.group_len,
             axis: weight.layout.axis,
             grid,
+            nested: weight.widths().into_iter().filter(|bits| *bits < weight.bits).collect(),
             histogram: weight.histogram(),
             sha256,
             weights_sha256: weights_sha256(decoded),
@@ -99,8 +103,20 @@ pub enum GridRecord {
 }
 
 /// The names under which linear `name` is stored, on either grid.
-pub fn tensor_names(name: &str) -> [String; 5] {
+pub(super) fn tensor_names(name: &str) -> [String; 5] {
     ["codes", "scales", "zero_points", "alphas", "offsets"].map(|part| format!("{name}.{part}"))
+}
+
+/// The names under which scales and offsets of a narrower width of linear `name` are stored.
+pub(super) fn nested_names(name: &str, bits: Bits) -> [String; 2] {
+    ["alphas", "offsets"].map(|part| format!("{name}.{part}_{bits}"))
+}
+
+/// The names of everything that belongs to linear `name`.
+pub fn all_tensor_names(name: &str) -> impl Iterator<Item = String> {
+    let nested = (1..Bits::EIGHT.get()).filter_map(|bits| Bits::new(bits).ok());
+    let nested: Vec<String> = nested.flat_map(|bits| nested_names(name, bits)).collect();
+    tensor_names(name).into_iter().chain(nested)
 }
 
 /// SHA-256 of weights as little-endian f32.

@@ -13,6 +13,7 @@
 
 mod adadim;
 mod alphatuning;
+mod anybcq;
 mod attach;
 mod awq;
 mod bcq;
@@ -34,12 +35,15 @@ mod signround;
 mod ternary;
 mod uniquanf;
 
+use std::collections::BTreeSet;
+
 use burn::module::Module;
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 pub use adadim::{AdaDim, AdaDimConfig};
 pub use alphatuning::{AlphaTuning, AlphaTuningConfig, LearnedAlphas};
+pub use anybcq::{AnyBcq, AnyBcqConfig};
 pub use attach::{
     FakeQuant, Latent, attach, attached, between_steps, coarseness, fold, is_carried, latent,
     materialize, measures, quantize, role_of, shorten_all,
@@ -69,7 +73,7 @@ pub use uniquanf::{UniQuanF, UniQuanFConfig};
 use list::{TUNED, methods};
 
 use crate::error::{Error, Result};
-use crate::quant::{Learned, QuantSpec, QuantizedWeight, Repr};
+use crate::quant::{Bits, Learned, QuantSpec, QuantizedWeight, Repr};
 use crate::train::Role;
 
 methods! {
@@ -100,6 +104,8 @@ methods! {
     solvers {
         /// Binary coding: sign planes with a scale each, fitted to the weight.
         Bcq { "bcq", BcqConfig },
+        /// AnyBCQ: binary coding at several widths that share their planes.
+        AnyBcq { "anybcq", AnyBcqConfig },
         /// GPTQ: each column's rounding error is made up for by the columns after it.
         Gptq { "gptq", GptqConfig },
         /// AWQ: input channels balanced by activation, and clipping searched.
@@ -114,5 +120,13 @@ methods! {
         AlphaTuning { "alphatuning", AlphaTuningConfig },
         /// E2E-QP: the steps of codes that an earlier stage left.
         E2eQp { "e2e_qp", E2eQpConfig },
+    }
+}
+
+impl MethodConfig {
+    /// The widths at which codes of `bits` that it makes can be read, where those are several.
+    pub fn widths(&self, bits: Bits) -> BTreeSet<Bits> {
+        let Self::AnyBcq(config) = self else { return BTreeSet::new() };
+        (config.lowest.get()..=bits.get()).filter_map(|bits| Bits::new(bits).ok()).collect()
     }
 }

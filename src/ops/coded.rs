@@ -106,6 +106,19 @@ impl PackedCodes {
         bits::unpack_rows(&self.words, self.columns, self.bits)
     }
 
+    /// The lowest `bits` of every code, packed at that width.
+    ///
+    /// # Panics
+    /// When `bits` is not in 1..=8.
+    #[must_use]
+    pub fn first_bits(&self, bits: u8) -> Self {
+        let mut codes = self.to_vec();
+        for code in &mut codes {
+            *code &= u8::MAX >> (8 - bits);
+        }
+        Self::pack(&codes, self.columns, bits)
+    }
+
     /// The codes of one row into `out`, `[columns]`.
     pub fn unpack_row(&self, row: usize, out: &mut [u8]) {
         let stride = bits::words_per_row(self.columns, self.bits);

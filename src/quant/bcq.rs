@@ -14,7 +14,7 @@ use std::ops::{Add, Neg};
 
 use rayon::prelude::*;
 
-use self::search::Problem;
+use self::search::{Fit, Problem};
 use super::{Bits, GroupLayout};
 
 /// One group in binary coding.
@@ -113,6 +113,62 @@ pub fn solve_all(
         .collect()
 }
 
+/// One group in binary coding at several widths.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NestedCode {
+    /// One code per weight, of the greatest width; its lowest bits are the code of a narrower one.
+    pub codes: Vec<u8>,
+    /// Scales and offset of each width, the narrowest first.
+    pub grids: Vec<(Vec<f32>, f32)>,
+}
+
+/// Finds the binary code of one group that can be read at every width from `lowest` to `highest`
+/// (AnyBCQ, arXiv 2510.10467): [`solve`] at the lowest; then plane by plane the signs of what the planes
+/// before leave, which stay, with all scales and the offset of that width by least squares, in turns.
+/// So the squared error never grows with the width. Only the scales of the lowest are sure to be positive
+/// and in order: planes are shared and cannot be moved.
+///
+/// `uniform` as for [`solve`], at the lowest width.
+pub fn solve_nested(
+    weight: &[f32],
+    [lowest, highest]: [Bits; 2],
+    rounds: u32,
+    uniform: Option<(f32, f32)>,
+) -> NestedCode {
+    let solver = BcqSolver::Alternating { rounds };
+    let base = solve(weight, &BcqOptions { bits: lowest, solver, offset: true }, uniform);
+    let problem = Problem::new(weight, highest, true);
+    let mut fit = Fit {
+        alpha: base.alpha.iter().map(|alpha| f64::from(*alpha)).collect(),
+        offset: f64::from(base.offset) - problem.centre,
+        codes: base.codes,
+    };
+    let mut grids = vec![(base.alpha, base.offset)];
+    for _ in lowest.get()..highest.get() {
+        fit = problem.widened(fit, rounds);
+        let alpha = fit.alpha.iter().map(|alpha| *alpha as f32).collect();
+        grids.push((alpha, (fit.offset + problem.centre) as f32));
+    }
+    NestedCode { codes: fit.codes, grids }
+}
+
+/// [`solve_nested`] for every group of a weight, as [`solve_all`].
+///
+/// # Panics
+/// When `weight` or `uniform` does not have the length that `layout` says.
+pub fn solve_all_nested(
+    weight: &[f32],
+    layout: &GroupLayout,
+    widths: [Bits; 2],
+    rounds: u32,
+    uniform: &[(f32, f32)],
+) -> Vec<NestedCode> {
+    assert_eq!(weight.len(), layout.len(), "one number for each weight of the layout");
+    assert_eq!(uniform.len(), layout.groups, "one grid for each group");
+    let groups = weight.par_chunks(layout.group_len.max(1)).zip(uniform);
+    groups.map(|(weight, uniform)| solve_nested(weight, widths, rounds, Some(*uniform))).collect()
+}
+
 /// The binary code of a group on a uniform grid `scale * (code - zero_point)`: the same codes, with
 /// bit `i` as plane `i`.
 ///
@@ -146,7 +202,6 @@ fn signed_sum<T: Copy + Add<Output = T> + Neg<Output = T>>(code: u8, alpha: &[T]
 mod tests {
     use proptest::prelude::*;
 
-    use super::search::Fit;
     use super::*;
     use crate::quant::GroupAxis;
 
@@ -203,6 +258,31 @@ mod tests {
             close(&values(&code), &[-5.0 / 3.0, -5.0 / 3.0, 5.0 / 3.0, 7.0]);
             assert!((sse(&w, &code) - 8.0 / 3.0).abs() < 1e-5);
         }
+    }
+
+    fn nested_sse(weight: &[f32], code: &NestedCode, lowest: usize) -> Vec<f64> {
+        let of = |(index, (alpha, offset)): (usize, &(Vec<f32>, f32))| {
+            let mask = u8::MAX >> (8 - lowest - index);
+            let codes = code.codes.iter().map(|code| code & mask).collect();
+            sse(weight, &BinaryCode { codes, alpha: alpha.clone(), offset: *offset })
+        };
+        code.grids.iter().enumerate().map(of).collect()
+    }
+
+    #[test]
+    fn a_third_plane_by_hand() {
+        let w = [-3.0, -1.0, 1.0, 7.0];
+        let problem = problem(&w, 3, false);
+        let two = Fit {
+            alpha: vec![13.0 / 3.0, 8.0 / 3.0],
+            offset: 0.0,
+            codes: vec![0b10, 0b10, 0b01, 0b11],
+        };
+        let three = problem.widened(two, 20);
+        assert_eq!(three.codes, [0b010, 0b110, 0b001, 0b111]);
+        assert!(problem.sse(&three) < 1e-12);
+        let alpha: Vec<f32> = three.alpha.iter().map(|alpha| *alpha as f32).collect();
+        close(&alpha, &[4.0, 2.0, 1.0]);
     }
 
     #[test]
@@ -307,6 +387,28 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_wider_nested_code_is_never_worse(
+            weight in proptest::collection::vec(-2.0f32..2.0, 1..40),
+            lowest in 1u8..=3,
+            more in 0u8..=3,
+            shift in -3.0f32..3.0,
+        ) {
+            let weight: Vec<f32> = weight.iter().map(|w| w + shift).collect();
+            let widths = [lowest, lowest + more].map(|bits| Bits::new(bits).unwrap());
+            let code = solve_nested(&weight, widths, 20, None);
+            prop_assert_eq!(code.grids.len(), usize::from(more) + 1);
+            let alone = solve(&weight, &options(lowest, BcqSolver::Alternating { rounds: 20 }, true), None);
+            let mask = u8::MAX >> (8 - lowest);
+            let first: Vec<u8> = code.codes.iter().map(|code| code & mask).collect();
+            prop_assert_eq!(first, alone.codes);
+            let errors = nested_sse(&weight, &code, usize::from(lowest));
+            let size: f64 = weight.iter().map(|w| f64::from(*w).powi(2)).sum();
+            for pair in errors.windows(2) {
+                prop_assert!(pair[1] <= pair[0] + 1e-6 * size, "{:?}", errors);
+            }
+        }
+
         #[test]
         fn greedy_error_is_what_the_scales_leave(w in group(), bits in 1u8..=8) {
             let problem = problem(&w, bits, false);

@@ -152,8 +152,13 @@ impl CodedWeight {
     /// When the grid is of another kind, or has another number of groups.
     pub fn with_grid(&self, grid: &Grid) -> Result<Self> {
         let codes = self.matrix.codes().clone();
-        let weight =
-            QuantizedWeight { codes, grid: grid.clone(), bits: self.bits(), layout: self.layout };
+        let weight = QuantizedWeight {
+            codes,
+            grid: grid.clone(),
+            bits: self.bits(),
+            layout: self.layout,
+            nested: Vec::new(),
+        };
         let weight = weight.checked()?;
         if self.zero_kind.is_some() != matches!(grid, Grid::Uniform { .. }) {
             return Err(Error::failed("the grid is of another kind than the codes"));
@@ -220,7 +225,8 @@ impl CodedWeight {
             None => Grid::BinaryCoding { alpha: scale, offset: shift },
         };
         let codes = self.matrix.codes().clone();
-        QuantizedWeight { codes, grid, bits: self.bits(), layout: self.layout }.checked()
+        QuantizedWeight { codes, grid, bits: self.bits(), layout: self.layout, nested: Vec::new() }
+            .checked()
     }
 
     /// The learned scales where they learn as they are, and not by their logarithm.

@@ -132,6 +132,9 @@ pub struct QuantizedWeight {
     pub bits: Bits,
     /// How weights fall into groups.
     pub layout: GroupLayout,
+    /// Grids of the first planes of the codes alone, the fewest first, where the weight serves several
+    /// widths (AnyBCQ); see [`QuantizedWeight::at`].
+    pub nested: Vec<Grid>,
 }
 
 impl QuantizedWeight {
@@ -153,7 +156,7 @@ impl QuantizedWeight {
             return Err(Error::failed(format!("code {code} does not fit in {bits} bits")));
         }
         let codes = PackedCodes::pack(codes, columns, bits.get());
-        Self { codes, grid, bits, layout }.checked()
+        Self { codes, grid, bits, layout, nested: Vec::new() }.checked()
     }
 
     /// Checks what a reader or a fold cannot guarantee by type: lengths, finite steps.
@@ -169,7 +172,7 @@ impl QuantizedWeight {
     /// # Errors
     /// As there.
     pub fn check(&self) -> Result<()> {
-        let Self { codes, grid, bits, layout } = self;
+        let Self { codes, grid, bits, layout, .. } = self;
         if [codes.rows(), codes.columns()] != layout.stored() || codes.bits() != bits.get() {
             return Err(Error::failed(format!(
                 "{} codes of {} bits for a weight of {} x {} in {bits} bits",
@@ -198,14 +201,14 @@ impl QuantizedWeight {
                 }
             }
         }
-        Ok(())
+        self.check_nested()
     }
 
     /// The same weights in the longest groups along the inputs whose parts share a grid.
     #[must_use]
     pub fn in_longest_groups(self) -> Self {
         let GroupLayout { out, inputs, group_len, axis, .. } = self.layout;
-        if axis == GroupAxis::Out || group_len >= inputs {
+        if axis == GroupAxis::Out || group_len >= inputs || !self.nested.is_empty() {
             return self;
         }
         let stored = inputs / group_len;
@@ -250,6 +253,13 @@ impl QuantizedWeight {
     /// # Errors
     /// As [`ScaleDigits::rounded`].
     pub fn with_scales(mut self, digits: ScaleDigits) -> Result<Self> {
+        for grid in &mut self.nested {
+            if let Grid::BinaryCoding { alpha, offset } = grid {
+                let digits = digits.of_planes();
+                *alpha = digits.rounded(std::mem::take(alpha))?;
+                *offset = digits.rounded(std::mem::take(offset))?;
+            }
+        }
         match &mut self.grid {
             Grid::Uniform { scale, zero_point, zero_kind } => {
                 *scale = digits.rounded(std::mem::take(scale))?;
@@ -312,7 +322,7 @@ impl QuantizedWeight {
 
     /// Stored bits per weight in fewbit's own format: codes, and per group a 32-bit scale with its
     /// zero point (8 bits when a small integer, 32 otherwise, none when all are the same), or a
-    /// 32-bit scale per plane with the offset (none when all are the same).
+    /// 32-bit scale per plane with the offset (none when all are the same); those of narrower widths too.
     pub fn bits_per_weight(&self) -> f64 {
         let same = |values: &[f32]| values.windows(2).all(|w| w[0].to_bits() == w[1].to_bits());
         let group_bits = match &self.grid {
@@ -330,6 +340,9 @@ impl QuantizedWeight {
                 32.0 * f64::from(self.bits.get()) + offset_bits
             }
         };
+        let nested: usize = self.nested.iter().map(|grid| grid.scales().len()).sum();
+        let nested = 32 * (nested + self.nested.len() * self.layout.groups);
+        let group_bits = group_bits + nested as f64 / self.layout.groups.max(1) as f64;
         f64::from(self.bits.get()) + group_bits / self.layout.group_len as f64
     }
 

@@ -16,6 +16,7 @@ mod coded;
 pub mod gptq;
 mod grid;
 mod hessian;
+mod nested;
 mod observer;
 mod scales;
 mod spec;

@@ -13,6 +13,9 @@ use crate::error::{Error, Result};
 pub struct Bits(u8);
 
 impl Bits {
+    /// Two.
+    pub const TWO: Self = Self(2);
+
     /// The widest, a byte.
     pub const EIGHT: Self = Self(8);
 

@@ -33,6 +33,7 @@ macro_rules! builtin {
 const BUILTINS: &[Builtin] = builtin![
     "adadim_w3g128",
     "alphatuning_w3",
+    "anybcq_w234",
     "attn4_mlp2",
     "awq_w4g128",
     "bcq_w3",

@@ -10,7 +10,7 @@ use wildmatch::WildMatch;
 use super::{Override, QuantSection, Recipe};
 use crate::error::{Error, Result};
 use crate::model::{ModelConfig, weight_name};
-use crate::quant::{ActivationQuant, ObserverConfig, QuantSpec, Repr};
+use crate::quant::{ActivationQuant, Bits, ObserverConfig, QuantSpec, Repr};
 use crate::stage::{BASE, Before, Codes, Effect, StageConfig};
 
 /// Patterns of overrides that mean every linear of attention, or of the MLP, whatever a family calls them.
@@ -35,6 +35,8 @@ pub struct Plan {
 pub struct Base {
     /// Bits and grouping, and what the codes stand for.
     pub linears: BTreeMap<String, (QuantSpec, Repr)>,
+    /// The widths at which they can be read, where their planes serve several.
+    pub widths: BTreeSet<Bits>,
 }
 
 impl Base {
@@ -109,6 +111,7 @@ impl Plan {
                 .fix("scheme = \"token\" there"));
         }
         let (mut calibrated, mut tuned) = (false, false);
+        let mut widths = base.widths.clone();
         for (index, config) in recipe.stage.iter().enumerate() {
             let at =
                 |error: Error| error.at(lines.place(&format!("stage.{index}.{}", config.name())));
@@ -137,14 +140,25 @@ impl Plan {
             let head = resolved.head.filter(|_| quantized.is_empty());
             check_chain(codes, &resolved.linears, &quantized, &stages).map_err(at)?;
             let mut default_spec = default_spec(&recipe.quant, codes);
+            if let Some(width) = stage.width().filter(|width| !widths.contains(width)) {
+                return Err(no_width(width, &widths)
+                    .at(lines.place(&format!("stage.{index}.{}.bits", config.name()))));
+            }
             match effect {
                 Effect::Nothing => {}
                 Effect::Codes(_) => {
                     quantized.extend(resolved.linears.clone());
                     last_spec = Some(default_spec);
+                    widths = codes
+                        .map(|codes| codes.method.widths(default_spec.bits))
+                        .unwrap_or_default();
                 }
-                Effect::Grids { .. } => default_spec = last_spec.unwrap_or(default_spec),
+                Effect::Grids { .. } => {
+                    let spec = last_spec.unwrap_or(default_spec);
+                    default_spec = QuantSpec { bits: stage.width().unwrap_or(spec.bits), ..spec };
+                }
                 Effect::Floats => {
+                    widths.clear();
                     quantized.retain(|name, _| name == model.head());
                     tuned |= base.linears.is_empty();
                 }
@@ -235,6 +249,20 @@ fn check_chain(
     .fix(
         "other bits or groups in this stage, or method.flexround, which goes on from what is there",
     ))
+}
+
+/// A stage reads codes at a width that they do not have.
+fn no_width(width: Bits, widths: &BTreeSet<Bits>) -> Error {
+    let known: Vec<String> = widths.iter().map(ToString::to_string).collect();
+    if known.is_empty() {
+        let what =
+            format!("bits = {width} reads planes that serve several widths, and there are none");
+        return Error::usage(what)
+            .fix("no bits here, or method.anybcq in the stage that makes codes");
+    }
+    let known = known.join(", ");
+    Error::usage(format!("there are no {width} bits: the planes serve {known}"))
+        .fix(format!("one of {known}"))
 }
 
 fn default_spec(quant: &QuantSection, codes: Option<Codes<'_>>) -> QuantSpec {

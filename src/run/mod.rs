@@ -142,6 +142,7 @@ fn execute(
         if !matches!(was, Status::Done | Status::Trained) {
             discard_of(&mut results, index);
         }
+        model.width = stage.config.stage().width();
         let mut ctx = StageContext {
             model: &mut model,
             data: &data,

@@ -171,6 +171,7 @@ fn open_model(recipe: &Recipe) -> Result<ModelState> {
             .unwrap_or_else(|| ActivationRecord::new(recipe.quant.of_activations())),
         packed,
         teacher,
+        width: None,
         dir,
         name,
     })
@@ -196,7 +197,8 @@ fn base_of(model: &ModelState) -> Base {
         };
         (name.clone(), (spec, repr))
     });
-    Base { linears: linears.collect() }
+    let nested = model.packed.iter().flat_map(OpenModel::widths).collect();
+    Base { linears: linears.collect(), widths: nested }
 }
 
 /// The data sets of a recipe, and the folder of its model; nothing else of the run is looked at.

@@ -15,7 +15,7 @@ use super::state::{BASE, ModelState, Packed};
 use crate::error::{Error, Result};
 use crate::method::{self, MethodConfig, RtnConfig};
 use crate::model::{CausalLm, Forward, Loader, ModelConfig, ModelTap, WeightSource, weight_name};
-use crate::quant::{GroupAxis, GroupLayout, QuantSpec, QuantizedWeight, Symmetry};
+use crate::quant::{Bits, GroupAxis, GroupLayout, QuantSpec, QuantizedWeight, Symmetry};
 use crate::report::terminal::Terminal;
 use crate::report::{Event, Number, Reporter};
 use crate::task::{Bench, Files, Material, Prepared, Score, Source, TaskConfig, Writes};
@@ -34,6 +34,9 @@ pub struct EvaluateConfig {
     /// unless said otherwise, where there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub baselines: Option<Vec<Baseline>>,
+    /// The width at which a model of several (`method.anybcq`) is read; the widest unless said otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bits: Option<Bits>,
 }
 
 /// Something to compare with.
@@ -122,6 +125,10 @@ impl Stage for EvaluateConfig {
         }
     }
 
+    fn width(&self) -> Option<Bits> {
+        self.bits
+    }
+
     fn run(&self, ctx: &mut StageContext<'_>) -> Result<()> {
         // `samples` of the data is what a task on it measures that says nothing else.
         let samples = ctx.data.validation.as_ref().and_then(|corpus| corpus.samples);
@@ -153,7 +160,8 @@ impl Stage for EvaluateConfig {
         } else if ctx.latest == BASE {
             BASE.to_owned()
         } else {
-            format!("after {}", ctx.latest)
+            let read = self.bits.map(|bits| format!(" w{bits}")).unwrap_or_default();
+            format!("after {}{read}", ctx.latest)
         };
         if what != FLOAT || baselines.is_empty() {
             let found = measure(ctx, &Packed(ctx.model), &ctx.model.tap(), all, &what)?;
@@ -257,8 +265,9 @@ fn rtn(all: &[Measuring<'_>], ctx: &mut StageContext<'_>) -> Result<()> {
 pub(super) fn rounded<'a>(ctx: &'a StageContext<'_>) -> Result<Option<(Rounded<'a>, String)>> {
     let mut baseline = Rounded { model: ctx.model, weights: BTreeMap::new() };
     let mut widths = Vec::new();
-    for (name, (current, _)) in &ctx.model.quantized {
-        baseline.weights.insert(name.clone(), round(ctx, name, current)?);
+    for name in ctx.model.quantized.keys() {
+        let Some(current) = ctx.model.now(name)? else { continue };
+        baseline.weights.insert(name.clone(), round(ctx, name, &current)?);
         // The head's width is named by its override, not by the baseline.
         widths.extend((name != ctx.model.config.head()).then_some(current.bits));
     }

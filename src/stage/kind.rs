@@ -86,6 +86,11 @@ pub trait Stage {
     /// What it will need: an estimate.
     fn cost(&self, scene: &Scene<'_>) -> Cost;
 
+    /// The width at which it reads linears whose planes serve several; absent: the widest.
+    fn width(&self) -> Option<Bits> {
+        None
+    }
+
     /// Where what it trains is kept, where that is a choice; what the recipe leaves open is chosen by the room
     /// that there is.
     fn memory(&mut self) -> Option<&mut Option<Memory>> {

@@ -1,13 +1,14 @@
 //! The model between stages: what it was read from, what stages have made of it, and the weights that
 //! both give.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use crate::error::{Error, Result};
 use crate::export::{ActivationRecord, OpenModel};
 use crate::model::{ModelConfig, ModelTap, WeightSource};
-use crate::quant::QuantizedWeight;
+use crate::quant::{Bits, QuantizedWeight};
 use crate::store::HostTensor;
 use crate::store::safetensors::Checkpoint;
 
@@ -43,6 +44,8 @@ pub struct ModelState {
     pub tuned: BTreeMap<String, HostTensor>,
     /// What is done to activations once something is quantized, and the grids calibrated so far.
     pub activations: ActivationRecord,
+    /// The width at which the current stage reads linears whose planes serve several; absent: the widest.
+    pub width: Option<Bits>,
 }
 
 impl ModelState {
@@ -81,6 +84,18 @@ impl ModelState {
         self.dense.get(name).or_else(|| self.tuned.get(name))
     }
 
+    /// A quantized linear as the current stage reads it.
+    ///
+    /// # Errors
+    /// When its planes serve several widths, and not that of the stage.
+    pub fn now(&self, linear: &str) -> Result<Option<Cow<'_, QuantizedWeight>>> {
+        let Some((weight, _)) = self.quantized.get(linear) else { return Ok(None) };
+        match self.width.filter(|_| !weight.nested.is_empty()) {
+            None => Ok(Some(Cow::Borrowed(weight))),
+            Some(width) => Ok(Some(Cow::Owned(weight.at(width).map_err(|e| e.at(linear))?))),
+        }
+    }
+
     /// Takes the codes of the packed folder that the run starts from, if it does.
     ///
     /// # Errors
@@ -105,8 +120,8 @@ impl ModelState {
 impl WeightSource for ModelState {
     fn weight(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         let linear = name.strip_suffix(".weight").unwrap_or(name);
-        match (self.quantized.get(linear), self.left(name)) {
-            (Some((weight, _)), _) => Ok(weight.dequantize()),
+        match (self.now(linear)?, self.left(name)) {
+            (Some(weight), _) => Ok(weight.dequantize()),
             (None, Some(tensor)) => tensor.to_f32().map_err(|e| e.at(name)),
             (None, None) => self.checkpoint.weight(name, shape),
         }
@@ -153,7 +168,7 @@ impl WeightSource for Packed<'_> {
     }
 
     fn coded(&self, name: &str) -> Result<Option<QuantizedWeight>> {
-        Ok(self.0.quantized.get(name).map(|(weight, _)| weight.clone()))
+        Ok(self.0.now(name)?.map(Cow::into_owned))
     }
 
     fn overrides(&self, name: &str) -> bool {

@@ -3,6 +3,7 @@
 //! The codes stay as they are, packed and shared; what learns, and what is left, is a few numbers
 //! per output channel or group. They are saved as an adapter, which is this stage's checkpoint too.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -23,7 +24,7 @@ use crate::export::{Adapter, AdapterHead, Tuned};
 use crate::method::{self, MethodConfig};
 use crate::model::{Block, CausalLm, Loader};
 use crate::objective::{CrossEntropyObjective, ObjectiveConfig};
-use crate::quant::{CodedWeight, Learned, QuantizedWeight, SCALE_FLOOR, ScaleDType};
+use crate::quant::{Bits, CodedWeight, Learned, QuantizedWeight, SCALE_FLOOR, ScaleDType};
 use crate::report::{Event, Reporter, size};
 use crate::train::{LearningRate, OptimizerConfig, RateUnit, ScheduleConfig};
 
@@ -33,6 +34,10 @@ use crate::train::{LearningRate, OptimizerConfig, RateUnit, ScheduleConfig};
 pub struct TuneScalesConfig {
     /// What of the grids learns: `peqa`, `alphatuning` or `e2e_qp`.
     pub method: MethodConfig,
+    /// The width whose scales learn, of a model of several (`method.anybcq`); the widest unless said
+    /// otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bits: Option<Bits>,
     /// What is minimized; next-token cross-entropy unless said otherwise.
     #[serde(default = "cross_entropy")]
     pub objective: ObjectiveConfig,
@@ -80,7 +85,7 @@ pub struct TuneScalesConfig {
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdapterConfig {
-    /// Its name, and its file's; the method's unless said otherwise.
+    /// Its name, and its file's; the method's (and width's) unless said otherwise.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// `"f32"`, or `"f16"`: half the size; the trained scales are rounded to it, so the model that
@@ -98,8 +103,13 @@ fn linear() -> ScheduleConfig {
 
 impl TuneScalesConfig {
     /// The adapter's name.
-    pub fn adapter_name(&self) -> &str {
-        self.adapter.name.as_deref().unwrap_or_else(|| self.method.name())
+    pub fn adapter_name(&self) -> Cow<'_, str> {
+        match (&self.adapter.name, self.bits) {
+            (Some(name), _) => name.into(),
+            (None, None) => self.method.name().into(),
+            // Of several widths each has its own.
+            (None, Some(bits)) => format!("{}_w{bits}", self.method.name()).into(),
+        }
     }
 
     fn learned(&self) -> Learned {
@@ -137,6 +147,10 @@ impl Stage for TuneScalesConfig {
 
     fn needs_float(&self) -> bool {
         self.objective.needs_teacher()
+    }
+
+    fn width(&self) -> Option<Bits> {
+        self.bits
     }
 
     fn check_data(&self, _model: &ModelState, data: &Data) -> Result<()> {
@@ -202,12 +216,13 @@ impl Stage for TuneScalesConfig {
             Ok(())
         })?;
         report_changes(ctx, &tuned, ctx.first_step + self.steps);
-        let linears: Vec<Tuned<'_>> = (tuned.iter())
-            .filter_map(|(name, weight)| {
-                let (base, _) = ctx.model.quantized.get(name)?;
-                Some(Tuned { name, base, weight })
-            })
-            .collect();
+        let mut bases = Vec::new();
+        for (name, _) in &tuned {
+            bases.extend(ctx.model.now(name)?);
+        }
+        let linears = tuned.iter().zip(&bases);
+        let linears: Vec<Tuned<'_>> =
+            linears.map(|((name, weight), base)| Tuned { name, base, weight }).collect();
         let (head, dtype) = (head(self, ctx), self.adapter.dtype);
         let adapter = Adapter::new(head, self.learned(), dtype, &linears)?;
         // The public copy first: the stage is done once its own is there.
@@ -226,9 +241,7 @@ impl Stage for TuneScalesConfig {
     fn restore(&self, ctx: &mut StageContext<'_>) -> Result<()> {
         let again = |e: Error| e.fix("--fresh to start over");
         let adapter = Adapter::read(&checkpoint(ctx)).map_err(again)?;
-        let quantized = &ctx.model.quantized;
-        let find = |name: &str| Ok(quantized.get(name).map(|(weight, _)| weight.clone()));
-        adapter.check(find).map_err(again)?;
+        adapter.check(|name| Ok(ctx.model.now(name)?.map(Cow::into_owned))).map_err(again)?;
         take(ctx, &adapter)
     }
 }
@@ -239,9 +252,13 @@ fn checkpoint(ctx: &StageContext<'_>) -> PathBuf {
 
 /// The model goes on with the adapter's scales.
 fn take(ctx: &mut StageContext<'_>, adapter: &Adapter) -> Result<()> {
-    for (name, (weight, method)) in &mut ctx.model.quantized {
-        if let Some(grid) = adapter.grid(name, weight)? {
-            weight.grid = grid;
+    let names: Vec<String> = ctx.model.quantized.keys().cloned().collect();
+    for name in &names {
+        let Some(now) = ctx.model.now(name)? else { continue };
+        let (bits, grid) = (now.bits, adapter.grid(name, &now)?);
+        let Some((weight, method)) = ctx.model.quantized.get_mut(name) else { continue };
+        if let Some(grid) = grid {
+            weight.set_grid(bits, grid).map_err(|e| e.at(name))?;
             // The scales are no longer those that the latent was learned with.
             ctx.model.latents.remove(name);
             method.clone_from(&adapter.head().method);
@@ -297,7 +314,7 @@ fn report_changes(ctx: &mut StageContext<'_>, tuned: &[(String, QuantizedWeight)
     let mut changes = Vec::new();
     let (mut widest, mut crossed, mut floored) = (0.0f32, 0usize, 0usize);
     for (name, after) in tuned {
-        let Some((before, _)) = ctx.model.quantized.get(name) else { continue };
+        let Ok(Some(before)) = ctx.model.now(name) else { continue };
         for (before, after) in before.grid.scales().iter().zip(after.grid.scales()) {
             widest = widest.max((after / before - 1.0).abs());
             floored += usize::from(after.abs() <= SCALE_FLOOR);
@@ -319,7 +336,7 @@ fn report_changes(ctx: &mut StageContext<'_>, tuned: &[(String, QuantizedWeight)
 
 fn head(config: &TuneScalesConfig, ctx: &StageContext<'_>) -> AdapterHead {
     AdapterHead {
-        name: config.adapter_name().to_owned(),
+        name: config.adapter_name().into_owned(),
         method: config.method.name().to_owned(),
         base: ctx.model.name.clone(),
         base_model_sha256: ctx.provenance.model_sha256.clone(),

@@ -77,7 +77,9 @@ impl<'a> Places<'a> {
             let part = name[dot + 1..].split('.').next().unwrap_or_default();
             // Several precisions in one file say which in the name.
             let kind = part.trim_end_matches(|c: char| c.is_ascii_digit()).trim_end_matches('_');
-            PACKED.contains(&kind) && self.is_matrix(&name[..dot])
+            // Of a narrower width that the same planes serve: `alphas_2`.
+            let kind = kind.trim_end_matches(|c: char| c.is_ascii_digit());
+            PACKED.contains(&kind.trim_end_matches('_')) && self.is_matrix(&name[..dot])
         };
         if name.match_indices('.').any(packed) { Place::Used } else { Place::Unknown }
     }

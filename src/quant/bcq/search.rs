@@ -99,6 +99,34 @@ impl Problem {
         fit.normalized()
     }
 
+    /// One plane more: the signs of what the planes of `fit` leave, these planes as they are, and all
+    /// scales by least squares; in turns while they help.
+    pub(super) fn widened(&self, fit: Fit, rounds: u32) -> Fit {
+        let plane = fit.alpha.len();
+        // A scale of nothing takes whatever sign: the error so far.
+        let mut best = Fit { alpha: [&fit.alpha[..], &[0.0]].concat(), ..fit };
+        let mut least = self.sse(&best);
+        let mut next = best.clone();
+        for _ in 0..=rounds {
+            let level = |code: u8| signed_sum(code, &next.alpha[..plane], next.offset);
+            // Plus where the plane's own scale, of whatever sign, comes nearer by it.
+            let positive = next.alpha[plane] >= 0.0;
+            let signs = next.codes.iter().zip(&self.weight).map(|(code, w)| {
+                let below = code & !(1 << plane);
+                below | u8::from((w - level(below) >= 0.0) == positive) << plane
+            });
+            let codes: Vec<u8> = signs.collect();
+            let (alpha, offset) = self.least_squares(&codes, plane + 1);
+            next = Fit { alpha, offset, codes };
+            let sse = self.sse(&next);
+            if sse >= least {
+                break;
+            }
+            (best, least) = (next.clone(), sse);
+        }
+        best
+    }
+
     /// Scales of these many planes and the offset, 0 without one.
     pub(super) fn least_squares(&self, codes: &[u8], planes: usize) -> (Vec<f64>, f64) {
         let size = planes + usize::from(self.with_offset);
