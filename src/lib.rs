@@ -7,6 +7,7 @@
 //! | [`cli`] | the command line, one file per command |
 //! | [`mod@bench`] | what this machine and its devices can do, measured |
 //! | [`run`] | one execution of a plan in one folder: preflight, resume, `run.json` |
+//! | [`serve`] | a model behind an endpoint that speaks OpenAI's language |
 //! | [`recipe`] | the TOML surface, its errors, its resolution into a plan |
 //! | [`stage`] | calibrate, reconstruct, distill, evaluate, export |
 //! | [`export`] | packed formats, the folder writer, the parity gate |
@@ -39,6 +40,7 @@ pub mod quant;
 pub mod recipe;
 pub mod report;
 pub mod run;
+pub mod serve;
 pub mod stage;
 pub mod stop;
 pub mod store;

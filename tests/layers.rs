@@ -10,12 +10,12 @@ const BASE: [&str; 5] = ["error", "device", "exhausted", "report", "stop"];
 
 /// The layers from the top to the bottom, and which ones each may use besides [`BASE`].
 /// `layer::Item` allows that one item.
-const LAYERS: [(&str, &[&str]); 16] = [
+const LAYERS: [(&str, &[&str]); 17] = [
     (
         "cli",
         &[
-            "bench", "run", "page", "recipe", "stage", "task", "export", "model", "data", "quant",
-            "store",
+            "bench", "run", "page", "serve", "recipe", "stage", "task", "export", "model", "data",
+            "quant", "store",
         ],
     ),
     // What is measured is what runs: the pieces that stages are made of.
@@ -38,6 +38,18 @@ const LAYERS: [(&str, &[&str]); 16] = [
     ("run", &["page", "recipe", "stage", "export", "model", "data", "quant", "store"]),
     // A page knows a run by its files alone.
     ("page", &["store::folder"]),
+    // It opens nothing: a loaded model with its words and adapters is brought to it.
+    (
+        "serve",
+        &[
+            "export::Adapters",
+            "model",
+            "data::Answer",
+            "data::Chat",
+            "data::ChatTemplate",
+            "data::Tokenizer",
+        ],
+    ),
     (
         "recipe",
         &[

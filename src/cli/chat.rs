@@ -104,7 +104,7 @@ pub(super) fn run(args: &ChatArgs, stop: &StopFlag) -> Result<()> {
 }
 
 /// `[NAME=]FILE`; a path with `=` in it is taken as it is where there is such a file.
-fn named(text: &str) -> Result<(String, Adapter)> {
+pub(super) fn named(text: &str) -> Result<(String, Adapter)> {
     let split = text.split_once('=').filter(|(name, _)| !name.contains(['/', '\\']));
     let (name, path) = match split {
         Some((name, path)) if !Path::new(text).exists() => (Some(name), path),
@@ -114,7 +114,8 @@ fn named(text: &str) -> Result<(String, Adapter)> {
     Ok((name.unwrap_or(&adapter.head().name).to_owned(), adapter))
 }
 
-fn check_names(adapters: &[(String, Adapter)]) -> Result<()> {
+/// Refuses names that two adapters have, or none can.
+pub(super) fn check_names(adapters: &[(String, Adapter)]) -> Result<()> {
     for (index, (name, _)) in adapters.iter().enumerate() {
         let refused = |what: String| {
             Err(Error::usage(what).at("--adapter").fix("--adapter NAME=FILE with another name"))

@@ -15,6 +15,7 @@ mod output;
 mod recipes;
 mod report;
 mod sampling;
+mod serve;
 mod shell;
 mod sizes;
 mod train;
@@ -91,6 +92,14 @@ enum Command {
     /// of its own. Temperature and cuts are those of the model's generation_config.json unless given.
     /// Lines that begin with / are commands; /help lists them.
     Chat(chat::ChatArgs),
+    /// Answer OpenAI's requests over HTTP: chat and plain completions, many at once
+    ///
+    /// GET /v1/models, POST /v1/chat/completions and POST /v1/completions answer as OpenAI's API does,
+    /// in one piece or as server-sent events; GET /health and GET /metrics (Prometheus) say how it goes.
+    /// Temperature and cuts are those of the model's generation_config.json unless a request says
+    /// otherwise. The line with the address is printed when it listens. docs/generation.md lists what of
+    /// a request is read, ignored and refused.
+    Serve(serve::ServeArgs),
     /// Write the logits of a token sequence, for parity checks against other runtimes
     Logits(logits::LogitsArgs),
     /// Measure training steps, prompts, generation, loading and packing; or write random weights of a
@@ -146,6 +155,7 @@ fn run(command: Command) -> Result<()> {
         Command::Report(args) => report::run(&args, &stop),
         Command::Generate(args) => generate::run(&args, &stop),
         Command::Chat(args) => chat::run(&args, &stop),
+        Command::Serve(args) => serve::run(&args, &stop),
         Command::Logits(args) => logits::run(&args),
         Command::Bench(args) => bench::run(&args, &stop),
         Command::Doctor(args) => doctor::run(&args, &stop),

@@ -40,4 +40,39 @@ impl KvCache {
             (k.select(0, ids.clone()), v.select(0, ids))
         });
     }
+
+    /// Forgets the first `count` positions.
+    pub fn skip(&mut self, count: usize) {
+        self.0 = self.0.take().and_then(|(k, v)| {
+            let len = k.dims()[2].checked_sub(count).filter(|len| *len > 0)?;
+            Some((k.narrow(2, count, len), v.narrow(2, count, len)))
+        });
+    }
+
+    /// Puts positions of zeros before the first one.
+    pub fn pad(&mut self, count: usize) {
+        let padded = |x: Tensor<4>| {
+            let [batch, heads, _, head_dim] = x.dims();
+            let zeros = Tensor::zeros([batch, heads, count, head_dim], (&x.device(), x.dtype()));
+            Tensor::cat(vec![zeros, x], 2)
+        };
+        if count > 0 {
+            self.0 = self.0.take().map(|(k, v)| (padded(k), padded(v)));
+        }
+    }
+
+    /// Takes in the sequences of other caches, of as many positions.
+    pub fn join(&mut self, others: impl IntoIterator<Item = Self>) {
+        let all = self.0.take().into_iter().chain(others.into_iter().filter_map(|other| other.0));
+        let (mut keys, mut values): (Vec<_>, Vec<_>) = all.unzip();
+        self.0 = match (keys.len(), keys.pop(), values.pop()) {
+            (1, Some(k), Some(v)) => Some((k, v)),
+            (_, Some(k), Some(v)) => {
+                keys.push(k);
+                values.push(v);
+                Some((Tensor::cat(keys, 0), Tensor::cat(values, 0)))
+            }
+            _ => None,
+        };
+    }
 }

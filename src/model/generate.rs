@@ -1,14 +1,10 @@
-//! Texts continued token by token, several together, with a key and value cache.
-//!
-//! Texts of a batch end at the same place: shorter ones stand behind padding that nothing sees
-//! ([`Positions::with_starts`]), and one that has ended leaves the batch.
+//! Texts continued to their ends, several together; one that has ended leaves the batch.
 
-use burn::tensor::{DType, Device, Tensor};
-use rand_chacha::ChaCha8Rng;
+use burn::tensor::Device;
 
-use super::{CausalLm, KvCache, Positions, Sampler};
-use crate::error::{Error, Result};
-use crate::ops;
+use super::batch::{Batch, Prompt};
+use super::{CausalLm, KvCache, Sampler};
+use crate::error::Result;
 
 /// How texts are continued.
 #[derive(Clone, Copy, Debug)]
@@ -23,15 +19,6 @@ pub struct Generation<'a> {
     pub max_new: usize,
     /// Tokens that end a text.
     pub ends: &'a [u32],
-}
-
-/// A text to be continued.
-#[derive(Clone, Copy, Debug)]
-pub struct Prompt<'a> {
-    /// Its tokens; not empty.
-    pub tokens: &'a [u32],
-    /// Which row of the sampler's draws is its own.
-    pub stream: u64,
 }
 
 /// Why a text ended.
@@ -71,7 +58,7 @@ impl Generation<'_> {
     /// tokens aside, and ends a text for which it returns `false`. Gives why each ended.
     ///
     /// # Errors
-    /// As [`finite`], and what `each` says.
+    /// As [`finite`](super::finite), and what `each` says.
     pub fn batch(
         &self,
         prompts: &[Prompt<'_>],
@@ -102,183 +89,53 @@ impl Generation<'_> {
         each: &mut dyn FnMut(usize, u32) -> Result<bool>,
     ) -> Result<Vec<Ended>> {
         let mut ended = vec![Ended::Length; prompts.len()];
-        if self.max_new == 0 || prompts.is_empty() {
+        if self.max_new == 0 {
             return Ok(ended);
         }
-        let mut batch = Batch::new(self, memory, prompts);
-        while !batch.rows.is_empty() {
-            let full = |row: &Row| row.text.len() > self.model.config.max_positions;
-            let fitting: Vec<usize> =
-                (0..batch.rows.len()).filter(|index| !full(&batch.rows[*index])).collect();
-            for row in batch.rows.iter().filter(|row| full(row)) {
-                ended[row.place] = Ended::Context;
+        let room = self.model.config.max_positions;
+        // Which prompt each text of the batch continues.
+        let mut places: Vec<usize> = (0..prompts.len()).collect();
+        places.retain(|place| {
+            let fits = prompts[*place].tokens.len() <= room;
+            if !fits {
+                ended[*place] = Ended::Context;
             }
-            batch.keep(&fitting);
-            if batch.rows.is_empty() {
-                break;
-            }
-            let mut logits = ops::continuing(|| batch.step(self));
-            let vocab = logits.len() / batch.rows.len();
-            let mut kept = Vec::with_capacity(batch.rows.len());
-            for (index, logits) in logits.chunks_exact_mut(vocab).enumerate() {
-                finite(logits)?;
-                let row = &mut batch.rows[index];
-                let token = self.sampler.choose(logits, &row.text, &mut row.draws);
+            fits
+        });
+        let Memory { tokens, caches } = std::mem::take(memory);
+        let batch = Batch::new(places.iter().map(|place| (prompts[*place], self.sampler)));
+        let mut batch = batch.remembering(&tokens, caches);
+        let mut added = 0;
+        while !batch.is_empty() {
+            added += 1;
+            let mut next = Vec::with_capacity(places.len());
+            let tokens = batch.next(self.model, self.device);
+            for ((index, place), token) in places.iter().enumerate().zip(tokens) {
+                let token = token?;
                 let end = if self.ends.contains(&token) {
                     Some(Ended::Token(token))
+                } else if !each(*place, token)? {
+                    Some(Ended::Caller)
+                } else if added == self.max_new {
+                    Some(Ended::Length)
                 } else {
-                    row.text.push(token);
-                    row.added += 1;
-                    let more = each(row.place, token)?;
-                    let long = row.added == self.max_new;
-                    (!more).then_some(Ended::Caller).or(long.then_some(Ended::Length))
+                    (batch.tokens(index) >= room).then_some(Ended::Context)
                 };
-                match end {
-                    Some(end) => ended[row.place] = end,
-                    None => kept.push(index),
+                next.push(end.is_none().then_some(token));
+                if let Some(end) = end {
+                    ended[*place] = end;
                 }
             }
-            batch.keep(&kept);
+            if let ([_], [None]) = (prompts, &next[..]) {
+                break;
+            }
+            batch.go_on(&next);
+            let mut next = next.iter();
+            places.retain(|_| next.next().is_some_and(Option::is_some));
         }
-        if let [prompt] = prompts {
-            memory.caches = batch.caches;
-            memory.tokens = batch.alone.unwrap_or_else(|| prompt.tokens.to_vec());
-            memory.tokens.truncate(batch.past);
+        if prompts.len() == 1 {
+            (memory.tokens, memory.caches) = batch.into_memory();
         }
         Ok(ended)
-    }
-}
-
-/// A text of a batch.
-struct Row {
-    /// Which prompt it continues.
-    place: usize,
-    text: Vec<u32>,
-    added: usize,
-    draws: ChaCha8Rng,
-    /// Padding before it.
-    padding: usize,
-}
-
-struct Batch {
-    rows: Vec<Row>,
-    caches: Vec<KvCache>,
-    /// Positions in the caches, padding included.
-    past: usize,
-    /// The text of a batch of one, when it has ended.
-    alone: Option<Vec<u32>>,
-}
-
-impl Batch {
-    fn new(how: &Generation<'_>, memory: &mut Memory, prompts: &[Prompt<'_>]) -> Self {
-        let longest = prompts.iter().map(|prompt| prompt.tokens.len()).max().unwrap_or(0);
-        let row = |(place, prompt): (usize, &Prompt<'_>)| Row {
-            place,
-            text: prompt.tokens.to_vec(),
-            added: 0,
-            draws: how.sampler.draws(prompt.stream),
-            padding: longest - prompt.tokens.len(),
-        };
-        let rows: Vec<Row> = prompts.iter().enumerate().map(row).collect();
-        let mut past = 0;
-        let mut caches = std::mem::take(&mut memory.caches);
-        if let ([row], false) = (&rows[..], caches.is_empty()) {
-            let same = row.text.iter().zip(&memory.tokens).take_while(|(a, b)| a == b).count();
-            // The last token has to be computed for its logits.
-            past = same.min(row.text.len().saturating_sub(1));
-        }
-        for cache in &mut caches {
-            cache.truncate(past);
-        }
-        caches.resize(how.model.blocks.len(), KvCache::default());
-        Self { rows, caches, past, alone: None }
-    }
-
-    /// Positions of the batch, padding included.
-    fn total(&self) -> usize {
-        self.rows.first().map_or(0, |row| row.padding + row.text.len())
-    }
-
-    /// The logits behind each text, `[rows, vocab]`.
-    fn step(&mut self, how: &Generation<'_>) -> Vec<f32> {
-        let Generation { model, device, .. } = how;
-        let config = &model.config;
-        let total = self.total();
-        if self
-            .rows
-            .iter()
-            .any(|row| config.rotates_anew(self.past.saturating_sub(row.padding), row.text.len()))
-        {
-            // Keys in the cache were rotated for a shorter text.
-            self.caches.fill(KvCache::default());
-            self.past = 0;
-        }
-        let past = self.past;
-        let padded = self.rows.iter().any(|row| row.padding > 0);
-        let tokens: Vec<Vec<u32>> = self
-            .rows
-            .iter()
-            .map(|row| {
-                (past..total)
-                    .map(|place| place.checked_sub(row.padding).map_or(0, |place| row.text[place]))
-                    .collect()
-            })
-            .collect();
-        let positions = if padded {
-            let starts: Vec<Vec<u32>> = self
-                .rows
-                .iter()
-                .map(|row| (past..total).map(|place| place.min(row.padding) as u32).collect())
-                .collect();
-            let starts: Vec<&[u32]> = starts.iter().map(Vec::as_slice).collect();
-            Positions::with_starts(config, past, &starts, model.dtype(), device)
-        } else {
-            Positions::new(config, past, total - past, model.dtype(), device)
-        };
-        self.past = total;
-        let tokens: Vec<&[u32]> = tokens.iter().map(Vec::as_slice).collect();
-        let mut hidden = model.embed(CausalLm::tokens(&tokens, device), &positions);
-        for (index, (block, cache)) in model.blocks.iter().zip(&mut self.caches).enumerate() {
-            let tap = |site, x| model.tap.apply(index, site, x);
-            hidden = block.forward_tapped(hidden, &positions, Some(cache), &tap);
-        }
-        let [rows, seq, d_model] = hidden.dims();
-        let last: Tensor<2> = hidden.narrow(1, seq - 1, 1).reshape([rows, d_model]);
-        let logits = model.logits(model.finish(last));
-        logits.cast(DType::F32).into_data().iter::<f32>().collect()
-    }
-
-    /// Goes on with some rows.
-    fn keep(&mut self, kept: &[usize]) {
-        if kept.len() == self.rows.len() {
-            return;
-        }
-        let mut index = 0;
-        if let ([row], []) = (&mut self.rows[..], kept) {
-            self.alone = Some(std::mem::take(&mut row.text));
-        }
-        self.rows.retain(|_| {
-            index += 1;
-            kept.contains(&(index - 1))
-        });
-        if !kept.is_empty() {
-            for cache in &mut self.caches {
-                cache.select(kept);
-            }
-        }
-    }
-}
-
-/// Refuses logits that are no numbers: the weights are damaged, or too large for the type of activations.
-///
-/// # Errors
-/// Names the first one.
-pub fn finite(logits: &[f32]) -> Result<()> {
-    match logits.iter().find(|value| !value.is_finite()) {
-        None => Ok(()),
-        Some(value) => Err(Error::damaged(
-            format!("the model computes {value} in place of a logit"),
-            "another copy of the model: its weights are damaged; or --compute f32",
-        )),
     }
 }

@@ -6,6 +6,7 @@
 //! through the same code.
 
 mod arch;
+mod batch;
 mod block;
 mod by_block;
 mod cache;
@@ -32,10 +33,11 @@ pub use arch::{
     Places, QueryNorm, QueryScaling, ROPE_FACTORS, Residual, Role, Rope, RopeScaling, Site, Span,
     model_types, weight_name,
 };
+pub use batch::{Batch, Prompt, finite};
 pub use block::{Block, Norm, Norms, Tap};
 pub use by_block::{ByBlock, Forward, batches_that_wait};
 pub use cache::KvCache;
-pub use generate::{Ended, Generation, Memory, Prompt, finite};
+pub use generate::{Ended, Generation, Memory};
 pub use generation_config::{GenerationConfig, end_tokens};
 pub use load::{Loader, WeightSource, companions, head_name, licences, open_folder};
 pub use positions::Positions;

@@ -177,6 +177,11 @@ impl ChatTemplate {
         Ok(self)
     }
 
+    /// What further names stand for.
+    pub fn kwargs(&self) -> &Map<String, Json> {
+        &self.kwargs
+    }
+
     /// Where it came from: a file, or the model's `tokenizer_config.json`.
     pub fn place(&self) -> &str {
         &self.place

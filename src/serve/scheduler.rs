@@ -1,0 +1,258 @@
+//! The thread that owns the model: which texts are continued, by whose scales, and who hears of it.
+//!
+//! Texts of one adapter form a lane with a batch of its own. Lanes with texts take turns; the scales change
+//! with the turn, keys and values stay with the lane.
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use burn::tensor::Device;
+
+use super::Language;
+use super::line::{Event, Line, Taken, Text};
+use super::metrics::Metrics;
+use super::refusal::Refusal;
+use crate::error::Result;
+use crate::exhausted;
+use crate::export::Adapters;
+use crate::model::{Batch, CausalLm, Ended, Prompt};
+
+/// How long a lane goes on while another one waits.
+const TURN: Duration = Duration::from_millis(500);
+/// Tokens of prompts that are computed between two tokens of those who have begun; one prompt at least.
+const PROMPTS: usize = 512;
+
+/// Owns the model.
+pub(super) struct Scheduler {
+    voice: Voice,
+    adapters: Adapters,
+    /// Of each lane: none for the model's own scales.
+    names: Vec<Option<String>>,
+    lanes: Vec<Lane>,
+    /// Whose turn it is, and since when.
+    on: usize,
+    since: Instant,
+    line: Arc<Line>,
+}
+
+/// The texts of one adapter.
+#[derive(Default)]
+struct Lane {
+    batch: Batch,
+    /// Those of the batch, in its order.
+    texts: Vec<Running>,
+    /// Those whose prompts are not computed.
+    coming: VecDeque<Text>,
+}
+
+/// A text in a batch.
+struct Running {
+    text: Text,
+    added: usize,
+}
+
+/// What the model says.
+struct Voice {
+    model: CausalLm,
+    device: Device,
+    ends: Vec<u32>,
+    context: usize,
+    metrics: Arc<Metrics>,
+}
+
+impl Scheduler {
+    pub(super) fn new(
+        model: CausalLm,
+        device: Device,
+        adapters: Adapters,
+        language: &Language,
+        line: &Arc<Line>,
+        metrics: &Arc<Metrics>,
+    ) -> Self {
+        let named = adapters.names().map(|name| Some(name.to_owned()));
+        let names: Vec<Option<String>> = std::iter::once(None).chain(named).collect();
+        let voice = Voice {
+            model,
+            device,
+            ends: language.ends.clone(),
+            context: language.context,
+            metrics: Arc::clone(metrics),
+        };
+        Self {
+            voice,
+            adapters,
+            lanes: names.iter().map(|_| Lane::default()).collect(),
+            names,
+            on: 0,
+            since: Instant::now(),
+            line: Arc::clone(line),
+        }
+    }
+
+    /// Goes on until the line is cut.
+    pub(super) fn run(mut self) {
+        let mut before = 0;
+        loop {
+            let ended = before - self.lanes.iter().map(Lane::len).sum::<usize>();
+            let Taken::Texts(texts) = self.line.take(ended) else { break };
+            for text in texts {
+                if let Some(lane) = self.lanes.get_mut(text.model) {
+                    lane.coming.push_back(text);
+                }
+            }
+            before = self.lanes.iter().map(Lane::len).sum();
+            self.lanes.iter_mut().for_each(Lane::leave);
+            if let Some(lane) = self.turn() {
+                self.advance(lane);
+            }
+        }
+        for lane in &mut self.lanes {
+            lane.fail(&Refusal::stopping());
+        }
+    }
+
+    /// Whose turn it is.
+    fn turn(&self) -> Option<usize> {
+        let busy = |lane: &usize| self.lanes[*lane].len() > 0;
+        let count = self.lanes.len();
+        let other = (1..count).map(|step| (self.on + step) % count).find(busy);
+        let own = Some(self.on).filter(busy);
+        if self.since.elapsed() < TURN { own.or(other) } else { other.or(own) }
+    }
+
+    /// A token for each text of a lane, and the first one for those that come to it.
+    fn advance(&mut self, lane: usize) {
+        if lane != self.on || self.since.elapsed() >= TURN {
+            (self.on, self.since) = (lane, Instant::now());
+        }
+        if let Err(error) = self.switch(lane) {
+            return self.lanes[lane].fail(&error.into());
+        }
+        let Lane { batch, texts, coming } = &mut self.lanes[lane];
+        self.voice.advance(batch, texts);
+        let (mut joining, mut prompts) = (Vec::new(), 0);
+        while prompts < PROMPTS
+            && let Some(text) = coming.pop_front()
+        {
+            prompts += text.tokens.len();
+            let prompt = Prompt { tokens: &text.tokens, stream: text.stream };
+            let mut alone = Batch::new([(prompt, text.sampler)]);
+            let mut running = vec![Running { text, added: 0 }];
+            self.voice.advance(&mut alone, &mut running);
+            if !alone.is_empty() {
+                joining.push(alone);
+                texts.append(&mut running);
+            }
+        }
+        batch.join(joining);
+    }
+
+    /// Puts the lane's scales in the model.
+    fn switch(&mut self, lane: usize) -> Result<()> {
+        let name = self.names[lane].as_deref();
+        if self.adapters.on() != name {
+            self.adapters.switch(&mut self.voice.model, name)?;
+            self.voice.metrics.switches.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+}
+
+impl Lane {
+    fn len(&self) -> usize {
+        self.texts.len() + self.coming.len()
+    }
+
+    /// Lets go of texts that nobody listens to.
+    fn leave(&mut self) {
+        self.coming.retain(|text| !text.is_left());
+        // Asked once: the answer may change at any time.
+        let stay: Vec<bool> = self.texts.iter().map(|running| !running.text.is_left()).collect();
+        let kept: Vec<usize> = (0..stay.len()).filter(|index| stay[*index]).collect();
+        self.batch.keep(&kept);
+        let mut stay = stay.iter();
+        self.texts.retain(|_| stay.next().is_some_and(|stay| *stay));
+    }
+
+    fn fail(&mut self, refusal: &Refusal) {
+        self.batch = Batch::default();
+        let running = self.texts.drain(..).map(|running| running.text);
+        for text in running.chain(self.coming.drain(..)) {
+            text.tell(Event::Failed(refusal.clone()));
+        }
+    }
+}
+
+impl Voice {
+    /// The next token of each text of a batch; those that end by it leave.
+    fn advance(&self, batch: &mut Batch, texts: &mut Vec<Running>) {
+        if texts.is_empty() {
+            return;
+        }
+        let next = catch_unwind(AssertUnwindSafe(|| batch.next(&self.model, &self.device)));
+        let next = match next {
+            Ok(next) => next,
+            Err(panic) => {
+                let refusal = of_panic(panic.as_ref());
+                *batch = Batch::default();
+                for running in texts.drain(..) {
+                    running.text.tell(Event::Failed(refusal.clone()));
+                }
+                return;
+            }
+        };
+        self.metrics.step(next.len());
+        let mut tokens = Vec::with_capacity(next.len());
+        for (index, (running, token)) in texts.iter_mut().zip(next).enumerate() {
+            tokens.push(self.tell(running, batch.tokens(index), token));
+        }
+        batch.go_on(&tokens);
+        let mut tokens = tokens.iter();
+        texts.retain(|_| tokens.next().is_some_and(Option::is_some));
+    }
+
+    /// Tells who asked; the token, where the text goes on.
+    fn tell(&self, running: &mut Running, length: usize, token: Result<u32>) -> Option<u32> {
+        let Running { text, added } = running;
+        let token = match token {
+            Ok(token) => token,
+            Err(error) => {
+                text.tell(Event::Failed(Refusal::failed(error.what())));
+                return None;
+            }
+        };
+        if *added == 0 {
+            self.metrics.prompt_tokens.fetch_add(length as u64, Ordering::Relaxed);
+            self.metrics.begun(text.asked.elapsed());
+        }
+        let end = if self.ends.contains(&token) {
+            Some(Ended::Token(token))
+        } else {
+            text.tell(Event::Token(token));
+            *added += 1;
+            let long = (*added == text.max_new).then_some(Ended::Length);
+            long.or((length >= self.context).then_some(Ended::Context))
+        };
+        match end {
+            None => Some(token),
+            Some(end) => {
+                text.tell(Event::Ended(end));
+                None
+            }
+        }
+    }
+}
+
+/// What was said when a computation broke off.
+fn of_panic(panic: &(dyn Any + Send)) -> Refusal {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or_default();
+    match exhausted::error_of(text) {
+        Some(error) => Refusal::failed(error.what()),
+        None => Refusal::failed(format!("internal error: {text}")),
+    }
+}
