@@ -45,6 +45,18 @@ fn lines_fit_a_terminal() {
 }
 
 #[test]
+fn a_choice_of_kernels_that_is_none_is_a_usage_error() {
+    let place = Place::new();
+    let mut command = place.command(&["doctor", "--device", "cpu"]);
+    let ended = command.env("FEWBIT_DEVICE_KERNELS", "of").output().unwrap();
+    let text = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!((ended.status.code(), &*ended.stdout), (Some(2), &b""[..]), "{text}");
+    assert!(text.contains("no choice of kernels: `of`"), "{text}");
+    assert!(text.contains("environment variable FEWBIT_DEVICE_KERNELS"), "{text}");
+    assert!(text.contains("one of: off, on, all"), "{text}");
+}
+
+#[test]
 fn a_device_that_is_none_is_a_usage_error() {
     let place = Place::new();
     let ended = place.run(&["doctor", "--device", "gpu"]);

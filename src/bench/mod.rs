@@ -22,4 +22,4 @@ pub use parts::{Bench, Measured, Part, Settings};
 pub use subject::Subject;
 pub use timing::{Effort, Spread};
 
-pub use crate::ops::vector_level;
+pub use crate::ops::{DeviceKernels, device_kernels, vector_level};

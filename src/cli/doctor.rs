@@ -10,7 +10,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::output;
-use crate::bench::{Ceiling, Check, Disk, Numbers, reference, vector_level};
+use crate::bench::{Ceiling, Check, Disk, Numbers, device_kernels, reference, vector_level};
 use crate::device::{self, Details, Found};
 use crate::error::{Error, Kind, Result};
 use crate::report::size;
@@ -36,6 +36,8 @@ struct Device {
     name: String,
     card: Option<String>,
     details: Details,
+    /// Which of fewbit's kernels run there.
+    kernels: Option<&'static str>,
     /// What its allocator took for the checks.
     held: Option<u64>,
     /// One for each type that was tried, or why none could be.
@@ -137,11 +139,13 @@ fn examine(
     if let Some(problem) = problem {
         // A backend whose device is not there is nothing that is wrong.
         let (details, types) = (Details::default(), Err(Error::failed(problem)));
-        return Ok(Device { name, card, details, held: None, types });
+        return Ok(Device { name, card, details, kernels: None, held: None, types });
     }
     let named = device::open(&name)?;
     let details = catch_unwind(AssertUnwindSafe(|| device::details(&named.device)));
     let details = details.unwrap_or_default();
+    let kernels = catch_unwind(AssertUnwindSafe(|| device_kernels(&named.device)));
+    let kernels = kernels.ok().flatten();
     let mut types = Vec::new();
     for (type_name, dtype) in TYPES {
         stop.check().map_err(|error| error.fix("the same command again"))?;
@@ -157,13 +161,14 @@ fn examine(
         if let Err(error) = &found
             && matches!(error.kind(), Kind::Stopped(_))
         {
-            return found.map(|_| Device { name, card, details, held: None, types: Ok(types) });
+            let types = Ok(types);
+            return found.map(|_| Device { name, card, details, kernels, held: None, types });
         }
         types.push(Type { name: type_name, found });
     }
     let held = catch_unwind(AssertUnwindSafe(|| device::held(&named.device)));
     let held = held.ok().flatten().map(|[_, reserved]| reserved);
-    Ok(Device { name, card, details, held, types: Ok(types) })
+    Ok(Device { name, card, details, kernels, held, types: Ok(types) })
 }
 
 impl Device {
@@ -188,6 +193,7 @@ impl Device {
             ("PCI", pci.clone()),
             ("driver", driver.clone()),
             ("memory", memory.map(size)),
+            ("fewbit's kernels", self.kernels.map(in_words)),
             ("taken by these checks", self.held.map(size)),
         ];
         for (what, fact) in facts.into_iter().filter_map(|(what, fact)| Some((what, fact?))) {
@@ -247,11 +253,21 @@ impl Device {
             "name": self.name,
             "card": self.card,
             "details": self.details,
+            "kernels": self.kernels,
             "held": self.held,
             "problem": types.as_ref().err().map(|error| error.what()),
             "types": types.as_ref().ok(),
         })
     }
+}
+
+/// Which kernels run, in words.
+fn in_words(kernels: &str) -> String {
+    let words = match kernels {
+        "elements" => "those that add nothing up",
+        other => other,
+    };
+    words.to_owned()
 }
 
 /// What this binary and this machine are.

@@ -32,6 +32,7 @@ use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
+use crate::bench::DeviceKernels;
 use crate::data::{DataFormat, Marks, Reader, Reading, TokenStream, Tokenizer};
 use crate::device::{self, NamedDevice};
 use crate::error::{Error, Result};
@@ -142,6 +143,7 @@ fn of_panic(text: &str) -> Error {
 
 fn run(command: Command) -> Result<()> {
     let stop = StopFlag::from_signals()?;
+    choose_kernels()?;
     match command {
         Command::Train(args) => train::train(args, &stop),
         Command::Check(args) => train::check(args, &stop),
@@ -162,6 +164,24 @@ fn run(command: Command) -> Result<()> {
         Command::Completions(args) => shell::completions(Cli::command(), &args),
         Command::Man(args) => shell::man(Cli::command(), &args),
     }
+}
+
+/// Which kernels of ours run on devices: `off` for a driver that cannot take them, `all` where more is asked of a
+/// software device than its backend promises.
+const KERNELS: &str = "FEWBIT_DEVICE_KERNELS";
+
+fn choose_kernels() -> Result<()> {
+    let Some(text) = std::env::var_os(KERNELS).filter(|text| !text.is_empty()) else {
+        return Ok(());
+    };
+    let known = DeviceKernels::NAMES;
+    let Some((_, choice)) = known.into_iter().find(|(name, _)| text == *name) else {
+        return Err(Error::usage(format!("no choice of kernels: `{}`", text.display()))
+            .at(format!("environment variable {KERNELS}"))
+            .fix(format!("one of: {}", known.map(|(name, _)| name).join(", "))));
+    };
+    choice.choose();
+    Ok(())
 }
 
 fn init_logging() {

@@ -253,7 +253,7 @@ pub fn divergence_value(
 fn on_device(tensors: &[&Tensor<2>]) -> bool {
     tensors.iter().all(|&tensor| {
         assert!(!tensor.is_tracked(), "a tracked tensor where an operation gives no gradient");
-        cube::reads(&tensor.clone().into_dispatch())
+        cube::reads_rows(&tensor.clone().into_dispatch())
     })
 }
 

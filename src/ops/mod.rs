@@ -16,6 +16,7 @@ mod bridge;
 mod coded;
 #[cfg(feature = "gpu")]
 mod cube;
+mod device_kernels;
 mod dynamic;
 mod fake_quant;
 mod forest;
@@ -39,6 +40,7 @@ pub use binary_coding::{Unified, nearest_codes};
 pub use block::{block_mse, layer_norm, rms_norm, swiglu};
 pub use bridge::composed;
 pub use coded::{CodedKind, CodedMatrix, FrozenGrid, PackedCodes, continuing};
+pub use device_kernels::{DeviceKernels, device_kernels};
 pub use fake_quant::{
     Divided, Rule, Stepped, TieRule, clamp_ste, exp, off_tape, reshape_grouped, round_ste,
     scale_gradient, shorten_ste,

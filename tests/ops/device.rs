@@ -1,10 +1,11 @@
 //! Kernels for devices against the composed form on the same device, and against this machine's processor.
-//! Runs on whatever device the binary was built for; Mesa's software Vulkan crashes in some of them.
+//! Runs on whatever device the binary was built for; all kernels run, or a test says so. On Mesa's software Vulkan what
+//! multiplies or sums by burn crashes (CONTRIBUTING, GPU backends).
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use fewbit::ops::{
-    self, AdamWStep, CodedKind, CodedMatrix, Comparison, Divergence, Divided, Moments, Numbers,
-    PackedCodes, Restraint, Rule, Stepped, TieRule,
+    self, AdamWStep, CodedKind, CodedMatrix, Comparison, DeviceKernels, Divergence, Divided,
+    Moments, Numbers, PackedCodes, Restraint, Rule, Stepped, TieRule,
 };
 
 use crate::{Dice, Matrix, Outcome, host};
@@ -16,7 +17,15 @@ const TOLERANCE: f32 = 1e-5;
 const OF_LOSSES: f32 = 5e-5;
 
 fn device() -> Device {
+    // The same for every test of this process.
+    DeviceKernels::All.choose();
     fewbit::device::open("auto").unwrap().device
+}
+
+/// What is compared with the composed form is not the composed form.
+#[test]
+fn all_kernels_run() {
+    assert_eq!(ops::device_kernels(&device()), Some("all"));
 }
 
 fn near(what: &str, found: &[f32], expected: &[f32]) {

@@ -2,9 +2,10 @@
 //!
 //! A kernel runs in its turn among the device's other work (with burn's fusion as an operation of its own
 //! between fused ones); the host waits for nothing and uploads nothing but numbers of the launch. All of them
-//! compute in f32; sums over a row are those of one plane (a warp, a subgroup), so a device has to have planes of
-//! one size. Where it has not, where tensors are of another type, and under [`composed`](super::composed),
-//! operations are composed from burn's.
+//! compute in f32. Sums over a row are those of one plane (a warp, a subgroup), so kernels that have any need a
+//! device with planes of one size. Where it has not, where tensors are of another type, where
+//! [`DeviceKernels`](super::DeviceKernels) says so, and under [`composed`](super::composed), operations are composed
+//! from burn's.
 
 #![allow(clippy::cast_lossless, clippy::too_many_arguments)] // kernels: `as` is what CubeCL compiles
 #![allow(missing_docs)] // what the macro makes of a kernel
@@ -40,36 +41,67 @@ pub(super) use self::divided::{DividedInputs, divided, divided_backward};
 pub(super) use self::losses::{cross_entropy, divergence};
 pub(super) use self::stepped::{SteppedInputs, stepped, stepped_backward};
 use super::bridge::{Plain, is_composed};
+use super::device_kernels::DeviceKernels;
 
 /// What burn's fusion holds of a device tensor.
 type Runtime = <CubeBackend as FusionBackend>::FusionRuntime;
 type Handles = HandleContainer<<Runtime as FusionRuntime>::FusionHandle>;
 
-/// Whether kernels can read this tensor, on the tape or off it: f32 on a device.
+/// Whether kernels that add nothing up can read this tensor, on the tape or off it: f32 on a device.
 pub(super) fn reads(tensor: &Plain) -> bool {
+    let wanted = DeviceKernels::chosen() != DeviceKernels::Off && !is_composed();
+    wanted && tensor.dtype() == DType::F32 && device_of(tensor).is_some()
+}
+
+/// As [`reads`], of kernels that add up rows.
+pub(super) fn reads_rows(tensor: &Plain) -> bool {
+    reads(tensor) && device_of(tensor).is_some_and(|device| adds_up(&device))
+}
+
+/// Which kernels run on the device of a tensor, by name; none of this machine's processor.
+pub(super) fn kernels(tensor: &Plain) -> Option<&'static str> {
+    let device = device_of(tensor)?;
+    Some(match DeviceKernels::chosen() {
+        DeviceKernels::Off => "none",
+        _ if adds_up(&device) => "all",
+        _ => "elements",
+    })
+}
+
+fn device_of(tensor: &Plain) -> Option<CubeDevice> {
     let mut kind = &tensor.kind;
     if let DispatchTensorKind::Autodiff(inner) = kind {
         kind = inner;
     }
-    let DispatchTensorKind::Cube(found) = kind else { return false };
-    if tensor.dtype() != DType::F32 || is_composed() {
-        return false;
+    let DispatchTensorKind::Cube(found) = kind else { return None };
+    match found {
+        BackendTensor::Float(tensor) => Some(tensor.device()),
+        BackendTensor::Autodiff(tensor) => Some(tensor.primitive().device()),
+        _ => None,
     }
-    let device = match found {
-        BackendTensor::Float(tensor) => tensor.device(),
-        BackendTensor::Autodiff(tensor) => tensor.primitive().device(),
-        _ => return false,
-    };
-    has_planes(&device)
+}
+
+/// What a device says of its planes.
+#[derive(Clone, Copy)]
+struct Planes {
+    /// All of one size.
+    even: bool,
+    /// They add up, and the backend vouches for it.
+    vouched: bool,
 }
 
 thread_local! {
     /// Devices that were asked, with their answers.
-    static PLANES: RefCell<Vec<(CubeDevice, bool)>> = const { RefCell::new(Vec::new()) };
+    static PLANES: RefCell<Vec<(CubeDevice, Planes)>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Whether a device adds up numbers of a plane, and planes are all of one size.
-fn has_planes(device: &CubeDevice) -> bool {
+/// Whether a device adds up numbers of a plane, as far as the process wants it to.
+fn adds_up(device: &CubeDevice) -> bool {
+    let planes = planes(device);
+    planes.even && (planes.vouched || DeviceKernels::chosen() == DeviceKernels::All)
+}
+
+fn planes(device: &CubeDevice) -> Planes {
     PLANES.with_borrow_mut(|known| {
         if let Some((_, answer)) = known.iter().find(|(of, _)| of == device) {
             return *answer;
@@ -77,8 +109,10 @@ fn has_planes(device: &CubeDevice) -> bool {
         let client = device.client();
         let properties = client.properties();
         let hardware = &properties.hardware;
-        let answer = properties.features.plane.contains(Plane::Ops)
-            && hardware.plane_size_min == hardware.plane_size_max;
+        let answer = Planes {
+            even: hardware.plane_size_min == hardware.plane_size_max,
+            vouched: properties.features.plane.contains(Plane::Ops),
+        };
         known.push((device.clone(), answer));
         answer
     })

@@ -143,7 +143,7 @@ impl Operation<4> for DividedOperation {
             ];
         }
         #[cfg(feature = "gpu")]
-        if cube::reads(&self.weight) {
+        if cube::reads_rows(&self.weight) {
             return self.device_backward(inputs, gradient, wanted[3]);
         }
         let [out, _] = tensor::<2>(inputs[2].clone()).dims();

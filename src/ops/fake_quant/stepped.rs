@@ -260,7 +260,7 @@ impl Operation<4> for SteppedOperation {
             ];
         }
         #[cfg(feature = "gpu")]
-        if cube::reads(&inputs[0]) {
+        if cube::reads_rows(&inputs[0]) {
             let inputs = self.on_device(inputs);
             let [of_weight, of_step, of_zero, of_rounding] =
                 cube::stepped_backward(inputs, gradient, self.step_gradient);
