@@ -68,9 +68,13 @@ fn check<const N: usize>(
 ) {
     let there = device().autodiff();
     let found = on(&there, inputs, upstream, &f);
-    let composed = ops::composed(|| on(&there, inputs, upstream, &f));
     let here = on(&Device::flex().autodiff(), inputs, upstream, &f);
-    for (form, expected) in [("composed", composed), ("processor", here)] {
+    let mut others = vec![("processor", here)];
+    // `0` where what burn composes cannot run.
+    if std::env::var_os("FEWBIT_TEST_COMPOSED").is_none_or(|value| value != "0") {
+        others.push(("composed", ops::composed(|| on(&there, inputs, upstream, &f))));
+    }
+    for (form, expected) in others {
         near(&format!("{what}, values, {form}"), &found.values, &expected.values);
         for (i, (a, b)) in found.gradients.iter().zip(&expected.gradients).enumerate() {
             near(&format!("{what}, gradient {i}, {form}"), a, b);
