@@ -111,7 +111,7 @@ mod words {
         let help = place.ok(&["--help"]);
         let commands = [
             "train", "check", "recipes", "eval", "verify", "inspect", "generate", "logits",
-            "bench", "doctor",
+            "bench", "doctor", "serve",
         ];
         for command in commands {
             assert!(help.contains(&format!("\n  {command} ")), "{command} is not in {help}");
