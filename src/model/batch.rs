@@ -151,7 +151,9 @@ impl Batch {
         let mut all: Vec<Self> = std::iter::once(own).chain(others).collect();
         all.retain(|batch| !batch.rows.is_empty());
         let past = all.iter().map(|batch| batch.past).max().unwrap_or(0);
-        all.iter_mut().for_each(|batch| batch.pad(past));
+        for batch in &mut all {
+            batch.pad(past);
+        }
         let mut all = all.into_iter();
         let Some(first) = all.next() else { return };
         *self = first;

@@ -75,7 +75,7 @@ impl Ask {
             return Err(Refusal::bad("the body is no JSON object"));
         };
         let fields = Fields(&fields);
-        let name = fields.text("model")?.ok_or_else(|| fields.missing("model"))?.to_owned();
+        let name = fields.text("model")?.ok_or_else(|| missing("model"))?.to_owned();
         let model = models.iter().position(|known| *known == name);
         let model = model.ok_or_else(|| no_model(&name))?;
         fields.refuse_what_is_not_done()?;
@@ -121,6 +121,10 @@ pub(super) fn no_model(name: &str) -> Refusal {
     Refusal::with(status, what).param("model").code("model_not_found")
 }
 
+fn missing(key: &str) -> Refusal {
+    Refusal::bad(format!("`{key}` is missing")).param(key)
+}
+
 /// The fields of an object; null is as good as absent.
 #[derive(Clone, Copy)]
 struct Fields<'a>(&'a Map<String, Value>);
@@ -130,10 +134,6 @@ impl<'a> Fields<'a> {
         self.0.get(key).filter(|value| !value.is_null())
     }
 
-    fn missing(self, key: &str) -> Refusal {
-        Refusal::bad(format!("`{key}` is missing")).param(key)
-    }
-
     fn wrong(self, key: &str, expected: &str) -> Refusal {
         let found = self.get(key).map(Value::to_string).unwrap_or_default();
         let found: String = found.chars().take(80).collect();
@@ -141,12 +141,12 @@ impl<'a> Fields<'a> {
     }
 
     fn text(self, key: &str) -> Result<Option<&'a str>, Refusal> {
-        let text = self.get(key).map(|value| value.as_str());
+        let text = self.get(key).map(Value::as_str);
         text.map(|text| text.ok_or_else(|| self.wrong(key, "a string"))).transpose()
     }
 
     fn flag(self, key: &str) -> Result<bool, Refusal> {
-        let flag = self.get(key).map(|value| value.as_bool());
+        let flag = self.get(key).map(Value::as_bool);
         let flag = flag.map(|flag| flag.ok_or_else(|| self.wrong(key, "true or false")));
         Ok(flag.transpose()?.unwrap_or(false))
     }
@@ -252,7 +252,7 @@ fn stops(fields: Fields<'_>) -> Result<Vec<String>, Refusal> {
 
 /// The conversation in the words of the chat template.
 fn conversation(fields: Fields<'_>, language: &Language) -> Result<Vec<u32>, Refusal> {
-    let messages = fields.get("messages").ok_or_else(|| fields.missing("messages"))?;
+    let messages = fields.get("messages").ok_or_else(|| missing("messages"))?;
     let wrong = |what: String| Refusal::bad(what).param("messages");
     let mut chat = Chat::of_messages(messages).map_err(wrong)?;
     for message in &mut chat.messages {
@@ -283,7 +283,7 @@ fn conversation(fields: Fields<'_>, language: &Language) -> Result<Vec<u32>, Ref
 
 /// The prompts of a completion: one or several, as text or as tokens.
 fn prompts(fields: Fields<'_>, language: &Language) -> Result<Vec<Vec<u32>>, Refusal> {
-    let prompt = fields.get("prompt").ok_or_else(|| fields.missing("prompt"))?;
+    let prompt = fields.get("prompt").ok_or_else(|| missing("prompt"))?;
     let wrong = || fields.wrong("prompt", "a string, a list of strings, tokens or lists of tokens");
     let one = |prompt: &Value| match prompt {
         Value::String(text) => {

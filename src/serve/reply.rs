@@ -104,7 +104,7 @@ impl Reply {
         if ask.kind == Kind::Chat {
             for index in 0..choices.len() {
                 let delta = json!({ "role": "assistant", "content": "" });
-                let first = choice_of(ask.kind, index, delta, None);
+                let first = choice_of(ask.kind, index, &delta, None);
                 if out.send(piece(Some(first), None)).await.is_err() {
                     return;
                 }
@@ -134,10 +134,10 @@ impl Reply {
                 *sent = text.len().max(*sent);
                 let mut said = Vec::new();
                 if !new.is_empty() {
-                    said.push(choice_of(ask.kind, index, json!({ "content": new }), None));
+                    said.push(choice_of(ask.kind, index, &json!({ "content": new }), None));
                 }
                 if ended.is_some() {
-                    said.push(choice_of(ask.kind, index, json!({}), *ended));
+                    said.push(choice_of(ask.kind, index, &json!({}), *ended));
                 }
                 for said in said {
                     if out.send(piece(Some(said), None)).await.is_err() {
@@ -170,7 +170,7 @@ impl Reply {
 }
 
 /// A piece of one text.
-fn choice_of(kind: Kind, index: usize, delta: Value, ended: Option<&str>) -> Value {
+fn choice_of(kind: Kind, index: usize, delta: &Value, ended: Option<&str>) -> Value {
     let mut choice = match kind {
         Kind::Chat => json!({ "index": index, "delta": delta }),
         Kind::Completion => {

@@ -214,13 +214,11 @@ async fn body_of(request: Request, limit: usize) -> Result<Vec<u8>, Refusal> {
         }
         Ok::<(), Refusal>(())
     };
-    match tokio::time::timeout(BODY, all).await {
-        Ok(all) => all?,
-        Err(_) => {
-            let what = "the body did not come in time";
-            return Err(Refusal::with(StatusCode::REQUEST_TIMEOUT, what));
-        }
-    }
+    let Ok(all) = tokio::time::timeout(BODY, all).await else {
+        let what = "the body did not come in time";
+        return Err(Refusal::with(StatusCode::REQUEST_TIMEOUT, what));
+    };
+    all?;
     if length > limit {
         let what = format!("the body is larger than {limit} bytes");
         return Err(Refusal::with(StatusCode::PAYLOAD_TOO_LARGE, what));

@@ -73,8 +73,8 @@ impl Scheduler {
         line: &Arc<Line>,
         metrics: &Arc<Metrics>,
     ) -> Self {
-        let named = adapters.names().map(|name| Some(name.to_owned()));
-        let names: Vec<Option<String>> = std::iter::once(None).chain(named).collect();
+        let of_adapters = adapters.names().map(|name| Some(name.to_owned()));
+        let names: Vec<Option<String>> = std::iter::once(None).chain(of_adapters).collect();
         let voice = Voice {
             model,
             device,
