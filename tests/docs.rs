@@ -48,6 +48,28 @@ fn every_method_is_a_file_a_row_and_a_recipe() {
     }
 }
 
+/// What a newcomer is told to type works as it stands.
+#[cfg(unix)]
+#[test]
+fn the_commands_of_the_first_page_run() {
+    let page = std::fs::read_to_string(root().join("docs/get-started.md")).unwrap();
+    let fences: Vec<&str> =
+        page.split("```sh\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+    assert!(!fences.is_empty(), "docs/get-started.md shows no command");
+    let folder = tempfile::tempdir().unwrap();
+    let programs = Path::new(env!("CARGO_BIN_EXE_fewbit")).parent().unwrap().to_owned();
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let path = std::env::join_paths([programs].into_iter().chain(std::env::split_paths(&path)));
+    let path = path.unwrap();
+    for commands in fences {
+        let mut shell = std::process::Command::new("sh");
+        let shell = shell.args(["-ec", commands]).current_dir(folder.path()).env("PATH", &path);
+        let ended = shell.env("XDG_CACHE_HOME", folder.path().join("cache")).output().unwrap();
+        let said = String::from_utf8_lossy(&ended.stderr);
+        assert!(ended.status.success(), "{commands}{said}");
+    }
+}
+
 /// One section per method, in the order of the `methods!` list.
 fn reference() -> String {
     let recipes = recipes();

@@ -81,7 +81,7 @@ fn one_file_is_read_at_every_width() {
     let tuned = "after tune_scales";
     assert_eq!(
         names,
-        ["after calibrate w2", "after tune_scales w2", "after tune_scales w3", tuned]
+        ["w2 after calibrate", "w2 after tune_scales", "w3 after tune_scales", tuned]
     );
     // Learning helps its width, and a wider model is a better one.
     assert!(found.windows(2).all(|pair| pair[1].1 < pair[0].1), "{found:?}");
@@ -163,10 +163,23 @@ fn widths_that_are_not_there_are_refused() {
     place.write("recipe.toml", RECIPE.replace("anybcq = { lowest = 2, rounds = 3 }", "bcq = {}"));
     let ended = place.run(&["check", "--recipe", "recipe.toml"]);
     assert_eq!(ended.code, 2, "{}", ended.err);
-    assert!(ended.err.contains("method.anybcq in the stage"), "{}", ended.err);
+    assert!(ended.err.contains("method.anybcq"), "{}", ended.err);
+    // Linears of fewer widths are read at their widest beside the others.
+    let place = self::place();
+    let mixed =
+        "\n[[quant.override]]\nmatch = \"attention\"\nbits = 3\n\n[[stage]]\n[stage.calibrate]";
+    place.write("recipe.toml", RECIPE.replacen("\n[[stage]]\n[stage.calibrate]", mixed, 1));
+    place.ok(&TRAIN);
+    let model = "run/export/fewbit";
+    assert!(
+        logits(&place, &["--model", model, "--bits", "4"]) == logits(&place, &["--model", model])
+    );
+    assert!(
+        logits(&place, &["--model", model, "--bits", "3"]) != logits(&place, &["--model", model])
+    );
     let model = ["logits", "--tokens", "1", "--output", "x", "--bits", "2"];
     let model = [&model[..], &["--model", "embedded:tinystories-656k"]].concat();
     let ended = place.run(&model);
     assert_eq!(ended.code, 2, "{}", ended.err);
-    assert!(ended.err.contains("stored at one width"), "{}", ended.err);
+    assert!(ended.err.contains("there is one"), "{}", ended.err);
 }

@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::model::{
     GenerationConfig, ModelConfig, ModelTap, Place, Places, WeightSource, open_folder, weight_name,
 };
-use crate::quant::{Bits, GroupLayout, QuantizedWeight};
+use crate::quant::{Bits, GroupLayout, QuantizedWeight, no_width};
 use crate::store::safetensors::{Checkpoint, Decode};
 use crate::store::{TensorSource, embedded, hex};
 
@@ -312,18 +312,7 @@ impl OpenModel {
         if widths.contains(&bits) {
             return Ok(Self { width: Some(bits), ..self });
         }
-        let known: Vec<String> = widths.iter().map(ToString::to_string).collect();
-        let (what, fix) = if known.is_empty() {
-            let what = "the model is stored at one width".to_owned();
-            (what, "a model made by method.anybcq, or no --bits".to_owned())
-        } else {
-            let known = known.join(", ");
-            (
-                format!("the model has no {bits} bits: its planes serve {known}"),
-                format!("--bits {known}"),
-            )
-        };
-        Err(Error::usage(what).at(self.dir.display()).fix(fix))
+        Err(no_width(bits, widths).at(self.dir.display()))
     }
 
     /// The record of a linear that is stored as codes.

@@ -253,27 +253,22 @@ impl QuantizedWeight {
     /// # Errors
     /// As [`ScaleDigits::rounded`].
     pub fn with_scales(mut self, digits: ScaleDigits) -> Result<Self> {
-        for grid in &mut self.nested {
-            if let Grid::BinaryCoding { alpha, offset } = grid {
-                let digits = digits.of_planes();
-                *alpha = digits.rounded(std::mem::take(alpha))?;
-                *offset = digits.rounded(std::mem::take(offset))?;
-            }
-        }
-        match &mut self.grid {
-            Grid::Uniform { scale, zero_point, zero_kind } => {
-                *scale = digits.rounded(std::mem::take(scale))?;
-                if digits != ScaleDigits::F32 && *zero_kind == ZeroKind::Real {
-                    let unit = f32::from(1_u16 << (12 - self.bits.get()));
-                    for zero in zero_point {
-                        *zero = (*zero * unit).round_ties_even() / unit;
+        for grid in self.nested.iter_mut().chain([&mut self.grid]) {
+            match grid {
+                Grid::Uniform { scale, zero_point, zero_kind } => {
+                    *scale = digits.rounded(std::mem::take(scale))?;
+                    if digits != ScaleDigits::F32 && *zero_kind == ZeroKind::Real {
+                        let unit = f32::from(1_u16 << (12 - self.bits.get()));
+                        for zero in zero_point {
+                            *zero = (*zero * unit).round_ties_even() / unit;
+                        }
                     }
                 }
-            }
-            Grid::BinaryCoding { alpha, offset } => {
-                let digits = digits.of_planes();
-                *alpha = digits.rounded(std::mem::take(alpha))?;
-                *offset = digits.rounded(std::mem::take(offset))?;
+                Grid::BinaryCoding { alpha, offset } => {
+                    let digits = digits.of_planes();
+                    *alpha = digits.rounded(std::mem::take(alpha))?;
+                    *offset = digits.rounded(std::mem::take(offset))?;
+                }
             }
         }
         Ok(self)

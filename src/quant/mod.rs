@@ -29,6 +29,7 @@ pub(crate) use coded::Once;
 pub use coded::{CodedWeight, Learned, LearnedScales};
 pub use grid::{CodeHistogram, Grid, QuantizedWeight, Repr, ZeroKind};
 pub use hessian::Hessian;
+pub use nested::no_width;
 pub use observer::{MinMaxConfig, MseConfig, ObserverConfig, QuantParams, SCALE_FLOOR};
 pub use scales::{ScaleDType, ScaleDigits};
 pub use spec::{Bits, GroupAxis, GroupLayout, GroupSize, QuantSpec, Symmetry};

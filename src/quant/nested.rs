@@ -4,6 +4,22 @@
 use super::{Bits, Grid, QuantizedWeight};
 use crate::error::{Error, Result};
 
+/// Refuses a width that planes do not serve.
+pub fn no_width(bits: Bits, widths: impl IntoIterator<Item = Bits>) -> Error {
+    let known: Vec<String> = widths.into_iter().map(|bits| bits.to_string()).collect();
+    match &known[..] {
+        [] | [_] => {
+            Error::usage(format!("bits = {bits} reads one of several widths, and there is one"))
+                .fix("no bits, or codes made by method.anybcq")
+        }
+        known => {
+            let known = known.join(", ");
+            Error::usage(format!("there are no {bits} bits: the planes serve {known}"))
+                .fix(format!("one of {known}"))
+        }
+    }
+}
+
 impl QuantizedWeight {
     /// The widths it can be read at, ascending; its own is the last.
     pub fn widths(&self) -> Vec<Bits> {
@@ -20,16 +36,17 @@ impl QuantizedWeight {
         Bits::new(planes).ok().filter(|_| whole)
     }
 
-    /// As it is read at `bits`: the first planes of the codes, on the grid of that width.
+    /// As it is read at `bits`: the first planes of the codes, on the grid of that width. A weight whose
+    /// widths all end below is read at its widest.
     ///
     /// # Errors
-    /// A usage error when it has no such width.
+    /// A usage error when its widths begin above.
     pub fn at(&self, bits: Bits) -> Result<Self> {
-        if bits == self.bits {
+        if bits >= self.bits {
             return Ok(Self { nested: Vec::new(), ..self.clone() });
         }
         let grid = self.nested.iter().find(|grid| self.width_of(grid) == Some(bits));
-        let grid = grid.ok_or_else(|| self.no_width(bits))?.clone();
+        let grid = grid.ok_or_else(|| no_width(bits, self.widths()))?.clone();
         let codes = self.codes.first_bits(bits.get());
         Self { codes, grid, bits, layout: self.layout, nested: Vec::new() }.checked()
     }
@@ -45,20 +62,9 @@ impl QuantizedWeight {
         }
         let place = self.nested.iter().position(|old| self.width_of(old) == Some(bits));
         let place = place.filter(|_| self.width_of(&grid) == Some(bits));
-        let place = place.ok_or_else(|| self.no_width(bits))?;
+        let place = place.ok_or_else(|| no_width(bits, self.widths()))?;
         self.nested[place] = grid;
         self.check()
-    }
-
-    fn no_width(&self, bits: Bits) -> Error {
-        let widths: Vec<String> = self.widths().iter().map(ToString::to_string).collect();
-        let widths = widths.join(", ");
-        let what = format!("the weight has no {bits} bits: it was made to be read at {widths}");
-        Error::usage(what).fix(if self.nested.is_empty() {
-            "a model made by method.anybcq, or no width".to_owned()
-        } else {
-            format!("one of {widths}")
-        })
     }
 
     /// Checks the grids of narrower widths.
@@ -121,13 +127,15 @@ mod tests {
         assert_eq!(narrow.dequantize(), [-a + b, -a + b, a - b, a + b]);
         assert_eq!(weight.at(weight.bits).unwrap().dequantize(), weight.dequantize());
         assert!(narrow.nested.is_empty());
+        // Beside wider linears it stays as it is.
+        assert_eq!(weight.at(Bits::new(4).unwrap()).unwrap().bits, weight.bits);
     }
 
     #[test]
     fn other_widths_and_grids_are_refused() {
         let mut weight = weight();
         let error = weight.at(Bits::new(1).unwrap()).unwrap_err().to_string();
-        assert!(error.contains("read at 2, 3"), "{error}");
+        assert!(error.contains("the planes serve 2, 3"), "{error}");
         let two = Bits::new(2).unwrap();
         let of_one = Grid::BinaryCoding { alpha: vec![1.0], offset: vec![0.0] };
         assert!(weight.set_grid(two, of_one).is_err());

@@ -10,7 +10,7 @@ use wildmatch::WildMatch;
 use super::{Override, QuantSection, Recipe};
 use crate::error::{Error, Result};
 use crate::model::{ModelConfig, weight_name};
-use crate::quant::{ActivationQuant, Bits, ObserverConfig, QuantSpec, Repr};
+use crate::quant::{ActivationQuant, Bits, ObserverConfig, QuantSpec, Repr, no_width};
 use crate::stage::{BASE, Before, Codes, Effect, StageConfig};
 
 /// Patterns of overrides that mean every linear of attention, or of the MLP, whatever a family calls them.
@@ -141,7 +141,7 @@ impl Plan {
             check_chain(codes, &resolved.linears, &quantized, &stages).map_err(at)?;
             let mut default_spec = default_spec(&recipe.quant, codes);
             if let Some(width) = stage.width().filter(|width| !widths.contains(width)) {
-                return Err(no_width(width, &widths)
+                return Err(no_width(width, widths)
                     .at(lines.place(&format!("stage.{index}.{}.bits", config.name()))));
             }
             match effect {
@@ -149,9 +149,10 @@ impl Plan {
                 Effect::Codes(_) => {
                     quantized.extend(resolved.linears.clone());
                     last_spec = Some(default_spec);
-                    widths = codes
-                        .map(|codes| codes.method.widths(default_spec.bits))
-                        .unwrap_or_default();
+                    let specs = resolved.linears.values();
+                    widths = codes.map_or_else(BTreeSet::new, |codes| {
+                        specs.flat_map(|spec| codes.method.widths(spec.bits)).collect()
+                    });
                 }
                 Effect::Grids { .. } => {
                     let spec = last_spec.unwrap_or(default_spec);
@@ -249,20 +250,6 @@ fn check_chain(
     .fix(
         "other bits or groups in this stage, or method.flexround, which goes on from what is there",
     ))
-}
-
-/// A stage reads codes at a width that they do not have.
-fn no_width(width: Bits, widths: &BTreeSet<Bits>) -> Error {
-    let known: Vec<String> = widths.iter().map(ToString::to_string).collect();
-    if known.is_empty() {
-        let what =
-            format!("bits = {width} reads planes that serve several widths, and there are none");
-        return Error::usage(what)
-            .fix("no bits here, or method.anybcq in the stage that makes codes");
-    }
-    let known = known.join(", ");
-    Error::usage(format!("there are no {width} bits: the planes serve {known}"))
-        .fix(format!("one of {known}"))
 }
 
 fn default_spec(quant: &QuantSection, codes: Option<Codes<'_>>) -> QuantSpec {

@@ -160,8 +160,9 @@ impl Stage for EvaluateConfig {
         } else if ctx.latest == BASE {
             BASE.to_owned()
         } else {
-            let read = self.bits.map(|bits| format!(" w{bits}")).unwrap_or_default();
-            format!("after {}{read}", ctx.latest)
+            // The run's own result is that of its widest.
+            let read = self.bits.map(|bits| format!("w{bits} ")).unwrap_or_default();
+            format!("{read}after {}", ctx.latest)
         };
         if what != FLOAT || baselines.is_empty() {
             let found = measure(ctx, &Packed(ctx.model), &ctx.model.tap(), all, &what)?;

@@ -131,10 +131,12 @@ fn measure(
 fn fingerprint(ctx: &StageContext<'_>) -> String {
     let mut text =
         format!("{:?} {:?} {}\n", ctx.default_spec, ctx.observer, ctx.model.activations.quant);
+    if let Some(width) = ctx.model.width {
+        let _ = writeln!(text, "read at {width}");
+    }
     for (name, (weight, _)) in &ctx.model.quantized {
-        let bits = ctx.model.width.filter(|_| !weight.nested.is_empty()).unwrap_or(weight.bits);
         // Nothing fails to be written to a string.
-        let _ = writeln!(text, "{name} {bits} {:?}", weight.layout);
+        let _ = writeln!(text, "{name} {} {:?}", weight.bits, weight.layout);
     }
     // Fine-tuning makes another float model.
     for name in ctx.model.quantized.keys().map(|linear| weight_name(linear)) {
