@@ -177,6 +177,16 @@ impl Error {
     pub fn what(&self) -> &str {
         &self.0.what
     }
+
+    /// Where.
+    pub fn place(&self) -> Option<&str> {
+        self.0.at.as_deref()
+    }
+
+    /// What to do.
+    pub fn advice(&self) -> Option<&str> {
+        self.0.fix.as_deref()
+    }
 }
 
 impl fmt::Display for Error {

@@ -22,7 +22,7 @@
 //! | [`store`] | safetensors, crash-safe files, where a name leads to |
 //! | [`report`] | what the user sees: terminal, `metrics.jsonl`, TensorBoard |
 //! | [`page`] | a run as one HTML page |
-//! | [`error`], [`device`], [`stop`], [`exhausted`] | used by all |
+//! | [`error`], [`device`], [`stop`], [`exhausted`], `schema` | used by all |
 
 pub mod bench;
 pub mod cli;
@@ -40,6 +40,7 @@ pub mod quant;
 pub mod recipe;
 pub mod report;
 pub mod run;
+mod schema;
 pub mod serve;
 pub mod stage;
 pub mod stop;

@@ -110,8 +110,8 @@ mod words {
         let place = Place::new();
         let help = place.ok(&["--help"]);
         let commands = [
-            "train", "check", "recipes", "eval", "verify", "inspect", "generate", "logits",
-            "bench", "doctor", "serve",
+            "train", "check", "recipes", "explain", "runs", "watch", "eval", "verify", "inspect",
+            "generate", "logits", "bench", "doctor", "serve",
         ];
         for command in commands {
             assert!(help.contains(&format!("\n  {command} ")), "{command} is not in {help}");
@@ -151,11 +151,14 @@ mod recipes {
         let list = place.json(&["recipes", "list", "--json"]);
         let recipes = list["recipes"].as_array().unwrap();
         let text = place.ok(&["recipes", "list"]);
-        assert_eq!(recipes.len(), text.lines().count());
-        for (recipe, line) in recipes.iter().zip(text.lines()) {
-            let (name, about) =
-                (recipe["name"].as_str().unwrap(), recipe["about"].as_str().unwrap());
-            assert!(line.starts_with(name) && line.ends_with(about), "{line}");
+        let rows: Vec<&str> = text.lines().filter(|line| line.starts_with("  ")).collect();
+        assert_eq!(recipes.len(), rows.len());
+        for (recipe, line) in recipes.iter().zip(rows) {
+            let word = |key: &str| recipe[key].as_str().unwrap();
+            let (name, about) = (word("name"), word("about"));
+            assert!(line.trim_start().starts_with(name) && line.ends_with(about), "{line}");
+            assert!(line.contains(&format!("  {}  ", word("bits"))), "{line}");
+            assert!(text.contains(&format!("{}\n", word("group"))), "{recipe}");
             let source = std::fs::read_to_string(format!("{BUILTINS}/{name}.toml")).unwrap();
             assert_eq!(place.ok(&["recipes", "show", name]), source);
             assert_eq!(place.ok(&["recipes", "show", &format!("{name}.toml")]), source);
@@ -213,6 +216,87 @@ mod recipes {
             );
         }
         assert!(place.tree("").is_empty(), "check wrote something");
+    }
+
+    #[test]
+    fn say_what_they_would_take_for_a_model() {
+        let place = Place::new();
+        place.copy_model("stories260k", "model");
+        let list = place.json(&["recipes", "list", "--for", "model", "--device", "cpu", "--json"]);
+        let (mut told, mut refused) = (0, 0);
+        for recipe in list["recipes"].as_array().unwrap() {
+            told += usize::from(recipe["needs"]["seconds"].as_f64().is_some_and(|time| time > 0.0));
+            // Some groups cannot be filled in: those of stages and of factors.
+            refused += usize::from(recipe["refused"].is_string());
+        }
+        assert!(told >= 25, "{list}");
+        assert_eq!(told + refused, list["recipes"].as_array().unwrap().len());
+        assert_eq!(place.tree("").keys().filter(|path| !path.starts_with("model/")).count(), 0);
+        let missing = place.refused(&["recipes", "list", "--for", "nowhere"]);
+        assert!(missing.contains("nowhere"), "{missing}");
+    }
+
+    #[test]
+    fn a_copy_for_a_model_passes_the_check_and_keeps_its_comments() {
+        let place = Place::new();
+        place.copy_model("stories260k", "model");
+        place.write(
+            "talk.jsonl",
+            "{\"text\": \"Once upon a time there was a dog.\"}\n".repeat(4000),
+        );
+        let told = place.ok(&[
+            "recipes",
+            "copy",
+            "gptq_w4g128",
+            "mine.toml",
+            "--for",
+            "model",
+            "--device",
+            "cpu",
+            "--data",
+            "talk.jsonl",
+            "--validation",
+            "talk.jsonl",
+        ]);
+        // The inputs of its linears are 64 and 172 wide: no group of a useful size divides both.
+        assert!(told.contains("set       quant.group_size = \"channel\"\n"), "{told}");
+        assert!(told.contains("\nneeds "), "{told}");
+        let text = place.read("mine.toml");
+        let original = place.ok(&["recipes", "show", "gptq_w4g128"]);
+        assert_eq!(text.matches('#').count(), original.matches('#').count());
+        assert!(text.contains("path = \"model\"") && text.contains("talk.jsonl"), "{text}");
+        assert!(text.contains("output = \"runs/gptq_w4g128-model\""), "{text}");
+        place.ok(&["check", "--recipe", "mine.toml"]);
+    }
+
+    #[test]
+    fn have_a_schema_that_knows_every_key() {
+        let place = Place::new();
+        let schema: Value = serde_json::from_str(&place.ok(&["recipes", "schema"])).unwrap();
+        assert_eq!(schema["title"], "fewbit recipe");
+        assert!(schema["properties"]["quant"].is_object());
+    }
+
+    #[test]
+    fn explain_their_keys() {
+        let place = Place::new();
+        let bits = place.ok(&["explain", "quant.bits"]);
+        assert!(
+            bits.starts_with("quant.bits\n") && bits.contains("an integer from 1 to 8"),
+            "{bits}"
+        );
+        assert!(bits.contains("it has to be there") && bits.contains("4 ("), "{bits}");
+        assert!(bits.lines().all(|line| line.chars().count() <= 80), "{bits}");
+        let sections = place.ok(&["explain"]);
+        assert!(sections.contains("stage.distill"), "{sections}");
+        let json = place.json(&["explain", "steps", "--json"]);
+        assert!(json["keys"].as_array().unwrap().len() >= 3);
+        assert_snapshot!(place.refused(&["explain", "quant.bitz"]), @r"
+            exit 2
+            error: no key of a recipe is called `quant.bitz`
+              at   the keys that recipes have
+              try  `quant.bits`, or `fewbit explain` for the sections
+        ");
     }
 
     #[test]
@@ -941,5 +1025,111 @@ mod results {
         }
         let log = place.read("piped/run.log");
         assert!(!control(&log), "{log:?}");
+    }
+}
+
+mod looking_on {
+    use super::*;
+
+    #[test]
+    fn runs_are_listed_with_their_state_and_result() {
+        let place = finished();
+        let list = place.json(&["runs", ".", "--json"]);
+        let [run] = &list["runs"].as_array().unwrap()[..] else { panic!("{list}") };
+        assert_eq!((&run["state"], &run["path"]), (&"done".into(), &"./run".into()));
+        assert!(run["perplexity"].as_f64().unwrap() > 1.0 && run["bytes"].as_u64().unwrap() > 0);
+        assert!(run.get("process").is_none() && run.get("stage").is_none());
+        let table = place.ok(&["runs", "."]);
+        let rows: Vec<&str> = table.lines().collect();
+        assert!(rows[0].starts_with("run  state"), "{table}");
+        assert!(rows[1].starts_with("run  done ") && rows[1].ends_with(" ago"), "{table}");
+        let none = Place::new();
+        let missing = none.run(&["runs"]);
+        assert!(missing.code != 0 && missing.err.contains("runs"), "{}", missing.err);
+        let empty = none.run(&["runs", "."]);
+        assert_eq!((empty.code, &*empty.err), (0, "no run in .\n"));
+    }
+
+    #[test]
+    fn a_run_that_is_over_is_shown_by_its_last_lines() {
+        let place = finished();
+        let ended = place.run(&["watch", "run", "--lines", "3"]);
+        assert_eq!((ended.code, &*ended.out), (0, ""));
+        assert_eq!(ended.err.lines().count(), 3, "{}", ended.err);
+        assert!(ended.err.lines().last().unwrap().starts_with("done      run"), "{}", ended.err);
+        assert_snapshot!(place.run(&["watch", "."]).err.replace("error", "\nerror"), @r"
+
+            error: this is no run's folder: there is no run.json
+              at   .
+              try  a folder that `fewbit train` wrote, runs/NAME for instance
+        ");
+    }
+
+    #[test]
+    fn a_run_in_the_making_is_followed_to_its_end() {
+        let place = Place::new();
+        place.write("tiny.toml", TINY.replace("steps = 4", "steps = 40"));
+        place.write("few.json", few_stories(12));
+        let mut train = place.command(&["train", "--recipe", "tiny.toml"]);
+        let mut train = train.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(train.stderr.take().unwrap()).lines();
+        // The folder is there from the first stage on.
+        assert!(lines.by_ref().any(|line| line.unwrap().starts_with("stage  1/4")));
+        let list = place.json(&["runs", "run", "--json"]);
+        let run = &list["runs"][0];
+        assert_eq!(run["state"], "running");
+        assert_eq!(run["process"][0], train.id());
+        let watched = place.run(&["watch", "run"]);
+        assert_eq!(watched.code, 0, "{}", watched.err);
+        assert!(
+            watched.err.lines().last().unwrap().starts_with("done      run"),
+            "{}",
+            watched.err
+        );
+        lines.for_each(drop);
+        assert!(train.wait().unwrap().success());
+    }
+}
+
+mod what_is_shown {
+    use super::*;
+
+    fn tiny() -> Place {
+        let place = Place::new();
+        place.write("tiny.toml", TINY);
+        place.write("few.json", few_stories(12));
+        place
+    }
+
+    #[test]
+    fn quiet_is_the_last_line_and_the_results() {
+        let place = tiny();
+        let ended = place.run(&["train", "--recipe", "tiny.toml", "--quiet"]);
+        assert_eq!(ended.code, 0, "{}", ended.err);
+        assert!(ended.out.starts_with("model "), "{}", ended.out);
+        let last = ended.err.lines().last().unwrap();
+        assert!(last.starts_with("done "), "{}", ended.err);
+        let known = |line: &&str| line.starts_with("warning") || line.starts_with(' ');
+        assert!(ended.err.lines().filter(|line| !known(line)).count() <= 2, "{}", ended.err);
+    }
+
+    #[test]
+    fn json_is_an_object_on_each_line_errors_too() {
+        let place = tiny();
+        let ended = place.run(&["train", "--recipe", "tiny.toml", "--log-format", "json"]);
+        assert_eq!(ended.code, 0, "{}", ended.err);
+        let events: Vec<Value> =
+            ended.err.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let kinds: Vec<&str> =
+            events.iter().map(|event| event["event"].as_str().unwrap()).collect();
+        for kind in ["plan", "needs", "block", "step", "exported", "done"] {
+            assert!(kinds.contains(&kind), "{kinds:?}");
+        }
+        let refused = place.run(&["--log-format", "json", "train", "--recipe", "missing"]);
+        let error: Value = serde_json::from_str(&refused.err).unwrap();
+        assert_eq!((refused.code, &error["exit_code"]), (2, &2.into()));
+        assert_eq!(error["event"], "error");
+        let both = place.run(&["--quiet", "--log-format", "json", "recipes", "list"]);
+        assert_eq!(both.code, 2);
     }
 }

@@ -97,7 +97,8 @@ fn memory_does_not_grow_with_the_number_of_blocks() {
     let opened = open_model(&place.path("run/export/fewbit")).unwrap();
     let (device, stop) = (Device::flex(), StopFlag::default());
     let prompts = Gauge::prompts(None, &opened.config);
-    let gauge = Gauge { device: &device, dtype: DType::F32, prompts, text: None, stop: &stop };
+    let (progress, text) = (&|_, _| (), None);
+    let gauge = Gauge { device: &device, dtype: DType::F32, prompts, text, stop: &stop, progress };
     for format in [Format::Fewbit, Format::CompressedTensors, Format::Mlx] {
         // Computed as the folder will be: with codes, or with the weights they stand for.
         let dense = Dense(&opened);

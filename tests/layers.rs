@@ -6,7 +6,7 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 /// Everyone may use these; among themselves they know only `error`.
-const BASE: [&str; 5] = ["error", "device", "exhausted", "report", "stop"];
+const BASE: [&str; 6] = ["error", "device", "exhausted", "report", "schema", "stop"];
 
 /// The layers from the top to the bottom, and which ones each may use besides [`BASE`].
 /// `layer::Item` allows that one item.

@@ -13,6 +13,7 @@ use crate::model::WeightSource;
 use crate::quant::Bits;
 use crate::recipe::Compute;
 use crate::report::size;
+use crate::report::terminal::Bar;
 use crate::stage::PARITY_WINDOWS;
 use crate::stop::StopFlag;
 use crate::store::folder::entries;
@@ -120,7 +121,9 @@ pub(super) fn write(
     let inputs = [Some(&session.opened.dir), session.adapter.as_ref(), data.as_ref()];
     check_output(&args.output, &inputs.into_iter().flatten().collect::<Vec<_>>())?;
     let text = data.map(|data| Text::load(&session, &data, args.data_format)).transpose()?;
-    let gauge = session.gauge(text.as_ref().map(Text::gauge), stop)?;
+    let bar = Bar::new("export", "comparing with what was read");
+    let progress = |done, of| bar.at(done, of);
+    let gauge = session.gauge(text.as_ref().map(Text::gauge), stop, &progress)?;
     let opened = &session.opened;
     let decoded = Decoded(opened);
     let source: &dyn WeightSource = if format == Format::Fewbit { opened } else { &decoded };

@@ -7,6 +7,7 @@ mod data;
 mod dialogue;
 mod doctor;
 mod eval;
+mod explain;
 mod export;
 mod generate;
 mod inspect;
@@ -14,12 +15,14 @@ mod logits;
 mod output;
 mod recipes;
 mod report;
+mod runs;
 mod sampling;
 mod serve;
 mod shell;
 mod sizes;
 mod train;
 mod verify;
+mod watch;
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -27,10 +30,10 @@ use std::process::ExitCode;
 
 use burn::tensor::DType;
 use clap::{Args, CommandFactory, Parser, Subcommand};
-use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer};
 
 use crate::bench::DeviceKernels;
 use crate::data::{DataFormat, Marks, Reader, Reading, TokenStream, Tokenizer};
@@ -41,6 +44,7 @@ use crate::export::{Adapter, OpenModel, open_model};
 use crate::model::{CausalLm, Loader};
 use crate::quant::Bits;
 use crate::recipe::Compute;
+use crate::report::terminal::Manner;
 use crate::stop::StopFlag;
 use crate::store::folder::entries;
 use crate::store::locate;
@@ -59,6 +63,22 @@ use crate::task::{Gauge, GaugeText};
 struct Cli {
     #[command(subcommand)]
     command: Command,
+    /// Show warnings, failures and results only
+    #[arg(long, short, global = true, conflicts_with = "log_format")]
+    quiet: bool,
+    /// What stderr is written in: text, or json, an object a line
+    #[arg(long, global = true, value_name = "FORMAT", value_parser = ["text", "json"])]
+    log_format: Option<String>,
+}
+
+impl Cli {
+    fn manner(&self) -> Manner {
+        match self.log_format.as_deref() {
+            Some("json") => Manner::Json,
+            _ if self.quiet => Manner::Quiet,
+            _ => Manner::Lines,
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -68,8 +88,14 @@ enum Command {
     /// Find everything `train` would refuse, and estimate memory, disk and time; or, from a
     /// config.json alone, sizes and what there is to train
     Check(train::CheckArgs),
-    /// List, show or copy the built-in recipes
+    /// List, show or copy the built-in recipes; print the schema that editors check recipes by
     Recipes(recipes::RecipesArgs),
+    /// Say what a key of a recipe means, what it takes and what it is when left out
+    Explain(explain::ExplainArgs),
+    /// List runs: how they stand and what came out
+    Runs(runs::RunsArgs),
+    /// Look on while a run goes on somewhere else
+    Watch(watch::WatchArgs),
     /// Show what a data set becomes
     Data(data::DataArgs),
     /// Measure a model, with the protocol beside the number
@@ -116,9 +142,11 @@ enum Command {
 
 /// Parses the command line, runs it, prints at most one error, and chooses the exit code.
 pub fn main() -> ExitCode {
-    init_logging();
     silence_panics();
-    let command = Cli::parse().command;
+    let cli = Cli::parse();
+    cli.manner().choose();
+    init_logging();
+    let command = cli.command;
     let outcome = std::panic::catch_unwind(|| run(command)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
@@ -147,7 +175,10 @@ fn run(command: Command) -> Result<()> {
     match command {
         Command::Train(args) => train::train(args, &stop),
         Command::Check(args) => train::check(args, &stop),
-        Command::Recipes(args) => recipes::run(args),
+        Command::Recipes(args) => recipes::run(args, &stop),
+        Command::Explain(args) => explain::run(&args),
+        Command::Runs(args) => runs::run(&args),
+        Command::Watch(args) => watch::run(&args, &stop),
         Command::Data(args) => data::run(&args, &stop),
         Command::Eval(args) => eval::run(&args, &stop),
         Command::Export(args) => export::run(&args, &stop),
@@ -193,6 +224,10 @@ fn init_logging() {
     let lines =
         tracing_subscriber::fmt::layer().with_ansi(colour).with_target(false).without_time();
     let lines = lines.with_writer(std::io::stderr);
+    let lines: Box<dyn Layer<_> + Send + Sync> = match Manner::chosen() {
+        Manner::Json => lines.event_format(output::JsonLine).boxed(),
+        Manner::Lines | Manner::Quiet => lines.boxed(),
+    };
     // A second call only happens in tests.
     let _ =
         tracing_subscriber::registry().with(filter).with(without_secrets).with(lines).try_init();
@@ -346,10 +381,16 @@ impl Session {
     }
 
     /// What an export must not change of this model.
-    fn gauge<'a>(&'a self, text: Option<GaugeText<'a>>, stop: &'a StopFlag) -> Result<Gauge<'a>> {
+    fn gauge<'a>(
+        &'a self,
+        text: Option<GaugeText<'a>>,
+        stop: &'a StopFlag,
+        progress: &'a dyn Fn(u64, u64),
+    ) -> Result<Gauge<'a>> {
         let tokenizer = self.opened.has_tokenizer().then(|| self.tokenizer()).transpose()?;
         let prompts = Gauge::prompts(tokenizer.as_ref(), &self.opened.config);
-        Ok(Gauge { device: &self.device.device, dtype: self.dtype, prompts, text, stop })
+        let device = &self.device.device;
+        Ok(Gauge { device, dtype: self.dtype, prompts, text, stop, progress })
     }
 
     /// The token put before a text, where the model has one.

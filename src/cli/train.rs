@@ -103,7 +103,7 @@ pub(super) fn check(args: CheckArgs, stop: &StopFlag) -> Result<()> {
     print_check(&prepared, args.json)
 }
 
-fn print_check(prepared: &Prepared, json: bool) -> Result<()> {
+pub(super) fn print_check(prepared: &Prepared, json: bool) -> Result<()> {
     if json {
         return output::json(&check_json(prepared));
     }

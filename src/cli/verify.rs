@@ -11,6 +11,7 @@ use crate::error::{Error, Kind, Result};
 use crate::export::{self, Manifest, OpenModel, open_model};
 use crate::model::{ByBlock, WeightSource, weight_name};
 use crate::recipe::Compute;
+use crate::report::terminal::Bar;
 use crate::stage::PARITY_WINDOWS;
 use crate::stop::StopFlag;
 use crate::store::{TensorSource, locate};
@@ -199,7 +200,9 @@ fn check_logits(session: &Session, manifest: &Manifest, stop: &StopFlag) -> Resu
     if !prompts.iter().all(|prompt| !prompt.is_empty() && prompt.iter().all(fits)) {
         return Err(damaged("a recorded prompt is none of this model", &opened.dir, "logits"));
     }
-    let gauge = Gauge { prompts: prompts.clone(), ..session.gauge(None, stop)? };
+    let bar = Bar::new("verify", "logits");
+    let progress = |done, of| bar.at(done, of);
+    let gauge = Gauge { prompts: prompts.clone(), ..session.gauge(None, stop, &progress)? };
     let found = gauge.measure(&opened.config, opened, opened.tap())?;
     let equal = found.logits_sha256() == recorded.sha256
         && found.prompts_nll.to_bits() == recorded.nll.to_bits();

@@ -6,10 +6,23 @@ use serde::de::value::SeqAccessDeserializer;
 use serde::de::{self, SeqAccess};
 use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::schema::schema_of;
+
 /// One path or several.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
 #[serde(transparent)]
 pub struct Paths(pub Vec<String>);
+
+schema_of!(
+    Paths,
+    "One path or several.",
+    {
+        "oneOf": [
+            { "type": "string" },
+            { "type": "array", "items": { "type": "string" }, "minItems": 1 }
+        ]
+    }
+);
 
 impl<'de> Deserialize<'de> for Paths {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

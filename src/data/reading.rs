@@ -16,6 +16,7 @@ use super::packing::{Marks, Packer};
 use super::tokenizer::Tokenizer;
 use super::windows::TokenStream;
 use crate::error::{Error, Result};
+use crate::schema::schema_of;
 
 /// Documents of a batch.
 const BATCH: usize = 1024;
@@ -31,6 +32,12 @@ pub enum TemplateChoice {
     /// That of a file.
     File(String),
 }
+
+schema_of!(
+    TemplateChoice,
+    "Whether a data set goes through the model's chat template, or the path of another.",
+    { "type": ["boolean", "string"] }
+);
 
 impl<'de> Deserialize<'de> for TemplateChoice {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {

@@ -1,5 +1,6 @@
 //! AutoRound: GPTQ's tensors, less the group of each input, under a config of its own.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -12,7 +13,7 @@ use super::read::{Reader, section};
 use crate::error::Result;
 
 /// Keys of `format.autoround`: those of GPTQ.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 pub struct AutoroundConfig(GptqFormatConfig);
 
 impl PackedFormat for AutoroundConfig {

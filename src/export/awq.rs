@@ -5,6 +5,7 @@
 //! points are stored as they are. Runtimes compute `scale * (code - zero)` in f16, rounding each
 //! weight once.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -19,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::store::DType;
 
 /// Keys of `format.awq`.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AwqConfig {
     /// What embedding and head are stored as: `"f16"` or `"bf16"`; as the source has them unless said.

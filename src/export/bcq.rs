@@ -15,6 +15,7 @@
 
 use std::collections::BTreeSet;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -28,7 +29,7 @@ use crate::error::{Error, Result};
 use crate::store::HostTensor;
 
 /// Keys of `format.bcq`.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct BcqFormatConfig {
     /// Numbers of planes, fewer than were trained, that can be read out of the same file too.

@@ -6,6 +6,7 @@
 //! down the outputs. The library thinks in signed values, of which these are the unsigned codes:
 //! each has `2^(bits-1)` added.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -21,7 +22,7 @@ use crate::quant::{ScaleDType, bits};
 use crate::store::{DType, HostTensor};
 
 /// Keys of `format.compressed_tensors`.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CompressedTensorsConfig {
     /// Type of scales.

@@ -3,6 +3,7 @@
 //! Weights are f32 unless asked otherwise, the only type that keeps every trained value bit for
 //! bit; the `config.json` says so, or a loader would round them to the source model's type.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -14,7 +15,7 @@ use crate::quant::QuantizedWeight;
 use crate::store::{DType, HostTensor};
 
 /// Keys of `format.dequantized`.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DequantizedConfig {
     /// The type of every tensor: `f32`, or narrower where all values are numbers of that type, or
@@ -26,7 +27,7 @@ pub struct DequantizedConfig {
 }
 
 /// The type of dense tensors.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DenseDType {
     /// 32-bit floats for weights; other tensors as the source has them.

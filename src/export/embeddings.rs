@@ -2,6 +2,7 @@
 
 use burn::tensor::Device;
 use half::f16;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::approximate::round_to_nearest;
@@ -11,7 +12,7 @@ use crate::quant::{Bits, Grid, QuantizedWeight, Symmetry};
 use crate::store::{DType, HostTensor};
 
 /// `embeddings` of a format: a float type, or a width of codes.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(untagged, expecting = "\"f16\", \"bf16\", \"f32\" or a number of bits")]
 pub enum Embeddings {
     /// Floats.
@@ -21,7 +22,7 @@ pub enum Embeddings {
 }
 
 /// A float type.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Floats {
     /// Half precision.

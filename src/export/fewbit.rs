@@ -9,6 +9,7 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -24,7 +25,7 @@ use crate::quant::{Bits, Grid, GroupLayout, PackedCodes, QuantizedWeight, ZeroKi
 use crate::store::{DType, HostTensor, TensorSource};
 
 /// `format.fewbit`: no keys.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct FewbitConfig {}
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -13,7 +14,7 @@ use crate::error::{Error, Result};
 macro_rules! formats {
     ($($(#[$doc:meta])* $key:ident $(or $alias:literal)?: $name:ident($keys:ty),)*) => {
         /// `[stage.export]`'s `format` table: every format named in it is written.
-        #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+        #[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
         #[serde(deny_unknown_fields, default)]
         pub struct FormatsConfig {
             $(
@@ -24,7 +25,7 @@ macro_rules! formats {
         }
 
         /// A format that can be written.
-        #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+        #[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
         #[serde(rename_all = "snake_case")]
         pub enum Format {
             $($(#[$doc])* $name,)*

@@ -9,6 +9,7 @@
 //! it has the widest reach; everything else is version 2. `scale * (code - zero)` is exact in f32
 //! for an f16 scale; runtimes that compute in f16 round each weight once.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -25,7 +26,7 @@ use crate::quant::bits;
 use crate::store::{DType, HostTensor};
 
 /// Keys of `format.gptq`.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct GptqFormatConfig {
     /// 1 or 2; what the grids suit unless said otherwise.

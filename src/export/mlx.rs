@@ -11,6 +11,7 @@
 //! codes.
 
 use half::f16;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -26,7 +27,7 @@ use crate::quant::{Bits, ScaleDType, Symmetry, bits};
 use crate::store::{DType, HostTensor};
 
 /// Keys of `format.mlx`.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct MlxConfig {
     /// Type of scales and biases.

@@ -9,6 +9,7 @@
 //! formats that say so.
 
 use burn::tensor::{Tensor, TensorData};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{MethodConfig, Needs, Problem, RtnConfig, Solver, quantize};
@@ -16,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::quant::{GroupAxis, GroupLayout, QuantSpec, QuantizedWeight, Repr};
 
 /// `method.adadim`: no keys.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct AdaDimConfig {}
 

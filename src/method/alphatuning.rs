@@ -9,13 +9,14 @@
 //! it changes little but global-norm clipping), `relative` (as PEQA's). *Export:* binary coding; the
 //! learned scales alone are an adapter.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Tuner;
 use crate::quant::{Learned, LearnedScales, Repr};
 
 /// Keys of `method.alphatuning`.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AlphaTuningConfig {
     /// What learns.
@@ -27,7 +28,7 @@ pub struct AlphaTuningConfig {
 }
 
 /// Which parameters of a binary-coding group learn.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LearnedAlphas {
     /// The largest scale, as published.

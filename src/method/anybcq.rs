@@ -7,6 +7,7 @@
 //! `rounds`. Scales of a width learn by `[stage.tune_scales]` with `bits`, and `--bits` reads a model at
 //! one. *Export:* fewbit's folder holds all widths, other formats the one that is read.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{GridKind, Needs, Problem, Solver};
@@ -16,7 +17,7 @@ use crate::quant::bcq::solve_all_nested;
 use crate::quant::{Bits, Grid, QuantSpec, QuantizedWeight, Repr};
 
 /// Keys of `method.anybcq`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AnyBcqConfig {
     /// The narrowest width; the widest is `bits`.

@@ -9,6 +9,7 @@
 //! feed others) are changed too.
 
 use burn::tensor::Tensor;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{MethodConfig, Needs, Problem, RtnConfig, Solver, quantize};
@@ -24,7 +25,7 @@ const CLIP_STEPS: usize = 10;
 const CLIP_GRID: f32 = 20.0;
 
 /// `method.awq`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AwqConfig {
     /// Exponents ρ tried, evenly from 0 on below 1.

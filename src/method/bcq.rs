@@ -7,6 +7,7 @@
 //! the better kept. *Recipe keys:* `solve`, `rounds`, `offset`, `uniform_start`. *Export:* binary
 //! coding.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{GridKind, Needs, Problem, Solver};
@@ -16,7 +17,7 @@ use crate::quant::bcq::{BcqOptions, BcqSolver, solve_all};
 use crate::quant::{Grid, QuantSpec, QuantizedWeight, Repr};
 
 /// How scales and signs are found.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BcqSolve {
     /// One plane after another, from what the earlier ones leave.
@@ -29,7 +30,7 @@ pub enum BcqSolve {
 }
 
 /// `method.bcq`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct BcqConfig {
     /// `"greedy"`, `"refined"` or `"alternating"`.

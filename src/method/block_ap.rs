@@ -10,6 +10,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{GridKind, LeftGrid, Quantizer, Start, Units, WeightMethod};
@@ -25,7 +26,7 @@ const STEP_BOUNDS: [f32; 2] = [1e-4, 1e4];
 const ZERO_BOUND: f32 = 1e4;
 
 /// Where step and zero point start.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BlockApStart {
     /// Smallest and largest weight of the group: EfficientQAT's choice.
@@ -37,7 +38,7 @@ pub enum BlockApStart {
 }
 
 /// `method.block_ap`.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct BlockApConfig {
     /// Where step and zero point start: `"minmax"` or `"observer"`.

@@ -7,13 +7,14 @@
 //! `group_size` have to be those of the earlier stage. *Export:* uniform grid with the zero points
 //! it came with.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Tuner;
 use crate::quant::{Learned, LearnedScales, Repr};
 
 /// `method.e2e_qp`: no keys.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct E2eQpConfig {}
 

@@ -9,6 +9,7 @@
 //! uniform grid, integer zero.
 
 use burn::tensor::{Tensor, TensorData};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Needs, Problem, Solver};
@@ -17,7 +18,7 @@ use crate::quant::gptq::{GptqOptions, gptq};
 use crate::quant::{Grid, GroupSize, QuantSpec, QuantizedWeight, Repr, ZeroKind};
 
 /// `method.gptq`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct GptqConfig {
     /// Added to the Hessian's diagonal, as a share of its mean.

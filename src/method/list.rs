@@ -20,7 +20,7 @@ macro_rules! methods {
         }
 
         /// `method.NAME = { ... }` in a recipe.
-        #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+        #[derive(Clone, Debug, Deserialize, schemars::JsonSchema, PartialEq, Serialize)]
         pub enum MethodConfig {
             $($(#[$doc])* #[serde(rename = $key)] $name($config),)*
             $($(#[$sdoc])* #[serde(rename = $skey)] $solver($sconfig),)*

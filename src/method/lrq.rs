@@ -19,12 +19,14 @@ use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng as _, SeedableRng as _};
+use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::{GridKind, LeftGrid, Quantizer, Start, WeightMethod};
 use crate::error::{Error, Result};
 use crate::ops;
 use crate::quant::{QuantParams, QuantSpec, Repr, ZeroKind};
+use crate::schema::schema_of;
 use crate::train::Role;
 
 /// The paper's rank for models of ordinary size, and for large ones.
@@ -85,6 +87,22 @@ impl Serialize for Rank {
     }
 }
 
+schema_of!(
+    Rank,
+    "Columns of the learned factors.",
+    {
+        "oneOf": [
+            { "const": "quarter", "description": "A quarter of the smaller side, 1 at least and 1024 at most." },
+            { "const": "paper", "description": "1024, and 2048 where both sides have 8192 features or more." },
+            {
+                "const": "code",
+                "description": "As \"paper\", but some of the largest matrices keep FlexRound's full matrix."
+            },
+            { "type": "integer", "minimum": 1 }
+        ]
+    }
+);
+
 impl<'de> Deserialize<'de> for Rank {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Visitor;
@@ -121,7 +139,7 @@ impl<'de> Deserialize<'de> for Rank {
 }
 
 /// `method.lrq`.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LrqConfig {
     /// Columns of the left factor: `"quarter"`, `"paper"`, `"code"` or a number.

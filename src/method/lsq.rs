@@ -11,6 +11,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{GridKind, LeftGrid, Quantizer, Start, Units, WeightMethod};
@@ -23,7 +24,7 @@ use crate::train::Role;
 const STEP_FLOOR: f32 = 1e-5;
 
 /// Where the step starts.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LsqStart {
     /// `max |W| / Q_p`, where nothing is clipped: ParetoQ's choice.
@@ -37,7 +38,7 @@ pub enum LsqStart {
 
 /// By what the step's gradient is multiplied. Adam does not see the factor; plain gradient descent
 /// and global-norm clipping do.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LsqGradientScale {
     /// `1 / sqrt(N Q_p)`, N all weights of the matrix: LSQ's and ParetoQ's.
@@ -50,7 +51,7 @@ pub enum LsqGradientScale {
 }
 
 /// `method.lsq`.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LsqConfig {
     /// Where the step starts: `"max"`, `"mean"` or `"sigma"`.

@@ -13,6 +13,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use burn::tensor::activation::sigmoid;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{GridKind, Quantizer, Start, WeightMethod};
@@ -25,7 +26,7 @@ use crate::train::Role;
 const STEP_BOUNDS: [f32; 2] = [1e-5, 1e4];
 
 /// `method.lwc`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LwcConfig {
     /// Where `clip_high` and `clip_low` start; 20 is round-to-nearest without clipping, but gets

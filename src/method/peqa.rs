@@ -8,13 +8,14 @@
 //! with δ learned, so that a learning rate means the same for scales of any size). *Export:*
 //! uniform grid with the zero points it came with; the scales alone are an adapter.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Tuner;
 use crate::quant::{Learned, LearnedScales, Repr};
 
 /// Keys of `method.peqa`.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PeqaConfig {
     /// Learn the logarithm of each scale's ratio to its start instead of the scale.

@@ -8,6 +8,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{GridKind, LeftGrid, Quantizer, Start, Units, WeightMethod};
@@ -24,7 +25,7 @@ pub(super) const STEP_FLOOR: f32 = 1e-5;
 const START_GRID: u32 = 100;
 
 /// Where the step starts.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SeqStart {
     /// `Δ = max |W|`: ParetoQ's and UPQ's choice.
@@ -35,7 +36,7 @@ pub enum SeqStart {
 }
 
 /// `method.seq`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SeqConfig {
     /// Where the step starts: `"max"` or `"mse"`.

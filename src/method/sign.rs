@@ -8,6 +8,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::seq::{self, STEP_FLOOR};
@@ -18,7 +19,7 @@ use crate::quant::{QuantSpec, Repr, ZeroKind};
 use crate::train::Role;
 
 /// `method.sign`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SignConfig {
     /// Multiply the step's gradient by `1/sqrt(numel)`, as ParetoQ does. Adam does not see the

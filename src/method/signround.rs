@@ -14,6 +14,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{GridKind, Moment, Quantizer, Start, WeightMethod};
@@ -23,7 +24,7 @@ use crate::quant::{Bits, QuantParams, QuantSpec, Repr, SCALE_FLOOR, Symmetry, Ze
 use crate::train::Role;
 
 /// `method.signround`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SignRoundConfig {
     /// How far, in steps, a weight may be moved before it is rounded.

@@ -8,6 +8,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::seq::{self, EPSILON, STEP_FLOOR, SeqStart};
@@ -18,7 +19,7 @@ use crate::quant::{QuantSpec, Repr, ZeroKind};
 use crate::train::Role;
 
 /// `method.ternary`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TernaryConfig {
     /// Where the step starts: `"max"` or `"mse"`.

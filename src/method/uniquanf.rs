@@ -20,6 +20,7 @@ use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Tensor, TensorData};
 use rayon::iter::ParallelIterator;
 use rayon::slice::ParallelSlice;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{GridKind, Moment, Quantizer, Start, WeightMethod};
@@ -33,7 +34,7 @@ use crate::train::Role;
 const ERROR_POWER: f64 = 2.4;
 
 /// `method.uniquanf`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct UniQuanFConfig {
     /// Shrunken ranges that the start tries; 1 is the released script's.

@@ -62,6 +62,8 @@ impl Forward for CausalLm {
 pub struct ByBlock<'a> {
     loader: Loader<'a>,
     ends: CausalLm,
+    /// Told how many blocks are behind, and how many there are.
+    tell: &'a dyn Fn(u64, u64),
 }
 
 impl<'a> ByBlock<'a> {
@@ -78,12 +80,18 @@ impl<'a> ByBlock<'a> {
     ) -> Result<Self> {
         let loader = Loader { config, source, device, dtype };
         let ends = loader.ends()?.with_tap(tap);
-        Ok(Self { loader, ends })
+        Ok(Self::between(loader, ends))
     }
 
     /// The blocks that `loader` reads between ends that are there already.
     pub fn between(loader: Loader<'a>, ends: CausalLm) -> Self {
-        Self { loader, ends }
+        Self { loader, ends, tell: &|_, _| () }
+    }
+
+    /// The same model, that tells `tell` how many blocks of a pass are behind, and how many there are.
+    #[must_use]
+    pub fn telling(self, tell: &'a dyn Fn(u64, u64)) -> Self {
+        Self { tell, ..self }
     }
 }
 
@@ -95,7 +103,9 @@ impl Forward for ByBlock<'_> {
     fn streams(&self, batches: Vec<(Tensor<2, Int>, &Positions)>) -> Result<Vec<Tensor<3>>> {
         let embedded = batches.into_iter().map(|(tokens, at)| (self.ends.embed(tokens, at), at));
         let mut streams: Vec<_> = embedded.collect();
-        for index in 0..self.loader.config.n_blocks {
+        let of = self.loader.config.n_blocks;
+        for index in 0..of {
+            (self.tell)(index as u64, of as u64);
             let block = self.loader.block(index)?;
             let tap = |site, x| self.ends.tap.apply(index, site, x);
             let forward = |(hidden, at)| (block.forward_tapped(hidden, at, None, &tap), at);

@@ -1,13 +1,14 @@
 //! Training objectives: what a recipe may name under `objective`.
 
 use burn::tensor::{Int, Tensor};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::ops::{self, Comparison, Divergence, LossValue};
 
 /// `objective.NAME = { ... }`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ObjectiveConfig {
     /// Squared error of a block's output.
@@ -29,7 +30,7 @@ pub enum ObjectiveConfig {
 }
 
 /// One term of `objective.sum`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Term {
     /// Its factor, positive.
@@ -39,7 +40,7 @@ pub struct Term {
 }
 
 /// How the squared error is reduced.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reduction {
     /// Summed over the sequence, mean over batch and features (the FlexRound code's).
@@ -50,7 +51,7 @@ pub enum Reduction {
 }
 
 /// What the tokens of a squared error weigh.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TokenWeight {
     /// The same.
@@ -61,7 +62,7 @@ pub enum TokenWeight {
 }
 
 /// Keys of `objective.mse`.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct MseObjective {
     /// `"sequence_sum"` or `"mean"`. Adam hardly sees the difference; reports are always means.
@@ -76,7 +77,7 @@ pub struct MseObjective {
 }
 
 /// Keys of `objective.jsd`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct JsdObjective {
     /// Weight of the teacher in the mixture, strictly between 0 and 1; UPQ's 0.5.
@@ -101,7 +102,7 @@ impl Default for JsdObjective {
 /// 0 to 1 as the token's Jensen–Shannon divergence goes from `near` to `far`. The JSD is bounded by
 /// ln 2 and flat there: where the student starts far away it gives no direction. Nearby both are the
 /// same to second order.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdaptiveObjective {
     /// Below this part of ln 2 a token's objective is the JSD.
@@ -125,7 +126,7 @@ impl Default for AdaptiveObjective {
 }
 
 /// Keys of `objective.kl_forward` and `objective.kl_reverse`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct KlObjective {
     /// Temperature of both distributions.
@@ -146,7 +147,7 @@ impl Default for KlObjective {
 }
 
 /// Keys of `objective.cakld`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CakldObjective {
     /// Weight of the reverse, mode-seeking term, in 0..=1. Absent: the teacher's mean largest
@@ -170,7 +171,7 @@ impl Default for CakldObjective {
 }
 
 /// Keys of `objective.cross_entropy`: none.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct CrossEntropyObjective {}
 

@@ -11,8 +11,8 @@ use crate::error::{Error, Result};
 
 const SIZE: (u32, u32) = (480, 260);
 /// Of the lines, in this order; each of them stands out from black and from white.
-pub(super) const COLOURS: [&str; 6] =
-    ["#3b82f6", "#f97316", "#16a34a", "#d946ef", "#ca8a04", "#0891b2"];
+pub(super) const COLOURS: [&str; 7] =
+    ["#3b82f6", "#f97316", "#16a34a", "#d946ef", "#ca8a04", "#0891b2", "#e11d48"];
 /// Points of a line that a chart of this width can show.
 const POINTS: usize = 400;
 

@@ -55,9 +55,28 @@ pub(super) fn of_run(run: &Run) -> Vec<Value> {
             lines,
         );
     }
+    let title = "How far the weights of each linear are from the float model's, in percent";
+    push(&mut figures, title, "block", Scale::Linear, weight_errors(run));
     figures.extend(codes(run));
     figures.extend(scale_changes(run));
     figures
+}
+
+/// A line for each kind of linear, over the blocks.
+fn weight_errors(run: &Run) -> Vec<Line> {
+    let mut lines: BTreeMap<&str, Vec<(f64, f64)>> = BTreeMap::new();
+    for (name, error) in run.record["results"]["weight_errors"].as_object().into_iter().flatten() {
+        let block = name.split('.').find_map(|part| part.parse::<u32>().ok());
+        let kind = name.rsplit('.').next().unwrap_or_default();
+        if let (Some(block), Some(error)) = (block, error.as_f64()) {
+            lines.entry(kind).or_default().push((f64::from(block) + 1.0, 100.0 * error));
+        }
+    }
+    let line = |(name, mut points): (&str, Vec<(f64, f64)>)| {
+        points.sort_by(|a, b| a.0.total_cmp(&b.0));
+        Line { name: name.to_owned(), points, marked: true }
+    };
+    lines.into_iter().map(line).collect()
 }
 
 /// Losses and validations of several runs over each other.

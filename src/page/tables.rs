@@ -285,7 +285,9 @@ fn widths(run: &Run) -> Value {
 
 /// Each linear of the first export.
 fn linears(run: &Run) -> Value {
+    let errors = &run.record["results"]["weight_errors"];
     let row = |(name, linear): (&str, &Value)| {
+        let error = errors[name].as_f64().map(|error| format!("{:.2} %", 100.0 * error));
         let shape: Vec<String> =
             linear["shape"].as_array().into_iter().flatten().map(plain).collect();
         vec![
@@ -294,10 +296,12 @@ fn linears(run: &Run) -> Value {
             plain(&linear["group_len"]),
             shape.join(" × "),
             plain(&linear["method"]),
+            error.unwrap_or_default(),
         ]
     };
     let rows: Vec<_> = manifest_linears(run).take(LISTED).map(row).collect();
-    let heading = ["linear", "bits", "weights in a group", "shape", "method"];
+    let heading =
+        ["linear", "bits", "weights in a group", "shape", "method", "off the float weights"];
     let mut table = table("Linears", &heading, &rows);
     table["folded"] = true.into();
     table

@@ -7,13 +7,14 @@
 use std::fmt;
 
 use burn::tensor::{DType, Tensor};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Bits, SCALE_FLOOR};
 use crate::ops::round_ste;
 
 /// Who shares a grid.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ActivationScheme {
     /// Each token has its own, from its smallest and largest feature, at run time.
@@ -23,7 +24,7 @@ pub enum ActivationScheme {
 }
 
 /// `[quant.activations]`: the inputs of every linear of the decoder blocks.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct ActivationConfig {
     /// Width of a code.
@@ -34,7 +35,7 @@ pub struct ActivationConfig {
 }
 
 /// `[quant.kv_cache]`: keys before rotation and values, a grid for each token over all its heads.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct KvCacheConfig {
     /// Width of a code.
@@ -47,7 +48,7 @@ fn eight() -> Bits {
 }
 
 /// What is done to activations once weights are quantized; nothing by default.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 pub struct ActivationQuant {
     /// To the inputs of linears.
     #[serde(default, skip_serializing_if = "Option::is_none")]

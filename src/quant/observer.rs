@@ -4,6 +4,7 @@
 //! EfficientQAT's min-max without zero in range.
 
 use burn::tensor::{Bool, Tensor};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Bits, Symmetry};
@@ -50,7 +51,7 @@ impl QuantParams {
 }
 
 /// Which statistics choose the grid.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ObserverConfig {
     /// The group's smallest and largest weight.
@@ -66,7 +67,7 @@ impl Default for ObserverConfig {
 }
 
 /// Keys of `observer.min_max`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct MinMaxConfig {
     /// Widen the range until it holds zero, so that zero is a level. Off: OmniQuant's and
@@ -81,7 +82,7 @@ impl Default for MinMaxConfig {
 }
 
 /// Keys of `observer.mse`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct MseConfig {
     /// The `p` of the norm; the LRQ code's 2.4.

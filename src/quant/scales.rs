@@ -1,12 +1,13 @@
 //! The numbers that scales are, in training and in files.
 
 use half::f16;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
 /// How scales are stored in a file.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ScaleDType {
     /// 32-bit floats.
@@ -38,7 +39,7 @@ impl ScaleDType {
 }
 
 /// The numbers that trained scales are, so that formats hold them.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ScaleDigits {
     /// Any 32-bit floats.

@@ -3,9 +3,11 @@
 use std::fmt;
 use std::num::NonZeroUsize;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use crate::error::{Error, Result};
+use crate::schema::schema_of;
 
 /// Width of a code, 1 to 8 bits.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
@@ -54,6 +56,12 @@ impl TryFrom<i64> for Bits {
     }
 }
 
+schema_of!(
+    Bits,
+    "A number of bits.",
+    { "type": "integer", "minimum": 1, "maximum": 8 }
+);
+
 impl From<Bits> for i64 {
     fn from(bits: Bits) -> Self {
         Self::from(bits.0)
@@ -95,6 +103,18 @@ impl Serialize for GroupSize {
         }
     }
 }
+
+schema_of!(
+    GroupSize,
+    "Weights that share a scale.",
+    {
+        "oneOf": [
+            { "const": "tensor", "description": "All of a linear." },
+            { "const": "channel", "description": "An output row." },
+            { "type": "integer", "minimum": 1 }
+        ]
+    }
+);
 
 impl<'de> Deserialize<'de> for GroupSize {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -157,6 +177,25 @@ impl Serialize for Symmetry {
         }
     }
 }
+
+schema_of!(
+    Symmetry,
+    "Where zero lies.",
+    {
+        "oneOf": [
+            { "const": false, "description": "Zero point chosen from the data." },
+            { "const": true, "description": "As \"absmax\"." },
+            {
+                "const": "absmax",
+                "description": "Zero point in the middle, step max|W| / (2^(bits-1) - 1): never clips."
+            },
+            {
+                "const": "full_range",
+                "description": "Zero point in the middle, step 2 max|W| / (2^bits - 1): uses every code."
+            }
+        ]
+    }
+);
 
 impl<'de> Deserialize<'de> for Symmetry {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -252,7 +291,7 @@ impl fmt::Display for QuantSpec {
 }
 
 /// The dimension of a weight `[out, in]` along which the members of a group lie.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum GroupAxis {
     /// Runs of inputs within one output row: what every runtime reads.

@@ -10,6 +10,8 @@ use crate::error::{Error, Result};
 pub struct Builtin {
     /// Its name, without `.toml`.
     pub name: &'static str,
+    /// What it is for, with others.
+    pub group: &'static str,
     /// Its text.
     pub text: &'static str,
 }
@@ -22,49 +24,53 @@ impl Builtin {
 }
 
 macro_rules! builtin {
-    ($($name:literal),* $(,)?) => {
-        &[$(Builtin {
+    ($($group:literal: [$($name:literal),* $(,)?]),* $(,)?) => {
+        &[$($(Builtin {
             name: $name,
+            group: $group,
             text: include_str!(concat!("../../recipes/", $name, ".toml")),
-        }),*]
+        }),*),*]
     };
 }
 
+/// By purpose, in the order of the list that people see.
 const BUILTINS: &[Builtin] = builtin![
-    "adadim_w3g128",
-    "alphatuning_w3",
-    "anybcq_w234",
-    "attn4_mlp2",
-    "awq_w4g128",
-    "bcq_w3",
-    "bitdistiller_w2g64",
-    "e2e_qp_w2",
-    "efficientqat_w2g64",
-    "flexround_w4",
-    "gptq_w4g128",
-    "int2_blocks_then_scales",
-    "int2_small",
-    "int4_chat",
-    "lrq_w4",
-    "lrq_w8a8",
-    "lsq_w4",
-    "omniquant_w3",
-    "paretoq_w2",
-    "peqa_w3g128",
-    "peqa_w4",
-    "qlora_w4",
-    "rtn_w4g128",
-    "sign_w1",
-    "signround_w4",
-    "ternary_w2",
-    "uniquanf_w3",
-    "upq_int2",
-    "upq_int2_chat",
-    "upq_int2_g64",
-    "upq_paper",
+    "2 bits and less, trained end to end": [
+        "upq_int2",
+        "upq_int2_chat",
+        "upq_int2_g64",
+        "int2_small",
+        "int2_blocks_then_scales",
+        "attn4_mlp2",
+        "efficientqat_w2g64",
+        "bitdistiller_w2g64",
+        "paretoq_w2",
+        "upq_paper",
+        "ternary_w2",
+        "sign_w1",
+    ],
+    "4 and 3 bits, learned block by block": [
+        "int4_chat",
+        "flexround_w4",
+        "lrq_w4",
+        "signround_w4",
+        "uniquanf_w3",
+        "omniquant_w3",
+        "adadim_w3g128",
+    ],
+    "4 bits in minutes, nothing learned": ["gptq_w4g128", "awq_w4g128", "rtn_w4g128"],
+    "Weights and activations, or every step learned": ["lrq_w8a8", "lsq_w4"],
+    "Sign planes, for LUT-GEMM": ["bcq_w3", "anybcq_w234"],
+    "Fine-tuning of packed weights": [
+        "peqa_w4",
+        "peqa_w3g128",
+        "alphatuning_w3",
+        "e2e_qp_w2",
+        "qlora_w4",
+    ],
 ];
 
-/// Every built-in recipe, by name.
+/// Every built-in recipe, by purpose.
 pub fn builtins() -> &'static [Builtin] {
     BUILTINS
 }
@@ -101,11 +107,19 @@ pub fn find(name: &str) -> Result<(String, String)> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[test]
-    fn names_are_sorted_and_described() {
-        assert!(BUILTINS.is_sorted_by_key(|builtin| builtin.name));
+    fn every_recipe_of_the_folder_is_built_in_once_and_described() {
+        let names: BTreeSet<&str> = BUILTINS.iter().map(|builtin| builtin.name).collect();
+        assert_eq!(names.len(), BUILTINS.len());
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
+        let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+        let stems: BTreeSet<String> =
+            files.map(|path| path.file_stem().unwrap().to_string_lossy().into_owned()).collect();
+        assert!(stems.iter().map(String::as_str).eq(names.iter().copied()), "{stems:?}");
         assert!(BUILTINS.iter().all(|builtin| builtin.about().len() > 20));
     }
 

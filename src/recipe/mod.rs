@@ -4,15 +4,20 @@
 mod builtin;
 mod parse;
 mod plan;
+mod reference;
+mod tailor;
 
 use std::path::PathBuf;
 
 use burn::tensor::DType;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use builtin::{Builtin, builtins, find};
 pub use parse::{parse, to_toml};
 pub use plan::{Base, Plan, PlannedStage};
+pub use reference::{Key, explain, inside, keys, schema};
+pub use tailor::{real_model_settings, with_settings};
 
 pub use crate::data::{DataFormat, Paths};
 use crate::data::{Reading, TemplateChoice, TrainOn};
@@ -24,7 +29,7 @@ use crate::quant::{
 use crate::stage::StageConfig;
 
 /// A recipe as written.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
     /// Seed of everything random.
@@ -63,7 +68,7 @@ fn auto() -> String {
 }
 
 /// `[model]`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelSection {
     /// A folder, `embedded:NAME` or a hub id.
@@ -77,7 +82,7 @@ pub struct ModelSection {
 }
 
 /// A compute type.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Compute {
     /// 32-bit floats.
@@ -98,7 +103,7 @@ impl Compute {
 }
 
 /// `[data]`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataSection {
     /// Put the model's BOS token before each document, where it has one.
@@ -121,7 +126,7 @@ impl Default for DataSection {
 }
 
 /// One data set.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
     /// A file or a list of files, joined in order; `format` says what is in them. Absent in
@@ -181,7 +186,7 @@ impl DataConfig {
 }
 
 /// A source of a mix.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct MixSource {
     /// A file or a list of files.
@@ -199,7 +204,7 @@ fn one() -> f64 {
 }
 
 /// `[quant]`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct QuantSection {
     /// Width of a code.
@@ -249,7 +254,7 @@ fn asymmetric() -> Symmetry {
 }
 
 /// `[[quant.override]]`: an exception for some linears, in every stage.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Override {
     /// `attention` or `mlp`, or a shell-style pattern on full names such as

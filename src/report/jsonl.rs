@@ -39,13 +39,20 @@ impl Reporter for JsonLines {
         {
             self.file.edit(|path| cut_back(path, mark));
         }
-        match serde_json::to_vec(&Timed { time: unix_seconds(), event }) {
-            Ok(mut line) => {
-                line.push(b'\n');
-                self.file.write(&line);
-            }
-            // Strings and numbers always have a JSON form; said all the same if one day they don't.
-            Err(error) => tracing::warn!("cannot write an event as JSON: {error}"),
+        if let Some(line) = text(event) {
+            self.file.write(line.as_bytes());
+        }
+    }
+}
+
+/// An event as a line of JSON, with the time.
+pub(super) fn text(event: &Event) -> Option<String> {
+    match serde_json::to_string(&Timed { time: unix_seconds(), event }) {
+        Ok(line) => Some(line + "\n"),
+        // Strings and numbers always have a JSON form; said all the same if one day they don't.
+        Err(error) => {
+            tracing::warn!("cannot write an event as JSON: {error}");
+            None
         }
     }
 }

@@ -9,35 +9,97 @@ mod lines;
 #[cfg(test)]
 mod sample;
 
+use std::cell::RefCell;
 use std::env;
 use std::io::{self, IsTerminal, Write};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use self::layout::clean;
 pub use self::lines::line;
 use self::lines::value;
-use super::{Event, Reporter, Thinning};
+use super::{Event, Reporter, Thinning, jsonl};
+
+/// How much of what happens is shown, and in which form.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Manner {
+    /// Lines, and a bar where stderr is a terminal.
+    #[default]
+    Lines,
+    /// Warnings, failures and the last line.
+    Quiet,
+    /// Every event as a line of JSON, as in `metrics.jsonl`, with progress about once a second.
+    Json,
+}
+
+static MANNER: OnceLock<Manner> = OnceLock::new();
+
+impl Manner {
+    /// Decides for the whole process, before anything is shown; the first call counts.
+    pub fn choose(self) {
+        let _ = MANNER.set(self);
+    }
+
+    /// What was decided.
+    pub fn chosen() -> Self {
+        MANNER.get().copied().unwrap_or_default()
+    }
+
+    /// Whether an event is shown at all.
+    fn shows(self, event: &Event) -> bool {
+        match self {
+            Self::Lines => true,
+            Self::Quiet => match event {
+                Event::Warning { .. } | Event::Retry { .. } | Event::Done { .. } => true,
+                Event::Gate { passed, .. } => !passed,
+                _ => false,
+            },
+            Self::Json => !matches!(event, Event::Text { .. }),
+        }
+    }
+}
+
+/// Time between two lines of JSON about progress.
+const PROGRESS: Duration = Duration::from_secs(1);
 
 /// Shows events on stderr.
 pub struct Terminal {
+    manner: Manner,
     width: usize,
     live: bool,
     colour: bool,
     thinning: Thinning,
     bar: Option<(String, ProgressBar)>,
+    /// When progress was last told as JSON.
+    told: Option<Instant>,
 }
 
 impl Terminal {
-    /// A reporter on stderr: bar and colour only if it is a terminal (`TERM=dumb` is none),
-    /// colour only without `NO_COLOR`.
+    /// A reporter on stderr in the [`Manner`] that was chosen: bar and colour only if it is a terminal
+    /// (`TERM=dumb` is none), colour only without `NO_COLOR`.
     pub fn new() -> Self {
         let set = |name| env::var_os(name).is_some_and(|value| !value.is_empty());
         let live = io::stderr().is_terminal() && env::var_os("TERM").is_none_or(|t| t != "dumb");
         let columns = env::var("COLUMNS").ok().and_then(|text| text.parse().ok());
         let width = columns.filter(|&n| n >= 40).unwrap_or(if live { 80 } else { 120 });
         let colour = live && !set("NO_COLOR");
-        Self { width, live, colour, thinning: Thinning::default(), bar: None }
+        let manner = Manner::chosen();
+        let live = live && manner == Manner::Lines;
+        Self { manner, width, live, colour, thinning: Thinning::default(), bar: None, told: None }
+    }
+
+    /// Shows a line of `run.log`, cut to this terminal's width, as the run showed it.
+    pub fn replay(&mut self, line: &str) {
+        self.print(&layout::refit(line, self.width));
+    }
+
+    /// Moves the bar to what an event says, without a line where there is no bar.
+    pub fn show(&mut self, event: &Event) {
+        if self.live {
+            self.emit(event);
+        }
     }
 
     fn print(&self, text: &str) {
@@ -75,6 +137,20 @@ impl Terminal {
         bar.set_position(done);
     }
 
+    /// Prints an event as JSON; progress not more often than need be.
+    fn tell(&mut self, event: &Event) {
+        if matches!(event, Event::Progress { done, of, .. } if done < of) {
+            if self.told.is_some_and(|told| told.elapsed() < PROGRESS) {
+                return;
+            }
+            self.told = Some(Instant::now());
+        }
+        if let Some(text) = jsonl::text(event) {
+            // A closed stderr must not end the run.
+            let _ = io::stderr().lock().write_all(text.as_bytes());
+        }
+    }
+
     fn clear(&mut self) {
         if let Some((_, bar)) = self.bar.take() {
             bar.finish_and_clear();
@@ -90,6 +166,12 @@ impl Default for Terminal {
 
 impl Reporter for Terminal {
     fn emit(&mut self, event: &Event) {
+        if !self.manner.shows(event) {
+            return;
+        }
+        if self.manner == Manner::Json {
+            return self.tell(event);
+        }
         match event {
             Event::Progress { verb, done, of, detail } if self.live => {
                 self.advance(verb, *done, *of, &[clean(detail)]);
@@ -112,6 +194,26 @@ impl Reporter for Terminal {
                 }
             }
         }
+    }
+}
+
+/// A bar of something that is no event of a run.
+pub struct Bar {
+    screen: RefCell<Terminal>,
+    verb: &'static str,
+    detail: &'static str,
+}
+
+impl Bar {
+    /// A bar that is not there before it moves.
+    pub fn new(verb: &'static str, detail: &'static str) -> Self {
+        Self { screen: RefCell::new(Terminal::new()), verb, detail }
+    }
+
+    /// Moves it; at its end it is gone.
+    pub fn at(&self, done: u64, of: u64) {
+        let (verb, detail) = (self.verb.to_owned(), self.detail.to_owned());
+        self.screen.borrow_mut().emit(&Event::Progress { verb, done, of, detail });
     }
 }
 

@@ -253,11 +253,22 @@ fn lock(path: &Path) -> Result<File> {
     Ok(file)
 }
 
+/// The process that works in a folder now, where one does.
+pub(super) fn holder(path: &Path) -> Option<Holder> {
+    let file = File::open(path.join(LOCK_FILE)).ok()?;
+    let holder: Holder = serde_json::from_reader(&file).ok()?;
+    let (is_here, may_live) = (holder.host == host(), holder.may_live());
+    // Another process may have got the number since: a lock that can be had is nobody's. Where locks do not
+    // reach (another machine), what was written decides.
+    let held = !matches!(file.try_lock_shared(), Ok(()));
+    (may_live && (held || !is_here)).then_some(holder)
+}
+
 /// The process that works in a folder.
 #[derive(Debug, Deserialize, Serialize)]
-struct Holder {
-    pid: u32,
-    host: String,
+pub(super) struct Holder {
+    pub(super) pid: u32,
+    pub(super) host: String,
 }
 
 impl Holder {

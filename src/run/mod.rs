@@ -7,6 +7,7 @@
 mod folder;
 mod preflight;
 mod record;
+mod standing;
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -17,6 +18,7 @@ pub use preflight::{
     model_sha256, prepare,
 };
 pub use record::{Fingerprint, RunRecord, StageRecord, Status};
+pub use standing::{Standing, State};
 
 use crate::data::{SourceShare, TokenStream};
 use crate::error::{Error, Kind, Result};

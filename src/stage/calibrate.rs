@@ -11,6 +11,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use burn::tensor::{Tensor, TensorData};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::activations::{Activations, StreamType, samples_per_pass};
@@ -33,7 +34,7 @@ use crate::quant::{Bits, GroupSize, ObserverConfig, Repr, Symmetry};
 use crate::report::{Event, Reporter, memory};
 
 /// Keys of `[stage.calibrate]`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct CalibrateConfig {
     /// A method that learns nothing.
@@ -63,7 +64,7 @@ pub struct CalibrateConfig {
 }
 
 /// Which stream feeds the block that is being worked on.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum InputStream {
     /// The output of the quantized blocks before it.

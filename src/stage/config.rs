@@ -1,5 +1,6 @@
 //! The kinds of stage: one file, one line in the `stages!` list each.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::calibrate::CalibrateConfig;
@@ -19,7 +20,7 @@ use crate::quant::Repr;
 macro_rules! stages {
     ($($(#[$doc:meta])* $name:ident { $key:literal, $config:ty },)*) => {
         /// One entry of a recipe's stage list: `[stage.NAME]`.
-        #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+        #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
         pub enum StageConfig {
             $($(#[$doc])* #[serde(rename = $key)] $name($config),)*
         }

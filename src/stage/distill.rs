@@ -6,6 +6,7 @@
 
 use std::path::Path;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::context::StageContext;
@@ -31,7 +32,7 @@ use crate::quant::{Bits, GroupAxis, GroupLayout, GroupSize, ObserverConfig, Symm
 use crate::train::{LatentsIn, LearningRate, NormOf, OptimizerConfig, RateUnit, ScheduleConfig};
 
 /// Keys of `[stage.distill]`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct DistillConfig {
     /// How weights are quantized and what is learned.

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use burn::tensor::{Tensor, TensorData};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::context::StageContext;
@@ -21,7 +22,7 @@ use crate::report::{Event, Number, Reporter};
 use crate::task::{Bench, Files, Material, Prepared, Score, Source, TaskConfig, Writes};
 
 /// Keys of `[stage.evaluate]`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct EvaluateConfig {
     /// What is measured.
@@ -40,7 +41,7 @@ pub struct EvaluateConfig {
 }
 
 /// Something to compare with.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Baseline {
     /// The float model.

@@ -1,6 +1,9 @@
 //! `export`: every format asked for, each behind the parity gate.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use burn::tensor::DType;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::context::StageContext;
@@ -11,9 +14,10 @@ use super::results::{ExportRecord, Measured};
 use super::state::Packed;
 use crate::data::{TokenStream, Tokenizer};
 use crate::error::{Error, Result};
-use crate::export::{self, Exported, Format, FormatsConfig, Gate, ModelParts};
-use crate::model::WeightSource;
+use crate::export::{self, Exported, Format, FormatsConfig, Gate, Loss, ModelParts};
+use crate::model::{WeightSource, weight_name};
 use crate::quant::Repr;
+use crate::report::terminal::Bar;
 use crate::report::{Event, Reporter};
 use crate::task::{Gauge, GaugeText, Gauged, PplConfig};
 
@@ -23,7 +27,7 @@ pub const PARITY_WINDOWS: usize = 64;
 const PARITY_TOKENS: usize = 24 << 10;
 
 /// Keys of `[stage.export]`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct ExportConfig {
     /// The formats to write.
@@ -103,6 +107,7 @@ impl Stage for ExportConfig {
             sha256: corpus.sha256.clone(),
             reading: corpus.reading.clone(),
         });
+        let bar = Bar::new("export", "comparing with what was trained");
         let gauge = Gauge {
             device: &ctx.device.device,
             // What `verify` measures in.
@@ -110,7 +115,9 @@ impl Stage for ExportConfig {
             prompts: Gauge::prompts(tokenizer.as_ref(), &ctx.model.config),
             text,
             stop: ctx.stop,
+            progress: &|done, of| bar.at(done, of),
         };
+        ctx.results.weight_errors = weight_errors(ctx)?;
         let mut dense = ctx.model.tuned.clone();
         dense.extend(ctx.model.dense.clone());
         // By whether it is computed with codes: formats that compute alike share the numbers.
@@ -166,6 +173,28 @@ impl Stage for ExportConfig {
         }
         Ok(())
     }
+}
+
+/// How far each quantized linear is from the float model's. None of a run that has no float model, and none
+/// of blocks whose norms were changed to balance inputs: there the weights are others by design.
+fn weight_errors(ctx: &StageContext<'_>) -> Result<BTreeMap<String, f64>> {
+    let model = &*ctx.model;
+    let Ok(float) = model.float() else { return Ok(BTreeMap::new()) };
+    let float = model.tuned_on(float);
+    let block = |name: &str| model.config.inner(name).map(|(block, _)| block);
+    let balanced: BTreeSet<usize> = model.dense.keys().filter_map(|name| block(name)).collect();
+    let mut errors = BTreeMap::new();
+    for (name, (weight, _)) in &model.quantized {
+        ctx.stop.check()?;
+        if block(name).is_some_and(|block| balanced.contains(&block)) {
+            continue;
+        }
+        let trained =
+            float.weight(&weight_name(name), &[weight.layout.out, weight.layout.inputs])?;
+        let loss = Loss::between(&trained, &weight.dequantize());
+        errors.insert(name.clone(), loss.map_or(0.0, |loss| loss.relative));
+    }
+    Ok(errors)
 }
 
 /// The protocol of the last evaluation of this run, so that a folder says the number that the run

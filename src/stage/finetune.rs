@@ -10,6 +10,7 @@ use std::path::Path;
 
 use burn::module::Param;
 use burn::tensor::{DType, Tensor};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::context::StageContext;
@@ -35,7 +36,7 @@ use crate::store::HostTensor;
 use crate::train::{OptimizerConfig, RateUnit, ScheduleConfig};
 
 /// Keys of `[stage.finetune]`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct FinetuneConfig {
     /// What learns: `lora`, `qlora` or `full`.
@@ -78,7 +79,7 @@ pub struct FinetuneConfig {
 }
 
 /// What learns in a `finetune` stage.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FinetuneMethod {
     /// Low-rank factors beside frozen float weights (arXiv 2106.09685).
@@ -91,7 +92,7 @@ pub enum FinetuneMethod {
 }
 
 /// `method.lora`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LoraConfig {
     /// Columns of the factors; 4.
@@ -111,7 +112,7 @@ impl Default for LoraConfig {
 /// `method.qlora`. Every linear of the blocks is quantized; targets are held that way (on a CPU in a
 /// byte for each weight, whatever the width), others by their values. The factors belong to that base:
 /// on the float weights they are only near what was trained.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct QloraConfig {
     /// Columns of the factors; 4.
@@ -134,7 +135,7 @@ impl Default for QloraConfig {
 }
 
 /// `method.full`: no keys.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct FullConfig {}
 

@@ -1,6 +1,7 @@
 //! Low-rank adapters for `finetune`: burn's LoRA and QLoRA, which linears get one, and the folder in
 //! which Hugging Face's peft reads what they learned.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -12,6 +13,7 @@ use burn::tensor::quantization::{Calibration, QuantValue, ScaleDtype};
 use burn::tensor::{Device, Tensor, TensorData};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng as _, SeedableRng as _};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::value::{SeqAccessDeserializer, StrDeserializer};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::json;
@@ -25,7 +27,9 @@ use crate::store::safetensors::write_file;
 
 /// Linears of the decoder blocks by what they compute, named as Llama's; one that computes several of
 /// these at once is each of them.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
+#[derive(
+    Clone, Copy, Debug, Deserialize, Eq, JsonSchema, Ord, PartialEq, PartialOrd, Serialize,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum Target {
     /// Queries.
@@ -110,6 +114,24 @@ impl Serialize for Targets {
             return serializer.serialize_str("all");
         }
         self.0.serialize(serializer)
+    }
+}
+
+impl JsonSchema for Targets {
+    fn schema_name() -> Cow<'static, str> {
+        "Targets".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let target = generator.subschema_for::<Target>();
+        json_schema!({
+            "description": "Every linear of the blocks, or a list of them.",
+            "oneOf": [
+                { "const": "all" },
+                target,
+                { "type": "array", "items": target, "minItems": 1 }
+            ]
+        })
     }
 }
 

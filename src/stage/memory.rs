@@ -1,10 +1,11 @@
 //! Where the state of a training is kept, and how far its tape reaches.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// `memory = "..."` of a stage that trains the whole model. Each of them gives the same numbers, on a
 /// CPU to the last bit, and a run may go on with another one.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Memory {
     /// Everything on the device, with one tape through all blocks: the fastest.

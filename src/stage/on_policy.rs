@@ -7,6 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::cost::{Cost, Scene};
@@ -24,7 +25,7 @@ const PROMPT_TOKENS: usize = 32;
 const TOGETHER: usize = 16;
 
 /// Keys of `on_policy = { ... }` of a stage that distils.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct OnPolicy {
     /// The share of each micro-batch that the student writes itself; 0.5.

@@ -68,6 +68,10 @@ pub struct Results {
     pub measured: Vec<Measured>,
     /// Exports in order of writing.
     pub exports: Vec<ExportRecord>,
+    /// How far the exported weights of each linear are from the float model's: the Euclidean norm of the
+    /// difference over that of the weights.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub weight_errors: BTreeMap<String, f64>,
     /// Block errors per stage, `[before, after]` per block.
     pub block_mse: BTreeMap<usize, Vec<[f64; 2]>>,
     /// Numbers that learn, by stage, where it is a few of the model's.

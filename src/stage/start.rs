@@ -8,6 +8,7 @@ use burn::module::Param;
 use burn::nn::Linear;
 use burn::tensor::{DType, Tensor, TensorData};
 use half::bf16;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::context::StageContext;
@@ -24,7 +25,7 @@ use crate::store::{HostTensor, TensorSource};
 use crate::train::LatentsIn;
 
 /// What a stage on another grid than the one before starts from. On the same grid it goes on.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum StartFrom {
     /// The weights as the earlier stage learned them, before they were rounded; rounded ones where it

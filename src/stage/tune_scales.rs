@@ -6,6 +6,7 @@
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::context::StageContext;
@@ -29,7 +30,7 @@ use crate::report::{Event, Reporter, size};
 use crate::train::{LearningRate, OptimizerConfig, RateUnit, ScheduleConfig};
 
 /// Keys of `[stage.tune_scales]`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct TuneScalesConfig {
     /// What of the grids learns: `peqa`, `alphatuning` or `e2e_qp`.
@@ -82,7 +83,7 @@ pub struct TuneScalesConfig {
 }
 
 /// Keys of `adapter`.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdapterConfig {
     /// Its name, and its file's; the method's (and width's) unless said otherwise.

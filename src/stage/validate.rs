@@ -2,6 +2,7 @@
 //! trained, when a stage is done, and before it is exported.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::context::StageContext;
@@ -18,7 +19,7 @@ const TOKENS_PER_BATCH: usize = 2048;
 
 /// `validate = { ... }` of a stage that trains the whole model: what it does about itself. It needs
 /// `[data.validation]`; without that text, steps are watched by their losses and gradients alone.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ValidateConfig {
     /// Steps between validations, beside those at the start and the end; 0: none at all. Default: a

@@ -1,5 +1,6 @@
 //! The tasks: one file, one line in the `tasks!` list each.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::choice::{Benchmark, ChoiceConfig};
@@ -13,7 +14,7 @@ use super::perplexity::PplConfig;
 macro_rules! tasks {
     ($($(#[$doc:meta])* $name:ident { $key:literal, $config:ty },)*) => {
         /// `task.NAME = { ... }`.
-        #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+        #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
         pub enum TaskConfig {
             $($(#[$doc])* #[serde(rename = $key)] $name($config),)*
         }

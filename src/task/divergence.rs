@@ -4,6 +4,7 @@
 //! both find the same one likeliest. Windows and tokens are those of `task.ppl`.
 
 use burn::tensor::{Tensor, TensorData};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Map;
 
@@ -16,7 +17,7 @@ use crate::model::{CausalLm, Forward, ModelConfig, Positions};
 use crate::ops;
 
 /// `task.kl = { ... }`.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct KlConfig {
     /// Window length; default the model's context, at most 2048.

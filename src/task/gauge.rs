@@ -33,6 +33,8 @@ pub struct Gauge<'a> {
     pub text: Option<GaugeText<'a>>,
     /// Set by signals.
     pub stop: &'a StopFlag,
+    /// Told how many blocks of a pass are behind, and how many there are.
+    pub progress: &'a dyn Fn(u64, u64),
 }
 
 /// Text and protocol of a [`Gauge`].
@@ -121,7 +123,8 @@ impl Gauge<'_> {
         source: &dyn WeightSource,
         tap: ModelTap,
     ) -> Result<Gauged> {
-        let model = ByBlock::open(config, source, tap, self.device, self.dtype)?;
+        let model =
+            ByBlock::open(config, source, tap, self.device, self.dtype)?.telling(self.progress);
         self.stop.check()?;
         let (logits, prompts_nll) = self.prompted(config, &model)?;
         let perplexity = self.text.as_ref().map(|text| {

@@ -14,6 +14,7 @@
 use std::borrow::Cow;
 
 use burn::tensor::{Device, Tensor, TensorData};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -34,7 +35,7 @@ pub(super) const TOKENS_PER_BATCH: usize = 4096;
 pub(super) const LOGITS_PER_CHUNK: usize = 1 << 24;
 
 /// `task.ppl = { ... }`.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PplConfig {
     /// Window length; default the model's context, at most 2048.
@@ -55,7 +56,7 @@ pub struct PplConfig {
 }
 
 /// A published way to make one stream of a text.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
     /// That of GPTQ's evaluation on WikiText-2.

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor, TensorData};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -15,7 +16,7 @@ use crate::ops::{self, AdamWStep, Moments, Numbers, Restraint};
 pub use crate::ops::{Later, Values, later};
 
 /// How a gradient becomes a step.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Rule {
     /// AdamW.
@@ -26,7 +27,7 @@ pub enum Rule {
 }
 
 /// How AdamW's two moments are held between steps.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MomentsIn {
     /// As f32: 8 bytes for each learned number.
@@ -53,7 +54,7 @@ impl MomentsIn {
 }
 
 /// What latent weights are between steps.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LatentsIn {
     /// f32: 4 bytes.
@@ -80,7 +81,7 @@ impl LatentsIn {
 }
 
 /// Keys of `optimizer` in a training stage. PyTorch's defaults, but no weight decay.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct OptimizerConfig {
     /// `"adamw"` or `"sign"`; the constants below are AdamW's.
@@ -109,7 +110,7 @@ pub struct OptimizerConfig {
 }
 
 /// What a gradient norm is taken over, for clipping and for the watch on gradients that collapse.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum NormOf {
     /// Everything that learns.

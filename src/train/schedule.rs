@@ -2,7 +2,10 @@
 
 use std::fmt;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, de};
+
+use crate::schema::schema_of;
 
 /// Which learning rate drives a learned parameter.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -63,6 +66,34 @@ impl LearningRate {
     }
 }
 
+schema_of!(
+    LearningRate,
+    "A number for everything that learns (activations at no more than 4e-5), or a table with a rate for each role; \
+     a role that the table leaves out does not learn.",
+    {
+        "oneOf": [
+            { "type": "number", "minimum": 0 },
+            {
+                "type": "object",
+                "additionalProperties": false,
+                "properties": {
+                    "scale": { "type": "number", "minimum": 0, "description": "Of the steps of the grid." },
+                    "rounding": {
+                        "type": "number", "minimum": 0, "description": "Of what chooses the integers."
+                    },
+                    "weight": { "type": "number", "minimum": 0, "description": "Of latent weights." },
+                    "levels": {
+                        "type": "number", "minimum": 0, "description": "Of the levels of binary-coding grids."
+                    },
+                    "activation": {
+                        "type": "number", "minimum": 0, "description": "Of activation quantizers."
+                    }
+                }
+            }
+        ]
+    }
+);
+
 impl<'de> Deserialize<'de> for LearningRate {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
@@ -115,7 +146,7 @@ impl<'de> Deserialize<'de> for LearningRate {
 
 /// What a learning rate is measured in, for latent weights, steps and shifts of a grid. Everything
 /// else that methods learn has a scale of its own, whatever the size of the weights.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RateUnit {
     /// The units of the weights: what papers state. Weights of a small model are ten to a hundred
@@ -128,7 +159,7 @@ pub enum RateUnit {
 }
 
 /// How the rate moves over the steps.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum ScheduleConfig {
     /// No change.

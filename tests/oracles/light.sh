@@ -48,5 +48,6 @@ for bits in 8 4; do
     "$python" "$here/check_gguf.py" "$out/gguf"
 done
 check w2 mlx gptq autoround awq compressed_tensors gguf
+"$python" "$here/check_schema.py" "$fewbit" "$here/../../recipes"
 "$python" "$here/check_reading.py" "$fewbit" w4.out/dequantized 2>/dev/null
 echo "all read"

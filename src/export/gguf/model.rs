@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use fewbit_gguf::{BlockType, Header, Reader, UniformWeight};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::folder::folder_files;
@@ -25,7 +26,7 @@ use crate::store::folder::{entries, write_atomic_with};
 pub(in crate::export) const FILE: &str = "model.gguf";
 
 /// Keys of `format.gguf`.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct GgufConfig {
     /// What embedding and head are stored as: codes of 8, 6 or 4 bits (Q8_0, Q6_K, Q4_0), or floats.

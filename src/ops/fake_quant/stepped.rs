@@ -3,6 +3,7 @@
 use std::ops::{Div, Mul};
 
 use burn::tensor::Tensor;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Output;
@@ -16,7 +17,7 @@ use crate::ops::kernel::fake_quant::{self as kernel, InPlace};
 
 /// Which way the stretched elastic grid sends an exact tie. A zero weight is such a tie, and
 /// INT4 weights are full of zeros, so the rule moves a sixth of them.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TieRule {
     /// Ties to even, as PyTorch and burn round: a zero goes to `+1/4`.

@@ -71,6 +71,22 @@ pub(super) fn fit(head: &Field, fields: &[Field], width: usize) -> String {
         })
 }
 
+/// A whole line of `run.log` in a width: sentences are wrapped, and fields are dropped from the right.
+pub(super) fn refit(line: &str, width: usize) -> String {
+    if line.chars().count() <= width {
+        return line.to_owned();
+    }
+    if let Some((label, text)) = line.split_at_checked(LABEL)
+        && matches!(label.trim_end(), "plan" | "note" | "warning")
+    {
+        return wrap(label.trim_end(), text, width);
+    }
+    // Where fields end: what is left keeps its columns.
+    let ends = line.match_indices("  ").map(|(at, _)| line[..at].trim_end());
+    let fits = ends.filter(|text| text.chars().count() <= width).last();
+    fits.unwrap_or_else(|| line.split("  ").next().unwrap_or_default()).to_owned()
+}
+
 /// Breaks a text between words and indents what follows the first line.
 pub(super) fn wrap(label: &str, text: &str, width: usize) -> String {
     let room = width.saturating_sub(LABEL).max(1);
@@ -101,4 +117,23 @@ pub(super) fn wrap(label: &str, text: &str, width: usize) -> String {
 /// Without control characters: a file's name must not move the cursor.
 pub(super) fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_the_log_fits_another_width() {
+        let line =
+            "step  150/1500  distill      loss 1.277    lr 2.49e-3  grad 2.008    jsd 0.2216";
+        assert_eq!(refit(line, 100), line);
+        let narrow = refit(line, 60);
+        assert!(narrow.starts_with("step  150/1500  distill      loss 1.277"), "{narrow}");
+        assert!(narrow.chars().count() <= 60 && !narrow.contains("0.22"), "{narrow}");
+        let note = format!("note      {}", "word ".repeat(30));
+        let wrapped = refit(note.trim_end(), 60);
+        assert!(wrapped.lines().all(|line| line.len() <= 60), "{wrapped}");
+        assert_eq!(wrapped.matches("word").count(), 30);
+    }
 }

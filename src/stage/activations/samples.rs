@@ -7,13 +7,14 @@ use std::thread::JoinHandle;
 
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::store::Scratch;
 
 /// The type that hidden states of the calibration set are kept in.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum StreamType {
     /// As they were computed.

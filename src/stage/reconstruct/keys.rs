@@ -1,5 +1,6 @@
 //! What `[stage.reconstruct]` says.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::method::MethodConfig;
@@ -12,7 +13,7 @@ use crate::stage::start::StartFrom;
 use crate::train::{LearningRate, OptimizerConfig, RateUnit, ScheduleConfig};
 
 /// Keys of `[stage.reconstruct]`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct ReconstructConfig {
     /// How weights are quantized and what is learned.
@@ -86,7 +87,7 @@ pub struct ReconstructConfig {
 }
 
 /// What of a block learns at a time.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Within {
     /// All of it.

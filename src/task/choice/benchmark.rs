@@ -6,6 +6,7 @@
 use std::sync::LazyLock;
 
 use regex::Regex;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::fields::{Fields, Wrong};
@@ -13,7 +14,7 @@ use super::group;
 use crate::data::Columns;
 
 /// A benchmark of questions with given answers.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Benchmark {
     /// Questions of 57 subjects with four answers, of which the letter is predicted.

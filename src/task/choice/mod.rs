@@ -12,6 +12,7 @@ mod numbers;
 
 use std::path::Path;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -31,7 +32,7 @@ pub use self::benchmark::Benchmark;
 const EXAMPLES: &str = "examples";
 
 /// `task.choice = { ... }`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct ChoiceConfig {
     /// Which prompts and answers.

@@ -6,6 +6,7 @@
 mod prompt;
 pub mod score;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -26,7 +27,7 @@ const STRICT: &str = "strict_match";
 const FLEXIBLE: &str = "flexible_extract";
 
 /// `task.gsm8k = { ... }`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Gsm8kConfig {
     /// Rows with a `question` and an `answer` that ends with `#### ` and a number: files, or a folder.

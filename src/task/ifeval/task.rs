@@ -1,5 +1,6 @@
 //! The task: prompts, answers, and the shares of what was followed.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -14,7 +15,7 @@ use crate::error::Result;
 use crate::model::Forward;
 
 /// `task.ifeval = { ... }`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct IfevalConfig {
     /// Rows with a `prompt`, its `instruction_id_list` and their `kwargs`: files, or a folder.
