@@ -1,4 +1,4 @@
-//! docs/methods.md says what the methods' own head comments say.
+//! docs/methods.md says what the methods' own head comments say; commands of the pages run, and links lead somewhere.
 //!
 //! `UPDATE_DOCS=1 cargo test --release --test docs` writes the reference anew.
 #![allow(clippy::unwrap_used)] // a test may fail by panicking, its helpers too
@@ -48,26 +48,114 @@ fn every_method_is_a_file_a_row_and_a_recipe() {
     }
 }
 
-/// What a newcomer is told to type works as it stands.
+/// What a reader is told to type works as it stands: fences marked `sh`, each page in a folder of its own. Those that
+/// need something that is not here are marked `console`.
 #[cfg(unix)]
 #[test]
-fn the_commands_of_the_first_page_run() {
-    let page = std::fs::read_to_string(root().join("docs/get-started.md")).unwrap();
-    let fences: Vec<&str> =
-        page.split("```sh\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
-    assert!(!fences.is_empty(), "docs/get-started.md shows no command");
-    let folder = tempfile::tempdir().unwrap();
+fn the_commands_of_the_pages_run() {
+    let place = tempfile::tempdir().unwrap();
     let programs = Path::new(env!("CARGO_BIN_EXE_fewbit")).parent().unwrap().to_owned();
     let path = std::env::var_os("PATH").unwrap_or_default();
     let path = std::env::join_paths([programs].into_iter().chain(std::env::split_paths(&path)));
     let path = path.unwrap();
-    for commands in fences {
-        let mut shell = std::process::Command::new("sh");
-        let shell = shell.args(["-ec", commands]).current_dir(folder.path()).env("PATH", &path);
-        let ended = shell.env("XDG_CACHE_HOME", folder.path().join("cache")).output().unwrap();
-        let said = String::from_utf8_lossy(&ended.stderr);
-        assert!(ended.status.success(), "{commands}{said}");
+    let mut run = BTreeSet::new();
+    for page in stems("docs", "md") {
+        let folder = place.path().join(&page);
+        std::fs::create_dir(&folder).unwrap();
+        for commands in fences(&text(&format!("docs/{page}.md"))) {
+            let mut shell = std::process::Command::new("sh");
+            let shell = shell.args(["-ec", &commands]).current_dir(&folder).env("PATH", &path);
+            let shell = shell.env("XDG_CACHE_HOME", place.path().join("cache"));
+            let ended = shell.env("HF_HUB_OFFLINE", "1").output().unwrap();
+            let said = String::from_utf8_lossy(&ended.stderr);
+            assert!(ended.status.success(), "docs/{page}.md:\n{commands}\n{said}");
+            run.insert(page.clone());
+        }
     }
+    assert!(run.contains("get-started"), "docs/get-started.md shows no command");
+}
+
+#[test]
+fn every_page_is_in_the_book() {
+    let mut pages = stems("docs", "md");
+    assert!(pages.remove("SUMMARY"));
+    let pages: BTreeSet<String> = pages.into_iter().map(|page| format!("{page}.md")).collect();
+    assert_eq!(links(&text("docs/SUMMARY.md")).into_iter().collect::<BTreeSet<_>>(), pages);
+}
+
+#[test]
+fn links_lead_somewhere() {
+    let pages = stems("docs", "md").into_iter().map(|page| format!("docs/{page}.md"));
+    let mut broken = Vec::new();
+    for page in pages.chain(["README.md".to_owned(), "CONTRIBUTING.md".to_owned()]) {
+        for link in links(&text(&page)) {
+            if link.contains("://") {
+                continue;
+            }
+            let (file, anchor) = link.split_once('#').unwrap_or((&link, ""));
+            let target = match file {
+                "" => root().join(&page),
+                file => root().join(&page).parent().unwrap().join(file),
+            };
+            let leads = target.exists()
+                && (anchor.is_empty()
+                    || anchors(&std::fs::read_to_string(&target).unwrap()).contains(anchor));
+            if !leads {
+                broken.push(format!("{page}: {link}"));
+            }
+        }
+    }
+    assert!(broken.is_empty(), "{broken:#?}");
+}
+
+/// What stands in the fences of a page that are marked `sh`.
+#[cfg(unix)]
+fn fences(page: &str) -> Vec<String> {
+    let fences = page.split("\n```sh\n").skip(1);
+    fences.map(|rest| rest.split("\n```").next().unwrap().to_owned()).collect()
+}
+
+/// A page without its fences.
+fn prose(page: &str) -> String {
+    let mut fenced = false;
+    let mut lines = Vec::new();
+    for line in page.lines() {
+        if line.trim_start().starts_with("```") {
+            fenced = !fenced;
+        } else if !fenced {
+            lines.push(line);
+        }
+    }
+    lines.join("\n")
+}
+
+/// Where the links of a page lead, those in code left out.
+fn links(page: &str) -> Vec<String> {
+    let prose: String = prose(page).split('`').step_by(2).collect();
+    let ends = prose.split("](").skip(1).filter_map(|rest| rest.split_once(')'));
+    ends.map(|(to, _)| to.to_owned()).collect()
+}
+
+/// The names of a page's headings as mdBook and GitHub make them.
+fn anchors(page: &str) -> BTreeSet<String> {
+    let mut anchors = BTreeSet::new();
+    for title in prose(page).lines().filter(|line| line.starts_with('#')) {
+        let kept = title.trim_start_matches('#').trim().chars().filter_map(|c| match c {
+            '_' | '-' => Some(c),
+            c if c.is_whitespace() => Some('-'),
+            c => c.is_alphanumeric().then(|| c.to_ascii_lowercase()),
+        });
+        let name: String = kept.collect();
+        let others = (1..).map(|n| format!("{name}-{n}"));
+        let free = [name.clone()].into_iter().chain(others).find(|name| !anchors.contains(name));
+        anchors.extend(free);
+    }
+    anchors
+}
+
+/// A file of the repository.
+fn text(path: &str) -> String {
+    std::fs::read_to_string(root().join(path)).unwrap()
 }
 
 /// One section per method, in the order of the `methods!` list.
