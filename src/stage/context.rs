@@ -36,7 +36,7 @@ pub struct StageContext<'a> {
     pub stage: usize,
     /// Index of the last stage that quantized, this one included: names the current model.
     pub latest: &'static str,
-    /// Steps of all earlier stages, TensorBoard's axis.
+    /// Steps of all earlier stages.
     pub first_step: u64,
     /// Whether no later stage has begun.
     pub is_last: bool,
@@ -123,7 +123,9 @@ impl StageContext<'_> {
         for (bits, histogram) in widths {
             let edges = (0..=histogram.0.len()).map(|code| code as f64 - 0.5).collect();
             self.report.emit(&Event::Histogram {
+                stage: self.stage,
                 tag: format!("codes/{}_w{bits}", self.latest),
+                step: self.steps,
                 global_step: self.first_step + self.steps,
                 edges,
                 counts: histogram.0,
@@ -131,7 +133,8 @@ impl StageContext<'_> {
         }
     }
 
-    /// Emits how far learned steps moved from where they started: `ln(scale / start)`.
+    /// Emits how far learned steps moved from where they started, `ln(scale / start)`, after `step` steps of
+    /// this stage.
     pub(super) fn report_scale_change(&mut self, changes: &[f32], step: u64) {
         const BUCKETS: usize = 40;
         let (low, high) =
@@ -148,8 +151,10 @@ impl StageContext<'_> {
             counts[bucket.min(BUCKETS - 1)] += 1;
         }
         self.report.emit(&Event::Histogram {
+            stage: self.stage,
             tag: format!("scale_change/{}", self.latest),
-            global_step: step,
+            step,
+            global_step: self.first_step + step,
             edges: (0..=BUCKETS).map(|i| low + width * i as f64).collect(),
             counts,
         });

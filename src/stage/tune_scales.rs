@@ -215,7 +215,7 @@ impl Stage for TuneScalesConfig {
             }
             Ok(())
         })?;
-        report_changes(ctx, &tuned, ctx.first_step + self.steps);
+        report_changes(ctx, &tuned, self.steps);
         let mut bases = Vec::new();
         for (name, _) in &tuned {
             bases.extend(ctx.model.now(name)?);

@@ -280,8 +280,7 @@ impl<'a> Fit<'a> {
                 end.grid.coarseness().into_iter().zip(start).map(|(end, start)| (end / start).ln())
             })
             .collect();
-        let step = ctx.first_step + self.config.steps * (self.index as u64 + 1);
-        ctx.report_scale_change(&changes, step);
+        ctx.report_scale_change(&changes, self.config.steps * (self.index as u64 + 1));
     }
 }
 
