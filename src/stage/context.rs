@@ -110,8 +110,9 @@ impl StageContext<'_> {
         folded.with_scales(self.scales).map_err(|e| e.at(name))
     }
 
-    /// Emits the code histogram of everything quantized so far, one per width.
-    pub(super) fn report_codes(&mut self) {
+    /// Emits the code histogram of everything quantized so far, one per width, after `step` steps, or blocks, of
+    /// this stage.
+    pub(super) fn report_codes(&mut self, step: u64) {
         let mut widths: BTreeMap<u8, crate::quant::CodeHistogram> = BTreeMap::new();
         for (weight, _) in self.model.quantized.values() {
             let histogram = weight.histogram();
@@ -125,7 +126,7 @@ impl StageContext<'_> {
             self.report.emit(&Event::Histogram {
                 stage: self.stage,
                 tag: format!("codes/{}_w{bits}", self.latest),
-                step: self.steps,
+                step,
                 global_step: self.first_step + self.steps,
                 edges,
                 counts: histogram.0,
@@ -133,9 +134,9 @@ impl StageContext<'_> {
         }
     }
 
-    /// Emits how far learned steps moved from where they started, `ln(scale / start)`, after `step` steps of
-    /// this stage.
-    pub(super) fn report_scale_change(&mut self, changes: &[f32], step: u64) {
+    /// Emits how far learned steps moved from where they started, `ln(scale / start)`; `at` is as
+    /// [`StageContext::report_codes`]'s, and the number of steps done.
+    pub(super) fn report_scale_change(&mut self, changes: &[f32], at: [u64; 2]) {
         const BUCKETS: usize = 40;
         let (low, high) =
             changes.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), c| {
@@ -153,8 +154,8 @@ impl StageContext<'_> {
         self.report.emit(&Event::Histogram {
             stage: self.stage,
             tag: format!("scale_change/{}", self.latest),
-            step,
-            global_step: self.first_step + step,
+            step: at[0],
+            global_step: self.first_step + at[1],
             edges: (0..=BUCKETS).map(|i| low + width * i as f64).collect(),
             counts,
         });

@@ -27,6 +27,7 @@ mod logits;
 mod lora;
 mod memory;
 mod monitor;
+mod motion;
 mod observed;
 mod on_policy;
 mod places;

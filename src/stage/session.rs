@@ -9,6 +9,7 @@ use super::corpus::Data;
 use super::keys::Keys;
 use super::memory::Memory;
 use super::monitor::Monitor;
+use super::motion::{self, Motion, Moved};
 use super::on_policy::{OnPolicy, Samples, Writing};
 use super::states::States;
 use super::step::{ByBlockStep, OnTape, Part};
@@ -116,6 +117,10 @@ struct Session {
     waiting: Vec<Waiting>,
     /// The loss that was last seen.
     last_loss: f64,
+    /// What log points tell of how far steps go.
+    motion: Motion,
+    /// When this process took up the training, and behind which step.
+    began: (Instant, u64),
 }
 
 /// A step that nobody has judged yet.
@@ -125,6 +130,15 @@ struct Waiting {
     /// The schedule's share of the base rate.
     factor: f64,
     stepped: Stepped,
+}
+
+/// What a log point tells beside the numbers of its step.
+#[derive(Default)]
+struct LogPoint {
+    /// How near the student is to its teacher.
+    closeness: Option<Numbers>,
+    /// How far the step went.
+    moved: Moved,
 }
 
 /// What steps are made of: a function of the step.
@@ -221,6 +235,7 @@ impl Session {
         let objective = confident(training, ctx, teacher.as_ref(), &order, &feed)?;
         let watched = (training.verb, training.keys.steps, training.keys.objective);
         let monitor = Monitor::new(training.keys.validate, watched, ctx, teacher.as_ref())?;
+        let motion = Motion::of(&student)?;
         let mut session = Self {
             student: student.train(),
             teacher,
@@ -233,21 +248,24 @@ impl Session {
             timer: Timer::new(),
             waiting: Vec::new(),
             last_loss: f64::NAN,
+            motion,
+            began: (Instant::now(), 0),
         };
         if !session.load(training, ctx)? {
             session.begin(ctx)?;
         }
+        session.began = (Instant::now(), session.step);
         Ok(session)
     }
 
-    /// Gradients and update of one step.
+    /// Gradients and update of one step; a log point asks for more numbers.
     fn update(
         &mut self,
         training: &Training<'_>,
         ctx: &StageContext<'_>,
         rate_of: &dyn Fn(&str) -> f64,
-        compare: bool,
-    ) -> Result<(Stepped, Option<Numbers>)> {
+        log_point: bool,
+    ) -> Result<(Stepped, LogPoint)> {
         let waiting = Instant::now();
         let micros = self.source.micros(self.step, training, ctx)?;
         self.timer.data += waiting.elapsed();
@@ -255,24 +273,40 @@ impl Session {
         let in_units = training.rate_unit == RateUnit::Grid;
         let (fake_quant, optimizer) = (training.fake_quant, &mut self.optimizer);
         let teacher = self.teacher.as_ref().filter(|_| self.source.cache.is_none());
-        match &mut self.student {
+        let motion = &mut self.motion;
+        if log_point {
+            optimizer.note();
+        }
+        let (stepped, closeness) = match &mut self.student {
             Student::Whole(model) => {
                 let on_tape = OnTape { in_units, fake_quant, teacher: teacher.map(Teacher::ends) };
+                let before = model.blocks.iter().filter(|_| log_point).map(motion::codes);
+                let before: Vec<_> = before.collect();
                 // Moved, not cloned: what is held once is updated in place.
                 let blocks = std::mem::take(&mut model.blocks);
                 let whole = CausalLm { blocks, ..model.clone() };
-                let (stepped, stats, closeness) =
-                    on_tape.step(whole, optimizer, &micros, rate_of, compare)?;
-                *model = stepped;
-                Ok((stats, closeness))
+                let (whole, stepped, closeness) =
+                    on_tape.step(whole, optimizer, &micros, rate_of, log_point)?;
+                *model = whole;
+                for (block, before) in model.blocks.iter().zip(&before) {
+                    motion.note(block.index, before, block);
+                }
+                (stepped, closeness)
             }
             Student::ByBlock(rack) => {
-                let mut step = ByBlockStep { rack, optimizer, rate_of, in_units, fake_quant };
-                let Some(teacher) = teacher else { return step.step(&micros, None, compare) };
-                teacher
-                    .with(ctx, |model| step.step(&micros, Some((model, teacher.ends())), compare))
+                let motion = log_point.then_some(motion);
+                let mut step =
+                    ByBlockStep { rack, optimizer, rate_of, in_units, fake_quant, motion };
+                match teacher {
+                    None => step.step(&micros, None, log_point)?,
+                    Some(teacher) => teacher.with(ctx, |model| {
+                        step.step(&micros, Some((model, teacher.ends())), log_point)
+                    })?,
+                }
             }
-        }
+        };
+        let moved = self.motion.take(self.optimizer.take_noted());
+        Ok((stepped, LogPoint { closeness, moved }))
     }
 
     /// One optimizer step.
@@ -289,7 +323,7 @@ impl Session {
         let log_point =
             (step + 1).is_multiple_of(training.keys.log_every) || step + 1 == training.keys.steps;
         let stepped = self.update(training, ctx, &rate_of, log_point);
-        let (stepped, closeness) =
+        let (stepped, told) =
             stepped.map_err(|e| e.at(format!("stage {}, step {step}", ctx.stage)))?;
         self.waiting.push(Waiting { step: step + 1, factor: scheduled, stepped });
         if !(log_point || self.numbers_are_due(training)) {
@@ -297,7 +331,7 @@ impl Session {
             self.say_progress(training, ctx);
             return Ok(());
         }
-        let (stats, closeness) = match self.judge(training, ctx, closeness)? {
+        let (stats, told) = match self.judge(training, ctx, told)? {
             Ok(seen) => seen,
             Err((failure, culprit)) => {
                 return self.go_back(training, (&failure, culprit), step + 1, ctx);
@@ -305,7 +339,7 @@ impl Session {
         };
         self.step += 1;
         if log_point {
-            self.report(training, ctx, &stats, closeness, training.rate * factor);
+            self.report(training, ctx, &stats, &told, training.rate * factor);
         } else {
             self.say_progress(training, ctx);
         }
@@ -328,12 +362,12 @@ impl Session {
         &mut self,
         training: &Training<'_>,
         ctx: &StageContext<'_>,
-        mut closeness: Option<Numbers>,
-    ) -> Result<Result<(StepStats, Option<Closeness>), (Failure, Option<String>)>> {
+        mut told: LogPoint,
+    ) -> Result<Result<(StepStats, LogPoint), (Failure, Option<String>)>> {
         let mut waiting = std::mem::take(&mut self.waiting);
         let steps = waiting.iter_mut().flat_map(|waiting| waiting.stepped.numbers_mut());
-        Numbers::read_all(steps.chain(closeness.as_mut()));
-        let closeness = closeness.map(|numbers| Closeness::of(&numbers.values()));
+        let LogPoint { closeness, moved } = &mut told;
+        Numbers::read_all(steps.chain(closeness.as_mut()).chain(moved.numbers_mut()));
         let mut last = StepStats { loss: f64::NAN, grad_norm: f64::NAN, culprit: None };
         for Waiting { step, factor, stepped } in waiting {
             last = stepped.stats();
@@ -349,7 +383,7 @@ impl Session {
             }
         }
         self.last_loss = last.loss;
-        Ok(Ok((last, closeness)))
+        Ok(Ok((last, told)))
     }
 
     fn say_progress(&self, training: &Training<'_>, ctx: &mut StageContext<'_>) {
@@ -490,6 +524,7 @@ impl Session {
         self.monitor.go_back(failure, step, ctx)?;
         self.take_kept(training, ctx)?;
         self.timer = Timer::new();
+        self.began = (Instant::now(), self.step);
         self.save(training, ctx)
     }
 
@@ -541,7 +576,7 @@ impl Session {
         training: &Training<'_>,
         ctx: &mut StageContext<'_>,
         stats: &StepStats,
-        closeness: Option<Closeness>,
+        told: &LogPoint,
         rate: f64,
     ) {
         let timer = std::mem::replace(&mut self.timer, Timer::new());
@@ -551,7 +586,7 @@ impl Session {
             ("train/learning_rate", rate),
             ("train/grad_norm", stats.grad_norm),
         ];
-        if let Some(c) = closeness {
+        if let Some(c) = told.closeness.as_ref().map(|numbers| Closeness::of(&numbers.values())) {
             values.extend([
                 ("distill/jsd", c.jsd),
                 ("distill/kl_forward", c.kl_forward),
@@ -575,12 +610,24 @@ impl Session {
             global_step: ctx.first_step + self.step,
             values: values.into_iter().map(|(tag, value)| (tag.to_owned(), value)).collect(),
         });
+        let (since, from) = self.began;
+        let each = since.elapsed().as_secs_f64() / self.step.saturating_sub(from).max(1) as f64;
+        let left = each * training.keys.steps.saturating_sub(self.step) as f64;
+        let mut values = told.moved.values();
+        values.push(("perf/seconds_left", left));
+        ctx.report.emit(&Event::Details {
+            stage: ctx.stage,
+            step: self.step,
+            global_step: ctx.first_step + self.step,
+            values,
+            blocks: told.moved.by_block(),
+        });
     }
 
     /// Saves behind a step whose numbers may be waited for still.
     fn save_judged(&mut self, training: &Training<'_>, ctx: &mut StageContext<'_>) -> Result<()> {
         let step = self.step;
-        match self.judge(training, ctx, None)? {
+        match self.judge(training, ctx, LogPoint::default())? {
             Ok(_) => self.save(training, ctx),
             Err((failure, culprit)) => self.go_back(training, (&failure, culprit), step, ctx),
         }

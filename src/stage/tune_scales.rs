@@ -325,7 +325,7 @@ fn report_changes(ctx: &mut StageContext<'_>, tuned: &[(String, QuantizedWeight)
             }
         }
     }
-    ctx.report_scale_change(&changes, step);
+    ctx.report_scale_change(&changes, [step; 2]);
     ctx.report.emit(&Event::Note {
         text: format!(
             "scales moved by at most {widest:.2} of themselves, {crossed} crossed zero, {floored} \

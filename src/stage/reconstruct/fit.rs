@@ -280,7 +280,8 @@ impl<'a> Fit<'a> {
                 end.grid.coarseness().into_iter().zip(start).map(|(end, start)| (end / start).ln())
             })
             .collect();
-        ctx.report_scale_change(&changes, self.config.steps * (self.index as u64 + 1));
+        let index = self.index as u64;
+        ctx.report_scale_change(&changes, [index, self.config.steps * (index + 1)]);
     }
 }
 
