@@ -31,10 +31,7 @@ impl JsonLines {
 
 impl Reporter for JsonLines {
     fn emit(&mut self, event: &Event) {
-        if matches!(
-            event,
-            Event::Progress { .. } | Event::Text { .. } | Event::Settings { .. }
-        ) {
+        if matches!(event, Event::Progress { .. } | Event::Text { .. } | Event::Settings { .. }) {
             return;
         }
         if let Event::Resumed { mark, .. } = event

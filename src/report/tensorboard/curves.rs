@@ -153,9 +153,10 @@ impl Curves {
     fn results(&self, event: &Json) -> Vec<Value> {
         let number = |key: &str| event[key].as_f64();
         let perplexity = number("perplexity_final");
-        let [kl, top1] = self.closeness.as_ref().map_or([None; 2], |(_, numbers)| {
-            numbers.each_ref().map(Json::as_f64)
-        });
+        let [kl, top1] = self
+            .closeness
+            .as_ref()
+            .map_or([None; 2], |(_, numbers)| numbers.each_ref().map(Json::as_f64));
         let numbers = [
             perplexity,
             perplexity.zip(number("perplexity_float")).map(|(after, float)| after / float),

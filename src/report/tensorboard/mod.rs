@@ -160,7 +160,8 @@ fn event_files(folder: &Path, below: &str, found: &mut Vec<(String, PathBuf)>) {
     for path in entries.flatten().map(|entry| entry.path()) {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         if path.is_dir() {
-            let below = if below.is_empty() { name.into_owned() } else { format!("{below}/{name}") };
+            let below =
+                if below.is_empty() { name.into_owned() } else { format!("{below}/{name}") };
             event_files(folder, &below, found);
         } else if name.starts_with(EVENTS) && name.contains(".fewbit.") {
             found.push((below.to_owned(), path));
@@ -177,10 +178,10 @@ fn keep_last(records: &mut Vec<Record>) {
             value.retain(|value| known.insert((value.tag.clone(), step)));
         }
     }
-    let is_empty = |record: &Record| {
-        matches!(&record.what, Some(What::Summary(summary)) if summary.value.is_empty())
-    };
-    records.retain(|record| !is_empty(record));
+    records.retain(|record| match &record.what {
+        Some(What::Summary(summary)) => !summary.value.is_empty(),
+        _ => true,
+    });
 }
 
 impl Reporter for TensorBoard {
@@ -333,7 +334,8 @@ mod tests {
         let start = Event::StageStart { stage: 0, of: 1, name: "distill".into() };
         let resumed =
             Event::Resumed { stage: "distill".into(), position: String::new(), mark: mark() };
-        let [stage, _] = after(&[vec![Event::Saved { mark: mark() }, start, step(1)], vec![resumed]]);
+        let [stage, _] =
+            after(&[vec![Event::Saved { mark: mark() }, start, step(1)], vec![resumed]]);
         assert!(stage.is_empty());
     }
 
