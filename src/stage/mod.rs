@@ -23,6 +23,7 @@ mod head;
 mod inputs;
 mod keys;
 mod kind;
+mod log_point;
 mod logits;
 mod lora;
 mod memory;

@@ -1,15 +1,16 @@
 //! Training a whole model on windows of text: steps, log points, saved states. What learns of the
 //! model, and what becomes of it, is the stages' affair.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::batch::Feed;
 use super::context::StageContext;
 use super::corpus::Data;
 use super::keys::Keys;
+use super::log_point::{LogPoint, Timer};
 use super::memory::Memory;
 use super::monitor::Monitor;
-use super::motion::{self, Motion, Moved};
+use super::motion::{self, Motion};
 use super::on_policy::{OnPolicy, Samples, Writing};
 use super::states::States;
 use super::step::{ByBlockStep, OnTape, Part};
@@ -19,15 +20,14 @@ use super::teacher_cache::{Kept, TeacherCache};
 use super::training_state::{Snapshot, State};
 use super::watch::{Failure, Seen};
 use crate::data::{Order, seed_of};
-use crate::device;
 use crate::error::{Error, Kind, Result};
 use crate::exhausted;
 use crate::method;
 use crate::model::{CausalLm, Positions};
 use crate::objective::ObjectiveConfig;
-use crate::ops::{Closeness, Numbers};
+use crate::ops::Numbers;
 use crate::quant::ScaleDigits;
-use crate::report::{Event, Reporter, memory};
+use crate::report::{Event, Reporter};
 use crate::train::{Optimizer, RateUnit, Role, StepStats, Stepped};
 
 /// How a whole model is trained.
@@ -119,8 +119,6 @@ struct Session {
     last_loss: f64,
     /// What log points tell of how far steps go.
     motion: Motion,
-    /// When this process took up the training, and behind which step.
-    began: (Instant, u64),
 }
 
 /// A step that nobody has judged yet.
@@ -132,15 +130,6 @@ struct Waiting {
     stepped: Stepped,
 }
 
-/// What a log point tells beside the numbers of its step.
-#[derive(Default)]
-struct LogPoint {
-    /// How near the student is to its teacher.
-    closeness: Option<Numbers>,
-    /// How far the step went.
-    moved: Moved,
-}
-
 /// What steps are made of: a function of the step.
 struct Source {
     objective: ObjectiveConfig,
@@ -150,19 +139,6 @@ struct Source {
     samples: Option<Samples>,
     /// What the teacher said of all windows, where it is not asked again.
     cache: Option<TeacherCache>,
-}
-
-/// Times between log points.
-struct Timer {
-    since: Instant,
-    data: Duration,
-    tokens: usize,
-}
-
-impl Timer {
-    fn new() -> Self {
-        Self { since: Instant::now(), data: Duration::ZERO, tokens: 0 }
-    }
 }
 
 impl Source {
@@ -245,16 +221,15 @@ impl Session {
             shortened: false,
             monitor,
             states: States::of(ctx.dir, training.keys.keep)?,
-            timer: Timer::new(),
+            timer: Timer::new(0),
             waiting: Vec::new(),
             last_loss: f64::NAN,
             motion,
-            began: (Instant::now(), 0),
         };
         if !session.load(training, ctx)? {
             session.begin(ctx)?;
         }
-        session.began = (Instant::now(), session.step);
+        session.timer = Timer::new(session.step);
         Ok(session)
     }
 
@@ -339,7 +314,8 @@ impl Session {
         };
         self.step += 1;
         if log_point {
-            self.report(training, ctx, &stats, &told, training.rate * factor);
+            let at = (training.verb, [self.step, training.keys.steps]);
+            told.report(at, &stats, training.rate * factor, &mut self.timer, ctx);
         } else {
             self.say_progress(training, ctx);
         }
@@ -366,8 +342,7 @@ impl Session {
     ) -> Result<Result<(StepStats, LogPoint), (Failure, Option<String>)>> {
         let mut waiting = std::mem::take(&mut self.waiting);
         let steps = waiting.iter_mut().flat_map(|waiting| waiting.stepped.numbers_mut());
-        let LogPoint { closeness, moved } = &mut told;
-        Numbers::read_all(steps.chain(closeness.as_mut()).chain(moved.numbers_mut()));
+        Numbers::read_all(steps.chain(told.numbers_mut()));
         let mut last = StepStats { loss: f64::NAN, grad_norm: f64::NAN, culprit: None };
         for Waiting { step, factor, stepped } in waiting {
             last = stepped.stats();
@@ -491,7 +466,7 @@ impl Session {
     fn validate(&mut self, ctx: &mut StageContext<'_>) -> Result<Result<bool, Failure>> {
         let validated = self.monitor.validate(&self.student, self.teacher.as_ref(), self.step, ctx);
         // What a validation takes is no part of the next step's speed.
-        self.timer = Timer::new();
+        self.timer.restart();
         validated
     }
 
@@ -523,8 +498,7 @@ impl Session {
         self.waiting.clear();
         self.monitor.go_back(failure, step, ctx)?;
         self.take_kept(training, ctx)?;
-        self.timer = Timer::new();
-        self.began = (Instant::now(), self.step);
+        self.timer = Timer::new(self.step);
         self.save(training, ctx)
     }
 
@@ -569,59 +543,6 @@ impl Session {
     fn shorten(&mut self, digits: ScaleDigits) {
         self.student.shorten(digits);
         self.shortened = true;
-    }
-
-    fn report(
-        &mut self,
-        training: &Training<'_>,
-        ctx: &mut StageContext<'_>,
-        stats: &StepStats,
-        told: &LogPoint,
-        rate: f64,
-    ) {
-        let timer = std::mem::replace(&mut self.timer, Timer::new());
-        let seconds = timer.since.elapsed().as_secs_f64().max(1e-9);
-        let mut values = vec![
-            ("train/loss", stats.loss),
-            ("train/learning_rate", rate),
-            ("train/grad_norm", stats.grad_norm),
-        ];
-        if let Some(c) = told.closeness.as_ref().map(|numbers| Closeness::of(&numbers.values())) {
-            values.extend([
-                ("distill/jsd", c.jsd),
-                ("distill/kl_forward", c.kl_forward),
-                ("distill/kl_reverse", c.kl_reverse),
-                ("distill/top1_agreement", c.top1),
-            ]);
-        }
-        values.extend([
-            ("perf/tokens_per_second", timer.tokens as f64 / seconds),
-            ("perf/data_wait_fraction", timer.data.as_secs_f64() / seconds),
-        ]);
-        values.extend(memory::peak_gib().map(|gib| ("memory/peak_gib", gib)));
-        let held = ctx.device.discrete.then(|| device::held(&ctx.device.device)).flatten();
-        let gib = held.map(|[_, reserved]| reserved as f64 / f64::from(1 << 30));
-        values.extend(gib.map(|gib| ("memory/device_gib", gib)));
-        ctx.report.emit(&Event::Step {
-            stage: ctx.stage,
-            verb: training.verb.to_owned(),
-            step: self.step,
-            of: training.keys.steps,
-            global_step: ctx.first_step + self.step,
-            values: values.into_iter().map(|(tag, value)| (tag.to_owned(), value)).collect(),
-        });
-        let (since, from) = self.began;
-        let each = since.elapsed().as_secs_f64() / self.step.saturating_sub(from).max(1) as f64;
-        let left = each * training.keys.steps.saturating_sub(self.step) as f64;
-        let mut values = told.moved.values();
-        values.push(("perf/seconds_left", left));
-        ctx.report.emit(&Event::Details {
-            stage: ctx.stage,
-            step: self.step,
-            global_step: ctx.first_step + self.step,
-            values,
-            blocks: told.moved.by_block(),
-        });
     }
 
     /// Saves behind a step whose numbers may be waited for still.

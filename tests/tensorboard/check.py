@@ -9,6 +9,7 @@ TensorBoard's own pages HParams and Custom Scalars read what is for them; else 1
 """
 
 import argparse
+import json
 import math
 import re
 import sys
@@ -169,6 +170,7 @@ def pages(folder):
         wrong.append("HParams does not show the run as complete")
 
     layout = CustomScalarsPlugin(tensorboard).layout_impl(request, "")
+    layout = json.loads(layout) if isinstance(layout, str) else layout
     tags = {tag for tags in provider.list_scalars(request, experiment_id="", plugin_name="scalars")
             .values() for tag in tags}
     for category in layout.get("category", []):
