@@ -1,7 +1,10 @@
-//! docs/methods.md says what the methods' own head comments say; commands of the pages run, and links lead somewhere.
+//! docs/methods.md and docs/recipes.md say what the source says; commands of the pages run, and links lead somewhere.
 //!
 //! `UPDATE_DOCS=1 cargo test --release --test docs` writes the reference anew.
 #![allow(clippy::unwrap_used)] // a test may fail by panicking, its helpers too
+
+#[path = "docs/recipes.rs"]
+mod recipes_page;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -10,16 +13,24 @@ use std::path::{Path, PathBuf};
 /// What every head comment states, in this order.
 const FIELDS: [&str; 5] = ["What it learns", "Formula", "Start", "Recipe keys", "Export"];
 
-const BEGIN: &str = "<!-- methods:begin -->";
-const END: &str = "<!-- methods:end -->";
-
 #[test]
 fn the_reference_is_what_the_head_comments_say() {
-    let path = root().join("docs/methods.md");
+    is_as_the_source_says("methods.md", "methods", &reference());
+}
+
+#[test]
+fn every_key_of_a_recipe_is_on_its_page() {
+    is_as_the_source_says("recipes.md", "keys", &recipes_page::reference());
+}
+
+/// A page says between its marks what is made from the source, or is made to.
+fn is_as_the_source_says(page: &str, marks: &str, reference: &str) {
+    let [begin, end] = ["begin", "end"].map(|mark| format!("<!-- {marks}:{mark} -->"));
+    let path = root().join("docs").join(page);
     let text = std::fs::read_to_string(&path).unwrap();
-    let (before, rest) = text.split_once(BEGIN).unwrap();
-    let (_, after) = rest.split_once(END).unwrap();
-    let expected = format!("{before}{BEGIN}\n\n{}{END}{after}", reference());
+    let (before, rest) = text.split_once(&begin).unwrap();
+    let (_, after) = rest.split_once(&end).unwrap();
+    let expected = format!("{before}{begin}\n\n{reference}{end}{after}");
     if std::env::var_os("UPDATE_DOCS").is_some_and(|value| value == "1") {
         std::fs::write(&path, &expected).unwrap();
         return;
@@ -27,7 +38,7 @@ fn the_reference_is_what_the_head_comments_say() {
     let differs = text.lines().zip(expected.lines()).find(|(found, expected)| found != expected);
     assert!(
         text == expected,
-        "docs/methods.md differs from the head comments of src/method at {differs:?}; \
+        "docs/{page} differs from what the source says at {differs:?}; \
          UPDATE_DOCS=1 cargo test --release --test docs writes it"
     );
 }

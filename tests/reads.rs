@@ -132,7 +132,7 @@ fn nothing_else_of_a_step_reads() {
     for layer in ["ops", "train", "objective"] {
         visit(&src.join(layer), &mut found);
     }
-    for file in ["step", "batch", "session", "reconstruct/descent", "reconstruct/task"] {
+    for file in ["step", "batch", "session", "motion", "reconstruct/descent", "reconstruct/task"] {
         found.push(src.join("stage").join(file).with_extension("rs"));
     }
     for path in found {

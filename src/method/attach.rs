@@ -152,6 +152,33 @@ pub fn coarseness(weight: &Param<Tensor<2>>) -> Option<Result<Vec<f32>>> {
     Some(Ok(scales.chunks(planes).map(|scales| scales.iter().map(|s| s.abs()).sum()).collect()))
 }
 
+/// What there is to see of a weight's codes and scales between steps, off the tape and on its device.
+pub struct Glimpse {
+    /// Codes as floats, of some of the groups, evenly spread, `[some, group_len]`; none where codes stay.
+    pub codes: Option<Tensor<2>>,
+    /// Scales, of the same groups or of all, `[some, planes]`.
+    pub scales: Tensor<2>,
+}
+
+/// Codes of at most about `most` weights, and scales; `None` for a dense weight.
+pub fn glimpse(weight: &Param<Tensor<2>>, most: usize) -> Option<Glimpse> {
+    if let Some(coded) = weight.reparameterization::<CodedWeight>() {
+        return Some(Glimpse { codes: None, scales: ops::off_tape(coded.scales()) });
+    }
+    let FakeQuant { method, layout, digits, .. } = attached(weight)?;
+    let grouped = layout.grouped();
+    let base = ops::reshape_grouped(weight.base().transpose(), grouped);
+    let every = (grouped[0] * grouped[1]).div_ceil(most.max(1));
+    let (quantizer, every) = method.quantizer(base).some_groups(every.min(grouped[0]));
+    let quantizer = quantizer.shortened(*digits);
+    let (codes, scales) = match quantizer.fold() {
+        Folded::Uniform { codes, scale, .. } => (codes, scale),
+        Folded::BinaryCoding { codes, alpha, .. } => (codes, alpha),
+    };
+    let codes = ops::every_row(ops::off_tape(codes), every);
+    Some(Glimpse { codes: Some(codes), scales: ops::off_tape(scales) })
+}
+
 /// The weight after its method's work between steps; `None` for a dense weight.
 pub fn between_steps(weight: &Param<Tensor<2>>, moment: Moment) -> Option<Param<Tensor<2>>> {
     let attached = attached(weight)?.clone();

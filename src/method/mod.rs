@@ -45,8 +45,8 @@ pub use adadim::{AdaDim, AdaDimConfig};
 pub use alphatuning::{AlphaTuning, AlphaTuningConfig, LearnedAlphas};
 pub use anybcq::{AnyBcq, AnyBcqConfig};
 pub use attach::{
-    FakeQuant, Latent, attach, attached, between_steps, coarseness, fold, is_carried, latent,
-    materialize, measures, quantize, role_of, shorten_all,
+    FakeQuant, Glimpse, Latent, attach, attached, between_steps, coarseness, fold, glimpse,
+    is_carried, latent, materialize, measures, quantize, role_of, shorten_all,
 };
 pub use awq::{Awq, AwqConfig};
 pub use bcq::{Bcq, BcqConfig, BcqSolve};

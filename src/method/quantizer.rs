@@ -93,6 +93,18 @@ impl Quantizer {
         self
     }
 
+    /// Of every so many groups the first, where that is simple; how many groups are to be passed over still.
+    #[must_use]
+    pub(super) fn some_groups(self, every: usize) -> (Self, usize) {
+        match self {
+            Self::Stepped(stepped, zero_kind) => {
+                (Self::Stepped(stepped.some_groups(every), zero_kind), 1)
+            }
+            // Their factors are shared among groups.
+            Self::Divided(_) | Self::Unified { .. } => (self, every),
+        }
+    }
+
     /// Differentiable stand-in for the weight, `[groups, group_len]`.
     pub fn values(self) -> Tensor<2> {
         match self {

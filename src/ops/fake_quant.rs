@@ -63,6 +63,21 @@ pub fn reshape_grouped(weight: Tensor<2>, grouped: [usize; 2]) -> Tensor<2> {
     if weight.dims() == grouped { weight } else { weight.reshape(grouped) }
 }
 
+/// Of every so many rows the first; what is left over at the end has none.
+///
+/// # Shapes
+/// - x: `[rows, len]`
+/// - result: `[rows / every, len]`
+pub fn every_row(x: Tensor<2>, every: usize) -> Tensor<2> {
+    let [rows, len] = x.dims();
+    let some = rows / every.max(1);
+    if every <= 1 || some == 0 {
+        return x;
+    }
+    // No indices to bring to a device.
+    x.narrow(0, 0, some * every).reshape([some, every * len]).narrow(1, 0, len)
+}
+
 /// `e^x`: the step of a quantizer from its logarithm. The same function as inside the quantizers,
 /// bit for bit.
 ///

@@ -42,8 +42,8 @@ pub use bridge::composed;
 pub use coded::{CodedKind, CodedMatrix, FrozenGrid, PackedCodes, continuing};
 pub use device_kernels::{DeviceKernels, device_kernels};
 pub use fake_quant::{
-    Divided, Rule, Stepped, TieRule, clamp_ste, exp, off_tape, reshape_grouped, round_ste,
-    scale_gradient, shorten_ste,
+    Divided, Rule, Stepped, TieRule, clamp_ste, every_row, exp, off_tape, reshape_grouped,
+    round_ste, scale_gradient, shorten_ste,
 };
 pub use forest::{Branch, Forest};
 pub use likely::{Likely, likeliest};

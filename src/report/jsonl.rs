@@ -11,8 +11,8 @@ use super::log::{Appender, unix_seconds};
 use super::{Event, Reporter};
 use crate::error::{Error, Result};
 
-/// Writes every event except [`Event::Progress`] and [`Event::Text`] as a line of JSON with
-/// `time` in seconds since 1970.
+/// Writes every event except [`Event::Progress`], [`Event::Text`] and [`Event::Settings`] as a line of
+/// JSON with `time` in seconds since 1970.
 pub struct JsonLines {
     file: Appender,
 }
@@ -31,7 +31,7 @@ impl JsonLines {
 
 impl Reporter for JsonLines {
     fn emit(&mut self, event: &Event) {
-        if matches!(event, Event::Progress { .. } | Event::Text { .. }) {
+        if matches!(event, Event::Progress { .. } | Event::Text { .. } | Event::Settings { .. }) {
             return;
         }
         if let Event::Resumed { mark, .. } = event

@@ -156,7 +156,7 @@ fn is_ours(run: &Path, path: &Path) -> bool {
         }
         ["adapters", _] => is_tensors,
         ["adapters", _, _] => is_tensors || ends("json"),
-        ["tensorboard", name] => name.starts_with("events."),
+        ["tensorboard", .., name] => name.starts_with("events."),
         ["eval", _] => ends("json") || ends("jsonl"),
         _ => false,
     }

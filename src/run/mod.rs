@@ -7,6 +7,7 @@
 mod folder;
 mod preflight;
 mod record;
+mod settings;
 mod standing;
 
 use std::path::{Path, PathBuf};
@@ -314,10 +315,12 @@ fn packing(role: &str, stream: &TokenStream) -> Option<String> {
     ))
 }
 
-/// The recipe for TensorBoard; the opening lines for the log.
+/// The recipe for TensorBoard, and what it compares runs by.
 fn announce_to_files(prepared: &Prepared, report: &mut Reporters) {
     let text = to_toml(&prepared.plan.recipe).unwrap_or_default();
     report.emit(&Event::Text { tag: "recipe".to_owned(), text });
+    let settings = settings::settings(&prepared.plan, &prepared.model.name);
+    report.emit(&Event::Settings { settings });
 }
 
 fn attach_files(folder: &RunFolder, report: &mut Reporters) -> Result<()> {

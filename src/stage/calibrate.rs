@@ -223,7 +223,7 @@ impl Stage for CalibrateConfig {
                 }
             }
         }
-        ctx.report_codes();
+        ctx.report_codes(ctx.model.config.n_blocks.saturating_sub(1) as u64);
         Ok(())
     }
 

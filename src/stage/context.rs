@@ -36,7 +36,7 @@ pub struct StageContext<'a> {
     pub stage: usize,
     /// Index of the last stage that quantized, this one included: names the current model.
     pub latest: &'static str,
-    /// Steps of all earlier stages, TensorBoard's axis.
+    /// Steps of all earlier stages.
     pub first_step: u64,
     /// Whether no later stage has begun.
     pub is_last: bool,
@@ -110,8 +110,9 @@ impl StageContext<'_> {
         folded.with_scales(self.scales).map_err(|e| e.at(name))
     }
 
-    /// Emits the code histogram of everything quantized so far, one per width.
-    pub(super) fn report_codes(&mut self) {
+    /// Emits the code histogram of everything quantized so far, one per width, after `step` steps, or blocks, of
+    /// this stage.
+    pub(super) fn report_codes(&mut self, step: u64) {
         let mut widths: BTreeMap<u8, crate::quant::CodeHistogram> = BTreeMap::new();
         for (weight, _) in self.model.quantized.values() {
             let histogram = weight.histogram();
@@ -123,7 +124,9 @@ impl StageContext<'_> {
         for (bits, histogram) in widths {
             let edges = (0..=histogram.0.len()).map(|code| code as f64 - 0.5).collect();
             self.report.emit(&Event::Histogram {
+                stage: self.stage,
                 tag: format!("codes/{}_w{bits}", self.latest),
+                step,
                 global_step: self.first_step + self.steps,
                 edges,
                 counts: histogram.0,
@@ -131,8 +134,9 @@ impl StageContext<'_> {
         }
     }
 
-    /// Emits how far learned steps moved from where they started: `ln(scale / start)`.
-    pub(super) fn report_scale_change(&mut self, changes: &[f32], step: u64) {
+    /// Emits how far learned steps moved from where they started, `ln(scale / start)`; `at` is as
+    /// [`StageContext::report_codes`]'s, and the number of steps done.
+    pub(super) fn report_scale_change(&mut self, changes: &[f32], at: [u64; 2]) {
         const BUCKETS: usize = 40;
         let (low, high) =
             changes.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), c| {
@@ -148,8 +152,10 @@ impl StageContext<'_> {
             counts[bucket.min(BUCKETS - 1)] += 1;
         }
         self.report.emit(&Event::Histogram {
+            stage: self.stage,
             tag: format!("scale_change/{}", self.latest),
-            global_step: step,
+            step: at[0],
+            global_step: self.first_step + at[1],
             edges: (0..=BUCKETS).map(|i| low + width * i as f64).collect(),
             counts,
         });

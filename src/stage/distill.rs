@@ -354,8 +354,8 @@ fn finish(
         if saved.linears.is_empty() { Ok(()) } else { ctx.save_block(index, saved) }
     })?;
     let changes: Vec<f32> = end.iter().zip(start).map(|(end, start)| (end / start).ln()).collect();
-    ctx.report_scale_change(&changes, ctx.first_step + config.steps);
-    ctx.report_codes();
+    ctx.report_scale_change(&changes, [config.steps; 2]);
+    ctx.report_codes(config.steps);
     Ok(())
 }
 

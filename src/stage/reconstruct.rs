@@ -227,7 +227,7 @@ impl Stage for ReconstructConfig {
             };
             ctx.note_block(index, mse);
         }
-        ctx.report_codes();
+        ctx.report_codes(blocks.saturating_sub(1) as u64);
         Ok(())
     }
 

@@ -1,14 +1,16 @@
 //! Training a whole model on windows of text: steps, log points, saved states. What learns of the
 //! model, and what becomes of it, is the stages' affair.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::batch::Feed;
 use super::context::StageContext;
 use super::corpus::Data;
 use super::keys::Keys;
+use super::log_point::{LogPoint, Timer};
 use super::memory::Memory;
 use super::monitor::Monitor;
+use super::motion::{self, Motion};
 use super::on_policy::{OnPolicy, Samples, Writing};
 use super::states::States;
 use super::step::{ByBlockStep, OnTape, Part};
@@ -18,15 +20,14 @@ use super::teacher_cache::{Kept, TeacherCache};
 use super::training_state::{Snapshot, State};
 use super::watch::{Failure, Seen};
 use crate::data::{Order, seed_of};
-use crate::device;
 use crate::error::{Error, Kind, Result};
 use crate::exhausted;
 use crate::method;
 use crate::model::{CausalLm, Positions};
 use crate::objective::ObjectiveConfig;
-use crate::ops::{Closeness, Numbers};
+use crate::ops::Numbers;
 use crate::quant::ScaleDigits;
-use crate::report::{Event, Reporter, memory};
+use crate::report::{Event, Reporter};
 use crate::train::{Optimizer, RateUnit, Role, StepStats, Stepped};
 
 /// How a whole model is trained.
@@ -116,6 +117,8 @@ struct Session {
     waiting: Vec<Waiting>,
     /// The loss that was last seen.
     last_loss: f64,
+    /// What log points tell of how far steps go.
+    motion: Motion,
 }
 
 /// A step that nobody has judged yet.
@@ -136,19 +139,6 @@ struct Source {
     samples: Option<Samples>,
     /// What the teacher said of all windows, where it is not asked again.
     cache: Option<TeacherCache>,
-}
-
-/// Times between log points.
-struct Timer {
-    since: Instant,
-    data: Duration,
-    tokens: usize,
-}
-
-impl Timer {
-    fn new() -> Self {
-        Self { since: Instant::now(), data: Duration::ZERO, tokens: 0 }
-    }
 }
 
 impl Source {
@@ -221,6 +211,7 @@ impl Session {
         let objective = confident(training, ctx, teacher.as_ref(), &order, &feed)?;
         let watched = (training.verb, training.keys.steps, training.keys.objective);
         let monitor = Monitor::new(training.keys.validate, watched, ctx, teacher.as_ref())?;
+        let motion = Motion::of(&student)?;
         let mut session = Self {
             student: student.train(),
             teacher,
@@ -230,24 +221,26 @@ impl Session {
             shortened: false,
             monitor,
             states: States::of(ctx.dir, training.keys.keep)?,
-            timer: Timer::new(),
+            timer: Timer::new(0),
             waiting: Vec::new(),
             last_loss: f64::NAN,
+            motion,
         };
         if !session.load(training, ctx)? {
             session.begin(ctx)?;
         }
+        session.timer = Timer::new(session.step);
         Ok(session)
     }
 
-    /// Gradients and update of one step.
+    /// Gradients and update of one step; a log point asks for more numbers.
     fn update(
         &mut self,
         training: &Training<'_>,
         ctx: &StageContext<'_>,
         rate_of: &dyn Fn(&str) -> f64,
-        compare: bool,
-    ) -> Result<(Stepped, Option<Numbers>)> {
+        log_point: bool,
+    ) -> Result<(Stepped, LogPoint)> {
         let waiting = Instant::now();
         let micros = self.source.micros(self.step, training, ctx)?;
         self.timer.data += waiting.elapsed();
@@ -255,24 +248,40 @@ impl Session {
         let in_units = training.rate_unit == RateUnit::Grid;
         let (fake_quant, optimizer) = (training.fake_quant, &mut self.optimizer);
         let teacher = self.teacher.as_ref().filter(|_| self.source.cache.is_none());
-        match &mut self.student {
+        let motion = &mut self.motion;
+        if log_point {
+            optimizer.note();
+        }
+        let (stepped, closeness) = match &mut self.student {
             Student::Whole(model) => {
                 let on_tape = OnTape { in_units, fake_quant, teacher: teacher.map(Teacher::ends) };
+                let before = model.blocks.iter().filter(|_| log_point).map(motion::codes);
+                let before: Vec<_> = before.collect();
                 // Moved, not cloned: what is held once is updated in place.
                 let blocks = std::mem::take(&mut model.blocks);
                 let whole = CausalLm { blocks, ..model.clone() };
-                let (stepped, stats, closeness) =
-                    on_tape.step(whole, optimizer, &micros, rate_of, compare)?;
-                *model = stepped;
-                Ok((stats, closeness))
+                let (whole, stepped, closeness) =
+                    on_tape.step(whole, optimizer, &micros, rate_of, log_point)?;
+                *model = whole;
+                for (block, before) in model.blocks.iter().zip(&before) {
+                    motion.note(block.index, before, block);
+                }
+                (stepped, closeness)
             }
             Student::ByBlock(rack) => {
-                let mut step = ByBlockStep { rack, optimizer, rate_of, in_units, fake_quant };
-                let Some(teacher) = teacher else { return step.step(&micros, None, compare) };
-                teacher
-                    .with(ctx, |model| step.step(&micros, Some((model, teacher.ends())), compare))
+                let motion = log_point.then_some(motion);
+                let mut step =
+                    ByBlockStep { rack, optimizer, rate_of, in_units, fake_quant, motion };
+                match teacher {
+                    None => step.step(&micros, None, log_point)?,
+                    Some(teacher) => teacher.with(ctx, |model| {
+                        step.step(&micros, Some((model, teacher.ends())), log_point)
+                    })?,
+                }
             }
-        }
+        };
+        let moved = self.motion.take(self.optimizer.take_noted());
+        Ok((stepped, LogPoint { closeness, moved }))
     }
 
     /// One optimizer step.
@@ -289,7 +298,7 @@ impl Session {
         let log_point =
             (step + 1).is_multiple_of(training.keys.log_every) || step + 1 == training.keys.steps;
         let stepped = self.update(training, ctx, &rate_of, log_point);
-        let (stepped, closeness) =
+        let (stepped, told) =
             stepped.map_err(|e| e.at(format!("stage {}, step {step}", ctx.stage)))?;
         self.waiting.push(Waiting { step: step + 1, factor: scheduled, stepped });
         if !(log_point || self.numbers_are_due(training)) {
@@ -297,7 +306,7 @@ impl Session {
             self.say_progress(training, ctx);
             return Ok(());
         }
-        let (stats, closeness) = match self.judge(training, ctx, closeness)? {
+        let (stats, told) = match self.judge(training, ctx, told)? {
             Ok(seen) => seen,
             Err((failure, culprit)) => {
                 return self.go_back(training, (&failure, culprit), step + 1, ctx);
@@ -305,7 +314,8 @@ impl Session {
         };
         self.step += 1;
         if log_point {
-            self.report(training, ctx, &stats, closeness, training.rate * factor);
+            let at = (training.verb, [self.step, training.keys.steps]);
+            told.report(at, &stats, training.rate * factor, &mut self.timer, ctx);
         } else {
             self.say_progress(training, ctx);
         }
@@ -328,12 +338,11 @@ impl Session {
         &mut self,
         training: &Training<'_>,
         ctx: &StageContext<'_>,
-        mut closeness: Option<Numbers>,
-    ) -> Result<Result<(StepStats, Option<Closeness>), (Failure, Option<String>)>> {
+        mut told: LogPoint,
+    ) -> Result<Result<(StepStats, LogPoint), (Failure, Option<String>)>> {
         let mut waiting = std::mem::take(&mut self.waiting);
         let steps = waiting.iter_mut().flat_map(|waiting| waiting.stepped.numbers_mut());
-        Numbers::read_all(steps.chain(closeness.as_mut()));
-        let closeness = closeness.map(|numbers| Closeness::of(&numbers.values()));
+        Numbers::read_all(steps.chain(told.numbers_mut()));
         let mut last = StepStats { loss: f64::NAN, grad_norm: f64::NAN, culprit: None };
         for Waiting { step, factor, stepped } in waiting {
             last = stepped.stats();
@@ -349,7 +358,7 @@ impl Session {
             }
         }
         self.last_loss = last.loss;
-        Ok(Ok((last, closeness)))
+        Ok(Ok((last, told)))
     }
 
     fn say_progress(&self, training: &Training<'_>, ctx: &mut StageContext<'_>) {
@@ -457,7 +466,7 @@ impl Session {
     fn validate(&mut self, ctx: &mut StageContext<'_>) -> Result<Result<bool, Failure>> {
         let validated = self.monitor.validate(&self.student, self.teacher.as_ref(), self.step, ctx);
         // What a validation takes is no part of the next step's speed.
-        self.timer = Timer::new();
+        self.timer.restart();
         validated
     }
 
@@ -489,7 +498,7 @@ impl Session {
         self.waiting.clear();
         self.monitor.go_back(failure, step, ctx)?;
         self.take_kept(training, ctx)?;
-        self.timer = Timer::new();
+        self.timer = Timer::new(self.step);
         self.save(training, ctx)
     }
 
@@ -536,51 +545,10 @@ impl Session {
         self.shortened = true;
     }
 
-    fn report(
-        &mut self,
-        training: &Training<'_>,
-        ctx: &mut StageContext<'_>,
-        stats: &StepStats,
-        closeness: Option<Closeness>,
-        rate: f64,
-    ) {
-        let timer = std::mem::replace(&mut self.timer, Timer::new());
-        let seconds = timer.since.elapsed().as_secs_f64().max(1e-9);
-        let mut values = vec![
-            ("train/loss", stats.loss),
-            ("train/learning_rate", rate),
-            ("train/grad_norm", stats.grad_norm),
-        ];
-        if let Some(c) = closeness {
-            values.extend([
-                ("distill/jsd", c.jsd),
-                ("distill/kl_forward", c.kl_forward),
-                ("distill/kl_reverse", c.kl_reverse),
-                ("distill/top1_agreement", c.top1),
-            ]);
-        }
-        values.extend([
-            ("perf/tokens_per_second", timer.tokens as f64 / seconds),
-            ("perf/data_wait_fraction", timer.data.as_secs_f64() / seconds),
-        ]);
-        values.extend(memory::peak_gib().map(|gib| ("memory/peak_gib", gib)));
-        let held = ctx.device.discrete.then(|| device::held(&ctx.device.device)).flatten();
-        let gib = held.map(|[_, reserved]| reserved as f64 / f64::from(1 << 30));
-        values.extend(gib.map(|gib| ("memory/device_gib", gib)));
-        ctx.report.emit(&Event::Step {
-            stage: ctx.stage,
-            verb: training.verb.to_owned(),
-            step: self.step,
-            of: training.keys.steps,
-            global_step: ctx.first_step + self.step,
-            values: values.into_iter().map(|(tag, value)| (tag.to_owned(), value)).collect(),
-        });
-    }
-
     /// Saves behind a step whose numbers may be waited for still.
     fn save_judged(&mut self, training: &Training<'_>, ctx: &mut StageContext<'_>) -> Result<()> {
         let step = self.step;
-        match self.judge(training, ctx, None)? {
+        match self.judge(training, ctx, LogPoint::default())? {
             Ok(_) => self.save(training, ctx),
             Err((failure, culprit)) => self.go_back(training, (&failure, culprit), step, ctx),
         }

@@ -10,6 +10,7 @@ use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::Tensor;
 
 use super::batch::Batch;
+use super::motion::{self, Motion};
 use super::student::{Rack, quantized};
 use crate::error::{Error, Result};
 use crate::method;
@@ -106,6 +107,8 @@ pub(super) struct ByBlockStep<'a> {
     pub in_units: bool,
     /// Whether weights are fake-quantized, once for all micro-batches.
     pub fake_quant: bool,
+    /// Where it is noted what the step moves, if it is.
+    pub motion: Option<&'a mut Motion>,
 }
 
 /// Hidden states of each part of each micro-batch.
@@ -288,7 +291,11 @@ impl ByBlockStep<'_> {
         self.rack.let_go(index);
         self.rack.moments_to(index, self.optimizer)?;
         let path = ["blocks", &index.to_string()];
+        let before = self.motion.is_some().then(|| motion::codes(&block));
         let block = self.optimizer.step_part(scales, &path, block, gradients, self.rate_of);
+        if let (Some(motion), Some(before)) = (&mut self.motion, before) {
+            motion.note(index, &before, &block);
+        }
         self.rack.moments_from(index, self.optimizer)?;
         self.rack.put(index, block)
     }

@@ -216,7 +216,7 @@ impl Stage for TuneScalesConfig {
             }
             Ok(())
         })?;
-        report_changes(ctx, &tuned, ctx.first_step + self.steps);
+        report_changes(ctx, &tuned, self.steps);
         let mut bases = Vec::new();
         for (name, _) in &tuned {
             bases.extend(ctx.model.now(name)?);
@@ -326,7 +326,7 @@ fn report_changes(ctx: &mut StageContext<'_>, tuned: &[(String, QuantizedWeight)
             }
         }
     }
-    ctx.report_scale_change(&changes, step);
+    ctx.report_scale_change(&changes, [step; 2]);
     ctx.report.emit(&Event::Note {
         text: format!(
             "scales moved by at most {widest:.2} of themselves, {crossed} crossed zero, {floored} \

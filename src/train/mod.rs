@@ -11,7 +11,7 @@ use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::Tensor;
 
 pub use optim::{
-    LatentsIn, Later, Measure, MomentsIn, NormOf, Optimizer, OptimizerConfig, Rule, Scales,
+    LatentsIn, Later, Measure, MomentsIn, NormOf, Noted, Optimizer, OptimizerConfig, Rule, Scales,
     Squares, Values, culprit, later,
 };
 pub use schedule::{ACTIVATION_RATE, LearningRate, RateUnit, Role, ScheduleConfig};

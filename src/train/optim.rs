@@ -171,6 +171,17 @@ pub struct Optimizer {
     measures: HashMap<ParamId, Measure>,
     /// Where weights are bf16 between steps.
     seeds: Option<Seeds>,
+    /// What is noted of a step, where somebody asked.
+    noted: Option<Noted>,
+}
+
+/// Squares of what a step is made of, parameter by parameter.
+#[derive(Clone, Debug, Default)]
+pub struct Noted {
+    /// The gradients, before clipping.
+    pub gradients: Squares,
+    /// What was added to the parameters.
+    pub updates: Squares,
 }
 
 /// The seed of a step's rounding by the step and a parameter's path; `None` for one that stays f32.
@@ -191,6 +202,7 @@ impl Optimizer {
             blocks: 1,
             measures: HashMap::new(),
             seeds: None,
+            noted: None,
         }
     }
 
@@ -213,6 +225,17 @@ impl Optimizer {
             Some(seed) => ops::round_to_bf16(tensor, seed),
             None => tensor,
         }
+    }
+
+    /// Has the next step note what it is made of. A parameter is then held twice while it is updated, one
+    /// at a time; the numbers are the same.
+    pub fn note(&mut self) {
+        self.noted = Some(Noted::default());
+    }
+
+    /// What was noted since [`Optimizer::note`].
+    pub fn take_noted(&mut self) -> Option<Noted> {
+        self.noted.take()
     }
 
     /// For a model of so many decoder blocks, which share a clipping norm where norms are those of
@@ -280,6 +303,9 @@ impl Optimizer {
     /// What gradients and rates are multiplied by at a step with gradients of these norms: of the whole
     /// model, or of a part that has a norm of its own.
     pub fn scales(&mut self, squares: &Squares) -> Scales {
+        if let Some(noted) = &mut self.noted {
+            noted.gradients.0.extend(squares.0.iter().cloned());
+        }
         let of = |optimizer: &mut Self, part: usize, norm: Numbers, share: f64| {
             (part, optimizer.scale(part, &norm, share))
         };
@@ -410,6 +436,11 @@ impl Squares {
         Numbers::sum(own.map(|(_, square)| square.clone())).root()
     }
 
+    /// The Euclidean norm of each of the first `blocks` blocks, one number each; 0 of one without any.
+    pub fn norms_of_blocks(&self, blocks: usize) -> Vec<Numbers> {
+        (0..blocks).map(|block| self.norm_of(block)).collect()
+    }
+
     /// Those of several parts, in their order.
     pub fn of_parts(parts: impl IntoIterator<Item = Self>) -> Self {
         Self(parts.into_iter().flat_map(|part| part.0).collect())
@@ -527,6 +558,29 @@ impl ModuleMapper for Update<'_> {
         let Some(gradient) = self.gradients.remove::<D>(id) else {
             return Param::from_mapped_value(id, tensor, mapper);
         };
+        let path = self.path.join(".");
+        let tensor = tensor.inner();
+        // Held twice it is not updated in place.
+        let before = self.optimizer.noted.is_some().then(|| tensor.clone());
+        let tensor = self.stepped(&path, id, tensor, gradient);
+        let tensor = self.optimizer.kept(&path, tensor);
+        if let (Some(noted), Some(before)) = (&mut self.optimizer.noted, before) {
+            let change = ops::squared_norm(tensor.clone() - before);
+            noted.updates.0.push((part_of(&self.path), change));
+        }
+        Param::from_mapped_value(id, Tensor::from_inner(tensor).require_grad(), mapper)
+    }
+}
+
+impl Update<'_> {
+    /// A parameter after its step, off the tape.
+    fn stepped<const D: usize>(
+        &mut self,
+        path: &str,
+        id: ParamId,
+        tensor: Tensor<D>,
+        gradient: Tensor<D>,
+    ) -> Tensor<D> {
         let Scales(scales) = self.scales;
         let found = scales.get(&WHOLE).or_else(|| scales.get(&part_of(&self.path)));
         let ([shrink, damping], restraint) = match found {
@@ -534,8 +588,7 @@ impl ModuleMapper for Update<'_> {
             Some(Scale::There(restraint)) => ([1.0; 2], Some(restraint.clone())),
             None => ([1.0; 2], None),
         };
-        let path = self.path.join(".");
-        let rate = (self.rate_of)(&path) * damping;
+        let rate = (self.rate_of)(path) * damping;
         let config = &self.optimizer.config;
         if config.rule == Rule::Sign {
             let change = gradient.sign() * rate;
@@ -543,9 +596,7 @@ impl ModuleMapper for Update<'_> {
                 Some(restraint) => restraint.damp(change),
                 None => change,
             };
-            let tensor = tensor.inner() - change;
-            let tensor = self.optimizer.kept(&path, tensor);
-            return Param::from_mapped_value(id, Tensor::from_inner(tensor).require_grad(), mapper);
+            return tensor - change;
         }
         let step = AdamWStep {
             shrink,
@@ -557,8 +608,7 @@ impl ModuleMapper for Update<'_> {
             step: self.optimizer.steps,
             restraint,
         };
-        let moments = self.optimizer.moments.remove(&path).map(|(moments, _)| moments);
-        let tensor = tensor.inner();
+        let moments = self.optimizer.moments.remove(path).map(|(moments, _)| moments);
         let moments = moments.or_else(|| match config.moments {
             MomentsIn::F32 => None,
             MomentsIn::Int8 => {
@@ -584,9 +634,8 @@ impl ModuleMapper for Update<'_> {
                 (tensor * change.exp(), moments)
             }
         };
-        let tensor = self.optimizer.kept(&path, tensor);
-        self.optimizer.moments.insert(path, (moments, D));
-        Param::from_mapped_value(id, Tensor::from_inner(tensor).require_grad(), mapper)
+        self.optimizer.moments.insert(path.to_owned(), (moments, D));
+        tensor
     }
 }
 

@@ -40,29 +40,41 @@ fn timeless(mut value: Value) -> Value {
     value
 }
 
-/// A point of a curve: tag, step, value.
+/// A point of a curve: tag behind the folder that it is in, step, value.
 pub(crate) type Point = (String, i64, f32);
 
 /// The curves that TensorBoard shows of the run in `run/`, each in the order of its points.
 pub(crate) fn curves(place: &Place) -> Vec<Point> {
-    let folder = place.path("run/tensorboard");
-    let mut files: Vec<_> =
+    let mut points = Vec::new();
+    curves_below(&place.path("run/tensorboard"), "", &mut points);
+    points.sort_by(|a, b| a.0.cmp(&b.0));
+    points
+}
+
+/// Those of the event files in a folder, and in the folders in it.
+fn curves_below(folder: &Path, name: &str, all: &mut Vec<Point>) {
+    let mut paths: Vec<_> =
         std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
-    files.sort();
+    paths.sort();
+    let (folders, files): (Vec<_>, Vec<_>) = paths.into_iter().partition(|path| path.is_dir());
     let mut points: Vec<Point> = Vec::new();
     for record in files.iter().flat_map(|file| records(file)) {
         if record.session.is_some() {
             points.retain(|(_, step, _)| *step < record.step);
         }
         for value in record.summary.unwrap_or_default().value {
-            let changes = ["perf/", "memory/"].iter().any(|group| value.tag.starts_with(group));
+            let changes = ["perf/", "memory/", "result/seconds"];
+            let changes = changes.iter().any(|group| value.tag.starts_with(group));
             if let (Some(number), false) = (value.number, changes) {
-                points.push((value.tag, record.step, number));
+                points.push((format!("{name}{}", value.tag), record.step, number));
             }
         }
     }
-    points.sort_by(|a, b| a.0.cmp(&b.0));
-    points
+    all.extend(points);
+    for folder in folders {
+        let name = format!("{name}{}/", folder.file_name().unwrap().to_string_lossy());
+        curves_below(&folder, &name, all);
+    }
 }
 
 /// The records of an event file; the last one may be cut.

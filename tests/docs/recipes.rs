@@ -25,7 +25,8 @@ impl Section {
 
     /// What its paths end with alike; one path stands whole.
     fn title(&self) -> String {
-        let parts: Vec<Vec<&str>> = self.paths.iter().map(|path| path.split('.').rev().collect()).collect();
+        let parts: Vec<Vec<&str>> =
+            self.paths.iter().map(|path| path.split('.').rev().collect()).collect();
         let alike = (0..parts[0].len())
             .take_while(|&at| parts.iter().all(|path| path.get(at) == parts[0].get(at)))
             .count();
@@ -61,7 +62,8 @@ pub(crate) fn reference() -> String {
             let _ = write!(text, "### `{title}`\n\n");
         }
         if section.paths.len() > 1 {
-            let places: Vec<String> = section.paths.iter().map(|path| format!("`{path}`")).collect();
+            let places: Vec<String> =
+                section.paths.iter().map(|path| format!("`{path}`")).collect();
             let _ = write!(text, "At {}.\n\n", places.join(", "));
         }
         text.push_str("| key | what it takes | left out | what it means |\n|---|---|---|---|\n");
@@ -73,7 +75,8 @@ pub(crate) fn reference() -> String {
             };
             let mut about = key.about.clone();
             // Tables to choose from have sections of their own.
-            let words = key.choices.iter().filter(|[word, about]| !about.is_empty() && is_value(word));
+            let words =
+                key.choices.iter().filter(|[word, about]| !about.is_empty() && is_value(word));
             for [word, meaning] in words {
                 let _ = write!(about, " `{word}`: {meaning}");
             }

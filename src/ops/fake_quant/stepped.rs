@@ -6,7 +6,7 @@ use burn::tensor::Tensor;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::Output;
+use super::{Output, every_row};
 use crate::ops::bridge::{self, Operation, Plain, tensor};
 #[cfg(feature = "flex")]
 use crate::ops::bridge::{Rows, fused};
@@ -139,6 +139,19 @@ impl Stepped {
     /// Without offsets of the rounding, and the step's gradient as it is.
     pub fn new(weight: Tensor<2>, step: Tensor<2>, zero_point: Tensor<2>, rule: Rule) -> Self {
         Self { weight, step, zero_point, rounding: None, rule, step_gradient: 1.0 }
+    }
+
+    /// Of every so many groups the first.
+    #[must_use]
+    pub fn some_groups(self, every: usize) -> Self {
+        let some = |x| every_row(x, every);
+        Self {
+            weight: some(self.weight),
+            step: some(self.step),
+            zero_point: some(self.zero_point),
+            rounding: self.rounding.map(some),
+            ..self
+        }
     }
 
     /// Integers, `[groups, group_len]`, off the tape.

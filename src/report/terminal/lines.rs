@@ -38,7 +38,9 @@ pub fn line(event: &Event, width: usize) -> Option<String> {
         Event::BlockLoss { .. }
         | Event::Saved { .. }
         | Event::Progress { .. }
+        | Event::Details { .. }
         | Event::Histogram { .. }
+        | Event::Settings { .. }
         | Event::Text { .. } => return None,
     })
 }

@@ -280,8 +280,8 @@ impl<'a> Fit<'a> {
                 end.grid.coarseness().into_iter().zip(start).map(|(end, start)| (end / start).ln())
             })
             .collect();
-        let step = ctx.first_step + self.config.steps * (self.index as u64 + 1);
-        ctx.report_scale_change(&changes, step);
+        let index = self.index as u64;
+        ctx.report_scale_change(&changes, [index, self.config.steps * (index + 1)]);
     }
 }
 

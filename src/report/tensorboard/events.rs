@@ -4,6 +4,8 @@
 
 use prost::{Message, Oneof};
 
+use crate::report::log::unix_seconds;
+
 /// One record.
 #[derive(Clone, Message, PartialEq)]
 pub(super) struct Record {
@@ -79,7 +81,7 @@ pub(super) struct Histogram {
 
 #[derive(Clone, Message, PartialEq)]
 pub(super) struct Tensor {
-    /// 7: strings.
+    /// 1: numbers; 7: strings.
     #[prost(int32, tag = "1")]
     pub dtype: i32,
     #[prost(message, optional, tag = "2")]
@@ -104,12 +106,70 @@ pub(super) struct Dim {
 pub(super) struct Metadata {
     #[prost(message, optional, tag = "1")]
     pub plugin: Option<Plugin>,
+    /// 2: a tensor.
+    #[prost(int32, tag = "4")]
+    pub class: i32,
 }
 
 #[derive(Clone, Message, PartialEq)]
 pub(super) struct Plugin {
     #[prost(string, tag = "1")]
     pub name: String,
+    /// A message of the plugin's own.
+    #[prost(bytes = "vec", tag = "2")]
+    pub content: Vec<u8>,
+}
+
+impl Record {
+    /// With the time of now.
+    pub(super) fn at(step: u64, what: What) -> Self {
+        let step = i64::try_from(step).unwrap_or(i64::MAX);
+        Self { wall_time: unix_seconds(), step, what: Some(what) }
+    }
+
+    /// Values at a step.
+    pub(super) fn of(step: u64, values: impl IntoIterator<Item = Value>) -> Self {
+        Self::at(step, What::Summary(Summary { value: values.into_iter().collect() }))
+    }
+
+    /// The mark from which on TensorBoard drops what it has: events of that step and later ones.
+    pub(super) fn restart(step: u64) -> Self {
+        Self::at(step, What::SessionLog(SessionLog { status: 1 }))
+    }
+}
+
+impl Value {
+    fn of(tag: &str, shown: Shown) -> Self {
+        Self { tag: tag.to_owned(), shown: Some(shown), metadata: None }
+    }
+
+    /// A point of a curve.
+    pub(super) fn scalar(tag: &str, number: f64) -> Self {
+        Self::of(tag, Shown::Scalar(number as f32))
+    }
+
+    /// A histogram.
+    pub(super) fn histogram(tag: &str, histogram: Histogram) -> Self {
+        Self::of(tag, Shown::Histogram(histogram))
+    }
+
+    /// Strings that a plugin knows how to show, with the shape that it expects.
+    pub(super) fn strings(tag: &str, plugin: &str, dim: Vec<Dim>, strings: Vec<Vec<u8>>) -> Self {
+        let tensor = Tensor { dtype: 7, shape: Some(Shape { dim }), strings };
+        Self::of_plugin(tag, plugin, Vec::new(), tensor)
+    }
+
+    /// A message for a plugin, beside a tensor without numbers.
+    pub(super) fn message(tag: &str, plugin: &str, content: Vec<u8>) -> Self {
+        let shape = Some(Shape { dim: vec![Dim { size: 0 }] });
+        Self::of_plugin(tag, plugin, content, Tensor { dtype: 1, shape, strings: Vec::new() })
+    }
+
+    fn of_plugin(tag: &str, plugin: &str, content: Vec<u8>, tensor: Tensor) -> Self {
+        let plugin = Some(Plugin { name: plugin.to_owned(), content });
+        let metadata = Some(Metadata { plugin, class: 2 });
+        Self { metadata, ..Self::of(tag, Shown::Tensor(tensor)) }
+    }
 }
 
 /// Appends a record in its frame: length and contents, each with its checksum.
