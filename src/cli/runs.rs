@@ -48,10 +48,14 @@ pub(super) fn run(args: &RunsArgs) -> Result<()> {
             number(run.bits_per_weight),
             run.bytes.map_or_else(String::new, size),
             if run.seconds > 0.0 { duration(run.seconds) } else { String::new() },
-            format!("{} ago", duration(now.saturating_sub(run.changed) as f64)),
+            ago(now.saturating_sub(run.changed)),
         ]
     };
     let mut rows = vec![heading.map(str::to_owned).to_vec()];
     rows.extend(runs.iter().map(row));
     output::table(&rows)
+}
+
+fn ago(seconds: u64) -> String {
+    if seconds == 0 { "now".to_owned() } else { format!("{} ago", duration(seconds as f64)) }
 }

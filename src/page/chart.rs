@@ -78,7 +78,7 @@ impl Chart {
         let last = if last > first { last } else { first + 1.0 };
         let axes = Axes {
             across: self.across,
-            x: &short,
+            x: if self.across == "block" { &counted } else { &short },
             y: &|y| short(if logarithmic { 10f64.powf(y) } else { y }),
         };
         let svg = drawn(first..last, low - margin..high + margin, &axes, |chart| {
@@ -107,11 +107,11 @@ pub(super) fn bars(edges: &[f64], counts: &[f64], across: &str) -> Result<Option
     let whole = edges.iter().all(|edge| ((edge + 0.5) - (edge + 0.5).round()).abs() < 1e-9);
     let highest = counts.iter().copied().fold(0.0, f64::max) / total * 100.0;
     // Of codes, whose middles are whole numbers, those alone.
-    let x = |x: f64| {
-        let between = whole && (x - x.round()).abs() > 1e-6;
-        if between { String::new() } else { short(x) }
+    let axes = Axes {
+        across,
+        x: if whole { &counted } else { &short },
+        y: &|y| format!("{} %", short(y)),
     };
-    let axes = Axes { across, x: &x, y: &|y| format!("{} %", short(y)) };
     let svg = drawn(*first..*last, 0.0..highest * 1.06, &axes, |chart| {
         let bars = edges.windows(2).zip(counts).map(|(edges, count)| {
             let gap = 0.08 * (edges[1] - edges[0]);
@@ -193,6 +193,11 @@ fn adapted(svg: &str) -> String {
 }
 
 /// A label of an axis.
+/// Of what is counted: no label between two of it.
+fn counted(value: f64) -> String {
+    if (value - value.round()).abs() < 1e-9 { format!("{value:.0}") } else { String::new() }
+}
+
 fn short(value: f64) -> String {
     let size = value.abs();
     if size < 1e-12 {

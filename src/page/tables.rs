@@ -61,7 +61,7 @@ pub(super) fn headline(run: &Run) -> Vec<[String; 2]> {
     };
     if let Some((float, after)) = before_and_after(run) {
         add("perplexity", Some(format!("{} → {}", perplexity(float), perplexity(after))));
-        add("of the float model", Some(format!("{:.3} ×", after / float)));
+        add("of the float model", Some(format!("{:.3}\u{a0}×", after / float)));
     }
     let kl = run.events("validation").filter_map(|event| event["kl_forward"].as_f64()).last();
     add("KL to the float model", kl.map(|kl| format!("{kl:.4} nats")));
@@ -141,7 +141,7 @@ fn evaluations(runs: &[Run]) -> Value {
                 })
                 .map(|(key, value)| format!("{key} {}", plain(value)))
                 .collect();
-            let ratio = event["ratio_to_float"].as_f64().map(|ratio| format!("{ratio:.3} ×"));
+            let ratio = event["ratio_to_float"].as_f64().map(|ratio| format!("{ratio:.3}\u{a0}×"));
             let row = vec![
                 plain(&event["what"]),
                 plain(&event["task"]),

@@ -3,6 +3,8 @@
 use std::fs::{File, TryLockError};
 use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
@@ -29,6 +31,10 @@ const CONTENTS: [&str; 10] = [
     RECORD_FILE,
 ];
 const LOCK_FILE: &str = ".lock";
+/// Time between two signs of life of the process that holds a folder.
+const BEAT: Duration = Duration::from_mins(1);
+/// Time without one after which a process on another machine counts as gone.
+const GONE: Duration = Duration::from_mins(10);
 /// Starts the name of the folder that removed things are moved to.
 const ASIDE: &str = ".removed.tmp-";
 
@@ -36,7 +42,7 @@ const ASIDE: &str = ".removed.tmp-";
 #[derive(Debug)]
 pub struct RunFolder {
     path: PathBuf,
-    _lock: File,
+    _lock: Lock,
 }
 
 impl RunFolder {
@@ -227,7 +233,7 @@ fn refuse_strangers(path: &Path) -> Result<()> {
 
 /// Holds the folder for this process. The system lets go of a lock when its process ends, however it
 /// ends; on a file system without locks, what the file says of the last process decides.
-fn lock(path: &Path) -> Result<File> {
+fn lock(path: &Path) -> Result<Lock> {
     let lock_path = path.join(LOCK_FILE);
     let open = File::options().create(true).read(true).write(true).truncate(false).open(&lock_path);
     let mut file = open.map_err(|e| Error::io("create", &lock_path, &e))?;
@@ -238,7 +244,9 @@ fn lock(path: &Path) -> Result<File> {
     let held = match file.try_lock() {
         Ok(()) => false,
         Err(TryLockError::WouldBlock) => true,
-        Err(TryLockError::Error(_)) => holder.as_ref().is_some_and(Holder::may_live),
+        Err(TryLockError::Error(_)) => holder
+            .as_ref()
+            .is_some_and(|holder| holder.may_live() && (holder.host == host() || beats(&file))),
     };
     if held {
         let who = holder.map_or(String::new(), |h| format!(": process {} on {}", h.pid, h.host));
@@ -250,7 +258,7 @@ fn lock(path: &Path) -> Result<File> {
     // Whoever cannot read it is told less.
     let _ =
         file.set_len(0).and_then(|()| file.rewind()).and_then(|()| file.write_all(text.as_bytes()));
-    Ok(file)
+    Ok(Lock::new(file))
 }
 
 /// The process that works in a folder now, where one does.
@@ -258,10 +266,41 @@ pub(super) fn holder(path: &Path) -> Option<Holder> {
     let file = File::open(path.join(LOCK_FILE)).ok()?;
     let holder: Holder = serde_json::from_reader(&file).ok()?;
     let (is_here, may_live) = (holder.host == host(), holder.may_live());
-    // Another process may have got the number since: a lock that can be had is nobody's. Where locks do not
-    // reach (another machine), what was written decides.
-    let held = !matches!(file.try_lock_shared(), Ok(()));
-    (may_live && (held || !is_here)).then_some(holder)
+    // Another process may have got the number since: a lock that can be had is nobody's.
+    let alive = if is_here { may_live && file.try_lock_shared().is_err() } else { beats(&file) };
+    alive.then_some(holder)
+}
+
+/// The lock of a folder; its file's time of change says that the holder lives, where locks do not reach.
+#[derive(Debug)]
+struct Lock {
+    /// Held while it is open; closing the channel ends the beats.
+    _file: File,
+    _end: Sender<()>,
+}
+
+impl Lock {
+    fn new(file: File) -> Self {
+        let (end, ended) = channel();
+        if let Ok(file) = file.try_clone() {
+            let beat = move || {
+                while ended.recv_timeout(BEAT) == Err(RecvTimeoutError::Timeout) {
+                    // Whoever looks takes the holder for gone; the work goes on.
+                    let _ = file.set_modified(SystemTime::now());
+                }
+            };
+            let _ = std::thread::Builder::new().name("lock".to_owned()).spawn(beat);
+        }
+        Self { _file: file, _end: end }
+    }
+}
+
+/// Whether a lock's holder gave a sign of life not long ago; a clock that is wrong by less than that does no harm.
+fn beats(lock: &File) -> bool {
+    let changed = lock.metadata().and_then(|metadata| metadata.modified());
+    changed.is_ok_and(|changed| {
+        changed.elapsed().is_ok_and(|since| since < GONE) || changed > SystemTime::now()
+    })
 }
 
 /// The process that works in a folder.
@@ -290,4 +329,22 @@ fn host() -> String {
 #[cfg(not(unix))]
 fn host() -> String {
     std::env::var("COMPUTERNAME").unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_holder_on_another_machine_lives_as_long_as_it_beats() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(holder(dir.path()).is_none());
+        let text = r#"{"pid": 1, "host": "somewhere else"}"#;
+        let path = dir.path().join(LOCK_FILE);
+        std::fs::write(&path, text).unwrap();
+        assert!(holder(dir.path()).is_some_and(|holder| holder.host == "somewhere else"));
+        let file = File::options().write(true).open(&path).unwrap();
+        file.set_modified(SystemTime::now() - 2 * GONE).unwrap();
+        assert!(holder(dir.path()).is_none());
+    }
 }

@@ -36,7 +36,7 @@ impl From<Refusal> for Error {
 }
 
 fn advice(refusal: &Refusal) -> Option<String> {
-    const MLX: &str = "export format.mlx, which keeps scales and offsets in f32";
+    const EXACT: &str = "export format.fewbit or format.dequantized, which hold every grid";
     Some(match refusal {
         Refusal::Unsound(_) => return None,
         Refusal::ReadOnly(_) => {
@@ -45,16 +45,16 @@ fn advice(refusal: &Refusal) -> Option<String> {
         Refusal::PartialBlocks { .. } => {
             "take a type with smaller blocks, or leave this weight dense".to_owned()
         }
-        Refusal::Inexact { .. } => format!("let the type be chosen, or {MLX}"),
+        Refusal::Inexact { .. } => format!("let the type be chosen, or {EXACT}"),
         Refusal::InexactValue { .. } => "store it as F32".to_owned(),
         Refusal::Rows { .. } => {
             "leave this weight dense, store it as F32, or export another format".to_owned()
         }
-        Refusal::Scales { .. } => format!("quant.scales = \"f16\" in training, or {MLX}"),
-        Refusal::ZeroPoint { .. } => format!("train with integer zero points, or {MLX}"),
+        Refusal::Scales { .. } => format!("quant.scales = \"f16\" in training, or {EXACT}"),
+        Refusal::ZeroPoint { .. } => format!("train with integer zero points, or {EXACT}"),
         Refusal::Groups { .. } => "train with groups of 32 or a multiple of it".to_owned(),
         Refusal::Grid { .. } => {
-            format!("train with a zero point in the middle of the codes, or {MLX}")
+            format!("train with a zero point in the middle of the codes, or {EXACT}")
         }
     })
 }
@@ -78,12 +78,12 @@ mod tests {
             error.at("w").to_string(),
             "1 of 2 scales are no f16 values, which is what GGUF stores; rounding them would change \
              weights by up to 0.02 %\n  at   w\n  try  quant.scales = \"f16\" in training, or export \
-             format.mlx, which keeps scales and offsets in f32"
+             format.fewbit or format.dequantized, which hold every grid"
         );
         for (refusal, advice) in [
             (Refusal::ReadOnly(BlockType::Q5K), "one of TQ2_0, Q2_0"),
             (Refusal::Rows { inputs: 44 }, "dense"),
-            (Refusal::Scales { inexact: 1, of: 1, change: f64::INFINITY }, "format.mlx"),
+            (Refusal::Scales { inexact: 1, of: 1, change: f64::INFINITY }, "format.fewbit"),
             (Refusal::ZeroPoint { zero: 7.1, bits: 4 }, "integer zero"),
             (Refusal::Groups { group_len: 16 }, "groups of 32"),
             (Refusal::Grid { bits: 8, zero: 200.0, group_len: 64 }, "middle"),

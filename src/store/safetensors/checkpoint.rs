@@ -64,7 +64,7 @@ impl Checkpoint {
         } else if dir.is_dir() {
             Err(Error::preflight(format!("the folder has neither {SINGLE_FILE} nor {INDEX_FILE}"))
                 .at(dir.display())
-                .fix("download the safetensors version of the model into this folder"))
+                .fix("download the safetensors version of the model into this folder; for an export, write it again"))
         } else {
             Err(Error::preflight("the model folder does not exist")
                 .at(dir.display())
