@@ -21,6 +21,9 @@ pub(super) const RESULTS: [(&str, &str, &str); 7] = [
     ("result/seconds", "seconds", "Of the whole run"),
 ];
 
+/// Settings that the page shows without being asked: it has room for five columns.
+const SHOWN: [&str; 5] = ["bits", "learning_rate", "method", "objective", "steps"];
+
 #[derive(Clone, Message, PartialEq)]
 struct PluginData {
     #[prost(oneof = "Data", tags = "2, 3, 4")]
@@ -55,7 +58,7 @@ struct About {
     /// 1: a string; 3: a number.
     #[prost(int32, tag = "4")]
     kind: i32,
-    /// Whether it is shown without being asked for.
+    /// Whether it comes first.
     #[prost(bool, tag = "7")]
     differs: bool,
 }
@@ -120,7 +123,7 @@ pub(super) fn start(settings: &[(String, Setting)]) -> [Value; 2] {
     let about = |(name, setting): &(String, Setting)| About {
         name: name.clone(),
         kind: if matches!(setting, Setting::Text(_)) { 1 } else { 3 },
-        differs: true,
+        differs: SHOWN.contains(&name.as_str()),
     };
     let metric = |(tag, heading, about): (&str, &str, &str)| Metric {
         name: Some(MetricName { tag: tag.to_owned() }),
@@ -171,6 +174,7 @@ mod tests {
         let Data::Experiment(experiment) = data(&experiment) else { panic!() };
         let kinds: Vec<i32> = experiment.settings.iter().map(|about| about.kind).collect();
         assert_eq!(kinds, [3, 1, 3]);
+        assert!(experiment.settings.iter().all(|about| about.differs));
         assert_eq!(experiment.metrics.len(), RESULTS.len());
         assert_eq!(start.tag, "_hparams_/session_start_info");
         let Data::Start(start) = data(&start) else { panic!() };
