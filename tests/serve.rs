@@ -452,3 +452,37 @@ fn keys_ports_and_names_are_checked() {
     assert!(text.starts_with("exit 2\nerror: the host is no address"), "{text}");
     assert_eq!(place.run(&["serve", "--model", "base", "--parallel", "0"]).code, 2);
 }
+
+#[test]
+fn a_width_is_a_model_of_its_own() {
+    let place = Place::new();
+    let recipe = RECIPE
+        .replace("method.rtn = {}", "method.anybcq = { lowest = 2, rounds = 2 }")
+        .replace("\"model\"", "\"embedded:tinystories-656k\"");
+    place.write("base.toml", recipe + "allow_worse = true\n");
+    place.write("few.json", few_stories(4));
+    place.ok(&["train", "--recipe", "base.toml", "--set", "quant.group_size=64"]);
+    let server = Server::start(&place, "base", &[]);
+    let models = server.get("/v1/models").json();
+    let names: Vec<&str> = models["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|model| model["id"].as_str().unwrap())
+        .collect();
+    assert_eq!(names, ["base", "base@3bit", "base@2bit"]);
+    let mut texts = Vec::new();
+    for (name, bits) in [("base", "4"), ("base@3bit", "3"), ("base@2bit", "2")] {
+        let args =
+            ["--model", "base", "--bits", bits, "--prompt", "Once upon", "--max-new-tokens", "12"];
+        let alone = place.json(&[&["generate", "--json"], &args[..]].concat());
+        let text = server.text(name, "Once upon", 12);
+        assert_eq!(alone["text"], text, "{name}");
+        texts.push(text);
+    }
+    texts.dedup();
+    assert!(texts.len() > 1, "{texts:?}");
+    drop(server);
+    let one = Server::start(&place, "base", &["--bits", "2"]);
+    assert_eq!(one.get("/v1/models").json()["data"].as_array().unwrap().len(), 1);
+}

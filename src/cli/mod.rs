@@ -363,6 +363,26 @@ impl Session {
         Ok(model.with_tap(self.opened.tap()))
     }
 
+    /// The model read at each narrower width that it has; what is not codes is `widest`'s own.
+    fn narrower(&self, widest: &CausalLm) -> Result<Vec<(Bits, CausalLm)>> {
+        let mut widths = self.opened.widths();
+        widths.pop_last();
+        let head = widest.config.head();
+        let coded_head = self.opened.linears().any(|(name, _)| name == head);
+        let read = |bits: Bits| -> Result<(Bits, CausalLm)> {
+            let opened = open_model(&self.opened.dir)?.at_width(bits)?;
+            let (config, device) = (&opened.config, &self.device.device);
+            let loader = Loader { config, source: &opened, device, dtype: self.dtype };
+            let mut model = loader.model()?.with_tap(opened.tap());
+            model.embed = widest.embed.clone();
+            if !coded_head {
+                model.head.clone_from(&widest.head);
+            }
+            Ok((bits, model))
+        };
+        widths.into_iter().rev().map(read).collect()
+    }
+
     fn tokenizer(&self) -> Result<Tokenizer> {
         self.opened.tokenizer()
     }

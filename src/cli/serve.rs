@@ -11,6 +11,8 @@ use super::chat::{check_names, named};
 use super::{ModelArgs, output};
 use crate::error::{Error, Result};
 use crate::export::{Adapter, Adapters};
+use crate::model::CausalLm;
+use crate::quant::Bits;
 use crate::serve::{self, Language, Limits, Served};
 use crate::stop::StopFlag;
 
@@ -84,6 +86,12 @@ pub(super) fn run(args: &ServeArgs, stop: &StopFlag) -> Result<()> {
     let template = template.transpose()?;
     let adapters = Adapters::new(opened, &adapters)?;
     let model = session.load()?;
+    let widths = match args.model.bits {
+        None => session.narrower(&model)?,
+        Some(_) => Vec::new(),
+    };
+    let at = |(bits, model): (Bits, CausalLm)| (format!("{name}@{bits}bit"), model);
+    let widths: Vec<(String, CausalLm)> = widths.into_iter().map(at).collect();
     stop.check()?;
     let has_template = template.is_some();
     let language = Language {
@@ -106,7 +114,7 @@ pub(super) fn run(args: &ServeArgs, stop: &StopFlag) -> Result<()> {
     };
     tell(args, &session.device.name, &listener, &limits, has_template)?;
     let device = session.device.device.clone();
-    let served = Served { model, device, adapters, name, language };
+    let served = Served { model, device, adapters, widths, name, language };
     serve::serve(served, limits, listener, stop)
 }
 

@@ -36,7 +36,7 @@ const UNKNOWN_HERE: [&str; 14] = [
 pub(super) struct Ask {
     /// What the model was called.
     pub(super) name: String,
-    /// Whose scales: 0 for the model's own, then the adapters in order.
+    /// Whose: 0 for the model's own scales, then the adapters in order, then narrower widths.
     pub(super) model: usize,
     pub(super) prompts: Vec<Vec<u32>>,
     /// Texts for each prompt.

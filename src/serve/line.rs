@@ -31,7 +31,7 @@ pub(super) struct Text {
     pub(super) stream: u64,
     /// Tokens that it gets at most; above 0.
     pub(super) max_new: usize,
-    /// Whose scales: 0 for the model's own, then the adapters in order.
+    /// Whose: 0 for the model's own scales, then the adapters in order, then narrower widths.
     pub(super) model: usize,
     /// Who hears of it, and as which of the request's texts.
     pub(super) events: UnboundedSender<(usize, Event)>,

@@ -60,6 +60,8 @@ pub struct Served {
     pub device: Device,
     /// None of them on.
     pub adapters: Adapters,
+    /// The model read at narrower widths, and what it is called then.
+    pub widths: Vec<(String, CausalLm)>,
     /// What the model with its own scales is called.
     pub name: String,
     /// How it reads and writes.
@@ -117,12 +119,13 @@ pub fn bind(host: &str, port: u16) -> Result<TcpListener> {
 /// # Errors
 /// That one, and when the thread that owns the model ends by itself.
 pub fn serve(served: Served, limits: Limits, listener: TcpListener, stop: &StopFlag) -> Result<()> {
-    let Served { model, device, adapters, name, language } = served;
-    let models: Vec<String> =
-        std::iter::once(name).chain(adapters.names().map(str::to_owned)).collect();
+    let Served { model, device, adapters, widths, name, language } = served;
+    let (of_widths, widths): (Vec<String>, Vec<CausalLm>) = widths.into_iter().unzip();
+    let of_adapters = adapters.names().map(str::to_owned);
+    let models: Vec<String> = std::iter::once(name).chain(of_adapters).chain(of_widths).collect();
     let metrics = Arc::new(Metrics::default());
     let line = Arc::new(Line::new(limits.parallel, limits.queue));
-    let scheduler = Scheduler::new(model, device, adapters, &language, &line, &metrics);
+    let scheduler = Scheduler::new((model, adapters, widths), device, &language, &line, &metrics);
     let failed = |e: std::io::Error| Error::failed(format!("cannot serve: {e}")).fix("try again");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -1,7 +1,7 @@
 //! The thread that owns the model: which texts are continued, by whose scales, and who hears of it.
 //!
-//! Texts of one adapter form a lane with a batch of its own. Lanes with texts take turns; the scales change
-//! with the turn, keys and values stay with the lane.
+//! Texts of one adapter, or of one width, form a lane with a batch of its own. Lanes with texts take turns; scales
+//! change with the turn, keys and values stay with the lane.
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -30,8 +30,10 @@ const PROMPTS: usize = 512;
 pub(super) struct Scheduler {
     voice: Voice,
     adapters: Adapters,
-    /// Of each lane: none for the model's own scales.
-    names: Vec<Option<String>>,
+    /// The model at narrower widths.
+    widths: Vec<CausalLm>,
+    /// Of each lane.
+    whose: Vec<Whose>,
     lanes: Vec<Lane>,
     /// Whose turn it is, and since when.
     on: usize,
@@ -39,7 +41,15 @@ pub(super) struct Scheduler {
     line: Arc<Line>,
 }
 
-/// The texts of one adapter.
+/// Whom the texts of a lane ask.
+enum Whose {
+    /// The model with an adapter's scales, or with its own.
+    Scales(Option<String>),
+    /// The model at a narrower width.
+    Width(usize),
+}
+
+/// The texts of one adapter or width.
 #[derive(Default)]
 struct Lane {
     batch: Batch,
@@ -66,15 +76,16 @@ struct Voice {
 
 impl Scheduler {
     pub(super) fn new(
-        model: CausalLm,
+        (model, adapters, widths): (CausalLm, Adapters, Vec<CausalLm>),
         device: Device,
-        adapters: Adapters,
         language: &Language,
         line: &Arc<Line>,
         metrics: &Arc<Metrics>,
     ) -> Self {
-        let of_adapters = adapters.names().map(|name| Some(name.to_owned()));
-        let names: Vec<Option<String>> = std::iter::once(None).chain(of_adapters).collect();
+        let of_adapters = adapters.names().map(|name| Whose::Scales(Some(name.to_owned())));
+        let of_widths = (0..widths.len()).map(Whose::Width);
+        let whose: Vec<Whose> =
+            std::iter::once(Whose::Scales(None)).chain(of_adapters).chain(of_widths).collect();
         let voice = Voice {
             model,
             device,
@@ -85,8 +96,9 @@ impl Scheduler {
         Self {
             voice,
             adapters,
-            lanes: names.iter().map(|_| Lane::default()).collect(),
-            names,
+            widths,
+            lanes: whose.iter().map(|_| Lane::default()).collect(),
+            whose,
             on: 0,
             since: Instant::now(),
             line: Arc::clone(line),
@@ -132,8 +144,12 @@ impl Scheduler {
         if let Err(error) = self.switch(lane) {
             return self.lanes[lane].fail(&error.into());
         }
+        let model = match self.whose[lane] {
+            Whose::Scales(_) => &self.voice.model,
+            Whose::Width(index) => &self.widths[index],
+        };
         let Lane { batch, texts, coming } = &mut self.lanes[lane];
-        self.voice.advance(batch, texts);
+        self.voice.advance(model, batch, texts);
         let (mut joining, mut prompts) = (Vec::new(), 0);
         while prompts < PROMPTS
             && let Some(text) = coming.pop_front()
@@ -142,7 +158,7 @@ impl Scheduler {
             let prompt = Prompt { tokens: &text.tokens, stream: text.stream };
             let mut alone = Batch::new([(prompt, text.sampler)]);
             let mut running = vec![Running { text, added: 0 }];
-            self.voice.advance(&mut alone, &mut running);
+            self.voice.advance(model, &mut alone, &mut running);
             if !alone.is_empty() {
                 joining.push(alone);
                 texts.append(&mut running);
@@ -153,7 +169,8 @@ impl Scheduler {
 
     /// Puts the lane's scales in the model.
     fn switch(&mut self, lane: usize) -> Result<()> {
-        let name = self.names[lane].as_deref();
+        let Whose::Scales(name) = &self.whose[lane] else { return Ok(()) };
+        let name = name.as_deref();
         if self.adapters.on() != name {
             self.adapters.switch(&mut self.voice.model, name)?;
             self.voice.metrics.switches.fetch_add(1, Ordering::Relaxed);
@@ -189,11 +206,11 @@ impl Lane {
 
 impl Voice {
     /// The next token of each text of a batch; those that end by it leave.
-    fn advance(&self, batch: &mut Batch, texts: &mut Vec<Running>) {
+    fn advance(&self, model: &CausalLm, batch: &mut Batch, texts: &mut Vec<Running>) {
         if texts.is_empty() {
             return;
         }
-        let next = catch_unwind(AssertUnwindSafe(|| batch.next(&self.model, &self.device)));
+        let next = catch_unwind(AssertUnwindSafe(|| batch.next(model, &self.device)));
         let next = match next {
             Ok(next) => next,
             Err(panic) => {
