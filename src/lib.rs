@@ -23,6 +23,33 @@
 //! | [`report`] | what the user sees: terminal, `metrics.jsonl`, TensorBoard |
 //! | [`page`] | a run as one HTML page |
 //! | [`error`], [`device`], [`stop`], [`exhausted`], `schema` | used by all |
+//!
+//! A recipe is run from Rust as `fewbit train` runs it:
+//!
+//! ```no_run
+//! use fewbit::report::{Reporters, Silent};
+//! use fewbit::run::{Options, train};
+//! use fewbit::stop::StopFlag;
+//!
+//! # fn main() -> fewbit::error::Result<()> {
+//! let options = Options {
+//!     recipe: "upq_int2".to_owned(),
+//!     set: vec!["model.path=models/Llama-3.2-1B".to_owned()],
+//!     output: Some("runs/mine".into()),
+//!     device: Some("auto".to_owned()),
+//!     fresh: false,
+//!     probe: false,
+//!     price_per_hour: None,
+//! };
+//! let record = train(&options, Reporters::new(vec![Box::new(Silent)]), &StopFlag::default())?;
+//! for export in &record.results.exports {
+//!     println!("{}: {} bytes", export.path.display(), export.bytes);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! `examples/` has that, a method from outside, and a packed linear in a module of one's own.
 
 pub mod bench;
 pub mod cli;
