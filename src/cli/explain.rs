@@ -1,5 +1,7 @@
 //! `fewbit explain`: what a key of a recipe means.
 
+use std::fmt::Write;
+
 use clap::Args;
 use serde_json::json;
 
@@ -118,10 +120,11 @@ fn list(rows: impl Iterator<Item = (String, String)>) -> String {
     for (name, about) in rows {
         let mut lines = output::wrapped(&about, WIDTH.saturating_sub(widest)).into_iter();
         let gap = widest.saturating_sub(name.chars().count()).max(1);
-        text += format!("{name}{}{}", " ".repeat(gap), lines.next().unwrap_or_default()).trim_end();
-        text.push('\n');
+        let first = format!("{name}{}{}", " ".repeat(gap), lines.next().unwrap_or_default());
+        // Nothing fails to be written to a string.
+        let _ = writeln!(text, "{}", first.trim_end());
         for line in lines {
-            text += &format!("{}{line}\n", " ".repeat(widest));
+            let _ = writeln!(text, "{}{line}", " ".repeat(widest));
         }
     }
     text
@@ -131,7 +134,8 @@ fn list(rows: impl Iterator<Item = (String, String)>) -> String {
 fn hanging(label: &str, what: &str) -> String {
     let mut text = String::new();
     for (index, line) in output::wrapped(what, WIDTH - 12).iter().enumerate() {
-        text += &format!("  {:<8}  {line}\n", if index == 0 { label } else { "" });
+        // Nothing fails to be written to a string.
+        let _ = writeln!(text, "  {:<8}  {line}", if index == 0 { label } else { "" });
     }
     text
 }
@@ -169,7 +173,9 @@ fn collect(value: &toml::Value, path: &[&str], found: &mut Vec<String>) {
             }
         }
         (toml::Value::Array(list), [_, ..]) => {
-            list.iter().for_each(|value| collect(value, path, found))
+            for value in list {
+                collect(value, path, found);
+            }
         }
         (value, []) => found.push(value.to_string()),
         _ => {}

@@ -152,7 +152,9 @@ impl ListArgs {
             if recipe.group != group {
                 let gap = if group.is_empty() { "" } else { "\n" };
                 group = recipe.group;
-                text += &format!("{gap}{group}\n");
+                for part in [gap, group, "\n"] {
+                    text.push_str(part);
+                }
             }
             let beside = match needs {
                 None => recipe.about().to_owned(),
