@@ -271,6 +271,14 @@ pub fn squared_norm<const D: usize>(x: Tensor<D>) -> Numbers {
     Numbers::of(x.cast(DType::F32).square().sum())
 }
 
+/// The squared Euclidean distance of two tensors of the same shape and layout, off the tape, one number.
+pub fn squared_distance<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> Numbers {
+    if lies_transposed(&a) && lies_transposed(&b) {
+        return squared_norm(a.transpose() - b.transpose());
+    }
+    squared_norm(a - b)
+}
+
 /// Zeros in the layout of `like`.
 fn zeros<const D: usize>(like: &Tensor<D>) -> Tensor<D> {
     if lies_transposed(like) {

@@ -33,7 +33,8 @@ mod stochastic;
 mod vector;
 
 pub use adamw::{
-    AdamWStep, adamw_step, adamw_step_in_units, laid_out_like, lies_transposed, squared_norm,
+    AdamWStep, adamw_step, adamw_step_in_units, laid_out_like, lies_transposed, squared_distance,
+    squared_norm,
 };
 pub use attention::{Attending, Scores, Sight, causal_attention, has_kernel};
 pub use binary_coding::{Unified, nearest_codes};

@@ -564,7 +564,7 @@ impl ModuleMapper for Update<'_> {
         let tensor = self.stepped(&path, id, tensor, gradient);
         let tensor = self.optimizer.kept(&path, tensor);
         if let (Some(noted), Some(before)) = (&mut self.optimizer.noted, before) {
-            let change = ops::squared_norm(tensor.clone() - before);
+            let change = ops::squared_distance(tensor.clone(), before);
             noted.updates.0.push((part_of(&self.path), change));
         }
         Param::from_mapped_value(id, Tensor::from_inner(tensor).require_grad(), mapper)

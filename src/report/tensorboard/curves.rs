@@ -70,7 +70,7 @@ impl Curves {
             "block_loss" => {
                 let tag = format!("block/{:02}/loss", number("block"));
                 let values = pairs(&[(&tag, "loss")]);
-                return self.told(&format!("{}/{BLOCKS}", self.folder()), number("step"), values);
+                return told(&format!("{}/{BLOCKS}", self.folder()), number("step"), values);
             }
             "step" => {
                 self.trained = number("step");
@@ -105,17 +105,10 @@ impl Curves {
                 let step = event["step"].as_u64().unwrap_or(self.trained);
                 (step, histogram(event).into_iter().collect())
             }
-            "done" => return self.told("", 0, self.results(event)),
+            "done" => return told("", 0, self.results(event)),
             _ => return Vec::new(),
         };
-        self.told(&self.folder(), step, values)
-    }
-
-    fn told(&self, folder: &str, step: u64, values: Vec<Value>) -> Vec<Point> {
-        if values.is_empty() {
-            return Vec::new();
-        }
-        vec![(folder.to_owned(), Record::of(step, values))]
+        told(&self.folder(), step, values)
     }
 
     /// The present stage's folder, named as that of its checkpoints.
@@ -127,7 +120,7 @@ impl Curves {
     /// Numbers of a log point beside those of its step: of the model, and of each block.
     fn details(&self, event: &Json) -> Vec<Point> {
         let (folder, step) = (self.folder(), event["step"].as_u64().unwrap_or_default());
-        let mut points = self.told(&folder, step, scalars(&event["values"]).collect());
+        let mut points = told(&folder, step, scalars(&event["values"]).collect());
         let lists = event["blocks"].as_object().into_iter().flatten();
         let blocks = lists.flat_map(|(group, list)| {
             let list = list.as_array().into_iter().flatten().enumerate();
@@ -136,7 +129,7 @@ impl Curves {
                 Value::scalar(&format!("{group}/block_{block:02}"), value)
             })
         });
-        points.extend(self.told(&format!("{folder}/{BLOCKS}"), step, blocks.collect()));
+        points.extend(told(&format!("{folder}/{BLOCKS}"), step, blocks.collect()));
         points
     }
 
@@ -172,6 +165,14 @@ impl Curves {
     }
 }
 
+/// Values at a step on the axis of a folder, if there are any.
+fn told(folder: &str, step: u64, values: Vec<Value>) -> Vec<Point> {
+    if values.is_empty() {
+        return Vec::new();
+    }
+    vec![(folder.to_owned(), Record::of(step, values))]
+}
+
 /// The folder in a stage's of what is told block by block.
 const BLOCKS: &str = "blocks";
 
@@ -184,10 +185,10 @@ fn scalars(values: &Json) -> impl Iterator<Item = Value> {
 /// Sums are taken at the middle of each bucket. Nothing for edges and counts that do not match.
 fn histogram(event: &Json) -> Option<Value> {
     let tag = event["tag"].as_str().unwrap_or_default();
-    let list = |key: &str| -> Vec<f64> {
+    let numbers = |key: &str| -> Vec<f64> {
         event[key].as_array().into_iter().flatten().filter_map(Json::as_f64).collect()
     };
-    let (edges, buckets) = (list("edges"), list("counts"));
+    let (edges, buckets) = (numbers("edges"), numbers("counts"));
     let (&first, &last) = (edges.first()?, edges.last()?);
     if buckets.is_empty() || edges.len() != buckets.len() + 1 {
         let (edges, counts) = (edges.len(), buckets.len());
