@@ -84,14 +84,19 @@ impl RunFolder {
         }
         let names: Vec<&str> = prepared.plan.stages.iter().map(|s| s.config.name()).collect();
         let new = RunRecord::new(&names, prepared.needs.clone(), prepared.fingerprint.clone());
+        let recipe = folder.path.join("recipe.toml");
+        let write_recipe = || write_atomic(&recipe, to_toml(&prepared.plan.recipe)?.as_bytes());
         let Some(mut record) = RunRecord::read(&folder.path)? else {
             // The record first: it is what says that the folder is a run's.
             new.save(&folder.path)?;
-            let recipe = to_toml(&prepared.plan.recipe)?;
-            write_atomic(&folder.path.join("recipe.toml"), recipe.as_bytes())?;
+            write_recipe()?;
             return Ok((folder, new));
         };
         refuse_other(&record, prepared)?;
+        if !recipe.exists() {
+            // Killed between the two.
+            write_recipe()?;
+        }
         record.reopen_lost(&folder.path, |index, name| folder.stage_dir(index, name));
         if record.status != Status::Done {
             record.needs = new.needs;
