@@ -220,7 +220,10 @@ fn however_a_run_is_stopped_it_ends_in_the_same_bytes() {
 
     let killed = prepared();
     kill_in_distill(&killed);
+    // As a run leaves it that was killed before this was written.
+    std::fs::remove_file(killed.path("run/recipe.toml")).unwrap();
     killed.ok(&TRAIN);
+    assert_eq!(killed.read("run/recipe.toml"), undisturbed.read("run/recipe.toml"));
     assert!(exported(&killed) == expected, "SIGKILL and resuming changed the export");
     assert_eq!(all_steps(&killed, 1), (1..=48).collect::<Vec<_>>(), "a step stands there twice");
     assert_eq!(all_steps(&asked, 2), (1..=40).collect::<Vec<_>>(), "a step stands there twice");
