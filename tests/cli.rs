@@ -1133,6 +1133,14 @@ mod what_is_shown {
         let error: Value = serde_json::from_str(&refused.err).unwrap();
         assert_eq!((refused.code, &error["exit_code"]), (2, &2.into()));
         assert_eq!(error["event"], "error");
+        for args in [&["runs", "recipes-are-not-runs"][..], &["watch", "run"]] {
+            std::fs::create_dir_all(place.path("recipes-are-not-runs")).unwrap();
+            let ended = place.run(&[&["--log-format", "json"], args].concat());
+            assert_eq!(ended.code, 0, "{}", ended.err);
+            let told: Vec<Value> =
+                ended.err.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+            assert!(told.iter().all(|line| line["text"].is_string()) && !told.is_empty());
+        }
         let both = place.run(&["--quiet", "--log-format", "json", "recipes", "list"]);
         assert_eq!(both.code, 2);
     }

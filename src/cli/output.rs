@@ -55,6 +55,14 @@ pub(super) fn json(value: &serde_json::Value) -> Result<()> {
 
 /// Writes to stderr, for who sits at it.
 pub(super) fn aside(text: &str) {
+    if Manner::chosen() == Manner::Json {
+        let text = text.trim();
+        if !text.is_empty() {
+            let line = json!({ "event": "note", "text": text });
+            let _ = writeln!(std::io::stderr().lock(), "{line}");
+        }
+        return;
+    }
     // A closed stderr must not end the work.
     let _ = write!(std::io::stderr().lock(), "{text}");
 }

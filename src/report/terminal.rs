@@ -16,6 +16,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::json;
 
 use self::layout::clean;
 pub use self::lines::line;
@@ -92,6 +93,9 @@ impl Terminal {
 
     /// Shows a line of `run.log`, cut to this terminal's width, as the run showed it.
     pub fn replay(&mut self, line: &str) {
+        if self.manner == Manner::Json {
+            return self.print(&json!({ "event": "log", "text": line }).to_string());
+        }
         self.print(&layout::refit(line, self.width));
     }
 
