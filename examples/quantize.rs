@@ -18,6 +18,7 @@ fn main() -> fewbit::error::Result<()> {
         device: Some("cpu".to_owned()),
         fresh: false,
         probe: false,
+        reuse: None,
         price_per_hour: None,
     };
     let screen = Reporters::new(vec![Box::new(Terminal::new())]);

@@ -7,6 +7,8 @@
 use std::fmt;
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
+
 /// Result with fewbit's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -183,10 +185,35 @@ impl Error {
         self.0.at.as_deref()
     }
 
+    /// What, where and what to do, as it is kept in files.
+    pub fn told(&self) -> Told {
+        Told {
+            what: self.0.what.clone(),
+            at: self.0.at.clone(),
+            advice: self.0.fix.clone(),
+            exit_code: self.kind().exit_code(),
+        }
+    }
+
     /// What to do.
     pub fn advice(&self) -> Option<&str> {
         self.0.fix.as_deref()
     }
+}
+
+/// An error in files: of a run that failed.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Told {
+    /// What went wrong.
+    pub what: String,
+    /// Where.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<String>,
+    /// What to do.
+    #[serde(rename = "try", default, skip_serializing_if = "Option::is_none")]
+    pub advice: Option<String>,
+    /// The process's exit code.
+    pub exit_code: i32,
 }
 
 impl fmt::Display for Error {

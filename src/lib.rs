@@ -39,6 +39,7 @@
 //!     device: Some("auto".to_owned()),
 //!     fresh: false,
 //!     probe: false,
+//!     reuse: None,
 //!     price_per_hour: None,
 //! };
 //! let record = train(&options, Reporters::new(vec![Box::new(Silent)]), &StopFlag::default())?;

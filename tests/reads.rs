@@ -52,6 +52,7 @@ fn reads(stages: &str, steps: u64) -> u64 {
         device: None,
         fresh: false,
         probe: false,
+        reuse: None,
         price_per_hour: None,
     };
     let before = ops::device_reads();

@@ -298,6 +298,63 @@ fn a_text_is_the_same_alone_and_among_others() {
 }
 
 #[test]
+fn what_prompts_begin_with_alike_is_computed_once() {
+    let place = place();
+    let story = "Lily and Tom went to the park with the big red ball that their mom had bought. ";
+    let begun = story.repeat(6);
+    let prompts = ["Then", "Then they saw", "A dog", "Then they saw a cat"];
+    let prompts = prompts.map(|end| format!("{begun}{end}"));
+    let texts = |args: &[&str]| {
+        let server = Server::start(&place, "base", args);
+        let texts = prompts.each_ref().map(|prompt| server.text("base", prompt, 12));
+        let tokens = ["prompt_tokens_total", "prompt_tokens_known_total"];
+        (texts, tokens.map(|name| server.metric(name)))
+    };
+    let (texts_of_each, [all, known]) = texts(&["--prefix-cache", "0"]);
+    assert!(all > 400.0 && known == 0.0, "{known} of {all}");
+    let (texts_of_shared, [same, known]) = texts(&[]);
+    assert_eq!(texts_of_shared, texts_of_each);
+    assert!(same == all && known > 0.7 * all, "{known} of {all}");
+}
+
+#[test]
+fn a_long_prompt_comes_in_pieces_and_is_the_same_text() {
+    // stories260k has a context of 512 tokens, the other model too: pieces are of 64 here.
+    let place = place();
+    let words = "Once upon a time there was a little girl who had a red ball and a dog. ".repeat(9);
+    let text = |args: &[&str]| {
+        let server = Server::start(&place, "plain", args);
+        let text = server.text("plain", &words, 16);
+        (text, server.metric("steps_total"))
+    };
+    let (whole, _) = text(&["--prefix-cache", "0"]);
+    let (pieces, _) = text(&["--prefix-cache", "0", "--prompt-piece", "64"]);
+    assert_eq!(pieces, whole);
+}
+
+#[test]
+fn penalties_change_what_is_said() {
+    let place = place();
+    let server = Server::start(&place, "base", &[]);
+    let text = |more: Value| {
+        let mut ask = json!({"model": "base", "prompt": "Once", "max_tokens": 60, "temperature": 0});
+        ask.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let reply = server.post("/v1/completions", &ask);
+        reply.json()["choices"][0]["text"].as_str().unwrap().to_owned()
+    };
+    let distinct = |text: &str| {
+        let words: std::collections::BTreeSet<&str> = text.split(' ').collect();
+        words.len() as f64 / text.split(' ').count() as f64
+    };
+    let plain = text(json!({}));
+    assert_eq!(text(json!({"presence_penalty": 0, "frequency_penalty": null})), plain);
+    for penalty in ["presence_penalty", "frequency_penalty"] {
+        let varied = text(json!({ penalty: 2 }));
+        assert!(distinct(&varied) > distinct(&plain), "{penalty}: {varied} and {plain}");
+    }
+}
+
+#[test]
 fn what_is_wrong_is_said() {
     let place = place();
     let server =
@@ -329,7 +386,7 @@ fn what_is_wrong_is_said() {
         ("/v1/chat/completions", chat(json!({"stop": [1]})), 400, "`stop`"),
         ("/v1/chat/completions", chat(json!({"stream": "yes"})), 400, "`stream`"),
         ("/v1/chat/completions", chat(json!({"seed": 0.5})), 400, "`seed`"),
-        ("/v1/chat/completions", chat(json!({"presence_penalty": 1})), 400, "not supported"),
+        ("/v1/chat/completions", chat(json!({"presence_penalty": 3})), 400, "from -2 to 2"),
         ("/v1/chat/completions", chat(json!({"logprobs": true})), 400, "not supported"),
         ("/v1/chat/completions", chat(json!({"tools": [{}]})), 400, "not supported"),
         ("/v1/completions", completion(json!("x ".repeat(2000))), 400, "the model's context 512"),

@@ -159,6 +159,7 @@ type Sets = Vec<(String, Corpus)>;
 fn of_recipe(recipe: &str, args: &PreviewArgs) -> Result<(Sets, Tokenizer)> {
     let options = Options {
         probe: false,
+        reuse: None,
         price_per_hour: None,
         recipe: recipe.to_owned(),
         set: args.set.clone(),

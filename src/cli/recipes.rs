@@ -205,6 +205,7 @@ fn options(recipe: &str, device: &str) -> Options {
         device: Some(device.to_owned()),
         fresh: false,
         probe: false,
+        reuse: None,
         price_per_hour: None,
     }
 }

@@ -25,6 +25,12 @@ pub(super) struct SamplingArgs {
     /// Makes tokens that the text holds less likely; 1 does nothing
     #[arg(long, value_name = "F", value_parser = penalty)]
     repetition_penalty: Option<f32>,
+    /// Taken off the logit of a token for each time that it was written
+    #[arg(long, value_name = "X", value_parser = taken_off, allow_negative_numbers = true)]
+    frequency_penalty: Option<f32>,
+    /// Taken off the logit of a token that was written at all
+    #[arg(long, value_name = "X", value_parser = taken_off, allow_negative_numbers = true)]
+    presence_penalty: Option<f32>,
     /// Seed of the draws
     #[arg(long, value_name = "S", default_value_t = 0)]
     pub(super) seed: u64,
@@ -42,6 +48,8 @@ impl SamplingArgs {
             top_p: self.top_p.unwrap_or(otherwise.top_p),
             min_p: self.min_p.unwrap_or(otherwise.min_p),
             repetition_penalty: self.repetition_penalty.unwrap_or(otherwise.repetition_penalty),
+            frequency_penalty: self.frequency_penalty.unwrap_or(otherwise.frequency_penalty),
+            presence_penalty: self.presence_penalty.unwrap_or(otherwise.presence_penalty),
             seed: self.seed,
         }
     }
@@ -58,6 +66,10 @@ fn temperature(text: &str) -> Result<f32, String> {
 
 fn share(text: &str) -> Result<f32, String> {
     number(text, |value| value > 0.0 && value <= 1.0, "a number above 0, at most 1")
+}
+
+fn taken_off(text: &str) -> Result<f32, String> {
+    number(text, |value| (-2.0..=2.0).contains(&value), "a number from -2 to 2")
 }
 
 fn penalty(text: &str) -> Result<f32, String> {

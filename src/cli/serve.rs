@@ -46,6 +46,12 @@ pub(super) struct ServeArgs {
     /// Texts that wait besides; a request beyond them is answered 429
     #[arg(long, value_name = "N", default_value_t = 256)]
     queue: usize,
+    /// Tokens of prompts that are remembered for prompts that begin alike; 0 for none [default: one context]
+    #[arg(long, value_name = "N")]
+    prefix_cache: Option<usize>,
+    /// Tokens of prompts computed between two tokens of running texts; a longer prompt comes in pieces
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = at_least_one)]
+    prompt_piece: usize,
     /// Tokens of an answer at most [default: what the model's context has room for]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     max_tokens: Option<usize>,
@@ -106,6 +112,8 @@ pub(super) fn run(args: &ServeArgs, stop: &StopFlag) -> Result<()> {
     let limits = Limits {
         parallel: args.parallel,
         queue: args.queue,
+        prefix_tokens: args.prefix_cache,
+        prompt_piece: args.prompt_piece,
         max_tokens: args.max_tokens,
         body: args.max_body.saturating_mul(1024),
         time: Duration::from_secs(args.timeout),

@@ -27,6 +27,9 @@ struct Changes {
     /// auto, cpu, cuda[:i], metal, rocm[:i], vulkan, wgpu; instead of the recipe's `device`
     #[arg(long)]
     device: Option<String>,
+    /// Take over the finished stages of another run, as far as both recipes are the same
+    #[arg(long, value_name = "RUN")]
+    reuse: Option<PathBuf>,
     /// Time one block with the recipe's shapes before anything begins (seconds), and estimate by that
     #[arg(long)]
     probe: bool,
@@ -37,8 +40,8 @@ struct Changes {
 
 impl Changes {
     fn options(self, recipe: String, fresh: bool) -> Options {
-        let Self { set, output, device, probe, price_per_hour } = self;
-        Options { recipe, set, output, device, fresh, probe, price_per_hour }
+        let Self { set, output, device, reuse, probe, price_per_hour } = self;
+        Options { recipe, set, output, device, fresh, reuse, probe, price_per_hour }
     }
 }
 

@@ -30,9 +30,45 @@ pub struct Batch {
     past: usize,
 }
 
+/// The beginning of a text, with its keys and values.
+#[derive(Clone, Debug, Default)]
+pub struct Beginning {
+    tokens: Vec<u32>,
+    caches: Vec<KvCache>,
+}
+
+impl Beginning {
+    /// Of these tokens, with a cache for each block.
+    pub fn new(tokens: Vec<u32>, caches: Vec<KvCache>) -> Self {
+        Self { tokens, caches }
+    }
+
+    /// Its tokens.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.tokens.is_empty()
+    }
+
+    /// How many of its tokens `text` begins with.
+    pub fn shared(&self, text: &[u32]) -> usize {
+        text.iter().zip(&self.tokens).take_while(|(a, b)| a == b).count()
+    }
+}
+
 #[derive(Debug)]
 struct Row {
     text: Vec<u32>,
+    /// Tokens of it that were not chosen here.
+    prompt: usize,
     sampler: Sampler,
     draws: ChaCha8Rng,
     /// Padding before it.
@@ -44,6 +80,7 @@ impl Batch {
     pub fn new<'a>(prompts: impl IntoIterator<Item = (Prompt<'a>, Sampler)>) -> Self {
         let row = |(prompt, sampler): (Prompt<'_>, Sampler)| Row {
             text: prompt.tokens.to_vec(),
+            prompt: prompt.tokens.len(),
             sampler,
             draws: sampler.draws(prompt.stream),
             padding: 0,
@@ -57,12 +94,12 @@ impl Batch {
     }
 
     /// The same with keys and values of a text that the only one may begin like.
-    pub(super) fn remembering(mut self, tokens: &[u32], caches: Vec<KvCache>) -> Self {
-        if let ([row], false) = (&self.rows[..], caches.is_empty()) {
-            let same = row.text.iter().zip(tokens).take_while(|(a, b)| a == b).count();
+    #[must_use]
+    pub fn remembering(mut self, beginning: Beginning) -> Self {
+        if let ([row], false) = (&self.rows[..], beginning.caches.is_empty()) {
             // The last token has to be computed for its logits.
-            self.past = same.min(row.text.len().saturating_sub(1));
-            self.caches = caches;
+            self.past = beginning.shared(&row.text).min(row.text.len().saturating_sub(1));
+            self.caches = beginning.caches;
             let past = self.past;
             self.caches.iter_mut().for_each(|cache| cache.truncate(past));
         }
@@ -70,10 +107,37 @@ impl Batch {
     }
 
     /// What of the only text is computed, with its keys and values.
-    pub(super) fn into_memory(self) -> (Vec<u32>, Vec<KvCache>) {
-        let mut text = self.rows.into_iter().next().map(|row| row.text).unwrap_or_default();
-        text.truncate(self.past);
-        (text, self.caches)
+    pub fn beginning(&self) -> Option<Beginning> {
+        let [Row { text, padding: 0, .. }] = &self.rows[..] else { return None };
+        Some(Beginning::new(text[..self.past].to_vec(), self.caches.clone()))
+    }
+
+    /// As [`Batch::beginning`], without a copy.
+    pub(super) fn into_beginning(self) -> Beginning {
+        let mut tokens = self.rows.into_iter().next().map(|row| row.text).unwrap_or_default();
+        tokens.truncate(self.past);
+        Beginning { tokens, caches: self.caches }
+    }
+
+    /// Positions that are computed, padding included.
+    pub fn computed(&self) -> usize {
+        self.past
+    }
+
+    /// Positions that [`Batch::next`] has to compute first.
+    pub fn unread(&self) -> usize {
+        self.total() - self.past
+    }
+
+    /// Computes the next `count` positions of what [`Batch::next`] would, but for its last one: prompts in pieces.
+    /// Nothing, where the beginning of such a text looks different by itself (longrope).
+    pub fn read(&mut self, model: &CausalLm, device: &Device, count: usize) {
+        let total = self.total();
+        let to = (self.past + count).min(total.saturating_sub(1));
+        let anew = |row: &Row| model.config.rotates_anew(to - row.padding.min(to), row.text.len());
+        if to > self.past && !self.rows.iter().any(anew) {
+            ops::continuing(|| self.hidden(model, device, to));
+        }
     }
 
     /// How many texts there are.
@@ -104,7 +168,8 @@ impl Batch {
         let rows = self.rows.iter_mut().zip(logits.chunks_exact_mut(vocab.max(1)));
         let chosen = rows.map(|(row, logits)| {
             finite(logits)?;
-            Ok(row.sampler.choose(logits, &row.text, &mut row.draws))
+            let said = row.text.split_at(row.prompt);
+            Ok(row.sampler.choose(logits, said, &mut row.draws))
         });
         chosen.collect()
     }
@@ -186,8 +251,16 @@ impl Batch {
 
     /// The logits behind each text, `[rows, vocab]`.
     fn logits(&mut self, model: &CausalLm, device: &Device) -> Vec<f32> {
+        let hidden = self.hidden(model, device, self.total());
+        let [rows, seq, d_model] = hidden.dims();
+        let last: Tensor<2> = hidden.narrow(1, seq - 1, 1).reshape([rows, d_model]);
+        let logits = model.logits(model.finish(last));
+        logits.cast(DType::F32).into_data().iter::<f32>().collect()
+    }
+
+    /// Hidden states of the positions that are not computed yet, up to `total`, `[rows, positions, d_model]`.
+    fn hidden(&mut self, model: &CausalLm, device: &Device, total: usize) -> Tensor<3> {
         let config = &model.config;
-        let total = self.total();
         let anew =
             |row: &Row| config.rotates_anew(self.past.saturating_sub(row.padding), row.text.len());
         if self.rows.iter().any(anew) {
@@ -221,10 +294,7 @@ impl Batch {
             let tap = |site, x| model.tap.apply(index, site, x);
             hidden = block.forward_tapped(hidden, &positions, Some(cache), &tap);
         }
-        let [rows, seq, d_model] = hidden.dims();
-        let last: Tensor<2> = hidden.narrow(1, seq - 1, 1).reshape([rows, d_model]);
-        let logits = model.logits(model.finish(last));
-        logits.cast(DType::F32).into_data().iter::<f32>().collect()
+        hidden
     }
 }
 

@@ -2,8 +2,8 @@
 
 use burn::tensor::Device;
 
-use super::batch::{Batch, Prompt};
-use super::{CausalLm, KvCache, Sampler};
+use super::batch::{Batch, Beginning, Prompt};
+use super::{CausalLm, Sampler};
 use crate::error::Result;
 
 /// How texts are continued.
@@ -48,10 +48,7 @@ impl Ended {
 
 /// A text whose keys and values are kept, so that a longer one that begins like it costs less.
 #[derive(Debug, Default)]
-pub struct Memory {
-    tokens: Vec<u32>,
-    caches: Vec<KvCache>,
-}
+pub struct Memory(Beginning);
 
 impl Generation<'_> {
     /// Continues `prompts` together; calls `each` with the place of a prompt and its new token, end
@@ -102,9 +99,9 @@ impl Generation<'_> {
             }
             fits
         });
-        let Memory { tokens, caches } = std::mem::take(memory);
+        let Memory(beginning) = std::mem::take(memory);
         let batch = Batch::new(places.iter().map(|place| (prompts[*place], self.sampler)));
-        let mut batch = batch.remembering(&tokens, caches);
+        let mut batch = batch.remembering(beginning);
         let mut added = 0;
         while !batch.is_empty() {
             added += 1;
@@ -134,7 +131,7 @@ impl Generation<'_> {
             places.retain(|_| next.next().is_some_and(Option::is_some));
         }
         if prompts.len() == 1 {
-            (memory.tokens, memory.caches) = batch.into_memory();
+            memory.0 = batch.into_beginning();
         }
         Ok(ended)
     }

@@ -33,7 +33,7 @@ pub use arch::{
     Places, QueryNorm, QueryScaling, ROPE_FACTORS, Residual, Role, Rope, RopeScaling, Site, Span,
     model_types, weight_name,
 };
-pub use batch::{Batch, Prompt, finite};
+pub use batch::{Batch, Beginning, Prompt, finite};
 pub use block::{Block, Norm, Norms, Tap};
 pub use by_block::{ByBlock, Forward, batches_that_wait};
 pub use cache::KvCache;

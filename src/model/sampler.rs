@@ -6,7 +6,7 @@ use rand_chacha::ChaCha8Rng;
 /// Tokens that are sorted first: mostly the ones that are drawn are among them.
 const FIRST_SORTED: usize = 256;
 
-/// How the next token is chosen: a penalty on what was said, then temperature, top-k, top-p and min-p, in
+/// How the next token is chosen: penalties on what was said, then temperature, top-k, top-p and min-p, in
 /// the order of the transformers library.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sampler {
@@ -21,6 +21,10 @@ pub struct Sampler {
     /// Logits of tokens that the text holds are divided by it where they are positive, multiplied by it
     /// where they are negative; 1 leaves them.
     pub repetition_penalty: f32,
+    /// Taken off the logit of a token for each time that it was chosen, the prompt aside; 0 leaves it.
+    pub frequency_penalty: f32,
+    /// Taken off the logit of a token that was chosen at all, the prompt aside; 0 leaves it.
+    pub presence_penalty: f32,
     /// Seed of the draws.
     pub seed: u64,
 }
@@ -33,6 +37,8 @@ impl Default for Sampler {
             top_p: 1.0,
             min_p: 0.0,
             repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
             seed: 0,
         }
     }
@@ -46,9 +52,14 @@ impl Sampler {
         rng
     }
 
-    /// The token after `text`, from its logits, which are changed.
-    pub(super) fn choose(&self, logits: &mut [f32], text: &[u32], rng: &mut impl Rng) -> u32 {
-        self.penalize(logits, text);
+    /// The token after a prompt and the tokens that were chosen behind it, from its logits, which are changed.
+    pub(super) fn choose(
+        &self,
+        logits: &mut [f32],
+        (prompt, chosen): (&[u32], &[u32]),
+        rng: &mut impl Rng,
+    ) -> u32 {
+        self.penalize(logits, prompt, chosen);
         if self.temperature <= 0.0 {
             let best = (0..logits.len()).min_by(|a, b| before(logits, *a, *b));
             return best.unwrap_or(0) as u32;
@@ -87,11 +98,21 @@ impl Sampler {
         ranks.at(count - 1) as u32
     }
 
-    fn penalize(&self, logits: &mut [f32], text: &[u32]) {
+    fn penalize(&self, logits: &mut [f32], prompt: &[u32], chosen: &[u32]) {
+        let [frequency, presence] = [self.frequency_penalty, self.presence_penalty];
+        if frequency != 0.0 || presence != 0.0 {
+            let mut chosen = chosen.to_vec();
+            chosen.sort_unstable();
+            for same in chosen.chunk_by(|a, b| a == b) {
+                if let Some(logit) = logits.get_mut(same[0] as usize) {
+                    *logit -= frequency.mul_add(same.len() as f32, presence);
+                }
+            }
+        }
         if (self.repetition_penalty - 1.0).abs() < f32::EPSILON {
             return;
         }
-        let mut said = text.to_vec();
+        let mut said = [prompt, chosen].concat();
         said.sort_unstable();
         said.dedup();
         for token in said {
@@ -142,7 +163,7 @@ mod tests {
     use super::*;
 
     fn choose(sampler: Sampler, logits: &[f32], text: &[u32], rng: &mut impl Rng) -> u32 {
-        sampler.choose(&mut logits.to_vec(), text, rng)
+        sampler.choose(&mut logits.to_vec(), (text, &[]), rng)
     }
 
     /// The tokens that are ever drawn.
@@ -194,6 +215,20 @@ mod tests {
         let mut rng = shy.draws(0);
         assert_eq!(choose(shy, &[2.0, 1.5, -1.0], &[0, 0, 7], &mut rng), 1);
         assert_eq!(choose(shy, &[-1.0, -1.4], &[0], &mut rng), 1);
+    }
+
+    #[test]
+    fn penalties_count_what_was_chosen_and_not_the_prompt() {
+        let penalized = |sampler: Sampler| {
+            let mut logits = [1.0, 1.0, 1.0];
+            sampler.penalize(&mut logits, &[2, 2], &[0, 1, 0, 9]);
+            logits
+        };
+        let none = Sampler::default();
+        assert_eq!(penalized(Sampler { frequency_penalty: 0.5, ..none }), [0.0, 0.5, 1.0]);
+        assert_eq!(penalized(Sampler { presence_penalty: 0.5, ..none }), [0.5, 0.5, 1.0]);
+        let both = Sampler { frequency_penalty: -0.5, presence_penalty: 0.25, ..none };
+        assert_eq!(penalized(both), [1.75, 1.25, 1.0]);
     }
 
     #[test]

@@ -99,6 +99,9 @@ impl Run {
                 remarks.push([kind.to_owned(), text]);
             }
         };
+        for event in self.events("failed") {
+            add("error", event["what"].as_str().unwrap_or_default().to_owned());
+        }
         for event in self.events("retry") {
             let reason = event["reason"].as_str().unwrap_or_default();
             let [step, back] = ["step", "back_to"].map(|key| event[key].as_u64().unwrap_or(0));

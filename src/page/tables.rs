@@ -369,6 +369,7 @@ pub(super) fn provenance(run: &Run) -> Vec<[String; 2]> {
     for (role, hash) in fingerprint["data"].as_object().into_iter().flatten() {
         rows.push([format!("data.{role}, SHA-256"), plain(hash)]);
     }
+    rows.push(["first stages taken over from".to_owned(), plain(&record["reused_from"])]);
     rows.retain(|[_, value]| !value.is_empty());
     rows
 }

@@ -53,7 +53,7 @@ impl Base {
 }
 
 /// One stage with everything decided.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct PlannedStage {
     /// The stage.
     pub config: StageConfig,

@@ -6,6 +6,8 @@ use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 
+use crate::error::Told;
+
 /// Something that happened in a run.
 ///
 /// Stages, blocks and their like count from zero here, as in tensor names and recipe paths; the
@@ -303,6 +305,14 @@ pub enum Event {
     Warning {
         /// One sentence without a full stop.
         text: String,
+    },
+    /// The run ended by an error.
+    Failed {
+        /// The error.
+        #[serde(flatten)]
+        told: Told,
+        /// Wall-clock time in seconds, over all attempts.
+        seconds: f64,
     },
     /// The run is complete.
     Done {

@@ -177,6 +177,7 @@ impl Reporter for Terminal {
             return self.tell(event);
         }
         match event {
+            Event::Failed { .. } => self.clear(),
             Event::Progress { verb, done, of, detail } if self.live => {
                 self.advance(verb, *done, *of, &[clean(detail)]);
             }

@@ -83,19 +83,26 @@ impl RunFolder {
             folder.clear()?;
         }
         let names: Vec<&str> = prepared.plan.stages.iter().map(|s| s.config.name()).collect();
-        let new = RunRecord::new(&names, prepared.needs.clone(), prepared.fingerprint.clone());
+        let mut new = RunRecord::new(&names, prepared.needs.clone(), prepared.fingerprint.clone());
         let recipe = folder.path.join("recipe.toml");
         let write_recipe = || write_atomic(&recipe, to_toml(&prepared.plan.recipe)?.as_bytes());
         let Some(mut record) = RunRecord::read(&folder.path)? else {
             // The record first: it is what says that the folder is a run's.
             new.save(&folder.path)?;
             write_recipe()?;
+            if let Some(reused) = &prepared.reused {
+                reused.take_over(&folder, &mut new)?;
+            }
             return Ok((folder, new));
         };
         refuse_other(&record, prepared)?;
         if !recipe.exists() {
             // Killed between the two.
             write_recipe()?;
+        }
+        if let (Status::Pending, Some(reused)) = (record.status, &prepared.reused) {
+            // Killed before it had all of them.
+            reused.take_over(&folder, &mut record)?;
         }
         record.reopen_lost(&folder.path, |index, name| folder.stage_dir(index, name));
         if record.status != Status::Done {
@@ -112,7 +119,7 @@ impl RunFolder {
 
     /// Where stage `index` keeps its state.
     pub fn stage_dir(&self, index: usize, name: &str) -> PathBuf {
-        self.path.join("checkpoints").join(format!("{index:02}-{name}"))
+        stage_folder(&self.path, index, name)
     }
 
     /// Removes what a run wrote, all of it moved aside before any of it is gone.
@@ -126,6 +133,11 @@ impl RunFolder {
         }
         std::fs::remove_dir_all(&aside).map_err(|e| Error::io("remove", &aside, &e))
     }
+}
+
+/// Where stage `index` of the run in `run` keeps its state.
+pub(super) fn stage_folder(run: &Path, index: usize, name: &str) -> PathBuf {
+    run.join("checkpoints").join(format!("{index:02}-{name}"))
 }
 
 /// A file in the folders of a run that no run wrote: starting over would remove it.

@@ -7,6 +7,7 @@
 mod folder;
 mod preflight;
 mod record;
+mod reuse;
 mod settings;
 mod standing;
 
@@ -14,11 +15,13 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 pub use folder::RunFolder;
+use folder::stage_folder;
 pub use preflight::{
     Needs, Prepared, Price, StageNeeds, Target, data_of, memory_available, memory_total,
     model_sha256, prepare,
 };
 pub use record::{Fingerprint, RunRecord, StageRecord, Status};
+pub use reuse::Reused;
 pub use standing::{Standing, State};
 
 use crate::data::{SourceShare, TokenStream};
@@ -48,6 +51,8 @@ pub struct Options {
     pub device: Option<String>,
     /// Start over, whatever the folder holds.
     pub fresh: bool,
+    /// The run whose first stages are taken over, where the recipe begins as its does.
+    pub reuse: Option<PathBuf>,
     /// Time one block before anything begins, and estimate by that.
     pub probe: bool,
     /// What an hour of this machine costs.
@@ -91,6 +96,11 @@ pub fn train(options: &Options, mut report: Reporters, stop: &StopFlag) -> Resul
         Err(error) if matches!(error.kind(), Kind::Stopped(_)) => Status::Stopped,
         Err(_) => Status::Failed,
     };
+    let failure = outcome.as_ref().err().filter(|_| record.status == Status::Failed);
+    record.failure = failure.map(Error::told);
+    if let Some(told) = record.failure.clone() {
+        report.emit(&Event::Failed { told, seconds: record.seconds });
+    }
     let saved = record.save(folder.path());
     // Once a run has begun, whatever a weight turns out to be is a failure, not a refusal.
     let outcome = outcome.map_err(|error| match error.kind() {
@@ -270,6 +280,9 @@ pub fn announce(prepared: &Prepared, report: &mut dyn Reporter) {
             scales.name()
         );
         report.emit(&Event::Note { text });
+    }
+    if let Some(reused) = &prepared.reused {
+        report.emit(&Event::Note { text: reused.summary() });
     }
     for text in &prepared.chosen {
         report.emit(&Event::Note { text: text.clone() });

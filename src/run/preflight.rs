@@ -15,8 +15,8 @@ use serde::Serialize;
 
 use self::needs::Means;
 pub use self::needs::{Needs, Price, StageNeeds};
-use super::record::RECORD_FILE;
-use super::{Fingerprint, Options, RunFolder};
+use super::record::{RECORD_FILE, RunRecord, Status};
+use super::{Fingerprint, Options, Reused, RunFolder};
 use crate::data::sha256_of;
 use crate::data::{ChatTemplate, Marks, Reader, Reading, TemplateChoice, TokenStream, Tokenizer};
 use crate::device::{self, NamedDevice};
@@ -67,6 +67,8 @@ pub struct Prepared {
     pub scarce: Option<String>,
     /// Where trainings keep their state, where that is not the fastest place, sentences.
     pub chosen: Vec<String>,
+    /// The first stages, where another run has them.
+    pub reused: Option<Reused>,
 }
 
 /// What the weights of a run will take in the format that it is for.
@@ -96,6 +98,7 @@ pub fn prepare(options: &Options, stop: &StopFlag) -> Result<Prepared> {
     if has_run {
         RunFolder::check(&prepared, options.fresh)?;
     }
+    prepared.find_reused(options)?;
     Ok(prepared)
 }
 
@@ -125,7 +128,20 @@ fn fitted(options: &Options, stop: &StopFlag) -> Result<Prepared> {
     let scarce = needs.check(&peaks, &plan.recipe.output)?;
     let smaller = peaks.iter().map(fit::Peak::smaller).collect();
     let fingerprint = identity::without_model(&plan, &data)?;
-    Ok(Prepared { plan, device, model, data, fingerprint, needs, smaller, target, scarce, chosen })
+    let reused = None;
+    Ok(Prepared {
+        plan,
+        device,
+        model,
+        data,
+        fingerprint,
+        needs,
+        smaller,
+        target,
+        scarce,
+        chosen,
+        reused,
+    })
 }
 
 fn open_model(recipe: &Recipe) -> Result<ModelState> {
@@ -393,7 +409,8 @@ impl Prepared {
     /// Those of [`prepare`].
     pub fn to_look_at(options: &Options, stop: &StopFlag) -> Result<Self> {
         let mut prepared = fitted(options, stop)?;
-        if prepared.has_run() && !options.fresh {
+        let compared = prepared.has_run() && !options.fresh;
+        if compared || options.reuse.is_some() {
             prepared.fingerprint.model = identity::model_sha256(
                 &prepared.model.dir,
                 prepared.model.checkpoint.files(),
@@ -401,7 +418,18 @@ impl Prepared {
             )?;
         }
         RunFolder::check(&prepared, options.fresh)?;
+        prepared.find_reused(options)?;
         Ok(prepared)
+    }
+
+    /// Looks for the stages that need not be done again, unless the run has begun: then it has them.
+    fn find_reused(&mut self, options: &Options) -> Result<()> {
+        let Some(from) = &options.reuse else { return Ok(()) };
+        let begun = RunRecord::read(&self.plan.recipe.output)?;
+        if options.fresh || begun.is_none_or(|record| record.status == Status::Pending) {
+            self.reused = Some(Reused::find(from, self, &base_of(&self.model))?);
+        }
+        Ok(())
     }
 
     /// Whether the output folder holds a run, of this recipe or another.

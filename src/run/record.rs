@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{Needs, Price, StageNeeds};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Told};
 use crate::recipe::{self, Recipe, to_toml};
 use crate::stage::Results;
 use crate::store::folder::write_atomic;
@@ -117,6 +117,12 @@ pub struct RunRecord {
     /// What the run cost, where it was said what an hour costs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub price: Option<Price>,
+    /// What ended the last attempt, where it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<Told>,
+    /// The run whose first stages it took over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reused_from: Option<PathBuf>,
     /// Perplexities, errors and exports.
     pub results: Results,
     /// What the checkpoints depend on.
@@ -146,6 +152,8 @@ impl RunRecord {
             peak_gib: None,
             disk_bytes: None,
             price: None,
+            failure: None,
+            reused_from: None,
             results: Results::default(),
             fingerprint,
         }

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::folder::{Holder, holder};
 use super::record::{RECORD_FILE, RunRecord, Status};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Told};
 use crate::store::folder::entries;
 
 /// Bytes at the end of `metrics.jsonl` that are read: the last log points and results.
@@ -78,6 +78,9 @@ pub struct Standing {
     pub bytes: Option<u64>,
     /// Wall-clock seconds, over all attempts that came to an end.
     pub seconds: f64,
+    /// What ended it, where it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failure: Option<Told>,
     /// Seconds since 1970 of its last sign.
     pub changed: u64,
 }
@@ -127,6 +130,7 @@ impl Standing {
             bits_per_weight: export.map(|export| export.bits_per_weight),
             bytes: export.map(|export| export.bytes),
             seconds: record.seconds,
+            failure: record.failure.filter(|_| state == State::Failed),
             changed: changed.unwrap_or_default(),
         })
     }

@@ -14,16 +14,14 @@ const COMPLETION: usize = 16;
 /// The most texts that may end one.
 const STOPS: usize = 16;
 /// Fields that change what is written, and what of them may be asked for: nothing.
-const UNKNOWN_HERE: [&str; 14] = [
+const UNKNOWN_HERE: [&str; 12] = [
     "audio",
     "best_of",
     "echo",
-    "frequency_penalty",
     "function_call",
     "functions",
     "logit_bias",
     "logprobs",
-    "presence_penalty",
     "suffix",
     "tool_choice",
     "tools",
@@ -226,6 +224,12 @@ fn sampler(fields: Fields<'_>, otherwise: Sampler) -> Result<Sampler, Refusal> {
         repetition_penalty: fields
             .number("repetition_penalty", [least, f64::from(f32::MAX)])?
             .unwrap_or(otherwise.repetition_penalty),
+        frequency_penalty: fields
+            .number("frequency_penalty", [-2.0, 2.0])?
+            .unwrap_or(otherwise.frequency_penalty),
+        presence_penalty: fields
+            .number("presence_penalty", [-2.0, 2.0])?
+            .unwrap_or(otherwise.presence_penalty),
         seed,
     })
 }

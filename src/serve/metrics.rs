@@ -19,6 +19,8 @@ pub(super) struct Metrics {
     /// When how many tokens were written.
     recent: Mutex<VecDeque<(Instant, u64)>>,
     pub(super) prompt_tokens: AtomicU64,
+    /// Of them those that were computed before, for another prompt.
+    pub(super) prompt_tokens_known: AtomicU64,
     pub(super) generated_tokens: AtomicU64,
     pub(super) steps: AtomicU64,
     pub(super) switches: AtomicU64,
@@ -76,7 +78,9 @@ impl Metrics {
         page.one("texts_running", "gauge", "Texts that are continued now.", running);
         page.one("texts_waiting", "gauge", "Texts that wait for their turn.", waiting);
         let (prompts, generated) = (read(&self.prompt_tokens), read(&self.generated_tokens));
-        page.one("prompt_tokens_total", "counter", "Tokens of prompts computed.", prompts);
+        page.one("prompt_tokens_total", "counter", "Tokens of prompts.", prompts);
+        let help = "Tokens of prompts that an earlier prompt began with, and that were not computed again.";
+        page.one("prompt_tokens_known_total", "counter", help, read(&self.prompt_tokens_known));
         page.one("generated_tokens_total", "counter", "Tokens written.", generated);
         let help = "Tokens written in the last ten seconds, by the second.";
         page.one("tokens_per_second", "gauge", help, self.tokens_per_second());

@@ -5,6 +5,7 @@
 //! events (`reply`), over connections that nobody can hold for ever (`connections`).
 
 mod ask;
+mod beginnings;
 mod connections;
 mod line;
 mod metrics;
@@ -75,6 +76,11 @@ pub struct Limits {
     pub parallel: usize,
     /// Texts that wait besides.
     pub queue: usize,
+    /// Tokens of prompts whose keys and values are kept for prompts that begin alike.
+    pub prefix_tokens: Option<usize>,
+    /// Tokens of prompts that are computed between two tokens of those who have begun; a longer prompt comes in
+    /// pieces.
+    pub prompt_piece: usize,
     /// Tokens of an answer.
     pub max_tokens: Option<usize>,
     /// Bytes of a request.
@@ -125,7 +131,11 @@ pub fn serve(served: Served, limits: Limits, listener: TcpListener, stop: &StopF
     let models: Vec<String> = std::iter::once(name).chain(of_adapters).chain(of_widths).collect();
     let metrics = Arc::new(Metrics::default());
     let line = Arc::new(Line::new(limits.parallel, limits.queue));
-    let scheduler = Scheduler::new((model, adapters, widths), device, &language, &line, &metrics);
+    // One whole context, where nobody says.
+    let prefix_tokens = limits.prefix_tokens.unwrap_or(language.context);
+    let prompts = (prefix_tokens, limits.prompt_piece);
+    let models_of = (model, adapters, widths);
+    let scheduler = Scheduler::new(models_of, device, &language, prompts, &line, &metrics);
     let failed = |e: std::io::Error| Error::failed(format!("cannot serve: {e}")).fix("try again");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

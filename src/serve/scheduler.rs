@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use burn::tensor::Device;
 
 use super::Language;
+use super::beginnings::Beginnings;
 use super::line::{Event, Line, Taken, Text};
 use super::metrics::Metrics;
 use super::refusal::Refusal;
@@ -23,8 +24,6 @@ use crate::model::{Batch, CausalLm, Ended, Prompt};
 
 /// How long a lane goes on while another one waits.
 const TURN: Duration = Duration::from_millis(500);
-/// Tokens of prompts that are computed between two tokens of those who have begun; one prompt at least.
-const PROMPTS: usize = 512;
 
 /// Owns the model.
 pub(super) struct Scheduler {
@@ -39,6 +38,8 @@ pub(super) struct Scheduler {
     on: usize,
     since: Instant,
     line: Arc<Line>,
+    /// Tokens of prompts that are computed between two tokens of those who have begun.
+    piece: usize,
 }
 
 /// Whom the texts of a lane ask.
@@ -50,13 +51,19 @@ enum Whose {
 }
 
 /// The texts of one adapter or width.
-#[derive(Default)]
 struct Lane {
     batch: Batch,
     /// Those of the batch, in its order.
     texts: Vec<Running>,
     /// Those whose prompts are not computed.
-    coming: VecDeque<Text>,
+    coming: VecDeque<Coming>,
+    beginnings: Beginnings,
+}
+
+/// A text whose prompt is not computed, or in part.
+struct Coming {
+    text: Text,
+    begun: Option<Batch>,
 }
 
 /// A text in a batch.
@@ -79,6 +86,7 @@ impl Scheduler {
         (model, adapters, widths): (CausalLm, Adapters, Vec<CausalLm>),
         device: Device,
         language: &Language,
+        (prefix_tokens, piece): (usize, usize),
         line: &Arc<Line>,
         metrics: &Arc<Metrics>,
     ) -> Self {
@@ -97,11 +105,12 @@ impl Scheduler {
             voice,
             adapters,
             widths,
-            lanes: whose.iter().map(|_| Lane::default()).collect(),
+            lanes: whose.iter().map(|_| Lane::new(prefix_tokens / whose.len())).collect(),
             whose,
             on: 0,
             since: Instant::now(),
             line: Arc::clone(line),
+            piece,
         }
     }
 
@@ -113,7 +122,7 @@ impl Scheduler {
             let Taken::Texts(texts) = self.line.take(ended) else { break };
             for text in texts {
                 if let Some(lane) = self.lanes.get_mut(text.model) {
-                    lane.coming.push_back(text);
+                    lane.coming.push_back(Coming { text, begun: None });
                 }
             }
             before = self.lanes.iter().map(Lane::len).sum();
@@ -148,18 +157,33 @@ impl Scheduler {
             Whose::Scales(_) => &self.voice.model,
             Whose::Width(index) => &self.widths[index],
         };
-        let Lane { batch, texts, coming } = &mut self.lanes[lane];
+        let Lane { batch, texts, coming, beginnings } = &mut self.lanes[lane];
         self.voice.advance(model, batch, texts);
-        let (mut joining, mut prompts) = (Vec::new(), 0);
-        while prompts < PROMPTS
-            && let Some(text) = coming.pop_front()
+        let (mut joining, mut room) = (Vec::new(), self.piece);
+        while room > 0
+            && let Some(Coming { text, begun }) = coming.pop_front()
         {
-            prompts += text.tokens.len();
-            let prompt = Prompt { tokens: &text.tokens, stream: text.stream };
-            let mut alone = Batch::new([(prompt, text.sampler)]);
+            let mut alone = begun.unwrap_or_else(|| self.voice.begin(&text, beginnings));
+            if alone.unread() > room {
+                let read = self.voice.read(model, &mut alone, room);
+                match read {
+                    // A text that cannot be read in part has nothing less to compute.
+                    Ok(true) => {
+                        coming.push_front(Coming { text, begun: Some(alone) });
+                        break;
+                    }
+                    Ok(false) => {}
+                    Err(refusal) => {
+                        text.tell(Event::Failed(refusal));
+                        continue;
+                    }
+                }
+            }
+            room = room.saturating_sub(alone.unread());
             let mut running = vec![Running { text, added: 0 }];
             self.voice.advance(model, &mut alone, &mut running);
             if !alone.is_empty() {
+                beginnings.keep(&alone);
                 joining.push(alone);
                 texts.append(&mut running);
             }
@@ -180,13 +204,19 @@ impl Scheduler {
 }
 
 impl Lane {
+    /// Without texts; `prefix_tokens` of prompts are kept.
+    fn new(prefix_tokens: usize) -> Self {
+        let beginnings = Beginnings::new(prefix_tokens);
+        Self { batch: Batch::default(), texts: Vec::new(), coming: VecDeque::new(), beginnings }
+    }
+
     fn len(&self) -> usize {
         self.texts.len() + self.coming.len()
     }
 
     /// Lets go of texts that nobody listens to.
     fn leave(&mut self) {
-        self.coming.retain(|text| !text.is_left());
+        self.coming.retain(|coming| !coming.text.is_left());
         // Asked once: the answer may change at any time.
         let stay: Vec<bool> = self.texts.iter().map(|running| !running.text.is_left()).collect();
         let kept: Vec<usize> = (0..stay.len()).filter(|index| stay[*index]).collect();
@@ -198,13 +228,29 @@ impl Lane {
     fn fail(&mut self, refusal: &Refusal) {
         self.batch = Batch::default();
         let running = self.texts.drain(..).map(|running| running.text);
-        for text in running.chain(self.coming.drain(..)) {
+        for text in running.chain(self.coming.drain(..).map(|coming| coming.text)) {
             text.tell(Event::Failed(refusal.clone()));
         }
     }
 }
 
 impl Voice {
+    /// A prompt by itself, with what is known of it.
+    fn begin(&self, text: &Text, beginnings: &mut Beginnings) -> Batch {
+        let prompt = Prompt { tokens: &text.tokens, stream: text.stream };
+        let (batch, known) = beginnings.batch(prompt, text.sampler);
+        self.metrics.prompt_tokens_known.fetch_add(known as u64, Ordering::Relaxed);
+        batch
+    }
+
+    /// The next tokens of a prompt, `count` of them; whether any could be read.
+    fn read(&self, model: &CausalLm, batch: &mut Batch, count: usize) -> Result<bool, Refusal> {
+        let before = batch.computed();
+        let read = catch_unwind(AssertUnwindSafe(|| batch.read(model, &self.device, count)));
+        read.map_err(|panic| of_panic(panic.as_ref()))?;
+        Ok(batch.computed() > before)
+    }
+
     /// The next token of each text of a batch; those that end by it leave.
     fn advance(&self, model: &CausalLm, batch: &mut Batch, texts: &mut Vec<Running>) {
         if texts.is_empty() {

@@ -90,6 +90,20 @@ pub struct Results {
     pub fold_difference: f32,
 }
 
+impl Results {
+    /// What the first `stages` stages found out.
+    #[must_use]
+    pub fn until(self, stages: usize) -> Self {
+        let mut left = Self { exports: Vec::new(), weight_errors: BTreeMap::new(), ..self };
+        left.measured.retain(|measured| measured.stage < stages);
+        left.block_mse.retain(|stage, _| *stage < stages);
+        left.trainable.retain(|stage, _| *stage < stages);
+        left.quality.retain(|quality| quality.stage < stages);
+        left.setbacks.retain(|setback| setback.stage < stages);
+        left
+    }
+}
+
 /// A failure of a training, and what was done about it; kept in `run.json`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Setback {

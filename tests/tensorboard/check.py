@@ -57,6 +57,20 @@ DISTILL = [
     r"scales/changed",
 ]
 
+# What the file of the run as a whole has by itself: `tensorboard/` read alone is enough for these.
+WHOLE = [
+    r"train/loss",
+    r"train/learning_rate",
+    r"train/grad_norm",
+    r"eval/loss",
+    r"eval/perplexity",
+    r"block/mse_before",
+    r"block/mse_after",
+    r"perf/tokens_per_second",
+    r"perf/data_wait_fraction",
+    r"memory/peak_gib",
+]
+
 HISTOGRAMS = [r"codes(/.+)?", r"scale_change(/.+)?"]
 
 TEXTS = [r"recipe(/.+)?"]
@@ -209,6 +223,8 @@ def main():
 
     scalars = SCALARS if arguments.no_distill else SCALARS + DISTILL
     wrong = match("scalar", scalars, loaded, lambda events: events.Tags()["scalars"], scalar)
+    whole = {name: events for name, events in loaded.items() if name == "."}
+    wrong += match("whole run", WHOLE, whole, lambda events: events.Tags()["scalars"], scalar)
     wrong += match(
         "histogram", HISTOGRAMS, loaded, lambda events: events.Tags()["histograms"], histogram
     )

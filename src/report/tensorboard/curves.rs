@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::Value as Json;
 
 use super::events::{Dim, Histogram, Record, Value};
-use super::hparams::{self, RESULTS};
+use super::hparams::{self, Ending, RESULTS};
 use super::layout::layout;
 
 /// A record, and the folder below `tensorboard/` whose axis it is on: empty for the run as a whole.
@@ -14,7 +14,9 @@ pub(super) type Point = (String, Record);
 /// What TensorBoard shows of events in their JSON form.
 ///
 /// A stage has a folder of its own, because a folder is what TensorBoard has axes for: its steps begin
-/// at 0. In it, `blocks` is what is told block by block, which a filter of runs hides.
+/// at 0. In it, `blocks` is what is told block by block, which a filter of runs hides. What the stages'
+/// folders have is in the run's own file, too, on one axis, but for validations and single blocks: a
+/// program that reads a run need not know its stages.
 pub(super) struct Curves {
     /// What every first file of the run as a whole begins with, and `metrics.jsonl` does not have.
     pub front: Vec<Record>,
@@ -24,6 +26,8 @@ pub(super) struct Curves {
     stage: u64,
     /// The last step of the last training so far.
     trained: u64,
+    /// How many blocks each stage that goes block by block has.
+    blocks: BTreeMap<u64, u64>,
     /// Stage, KL and agreement of the validation that stands for the result.
     closeness: Option<(u64, [Json; 2])>,
 }
@@ -36,7 +40,8 @@ impl Default for Curves {
 
 impl Curves {
     fn new(front: Vec<Record>) -> Self {
-        Self { front, names: BTreeMap::new(), stage: 0, trained: 0, closeness: None }
+        let (names, blocks) = (BTreeMap::new(), BTreeMap::new());
+        Self { front, names, stage: 0, trained: 0, blocks, closeness: None }
     }
 
     /// For a story that is told from its start.
@@ -53,20 +58,26 @@ impl Curves {
             let of = |(tag, key): &(&str, &str)| Some(Value::scalar(tag, event[*key].as_f64()?));
             pairs.iter().filter_map(of).collect()
         };
+        let mut run_step = event["global_step"].as_u64();
         let (step, values) = match event["event"].as_str().unwrap_or_default() {
             "stage_start" => {
                 self.names.insert(stage, event["name"].as_str().unwrap_or_default().to_owned());
                 return Vec::new();
             }
-            "block" => (
-                number("index"),
-                pairs(&[
-                    ("block/mse_before", "mse_before"),
-                    ("block/mse_after", "mse_after"),
-                    ("perf/block_seconds", "seconds"),
-                    ("memory/block_peak_gib", "memory_gib"),
-                ]),
-            ),
+            "block" => {
+                self.blocks.insert(stage, number("of"));
+                let before: u64 = self.blocks.range(..stage).map(|(_, blocks)| blocks).sum();
+                run_step = Some(before + number("index"));
+                (
+                    number("index"),
+                    pairs(&[
+                        ("block/mse_before", "mse_before"),
+                        ("block/mse_after", "mse_after"),
+                        ("perf/block_seconds", "seconds"),
+                        ("memory/block_peak_gib", "memory_gib"),
+                    ]),
+                )
+            }
             "block_loss" => {
                 let tag = format!("block/{:02}/loss", number("block"));
                 let values = pairs(&[(&tag, "loss")]);
@@ -85,6 +96,8 @@ impl Curves {
             }
             "validation" => {
                 self.note_closeness(event);
+                // Of another text than the evaluations', whose tags they share.
+                run_step = None;
                 (
                     number("step"),
                     pairs(&[
@@ -97,18 +110,25 @@ impl Curves {
             }
             "retry" => {
                 let (folder, step) = (self.folder(), number("back_to") + 1);
-                return [folder.clone(), format!("{folder}/{BLOCKS}")]
-                    .map(|folder| (folder, Record::restart(step)))
-                    .into();
+                let blocks = format!("{folder}/{BLOCKS}");
+                let restarts =
+                    [(folder, step), (blocks, step), (String::new(), number("global_step") + 1)];
+                return restarts.map(|(folder, step)| (folder, Record::restart(step))).into();
             }
             "histogram" => {
                 let step = event["step"].as_u64().unwrap_or(self.trained);
                 (step, histogram(event).into_iter().collect())
             }
             "done" => return told("", 0, self.results(event)),
+            "failed" => return told("", 0, vec![hparams::end(Ending::Failed)]),
             _ => return Vec::new(),
         };
-        told(&self.folder(), step, values)
+        let mut points = Vec::new();
+        if let Some(step) = run_step {
+            points = told("", step, values.clone());
+        }
+        points.extend(told(&self.folder(), step, values));
+        points
     }
 
     /// The present stage's folder, named as that of its checkpoints.
@@ -161,7 +181,7 @@ impl Curves {
         ];
         let known = RESULTS.iter().zip(numbers);
         let known = known.filter_map(|((tag, ..), value)| Some(Value::scalar(tag, value?)));
-        known.chain([hparams::end()]).collect()
+        known.chain([hparams::end(Ending::Complete)]).collect()
     }
 }
 
@@ -263,7 +283,8 @@ mod tests {
         let step = json!({ "event": "step", "stage": 3, "step": 10, "global_step": 510,
                            "values": { "train/loss": 1.0 } });
         let events = [start(3, "distill"), step];
-        assert_eq!(last(&events), [at("03-distill", 10, &["train/loss"])]);
+        let expected = [("", 510), ("03-distill", 10)];
+        assert_eq!(last(&events), expected.map(|(folder, step)| at(folder, step, &["train/loss"])));
         let loss = json!({ "event": "block_loss", "stage": 1, "block": 3, "step": 7, "loss": 0.5 });
         let events = [start(1, "reconstruct"), loss];
         assert_eq!(last(&events), [at("01-reconstruct/blocks", 7, &["block/03/loss"])]);
@@ -302,11 +323,14 @@ mod tests {
         };
         let step = json!({ "event": "step", "stage": 0, "step": 60, "values": {} });
         let told = |track| {
-            let evaluation = serde_json::to_value(evaluation(track)).unwrap();
+            let mut evaluation = serde_json::to_value(evaluation(track)).unwrap();
+            evaluation["global_step"] = json!(560);
             last(&[start(0, "distill"), step.clone(), start(1, "evaluate"), evaluation])
         };
         assert!(told(false).is_empty());
-        assert_eq!(told(true), [at("01-evaluate", 60, &["eval/loss", "eval/perplexity"])]);
+        let expected = [("", 560), ("01-evaluate", 60)];
+        let tags = ["eval/loss", "eval/perplexity"];
+        assert_eq!(told(true), expected.map(|(folder, step)| at(folder, step, &tags)));
     }
 
     #[test]
@@ -341,10 +365,28 @@ mod tests {
 
     #[test]
     fn a_training_that_goes_back_drops_what_comes_again() {
-        let retry = json!({ "event": "retry", "stage": 0, "step": 9, "back_to": 4 });
-        let folders = ["00-finetune", "00-finetune/blocks"];
-        let expected = folders.map(|folder| at(folder, 5, &["restart"]));
+        let retry = json!({ "event": "retry", "stage": 0, "step": 9, "back_to": 4,
+                            "global_step": 104 });
+        let folders = [("00-finetune", 5), ("00-finetune/blocks", 5), ("", 105)];
+        let expected = folders.map(|(folder, step)| at(folder, step, &["restart"]));
         assert_eq!(last(&[start(0, "finetune"), retry]), expected);
+    }
+
+    #[test]
+    fn the_run_as_a_whole_has_one_axis_without_validations_and_single_blocks() {
+        let block = |stage| {
+            json!({ "event": "block", "stage": stage, "index": 1, "of": 3, "mse_before": 2,
+                    "mse_after": 1 })
+        };
+        let tags = ["block/mse_before", "block/mse_after"];
+        let blocks = [start(1, "reconstruct"), block(1), start(2, "reconstruct"), block(2)];
+        assert_eq!(last(&blocks[..2]), ["", "01-reconstruct"].map(|folder| at(folder, 1, &tags)));
+        let expected = [("", 4), ("02-reconstruct", 1)];
+        assert_eq!(last(&blocks), expected.map(|(folder, step)| at(folder, step, &tags)));
+        let validation = json!({ "event": "validation", "stage": 3, "step": 5, "global_step": 105,
+                                 "perplexity": 3.0 });
+        let expected = [at("03-distill", 5, &["eval/perplexity"])];
+        assert_eq!(last(&[start(3, "distill"), validation]), expected);
     }
 
     #[test]

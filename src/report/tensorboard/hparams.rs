@@ -149,9 +149,16 @@ pub(super) fn start(settings: &[(String, Setting)]) -> [Value; 2] {
     ]
 }
 
-/// What a run that is complete ends with.
-pub(super) fn end() -> Value {
-    value("session_end_info", Data::End(End { status: 1, time: unix_seconds() }))
+/// How a run ended; the numbers are those of TensorBoard's `Status`.
+#[derive(Clone, Copy)]
+pub(super) enum Ending {
+    Complete = 1,
+    Failed = 2,
+}
+
+/// What a run ends with.
+pub(super) fn end(ending: Ending) -> Value {
+    value("session_end_info", Data::End(End { status: ending as i32, time: unix_seconds() }))
 }
 
 #[cfg(test)]
@@ -180,7 +187,7 @@ mod tests {
         let Data::Start(start) = data(&start) else { panic!() };
         assert_eq!(start.settings.len(), 2);
         assert_eq!(start.settings["bits"].kind, Some(Kind::Number(2.0)));
-        assert!(matches!(data(&end()), Data::End(End { status: 1, .. })));
+        assert!(matches!(data(&end(Ending::Complete)), Data::End(End { status: 1, .. })));
     }
 
     #[test]

@@ -306,7 +306,7 @@ mod tests {
         let first = vec![text(), start(), step(1), saved, step(2)];
         let [stage, run] = after(&[first, vec![text(), start(), resumed(mark()), step(2)]]);
         assert_eq!(stage, [1, 2], "every step once");
-        assert_eq!(run, [0, 0], "the layout and a text");
+        assert_eq!(run, [0, 0, 101, 102], "the layout and a text, and the run's own axis");
         // Something was lost and is made again: what the file has twice is shown once.
         let first = vec![start(), step(1), step(2), start(), step(2)];
         let [stage, _] = after(&[first, vec![resumed(String::new())]]);

@@ -2,6 +2,7 @@
 
 use super::ending::ending;
 use super::layout::{Field, clean, fit, labelled, positioned, wrap};
+use crate::error::Told;
 use crate::report::numbers::{brief, compact, memory, significant, tiny};
 use crate::report::{Event, duration, size};
 
@@ -35,6 +36,13 @@ pub fn line(event: &Event, width: usize) -> Option<String> {
             health(event, width)?
         }
         Event::Exported { .. } | Event::Done { .. } => ending(event, width)?,
+        // The screen has it from whoever called the run.
+        Event::Failed { told, .. } => {
+            let Told { what, at, advice, .. } = told;
+            let place = at.iter().map(|at| format!("\n  at   {at}"));
+            let advice = advice.iter().map(|advice| format!("\n  try  {advice}"));
+            format!("error: {what}{}", place.chain(advice).collect::<String>())
+        }
         Event::BlockLoss { .. }
         | Event::Saved { .. }
         | Event::Progress { .. }
