@@ -321,8 +321,8 @@ fn a_target_is_met_at_its_natural_size() {
         (&GRIDS[0], "gguf", "f16", 4.5),
         // Scales in half precision, whatever is asked.
         (&GRIDS[0], "awq", "f16", 0.0),
-        // Codes and 32-bit scales are what they are.
-        (&GRIDS[0], "fewbit", "f32", 5.125),
+        // Its own folder holds any scales, and those of 16 bits in 16.
+        (&GRIDS[0], "fewbit", "f16", 4.5),
     ];
     for (grid, target, scales, bits) in wanted {
         let place = Place::new();

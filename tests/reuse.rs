@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Place, events};
+use common::{Place, TRAIN, events};
 use serde_json::Value;
 
 const STAGES: &str = r#"
@@ -33,7 +33,7 @@ format.fewbit = {}
 const OTHER_RATE: &str = "stage.2.distill.learning_rate=2e-3";
 
 fn train(place: &Place, more: &[&str]) -> String {
-    let arguments = [&["train", "--recipe", "r.toml"], more].concat();
+    let arguments = [&TRAIN[..], more].concat();
     let out = place.command(&arguments).output().unwrap();
     format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr))
 }
@@ -58,12 +58,16 @@ fn what_is_taken_over_is_what_would_have_been_made() {
         let [b, c] = ["b", "c"].map(|run| std::fs::read(place.path(run).join(&file)).unwrap());
         assert!(b == c, "{file}");
     }
-    let [b, c] = ["b", "c"].map(|run| record(&place, run));
+    let [mut b, mut c] = ["b", "c"].map(|run| record(&place, run));
+    for (record, run) in [(&mut b, "b"), (&mut c, "c")] {
+        let path = record["results"]["exports"][0]["path"].take();
+        assert_eq!(path, format!("{run}/export/fewbit"));
+    }
     assert_eq!(b["results"], c["results"]);
     assert_eq!((c["status"].as_str(), c["reused_from"].as_str()), (Some("done"), Some("a")));
     // Its story is the whole one, with each step once.
     let steps = |run: &str| -> Vec<Value> {
-        let told = events(&place.path(run));
+        let told = events(&place.path(run).join("metrics.jsonl"));
         let of = |event: &Value| matches!(event["event"].as_str(), Some("block" | "step"));
         let told = told.into_iter().filter(of);
         told.map(|event| serde_json::json!([event["event"], event["index"], event["step"]]))

@@ -311,7 +311,7 @@ fn what_prompts_begin_with_alike_is_computed_once() {
         (texts, tokens.map(|name| server.metric(name)))
     };
     let (texts_of_each, [all, known]) = texts(&["--prefix-cache", "0"]);
-    assert!(all > 400.0 && known == 0.0, "{known} of {all}");
+    assert!(all > 300.0 && known == 0.0, "{known} of {all}");
     let (texts_of_shared, [same, known]) = texts(&[]);
     assert_eq!(texts_of_shared, texts_of_each);
     assert!(same == all && known > 0.7 * all, "{known} of {all}");
@@ -337,7 +337,8 @@ fn penalties_change_what_is_said() {
     let place = place();
     let server = Server::start(&place, "base", &[]);
     let text = |more: Value| {
-        let mut ask = json!({"model": "base", "prompt": "Once", "max_tokens": 60, "temperature": 0});
+        let mut ask =
+            json!({"model": "base", "prompt": "Once", "max_tokens": 60, "temperature": 0});
         ask.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         let reply = server.post("/v1/completions", &ask);
         reply.json()["choices"][0]["text"].as_str().unwrap().to_owned()

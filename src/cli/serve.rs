@@ -46,9 +46,9 @@ pub(super) struct ServeArgs {
     /// Texts that wait besides; a request beyond them is answered 429
     #[arg(long, value_name = "N", default_value_t = 256)]
     queue: usize,
-    /// Tokens of prompts that are remembered for prompts that begin alike; 0 for none [default: one context]
-    #[arg(long, value_name = "N")]
-    prefix_cache: Option<usize>,
+    /// Tokens of prompts that are remembered for prompts that begin alike; 0 for none
+    #[arg(long, value_name = "N", default_value_t = 4096)]
+    prefix_cache: usize,
     /// Tokens of prompts computed between two tokens of running texts; a longer prompt comes in pieces
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = at_least_one)]
     prompt_piece: usize,

@@ -1,11 +1,12 @@
 //! fewbit's own packed layout: the neutral source of truth that every other format comes from.
 //!
 //! Per linear `X`: `X.codes`, u32 `[out, words]`, a dense little-endian bit stream per row. On a
-//! uniform grid `X.scales`, f32 `[out, groups]`, and `X.zero_points`, u8, i32 or f32 of the same
-//! shape, or `[1, 1]` when they are all equal. In binary coding `X.alphas`, f32
-//! `[out, groups, bits]`, and `X.offsets`, f32 `[out, groups]` or `[1, 1]`; for each narrower width `N`
-//! that the same planes serve, `X.alphas_N` and `X.offsets_N`. Where groups lie along the outputs, all
-//! of it is that of the transposed weight.
+//! uniform grid `X.scales`, floats `[out, groups]`, and `X.zero_points`, u8, i32 or floats of the same
+//! shape, or `[1, 1]` when they are all equal. In binary coding `X.alphas`, floats
+//! `[out, groups, bits]`, and `X.offsets`, floats `[out, groups]` or `[1, 1]`; for each narrower width `N`
+//! that the same planes serve, `X.alphas_N` and `X.offsets_N`. Floats are f16 where that holds every
+//! number of the tensor exactly (`quant.scales = "f16"`), else f32. Where groups lie along the outputs,
+//! all of it is that of the transposed weight.
 
 use std::collections::BTreeMap;
 
@@ -21,7 +22,9 @@ use super::record::{
     weights_sha256,
 };
 use crate::error::{Error, Result};
-use crate::quant::{Bits, Grid, GroupLayout, PackedCodes, QuantizedWeight, ZeroKind, bits};
+use crate::quant::{
+    Bits, Grid, GroupLayout, PackedCodes, QuantizedWeight, ScaleDType, ZeroKind, bits,
+};
 use crate::store::{DType, HostTensor, TensorSource};
 
 /// `format.fewbit`: no keys.
@@ -67,13 +70,13 @@ pub fn encode(name: &str, weight: &QuantizedWeight) -> Tensors {
     let scale_shape = layout.scale_shape();
     match &weight.grid {
         Grid::Uniform { scale, zero_point, zero_kind } => {
-            tensors.push((scales_name, HostTensor::f32(scale_shape, scale)));
+            tensors.push((scales_name, floats(scale_shape, scale)));
             tensors.push((zeros_name, encode_zeros(zero_point, *zero_kind, scale_shape)));
         }
         Grid::BinaryCoding { alpha, offset } => {
             let [rows, groups] = scale_shape;
             let shape = [rows, groups, usize::from(width)];
-            tensors.push((alphas_name, HostTensor::f32(shape, alpha)));
+            tensors.push((alphas_name, floats(shape, alpha)));
             tensors.push((offsets_name, encode_zeros(offset, ZeroKind::Real, scale_shape)));
         }
     }
@@ -82,7 +85,7 @@ pub fn encode(name: &str, weight: &QuantizedWeight) -> Tensors {
         let [alphas_name, offsets_name] = nested_names(name, bits);
         let [rows, groups] = scale_shape;
         let shape = [rows, groups, usize::from(bits.get())];
-        tensors.push((alphas_name, HostTensor::f32(shape, alpha)));
+        tensors.push((alphas_name, floats(shape, alpha)));
         tensors.push((offsets_name, encode_zeros(offset, ZeroKind::Real, scale_shape)));
     }
     tensors
@@ -100,7 +103,16 @@ fn encode_zeros(zeros: &[f32], kind: ZeroKind, shape: [usize; 2]) -> HostTensor 
         ZeroKind::Integer if in_range(-2_147_483_648.0, 2_147_483_520.0) => {
             HostTensor::i32(shape, &zeros.iter().map(|z| *z as i32).collect::<Vec<i32>>())
         }
-        _ => HostTensor::f32(shape, zeros),
+        _ => floats(shape, zeros),
+    }
+}
+
+/// In two bytes each where that loses nothing.
+fn floats(shape: impl Into<Vec<usize>>, values: &[f32]) -> HostTensor {
+    if ScaleDType::of(values) == ScaleDType::F16 {
+        HostTensor::f16_from_f32(shape, values)
+    } else {
+        HostTensor::f32(shape, values)
     }
 }
 
@@ -283,7 +295,7 @@ mod tests {
 
     use super::super::coded::sample::generator;
     use super::*;
-    use crate::quant::GroupAxis;
+    use crate::quant::{GroupAxis, ScaleDigits};
 
     /// `kind`: a uniform grid with those zero points, or binary coding.
     fn weight(
@@ -339,11 +351,14 @@ mod tests {
             groups in 1usize..4,
             group_len in 1usize..20,
             kind in 0usize..4,
+            short: bool,
             seed: u32,
         ) {
             let kinds = [ZeroKind::Integer, ZeroKind::Half, ZeroKind::Real].map(Some);
             let kind = kinds.get(kind).copied().flatten();
             let weight = weight(bits, [out, groups, group_len], kind, seed);
+            let digits = if short { ScaleDigits::F16 } else { ScaleDigits::F32 };
+            let weight = weight.with_scales(digits).unwrap();
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("w.safetensors");
             let tensor = HostTensor::f32([2, 1], &[0.5, -1.0]);
@@ -355,6 +370,23 @@ mod tests {
             };
             saved.write(&path).unwrap();
             prop_assert_eq!(Saved::read(&path).unwrap(), saved);
+        }
+    }
+
+    #[test]
+    fn floats_are_short_where_that_is_exact_and_counted_as_they_are() {
+        for kind in [None, Some(ZeroKind::Integer), Some(ZeroKind::Half), Some(ZeroKind::Real)] {
+            for (digits, dtype) in [(ScaleDigits::F32, DType::F32), (ScaleDigits::F16, DType::F16)]
+            {
+                let weight = weight(3, [4, 3, 8], kind, 2).with_scales(digits).unwrap();
+                let tensors = encode("x", &weight);
+                let (_, codes) = &tensors[0];
+                let (_, scales) = &tensors[1];
+                assert_eq!((codes.dtype, scales.dtype), (DType::U32, dtype), "{kind:?}");
+                let stored: usize = tensors[1..].iter().map(|(_, tensor)| tensor.bytes.len()).sum();
+                let bits = 3.0 + stored as f64 * 8.0 / weight.layout.len() as f64;
+                assert!((weight.bits_per_weight() - bits).abs() < 1e-12, "{kind:?} {digits:?}");
+            }
         }
     }
 

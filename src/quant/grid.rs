@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::{Bits, GroupAxis, GroupLayout, ScaleDigits, bcq};
+use super::{Bits, GroupAxis, GroupLayout, ScaleDType, ScaleDigits, bcq};
 use crate::error::{Error, Result};
 use crate::ops::PackedCodes;
 
@@ -315,30 +315,28 @@ impl QuantizedWeight {
         }
     }
 
-    /// Stored bits per weight in fewbit's own format: codes, and per group a 32-bit scale with its
-    /// zero point (8 bits when a small integer, 32 otherwise, none when all are the same), or a
-    /// 32-bit scale per plane with the offset (none when all are the same); those of narrower widths too.
+    /// Stored bits per weight in fewbit's own format: codes, and per group a scale, or one for each plane,
+    /// with its zero point or offset (8 bits when a small integer, none when all are the same); those of
+    /// narrower widths too. Floats have 16 bits where that is exact for all of a kind, else 32.
     pub fn bits_per_weight(&self) -> f64 {
-        let same = |values: &[f32]| values.windows(2).all(|w| w[0].to_bits() == w[1].to_bits());
-        let group_bits = match &self.grid {
-            Grid::Uniform { zero_point, zero_kind, .. } => {
-                32.0 + match zero_kind {
-                    _ if same(zero_point) => 0.0,
-                    ZeroKind::Integer if zero_point.iter().all(|z| (0.0..=255.0).contains(z)) => {
-                        8.0
-                    }
-                    _ => 32.0,
-                }
+        let floats = |values: &[f32]| values.len() * ScaleDType::of(values).bits() as usize;
+        let shifts = |zeros: &[f32], kind: ZeroKind| match kind {
+            _ if zeros.windows(2).all(|pair| pair[0].to_bits() == pair[1].to_bits()) => 0,
+            ZeroKind::Integer if zeros.iter().all(|zero| (0.0..=255.0).contains(zero)) => {
+                8 * zeros.len()
             }
-            Grid::BinaryCoding { offset, .. } => {
-                let offset_bits = if same(offset) { 0.0 } else { 32.0 };
-                32.0 * f64::from(self.bits.get()) + offset_bits
-            }
+            ZeroKind::Integer => 32 * zeros.len(),
+            _ => floats(zeros),
         };
-        let nested: usize = self.nested.iter().map(|grid| grid.scales().len()).sum();
-        let nested = 32 * (nested + self.nested.len() * self.layout.groups);
-        let group_bits = group_bits + nested as f64 / self.layout.groups.max(1) as f64;
-        f64::from(self.bits.get()) + group_bits / self.layout.group_len as f64
+        let of = |grid: &Grid| match grid {
+            Grid::Uniform { scale, zero_point, zero_kind } => {
+                floats(scale) + shifts(zero_point, *zero_kind)
+            }
+            Grid::BinaryCoding { alpha, offset } => floats(alpha) + shifts(offset, ZeroKind::Real),
+        };
+        let stored: usize = std::iter::once(&self.grid).chain(&self.nested).map(of).sum();
+        let weights = (self.layout.groups * self.layout.group_len).max(1);
+        f64::from(self.bits.get()) + stored as f64 / weights as f64
     }
 
     /// How often each code occurs.

@@ -26,6 +26,20 @@ impl ScaleDType {
         }
     }
 
+    /// The shortest type that holds all of them exactly.
+    pub fn of(values: &[f32]) -> Self {
+        let is_half = |value: &f32| f16::from_f32(*value).to_f32().to_bits() == value.to_bits();
+        if values.iter().all(is_half) { Self::F16 } else { Self::F32 }
+    }
+
+    /// Bits of a number.
+    pub fn bits(self) -> u32 {
+        match self {
+            Self::F32 => 32,
+            Self::F16 => 16,
+        }
+    }
+
     /// The nearest values of this type.
     ///
     /// # Errors

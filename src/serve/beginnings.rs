@@ -38,7 +38,8 @@ impl Beginnings {
 
     /// Keeps what of a lone text is computed, in place of what it goes on from.
     pub(super) fn keep(&mut self, batch: &Batch) {
-        let Some(new) = batch.beginning().filter(|new| (SHORTEST..=self.limit).contains(&new.len()))
+        let Some(new) =
+            batch.beginning().filter(|new| (SHORTEST..=self.limit).contains(&new.len()))
         else {
             return;
         };

@@ -77,7 +77,7 @@ pub struct Limits {
     /// Texts that wait besides.
     pub queue: usize,
     /// Tokens of prompts whose keys and values are kept for prompts that begin alike.
-    pub prefix_tokens: Option<usize>,
+    pub prefix_tokens: usize,
     /// Tokens of prompts that are computed between two tokens of those who have begun; a longer prompt comes in
     /// pieces.
     pub prompt_piece: usize,
@@ -131,9 +131,7 @@ pub fn serve(served: Served, limits: Limits, listener: TcpListener, stop: &StopF
     let models: Vec<String> = std::iter::once(name).chain(of_adapters).chain(of_widths).collect();
     let metrics = Arc::new(Metrics::default());
     let line = Arc::new(Line::new(limits.parallel, limits.queue));
-    // One whole context, where nobody says.
-    let prefix_tokens = limits.prefix_tokens.unwrap_or(language.context);
-    let prompts = (prefix_tokens, limits.prompt_piece);
+    let prompts = (limits.prefix_tokens, limits.prompt_piece);
     let models_of = (model, adapters, widths);
     let scheduler = Scheduler::new(models_of, device, &language, prompts, &line, &metrics);
     let failed = |e: std::io::Error| Error::failed(format!("cannot serve: {e}")).fix("try again");
