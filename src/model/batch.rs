@@ -192,10 +192,9 @@ impl Batch {
             |row: &Row| config.rotates_anew(self.past.saturating_sub(row.padding), row.text.len());
         if self.rows.iter().any(anew) {
             // Keys in the cache were rotated for a shorter text.
-            self.caches.fill(KvCache::default());
+            self.caches.clear();
             self.past = 0;
         }
-        self.caches.resize(model.blocks.len(), KvCache::default());
         let past = self.past;
         let padded = self.rows.iter().any(|row| row.padding > 0);
         let place = |row: &Row, place: usize| {
@@ -216,11 +215,8 @@ impl Batch {
         };
         self.past = total;
         let tokens: Vec<&[u32]> = tokens.iter().map(Vec::as_slice).collect();
-        let mut hidden = model.embed(CausalLm::tokens(&tokens, device), &positions);
-        for (index, (block, cache)) in model.blocks.iter().zip(&mut self.caches).enumerate() {
-            let tap = |site, x| model.tap.apply(index, site, x);
-            hidden = block.forward_tapped(hidden, &positions, Some(cache), &tap);
-        }
+        let tokens = CausalLm::tokens(&tokens, device);
+        let hidden = model.go_on(tokens, &positions, &mut self.caches);
         let [rows, seq, d_model] = hidden.dims();
         let last: Tensor<2> = hidden.narrow(1, seq - 1, 1).reshape([rows, d_model]);
         let logits = model.logits(model.finish(last));
