@@ -10,6 +10,7 @@ use clap::Args;
 
 use super::dialogue::{Dialogue, TemplateArgs};
 use super::generate::{ANSWER, Writer};
+use super::kv::KvArgs;
 use super::sampling::SamplingArgs;
 use super::{ModelArgs, output, read_adapter};
 use crate::error::{Error, Kind, Result};
@@ -51,6 +52,8 @@ pub(super) struct ChatArgs {
     plain: bool,
     #[command(flatten)]
     sampling: SamplingArgs,
+    #[command(flatten)]
+    kv: KvArgs,
 }
 
 pub(super) fn run(args: &ChatArgs, stop: &StopFlag) -> Result<()> {
@@ -66,7 +69,8 @@ pub(super) fn run(args: &ChatArgs, stop: &StopFlag) -> Result<()> {
     };
     let dialogue = dialogue.map(|template| Dialogue::new(template, args.template.system.clone()));
     let adapters = Adapters::new(&session.opened, &adapters)?;
-    let model = session.load()?;
+    let kv = args.kv.setting(&session)?;
+    let model = session.load()?.with_kv(kv);
     let generation = session.opened.generation()?;
     let sampler = args.sampling.sampler(generation.sampler()?);
     let (ends, stops) = (generation.ends, &args.sampling.stop);

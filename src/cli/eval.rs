@@ -10,10 +10,11 @@ use clap::Args;
 use self::ask::Asked;
 use self::show::{Adapter, Found};
 use super::data::ReadingArgs;
+use super::kv::KvArgs;
 use super::{AdaptedArgs, ModelArgs, Session, output};
 use crate::data::{Marks, Reading, TokenStream, Tokenizer, sha256_of};
 use crate::error::{Error, Result};
-use crate::model::Forward;
+use crate::model::{Forward, KvMode, KvSetting};
 use crate::report::Event;
 use crate::report::Reporter;
 use crate::report::terminal::Terminal;
@@ -59,6 +60,8 @@ pub(super) struct EvalArgs {
     /// The float model to compare with: kl needs it, and other tasks tell what it answers differently
     #[arg(long, value_name = "MODEL")]
     reference: Option<String>,
+    #[command(flatten)]
+    kv: KvArgs,
     /// Write what was found row by row, one JSON object a line
     #[arg(long, value_name = "FILE")]
     samples: Option<PathBuf>,
@@ -73,6 +76,7 @@ pub(super) fn run(args: &EvalArgs, stop: &StopFlag) -> Result<()> {
         locate::output_file(samples)?;
     }
     let session = args.source.open()?;
+    let kv = args.kv.setting(&session)?;
     let ready: Vec<Ready> = {
         let ready = tasks.into_iter().zip(&args.task);
         ready.map(|(task, asked)| args.ready(&session, task, asked)).collect::<Result<_>>()?
@@ -95,8 +99,10 @@ pub(super) fn run(args: &EvalArgs, stop: &StopFlag) -> Result<()> {
         })
         .collect::<Result<_>>()?;
     let reference = args.reference(&session)?;
-    let model = session.load()?;
+    let model = session.load()?.with_kv(kv);
     let reference = reference.as_ref().map(Session::load).transpose()?;
+    // By the same protocol, and as computed.
+    let reference = reference.map(|model| model.with_kv(kv.map(|_| KvSetting::new(KvMode::Full))));
     let mut terminal = Terminal::new();
     let reference = reference.as_ref().map(|model| -> &dyn Forward { model });
     let bench = Bench { device: &session.device.device, stop, reference };
@@ -198,6 +204,11 @@ impl EvalArgs {
     fn ready(&self, session: &Session, task: TaskConfig, asked: &Asked) -> Result<Ready> {
         let option = |key: &str| if self.set.is_empty() { format!("--{key}") } else { key.into() };
         task.task().check().map_err(|refused| refused.error.at(option(refused.key)))?;
+        if self.kv.is_given() && !task.task().goes_on() {
+            let what =
+                format!("{} reads texts in one pass and holds no keys and values", task.label());
+            return Err(Error::usage(what).at("--kv-cache").fix("ppl, gsm8k or ifeval"));
+        }
         if task.task().needs_reference() && self.reference.is_none() {
             let what = format!("{} compares with a reference, and none is named", task.label());
             return Err(Error::usage(what).fix("--reference the float model"));

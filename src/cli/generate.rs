@@ -4,11 +4,12 @@ use clap::Args;
 use serde_json::json;
 
 use super::dialogue::{Dialogue, TemplateArgs};
+use super::kv::{self, KvArgs};
 use super::sampling::SamplingArgs;
 use super::{AdaptedArgs, Session, output};
 use crate::data::{Answer, ChatTemplate, Tokenizer};
 use crate::error::{Error, Result};
-use crate::model::{CausalLm, Ended, Generation, Memory, Prompt, Sampler};
+use crate::model::{CausalLm, Ended, Generation, KvHeld, Memory, Prompt, Sampler};
 use crate::stop::StopFlag;
 
 /// Tokens of a text, unless it is said how many.
@@ -31,6 +32,8 @@ pub(super) struct GenerateArgs {
     template: TemplateArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
+    #[command(flatten)]
+    kv: KvArgs,
     /// One JSON object for each prompt: prompt, text, tokens, and why it ended
     #[arg(long)]
     json: bool,
@@ -52,21 +55,33 @@ pub(super) fn run(args: &GenerateArgs, stop: &StopFlag) -> Result<()> {
     };
     let tokens = |text| tokens(text).map_err(|e| e.at("--prompt"));
     let prompts: Vec<Vec<u32>> = args.prompt.iter().map(tokens).collect::<Result<_>>()?;
-    let model = session.load()?;
+    let setting = args.kv.setting(&session)?;
+    let model = session.load()?.with_kv(setting);
     if let ([prompt], false) = (&prompts[..], args.json) {
         let given = if chat { "" } else { &args.prompt[0] };
-        return writer.go_on(&model, &mut Memory::default(), (prompt, given), sampler).map(drop);
+        let mut memory = Memory::default();
+        writer.go_on(&model, &mut memory, (prompt, given), sampler)?;
+        if let Some(setting) = &setting {
+            output::aside(&kv::line(setting, memory.held()));
+        }
+        return Ok(());
     }
-    for ((text, (answer, ended)), index) in
+    for ((text, (answer, ended, held)), index) in
         args.prompt.iter().zip(writer.together(&model, &prompts, sampler)?).zip(0..)
     {
         if args.json {
-            output::json(&json!({
+            let mut found = json!({
                 "prompt": text,
                 "text": answer.text(),
                 "tokens": answer.tokens().len(),
                 "ended": ended.name(),
-            }))?;
+            });
+            if let (Some(found), Some(setting), Some(held)) =
+                (found.as_object_mut(), &setting, held)
+            {
+                found.extend(kv::object(setting, held, model.config.head_dim));
+            }
+            output::json(&found)?;
         } else {
             let between = if index > 0 { "\n" } else { "" };
             let given = if chat { "" } else { text };
@@ -171,7 +186,8 @@ impl Writer<'_> {
         Ok((answer.text().to_owned(), ended))
     }
 
-    /// The continuations of several prompts.
+    /// The continuations of several prompts, and where they are continued one after the other what their keys and
+    /// values took.
     ///
     /// # Errors
     /// When a signal came.
@@ -180,17 +196,32 @@ impl Writer<'_> {
         model: &CausalLm,
         prompts: &[Vec<u32>],
         sampler: Sampler,
-    ) -> Result<Vec<(Answer<'_>, Ended)>> {
+    ) -> Result<Vec<(Answer<'_>, Ended, Option<KvHeld>)>> {
         let mut answers: Vec<Answer<'_>> =
             prompts.iter().map(|prompt| Answer::new(self.tokenizer, prompt, self.stops)).collect();
         let rows: Vec<Prompt<'_>> =
             prompts.iter().zip(0..).map(|(tokens, stream)| Prompt { tokens, stream }).collect();
-        let ended = self.generation(model, sampler).batch(&rows, &mut |row, token| {
-            self.stop.check()?;
-            answers[row].push(token)
-        });
+        let generation = self.generation(model, sampler);
+        let ended: Result<Vec<(Ended, Option<KvHeld>)>> = if model.kv.is_some() {
+            let alone = rows.iter().zip(&mut answers).map(|(row, answer)| {
+                let mut memory = Memory::default();
+                let ended = generation.one(&mut memory, *row, &mut |token| {
+                    self.stop.check()?;
+                    answer.push(token)
+                })?;
+                Ok((ended, Some(memory.held())))
+            });
+            alone.collect()
+        } else {
+            let ended = generation.batch(&rows, &mut |row, token| {
+                self.stop.check()?;
+                answers[row].push(token)
+            });
+            ended.map(|all| all.into_iter().map(|ended| (ended, None)).collect())
+        };
         let ended = ended.map_err(|e| e.at(self.session.opened.dir.display()))?;
         answers.iter_mut().try_for_each(Answer::finish)?;
-        Ok(answers.into_iter().zip(ended).collect())
+        let all = answers.into_iter().zip(ended);
+        Ok(all.map(|(answer, (ended, held))| (answer, ended, held)).collect())
     }
 }

@@ -11,6 +11,7 @@ mod explain;
 mod export;
 mod generate;
 mod inspect;
+mod kv;
 mod logits;
 mod output;
 mod recipes;

@@ -96,7 +96,7 @@ impl ReportArgs {
         };
         let prompts = self.prompt.iter().map(tokens).collect::<Result<Vec<_>>>()?;
         let answers = writer.together(&session.load()?, &prompts, Sampler::default())?;
-        Ok(answers.iter().map(|(answer, _)| answer.text().to_owned()).collect())
+        Ok(answers.iter().map(|(answer, ..)| answer.text().to_owned()).collect())
     }
 }
 

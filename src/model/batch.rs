@@ -48,7 +48,12 @@ impl Beginning {
         &self.tokens
     }
 
-    /// How many there are.
+    /// Its keys and values, by block.
+    pub fn caches(&self) -> &[KvCache] {
+        &self.caches
+    }
+
+    /// How many tokens there are.
     pub fn len(&self) -> usize {
         self.tokens.len()
     }
@@ -265,10 +270,9 @@ impl Batch {
             |row: &Row| config.rotates_anew(self.past.saturating_sub(row.padding), row.text.len());
         if self.rows.iter().any(anew) {
             // Keys in the cache were rotated for a shorter text.
-            self.caches.fill(KvCache::default());
+            self.caches.clear();
             self.past = 0;
         }
-        self.caches.resize(model.blocks.len(), KvCache::default());
         let past = self.past;
         let padded = self.rows.iter().any(|row| row.padding > 0);
         let place = |row: &Row, place: usize| {
@@ -289,12 +293,8 @@ impl Batch {
         };
         self.past = total;
         let tokens: Vec<&[u32]> = tokens.iter().map(Vec::as_slice).collect();
-        let mut hidden = model.embed(CausalLm::tokens(&tokens, device), &positions);
-        for (index, (block, cache)) in model.blocks.iter().zip(&mut self.caches).enumerate() {
-            let tap = |site, x| model.tap.apply(index, site, x);
-            hidden = block.forward_tapped(hidden, &positions, Some(cache), &tap);
-        }
-        hidden
+        let tokens = CausalLm::tokens(&tokens, device);
+        model.go_on(tokens, &positions, &mut self.caches)
     }
 }
 

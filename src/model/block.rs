@@ -11,7 +11,7 @@ use burn::tensor::{Tensor, activation};
 use super::KvCache;
 use super::arch::{Activation, LinearSpec, ModelConfig, NormKind, QueryNorm, Residual, Role, Site};
 use super::positions::Positions;
-use crate::ops::{self, Attending};
+use crate::ops;
 use crate::quant::CodedWeight;
 
 /// What a caller does at the sites of a block: `[batch, seq, features]` to the same shape.
@@ -202,7 +202,7 @@ impl Block {
         let [q, k, v] = self.queries_keys_values(x, tap);
         let mixed = match cache {
             None => ops::causal_attention(q, k, v, attending),
-            Some(cache) => cached(attending, cache, [q, k, v]),
+            Some(cache) => cache.attend(attending, [q, k, v]),
         };
         self.project(Role::Output, tap(Site::AttentionOutput, mixed))
     }
@@ -299,19 +299,6 @@ impl Block {
     pub fn specs(&self) -> std::slice::Iter<'_, LinearSpec> {
         self.config.specs(self.index).iter()
     }
-}
-
-/// Attention of new positions over those and the cached ones.
-fn cached(attending: &Attending, cache: &mut KvCache, [q, k, v]: [Tensor<3>; 3]) -> Tensor<3> {
-    if cache.is_empty() {
-        let [keys, values] = [k.clone(), v.clone()].map(|x| attending.heads(x));
-        cache.extended(attending.rotate(keys), values);
-        return ops::causal_attention(q, k, v, attending);
-    }
-    let q = attending.scaled(q);
-    let [q, k, v] = [q, k, v].map(|x| attending.heads(x));
-    let (k, v) = cache.extended(attending.rotate(k), v);
-    attending.attend(attending.rotate(q), k, v)
 }
 
 fn normed(norm: Option<&Norm>, x: Tensor<3>) -> Tensor<3> {

@@ -3,7 +3,7 @@
 use burn::tensor::Device;
 
 use super::batch::{Batch, Beginning, Prompt};
-use super::{CausalLm, Sampler};
+use super::{CausalLm, KvHeld, KvSetting, Sampler};
 use crate::error::Result;
 
 /// How texts are continued.
@@ -50,9 +50,17 @@ impl Ended {
 #[derive(Debug, Default)]
 pub struct Memory(Beginning);
 
+impl Memory {
+    /// What its keys and values take.
+    pub fn held(&self) -> KvHeld {
+        KvHeld::of(self.0.caches())
+    }
+}
+
 impl Generation<'_> {
-    /// Continues `prompts` together; calls `each` with the place of a prompt and its new token, end
-    /// tokens aside, and ends a text for which it returns `false`. Gives why each ended.
+    /// Continues `prompts` together, or where keys and values are held at mixed precision one after the
+    /// other; calls `each` with the place of a prompt and its new token, end tokens aside, and ends a text
+    /// for which it returns `false`. Gives why each ended.
     ///
     /// # Errors
     /// As [`finite`](super::finite), and what `each` says.
@@ -61,6 +69,12 @@ impl Generation<'_> {
         prompts: &[Prompt<'_>],
         each: &mut dyn FnMut(usize, u32) -> Result<bool>,
     ) -> Result<Vec<Ended>> {
+        if prompts.len() > 1 && self.model.kv.as_ref().is_some_and(KvSetting::is_mixed) {
+            let alone = prompts.iter().enumerate().map(|(place, prompt)| {
+                self.one(&mut Memory::default(), *prompt, &mut |token| each(place, token))
+            });
+            return alone.collect();
+        }
         self.go_on(&mut Memory::default(), prompts, each)
     }
 

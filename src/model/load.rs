@@ -254,6 +254,7 @@ impl Loader<'_> {
             head: None,
             config: Arc::new(config.clone()),
             tap: ModelTap::default(),
+            kv: None,
         })
     }
 

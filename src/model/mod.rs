@@ -36,7 +36,7 @@ pub use arch::{
 pub use batch::{Batch, Beginning, Prompt, finite};
 pub use block::{Block, Norm, Norms, Tap};
 pub use by_block::{ByBlock, Forward, batches_that_wait};
-pub use cache::KvCache;
+pub use cache::{KvCache, KvHeld, KvMode, KvSetting};
 pub use generate::{Ended, Generation, Memory};
 pub use generation_config::{GenerationConfig, end_tokens};
 pub use load::{Loader, WeightSource, companions, head_name, licences, open_folder};
@@ -72,6 +72,9 @@ pub struct CausalLm {
     /// What is done to activations on the way; nothing by default.
     #[module(skip)]
     pub tap: ModelTap,
+    /// How it holds keys and values where it goes on; as computed by default.
+    #[module(skip)]
+    pub kv: Option<KvSetting>,
 }
 
 impl CausalLm {
@@ -80,6 +83,33 @@ impl CausalLm {
     pub fn with_tap(mut self, tap: ModelTap) -> Self {
         self.tap = tap;
         self
+    }
+
+    /// The model that holds keys and values by a setting.
+    #[must_use]
+    pub fn with_kv(self, kv: Option<KvSetting>) -> Self {
+        Self { kv, ..self }
+    }
+
+    /// The residual stream behind the last block of a run of positions that goes on from `caches`, which are
+    /// made where there are none; they are then extended.
+    ///
+    /// # Shapes
+    /// - tokens: `[batch, seq]`
+    /// - result: `[batch, seq, d_model]`
+    pub fn go_on(
+        &self,
+        tokens: Tensor<2, Int>,
+        positions: &Positions,
+        caches: &mut Vec<KvCache>,
+    ) -> Tensor<3> {
+        caches.resize(self.blocks.len(), KvCache::by(self.kv));
+        let mut hidden = self.embed(tokens, positions);
+        for (index, (block, cache)) in self.blocks.iter().zip(caches).enumerate() {
+            let tap = |site, x| self.tap.apply(index, site, x);
+            hidden = block.forward_tapped(hidden, positions, Some(cache), &tap);
+        }
+        hidden
     }
 
     /// Token ids of a batch as a tensor, `[batch, seq]`.

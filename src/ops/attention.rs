@@ -165,6 +165,18 @@ impl Attending {
     /// - q: `[batch, heads, seq, head_dim]`; k, v: `[batch, kv_heads, past + seq, head_dim]`
     /// - result: `[batch, seq, heads * head_dim]`
     pub fn attend(&self, q: Tensor<4>, k: Tensor<4>, v: Tensor<4>) -> Tensor<3> {
+        let mask = self.sight.mask(&self.cos);
+        let [_, heads, ..] = q.dims();
+        self.mixed(self.weights(q, k, mask), v, heads)
+    }
+
+    /// What each query gives to each key, of rotated ones; rows sum to 1.
+    ///
+    /// # Shapes
+    /// - q: `[batch, heads, seq, head_dim]`; k: `[batch, kv_heads, keys, head_dim]`
+    /// - mask: 0 or -inf, `[1 or batch, 1 or kv_heads, heads per kv head * seq, keys]`
+    /// - result: `[batch, kv_heads, heads per kv head * seq, keys]`
+    pub fn weights(&self, q: Tensor<4>, k: Tensor<4>, mask: Tensor<4>) -> Tensor<4> {
         let [batch, heads, seq, head_dim] = q.dims();
         let kv_heads = k.dims()[1];
         // The query heads that share a key head are stacked along the sequence, so that keys and
@@ -176,8 +188,17 @@ impl Attending {
             Some(cap) => (scores / cap).tanh() * cap,
             None => scores,
         };
-        let mask = self.sight.mask(&self.cos);
-        let weights = activation::softmax(scores + mask, 3);
+        activation::softmax(scores + mask, 3)
+    }
+
+    /// The values that [`Attending::weights`] mix.
+    ///
+    /// # Shapes
+    /// - weights: as they are given; v: `[batch, kv_heads, keys, head_dim]`
+    /// - result: `[batch, seq, heads * head_dim]`
+    pub fn mixed(&self, weights: Tensor<4>, v: Tensor<4>, heads: usize) -> Tensor<3> {
+        let [batch, kv_heads, rows, _] = weights.dims();
+        let (seq, head_dim) = (rows * kv_heads / heads, v.dims()[3]);
         let mixed = weights.matmul(v).reshape([batch, heads, seq, head_dim]).swap_dims(1, 2);
         mixed.reshape([batch, seq, heads * head_dim])
     }

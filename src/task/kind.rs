@@ -25,6 +25,11 @@ pub trait Task {
         false
     }
 
+    /// Whether it can go on from keys and values of earlier tokens, so that it measures how those are held.
+    fn goes_on(&self) -> bool {
+        false
+    }
+
     /// Refuses keys that make no sense whatever the model.
     ///
     /// # Errors

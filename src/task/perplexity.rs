@@ -20,6 +20,7 @@ use serde_json::{Map, Value};
 
 use super::files::{DATA, Source};
 use super::kind::{Bench, Material, Number, Prepared, Refused, Score, Task};
+use super::pieces::{Cached, Pieces};
 use crate::data::{Paths, ScoredWindow, TokenStream, read_documents};
 use crate::error::{Error, Result};
 use crate::model::{CausalLm, Forward, ModelConfig, Positions};
@@ -47,6 +48,13 @@ pub struct PplConfig {
     /// Use only this many windows, evenly spread; default all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub windows: Option<usize>,
+    /// Tokens of a window that are read in one pass, whose keys and values then serve the others; only those
+    /// count. Default half of the window where keys and values are held in a way of their own, else all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefill: Option<usize>,
+    /// How many of the others are read together, which see each other as computed; default 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub piece: Option<usize>,
     /// How documents become one stream; absent: BOS before each of them, nothing between.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub protocol: Option<Protocol>,
@@ -81,6 +89,9 @@ pub struct Perplexity {
     /// Whether only completions of packed examples were counted.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub completions_only: bool,
+    /// How windows were read in pieces, where they were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cached: Option<Cached>,
 }
 
 impl PplConfig {
@@ -123,11 +134,18 @@ impl PplConfig {
             let error = Error::usage("windows = 0 measures nothing");
             return refused("windows", error.fix("windows = 1"));
         }
+        if let Some(pieces) = Pieces::asked(self, false, context) {
+            pieces.check(context, packed)?;
+        }
         Ok((context, stride))
     }
 }
 
 impl Task for PplConfig {
+    fn goes_on(&self) -> bool {
+        true
+    }
+
     fn numbers(&self) -> &'static [Number] {
         const {
             &[
@@ -196,12 +214,15 @@ impl Task for PplConfig {
 
     fn protocol(&self, score: &Score) -> String {
         let of = |key: &str| score.protocol.get(key).and_then(Value::as_u64).unwrap_or(0);
-        let windows = format!(
+        let mut windows = format!(
             "{} windows of {} tokens, stride {}",
             of("windows"),
             of("context"),
             of("stride")
         );
+        if let Some(cached) = Cached::of_entries(&score.protocol) {
+            windows = format!("{windows},\n           {cached}");
+        }
         match self.protocol {
             None => windows,
             Some(Protocol::Wikitext2) => {
@@ -222,6 +243,9 @@ impl Task for PplConfig {
         marks.push([format!("context {context}"), format!("ctx {context}")]);
         if stride != context {
             marks.push([format!("stride {stride}"), format!("stride {stride}")]);
+        }
+        if let Some(cached) = Cached::of_entries(&score.protocol) {
+            marks.push(cached.marks());
         }
         if score.protocol.contains_key("completions_only") {
             marks.push(["completions only".to_owned(), "completions".to_owned()]);
@@ -278,6 +302,9 @@ impl Prepared for Windowed<'_> {
         if found.completions_only {
             protocol.insert("completions_only".to_owned(), true.into());
         }
+        if let Some(cached) = &found.cached {
+            protocol.extend(cached.entries());
+        }
         let numbers = [("perplexity", found.perplexity), ("nll_per_token", found.nll_per_token)];
         let numbers = numbers.map(|(name, value)| (name.to_owned(), value)).into();
         Ok(Score { numbers, tokens: found.tokens, protocol, ..Score::default() })
@@ -299,18 +326,31 @@ pub fn measure(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Perplexity> {
     let (context, stride) = task.windows(config, stream.packed)?;
-    let windows = chosen(stream, [context, stride], task.windows)?;
+    let mut windows = chosen(stream, [context, stride], task.windows)?;
+    let pieces = Pieces::asked(task, model.ends().kv.is_some(), context);
+    if let Some(pieces) = &pieces {
+        pieces.check(context, stream.packed)?;
+        windows.iter_mut().for_each(|window| window.scored = pieces.scored(*window, context));
+    }
+    let mut cached = None;
     let positions = Positions::new(config, 0, context, model.ends().dtype(), device);
     let mut nll = 0.0;
     let mut tokens = 0;
-    let batches: Vec<&[ScoredWindow]> =
-        windows.chunks((TOKENS_PER_BATCH / context).max(1)).collect();
+    let together = if pieces.is_some() { 1 } else { TOKENS_PER_BATCH / context };
+    let batches: Vec<&[ScoredWindow]> = windows.chunks(together.max(1)).collect();
     let at_once = model.batches_at_once(TOKENS_PER_BATCH.max(context));
     let mut done = 0;
     for batches in batches.chunks(at_once) {
         stop.check()?;
         progress(done, windows.len() as u64);
-        let hidden = streams(model, stream, batches, &positions, device)?;
+        let hidden = match &pieces {
+            None => streams(model, stream, batches, &positions, device)?,
+            Some(pieces) => {
+                let windows = batches.iter().flat_map(|batch| batch.iter());
+                let tokens = windows.map(|window| &stream.tokens[window.start..][..context]);
+                pieces.streams(model, tokens, device, stop, &mut cached)?
+            }
+        };
         for (batch, hidden) in batches.iter().zip(hidden) {
             done += batch.len() as u64;
             let losses = batch_nll(model.ends(), stream, batch, context, &hidden, device);
@@ -341,6 +381,7 @@ pub fn measure(
         stride,
         windows: windows.len(),
         completions_only: stream.supervised.is_some(),
+        cached,
     })
 }
 

@@ -57,6 +57,10 @@ const NAMES: [&str; 4] = [
 ];
 
 impl Task for IfevalConfig {
+    fn goes_on(&self) -> bool {
+        true
+    }
+
     fn numbers(&self) -> &'static [Number] {
         const {
             &[
