@@ -5,7 +5,9 @@
 //! shape, or `[1, 1]` when they are all equal. In binary coding `X.alphas`, f32
 //! `[out, groups, bits]`, and `X.offsets`, f32 `[out, groups]` or `[1, 1]`; for each narrower width `N`
 //! that the same planes serve, `X.alphas_N` and `X.offsets_N`. Where groups lie along the outputs, all
-//! of it is that of the transposed weight.
+//! of it is that of the transposed weight. Of codebooks, `X.codes` has the codes of a run of inputs side by
+//! side, `in / vector * books` of them in a row, `X.codebooks` is `[books, centroids, vector]` and `X.scales`
+//! `[out, groups]`, each f16 where that holds all of its numbers, else f32.
 
 use std::collections::BTreeMap;
 
@@ -21,7 +23,9 @@ use super::record::{
     weights_sha256,
 };
 use crate::error::{Error, Result};
-use crate::quant::{Bits, Grid, GroupLayout, PackedCodes, QuantizedWeight, ZeroKind, bits};
+use crate::quant::{
+    Additive, Bits, Grid, GroupLayout, PackedCodes, QuantizedWeight, ZeroKind, bits, codebook,
+};
 use crate::store::{DType, HostTensor, TensorSource};
 
 /// `format.fewbit`: no keys.
@@ -60,9 +64,11 @@ impl OwnFormat for FewbitConfig {
 pub fn encode(name: &str, weight: &QuantizedWeight) -> Tensors {
     let layout = weight.layout;
     let width = weight.bits.get();
-    let [rows, columns] = layout.stored();
-    let [codes_name, scales_name, zeros_name, alphas_name, offsets_name] = tensor_names(name);
-    let codes = HostTensor::u32([rows, bits::words_per_row(columns, width)], weight.codes.words());
+    let [codes_name, scales_name, zeros_name, alphas_name, offsets_name, books_name] =
+        tensor_names(name);
+    let packed = &weight.codes;
+    let words = bits::words_per_row(packed.columns(), packed.bits());
+    let codes = HostTensor::u32([packed.rows(), words], packed.words());
     let mut tensors = vec![(codes_name, codes)];
     let scale_shape = layout.scale_shape();
     match &weight.grid {
@@ -76,6 +82,11 @@ pub fn encode(name: &str, weight: &QuantizedWeight) -> Tensors {
             tensors.push((alphas_name, HostTensor::f32(shape, alpha)));
             tensors.push((offsets_name, encode_zeros(offset, ZeroKind::Real, scale_shape)));
         }
+        Grid::Codebook { scale, books, additive } => {
+            let shape = [additive.books, 1 << packed.bits(), additive.vector];
+            tensors.push((books_name, shortest(shape.to_vec(), books)));
+            tensors.push((scales_name, shortest(scale_shape.to_vec(), scale)));
+        }
     }
     for (grid, bits) in weight.nested.iter().zip(weight.widths()) {
         let Grid::BinaryCoding { alpha, offset } = grid else { continue };
@@ -86,6 +97,15 @@ pub fn encode(name: &str, weight: &QuantizedWeight) -> Tensors {
         tensors.push((offsets_name, encode_zeros(offset, ZeroKind::Real, scale_shape)));
     }
     tensors
+}
+
+/// In half precision where that holds all of them.
+fn shortest(shape: Vec<usize>, values: &[f32]) -> HostTensor {
+    if codebook::is_short(values) {
+        HostTensor::f16_from_f32(shape, values)
+    } else {
+        HostTensor::f32(shape, values)
+    }
 }
 
 fn encode_zeros(zeros: &[f32], kind: ZeroKind, shape: [usize; 2]) -> HostTensor {
@@ -123,8 +143,24 @@ pub fn decode(
         return Err(Error::damaged(what, DAMAGED).at(name));
     }
     let [rows, columns] = layout.stored();
-    let [codes_name, scales_name, zeros_name, alphas_name, offsets_name] = tensor_names(name);
-    let width = record.bits.get();
+    let [codes_name, scales_name, zeros_name, alphas_name, offsets_name, books_name] =
+        tensor_names(name);
+    let (columns, width) = match record.grid {
+        GridRecord::Codebook { books, vector, code_bits } => {
+            let sound = (1..=codebook::MOST).contains(&books)
+                && (1..=codebook::LONGEST).contains(&vector)
+                && inputs.is_multiple_of(vector)
+                && (1..=8).contains(&code_bits);
+            if !sound {
+                let what = format!(
+                    "{books} codebooks of {code_bits} bits and {vector} inputs in rows of {inputs}"
+                );
+                return Err(Error::damaged(what, DAMAGED).at(name));
+            }
+            (Additive { books, vector }.codes(inputs), code_bits)
+        }
+        GridRecord::Uniform { .. } | GridRecord::BinaryCoding {} => (columns, record.bits.get()),
+    };
     let codes_shape = vec![rows, bits::words_per_row(columns, width)];
     let words = read(source, &codes_name, &[codes_shape])?.to_u32();
     let words = words.map_err(|e| e.at(&codes_name))?;
@@ -148,6 +184,11 @@ pub fn decode(
             zero_kind,
         },
         GridRecord::BinaryCoding {} => planes([&alphas_name, &offsets_name], record.bits)?,
+        GridRecord::Codebook { books, vector, .. } => Grid::Codebook {
+            scale: floats(&scales_name, scale_shape.clone())?,
+            books: floats(&books_name, vec![books, 1 << width, vector])?,
+            additive: Additive { books, vector },
+        },
     };
     let nested = record.nested.iter().map(|bits| {
         let [alphas, offsets] = nested_names(name, *bits);

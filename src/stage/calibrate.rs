@@ -117,7 +117,7 @@ impl Stage for CalibrateConfig {
     fn follows(&self, before: &Before<'_>) -> Result<()> {
         match before.repr {
             Repr::Dense => Ok(()),
-            Repr::Uniform | Repr::BinaryCoding => Err(Error::usage(
+            Repr::Uniform | Repr::BinaryCoding | Repr::Codebook => Err(Error::usage(
                 "calibrate needs float weights, and they are quantized already",
             )
             .fix("stage.reconstruct or stage.distill here, or a float model and this stage first")),
