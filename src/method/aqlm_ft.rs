@@ -2,9 +2,9 @@
 //!
 //! *What it learns:* the centroids of every codebook, and the scales; the codes stay as an earlier stage left
 //! them, packed. *Formula:* `d C_i[k] = Σ a G[run]` over the runs whose code is `k`, `d a = Σ G Σ_i C_i[code_i]`
-//! over the group. *Start:* exactly the quantized weight. *Recipe keys:* `codebooks`, `scales` (which of the two
-//! learn). Centroids are rounded to half precision in every forward, as they are stored. *Export:* codebooks;
-//! what learned alone is an adapter.
+//! over the group. *Start:* exactly the quantized weight. *Recipe keys:* `learn` (`"codebooks_and_scales"`,
+//! `"codebooks"`, `"scales"`). Centroids are rounded to half precision in every forward, as they are stored.
+//! *Export:* codebooks; what learned alone is an adapter.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -13,19 +13,24 @@ use super::Tuner;
 use crate::quant::{Learned, LearnedScales, Repr};
 
 /// Keys of `method.aqlm_ft`.
-#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AqlmFtConfig {
-    /// Whether centroids learn.
-    pub codebooks: bool,
-    /// Whether scales learn.
-    pub scales: bool,
+    /// What learns.
+    pub learn: LearnedCodebooks,
 }
 
-impl Default for AqlmFtConfig {
-    fn default() -> Self {
-        Self { codebooks: true, scales: true }
-    }
+/// What of codebooks learns.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LearnedCodebooks {
+    /// Centroids and scales.
+    #[default]
+    CodebooksAndScales,
+    /// Centroids alone.
+    Codebooks,
+    /// Scales alone.
+    Scales,
 }
 
 /// Codebooks and scales on frozen codes.
@@ -38,7 +43,11 @@ impl Tuner for AqlmFt {
     const TAKES: Repr = Repr::Codebook;
 
     fn learned(config: &AqlmFtConfig) -> Learned {
-        let scales = if config.scales { LearnedScales::All } else { LearnedScales::Frozen };
-        Learned { scales, offsets: config.codebooks, ..Learned::default() }
+        let scales = match config.learn {
+            LearnedCodebooks::Codebooks => LearnedScales::Frozen,
+            LearnedCodebooks::CodebooksAndScales | LearnedCodebooks::Scales => LearnedScales::All,
+        };
+        let offsets = config.learn != LearnedCodebooks::Scales;
+        Learned { scales, offsets, ..Learned::default() }
     }
 }

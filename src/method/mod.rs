@@ -47,7 +47,7 @@ pub use adadim::{AdaDim, AdaDimConfig};
 pub use alphatuning::{AlphaTuning, AlphaTuningConfig, LearnedAlphas};
 pub use anybcq::{AnyBcq, AnyBcqConfig};
 pub use aqlm::{Aqlm, AqlmConfig};
-pub use aqlm_ft::{AqlmFt, AqlmFtConfig};
+pub use aqlm_ft::{AqlmFt, AqlmFtConfig, LearnedCodebooks};
 pub use attach::{
     FakeQuant, Glimpse, Latent, attach, attached, between_steps, coarseness, fold, glimpse,
     is_carried, latent, materialize, measures, quantize, role_of, shorten_all,

@@ -44,3 +44,6 @@ pub fn short(values: &mut [f32]) -> Result<()> {
 pub fn is_short(values: &[f32]) -> bool {
     values.iter().all(|value| f16::from_f32(*value).to_f32().to_bits() == value.to_bits())
 }
+
+#[cfg(test)]
+mod tests;

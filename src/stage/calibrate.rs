@@ -164,6 +164,10 @@ impl Stage for CalibrateConfig {
         // Of the linear that is worked on; f64 where its errors are made good.
         let (solved, kept) = match self.method.needs() {
             Needs::Weight => (28 * scene.widest, 0),
+            // What is left, its gradient, and what both are made of.
+            Needs::Moments if self.method.leaves() == Repr::Codebook => {
+                (moments + 20 * widest * widest + 36 * scene.widest, 0)
+            }
             Needs::Moments => (moments + 16 * (widest * widest + scene.widest), 0),
             Needs::Outputs => (moments + 28 * scene.widest, kept),
         };

@@ -16,7 +16,7 @@ const FEW: usize = 64;
 
 /// Activations up to which looking inner products with centroids up is faster than decoding weights
 /// (docs/performance.md).
-const FEW_OF_CODEBOOKS: usize = 8;
+const FEW_OF_CODEBOOKS: usize = 4;
 
 /// Codes in the order of such products; clones of a matrix share them.
 pub(super) type SharedPlanes = Arc<OnceLock<InOrder>>;
