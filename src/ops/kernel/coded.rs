@@ -461,7 +461,7 @@ mod tests {
             let (code, group) = (self.plain[i], i / self.group_len);
             match self.kind {
                 CodedKind::Uniform => self.scale[group] * (f32::from(code) - self.shift[group]),
-                CodedKind::BinaryCoding => {
+                CodedKind::BinaryCoding | CodedKind::Codebook(_) => {
                     let planes = self.scale.len() / self.shift.len();
                     let alpha = &self.scale[group * planes..][..planes];
                     let terms = alpha.iter().enumerate().map(|(p, a)| Self::sign(code, p) * a);
@@ -544,7 +544,9 @@ mod tests {
                         dense(i)
                             * f64::from(match case.kind {
                                 CodedKind::Uniform => f32::from(case.plain[i]) - case.shift[group],
-                                CodedKind::BinaryCoding => Case::sign(case.plain[i], plane),
+                                CodedKind::BinaryCoding | CodedKind::Codebook(_) => {
+                                    Case::sign(case.plain[i], plane)
+                                }
                             })
                     })
                     .sum()
