@@ -249,6 +249,21 @@ const STORED: &[Stored] = &[
         ],
     },
     Stored {
+        recipe: "aqlm_w2",
+        set: &[
+            "data.calibration.samples=16",
+            "stage.2.tune_scales.steps=2",
+            "stage.2.tune_scales.log_every=1",
+        ],
+        numbers: &[
+            ("float", 34.6142),
+            ("rtn w2", 0.0),
+            ("after calibrate", 0.0),
+            ("first loss", 0.0),
+            ("after tune_scales", 0.0),
+        ],
+    },
+    Stored {
         recipe: "awq_w4g128",
         set: &["data.calibration.samples=16"],
         numbers: &[("float", 34.6142), ("rtn w4", 37.4020), ("after calibrate", 35.8701)],
