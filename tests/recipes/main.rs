@@ -257,10 +257,10 @@ const STORED: &[Stored] = &[
         ],
         numbers: &[
             ("float", 34.6142),
-            ("rtn w2", 0.0),
-            ("after calibrate", 0.0),
-            ("first loss", 0.0),
-            ("after tune_scales", 0.0),
+            ("rtn w2", 435.5499),
+            ("after calibrate", 63.5779),
+            ("first loss", 0.705_992),
+            ("after tune_scales", 59.7770),
         ],
     },
     Stored {
