@@ -348,7 +348,7 @@ mod recipe_errors {
               at   recipe.toml line 33:
                    33 | method.flexrond = {}
                       |        ^^^^^^^^
-              try  `flexround` (known here: adadim, alphatuning, anybcq, awq, bcq, block_ap, e2e_qp, flexround, gptq, lrq, lsq, lwc, peqa, rtn, seq, sign, signround, ternary, uniquanf)
+              try  `flexround` (known here: adadim, alphatuning, anybcq, aqlm, aqlm_ft, awq, bcq, block_ap, e2e_qp, flexround, gptq, lrq, lsq, lwc, peqa, rtn, seq, sign, signround, ternary, uniquanf)
         ");
     }
 

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::{adapter, output};
 use crate::error::Result;
 use crate::export::{Adapter, Format, Manifest, all_tensor_names, fewbit, gguf};
-use crate::quant::{CodeHistogram, GroupAxis, QuantizedWeight, Repr};
+use crate::quant::{Additive, CodeHistogram, Grid, GroupAxis, QuantizedWeight, Repr};
 use crate::report::size;
 use crate::store::safetensors::Checkpoint;
 use crate::store::{TensorInfo, TensorSource, locate};
@@ -206,7 +206,7 @@ fn as_text(path: &Path, stored: &BTreeMap<String, TensorInfo>, linears: &[Linear
         let histogram = weight.histogram();
         let layout = weight.layout;
         // More codes than four are in the summary only: the line would not fit a screen.
-        let few = weight.bits.levels() <= 4;
+        let few = weight.codes.bits() <= 2;
         rows.push(vec![
             name.clone(),
             format!("{} x {}", layout.out, layout.inputs),
@@ -216,6 +216,13 @@ fn as_text(path: &Path, stored: &BTreeMap<String, TensorInfo>, linears: &[Linear
                         weight.widths().iter().map(ToString::to_string).collect();
                     format!("{} planes", widths.join(","))
                 }
+                Repr::Codebook => match &weight.grid {
+                    Grid::Codebook { additive, .. } => {
+                        let Additive { books, vector } = additive;
+                        format!("{books} x {} for {vector}", weight.codes.bits())
+                    }
+                    _ => weight.bits.to_string(),
+                },
                 _ => weight.bits.to_string(),
             },
             match layout.axis {
@@ -225,7 +232,7 @@ fn as_text(path: &Path, stored: &BTreeMap<String, TensorInfo>, linears: &[Linear
             format!("{:.4}", weight.bits_per_weight()),
             if few { shares(&histogram) } else { String::new() },
         ]);
-        widths.entry(weight.bits.get()).and_modify(|h| h.merge(&histogram)).or_insert(histogram);
+        widths.entry(weight.codes.bits()).and_modify(|h| h.merge(&histogram)).or_insert(histogram);
     }
     let codes = if rows.iter().any(|row| !row[5].is_empty()) { "codes, share in %" } else { "" };
     text += &table(&["linear", "out x in", "bits", "group", "bits/weight", codes], &rows);

@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::quant::{
-    Bits, Grid, GroupAxis, GroupLayout, Learned, LearnedScales, QuantizedWeight, ScaleDType,
+    Bits, Grid, GroupAxis, GroupLayout, Learned, LearnedScales, QuantizedWeight, Repr, ScaleDType,
 };
 use crate::store::safetensors::{Checkpoint, write_file};
 use crate::store::{HostTensor, TensorSource, hex};
@@ -56,6 +56,10 @@ pub enum AdapterPart {
     /// The largest scale of each group.
     #[serde(rename = "alpha_1")]
     Alpha1,
+    /// The scales of codebooks.
+    CodebookScales,
+    /// The codebooks, and their scales.
+    Codebooks,
 }
 
 /// One linear of an adapter.
@@ -229,6 +233,14 @@ impl Adapter {
                 let offset = values.offsets.clone().unwrap_or_else(|| offset.clone());
                 Grid::BinaryCoding { alpha, offset }
             }
+            Grid::Codebook { books, additive, .. } => {
+                let own = values.offsets.as_ref().unwrap_or(books);
+                if own.len() != books.len() {
+                    let what = "the adapter has codebooks of another size";
+                    return Err(Error::mismatch(what).at(linear));
+                }
+                Grid::Codebook { scale: scales, books: own.clone(), additive: *additive }
+            }
         }))
     }
 
@@ -253,7 +265,13 @@ impl Adapter {
             };
             tensors.push((format!("{name}.{}", record.part.tensor()), floats(&values.scales)));
             let offsets = values.offsets.iter();
-            tensors.extend(offsets.map(|values| (format!("{name}.offsets"), floats(values))));
+            let offsets_name = format!("{name}.{}", record.part.offsets());
+            tensors.extend(offsets.map(|values| match record.part {
+                AdapterPart::Codebooks => {
+                    (offsets_name.clone(), HostTensor::f16_from_f32([values.len()], values))
+                }
+                _ => (offsets_name.clone(), floats(values)),
+            }));
             tensors.extend(
                 values.planes.iter().map(|planes| {
                     (format!("{name}.planes"), HostTensor::u8([rows, groups], planes))
@@ -351,6 +369,10 @@ fn entry(
             (AdapterPart::AlphasAndOffsets, alpha, Some(offset))
         }
         Grid::BinaryCoding { alpha, .. } => (AdapterPart::Alphas, alpha, None),
+        Grid::Codebook { scale, books, .. } if learned.offsets => {
+            (AdapterPart::Codebooks, scale, Some(books))
+        }
+        Grid::Codebook { scale, .. } => (AdapterPart::CodebookScales, scale, None),
     };
     let mut planes = None;
     let mut scales = scales.clone();
@@ -376,10 +398,15 @@ fn entry(
 impl AdapterPart {
     fn tensor(self) -> &'static str {
         match self {
-            Self::Scales => "scales",
+            Self::Scales | Self::CodebookScales | Self::Codebooks => "scales",
             Self::Alphas | Self::AlphasAndOffsets => "alphas",
             Self::Alpha1 => "alpha_1",
         }
+    }
+
+    /// The tensor of what learns beside scales.
+    fn offsets(self) -> &'static str {
+        if self == Self::Codebooks { "codebooks" } else { "offsets" }
     }
 
     /// The name in files.
@@ -389,6 +416,8 @@ impl AdapterPart {
             Self::Alphas => "alphas",
             Self::AlphasAndOffsets => "alphas and offsets",
             Self::Alpha1 => "alpha_1",
+            Self::CodebookScales => "scales of codebooks",
+            Self::Codebooks => "codebooks and scales",
         }
     }
 }
@@ -413,10 +442,14 @@ impl AdapterRecord {
     }
 
     fn fits(&self, base: &QuantizedWeight) -> bool {
-        let uniform = matches!(base.grid, Grid::Uniform { .. });
-        self.bits == base.bits
-            && self.layout() == base.layout
-            && uniform == (self.part == AdapterPart::Scales)
+        let repr = match self.part {
+            AdapterPart::Scales => Repr::Uniform,
+            AdapterPart::CodebookScales | AdapterPart::Codebooks => Repr::Codebook,
+            AdapterPart::Alphas | AdapterPart::AlphasAndOffsets | AdapterPart::Alpha1 => {
+                Repr::BinaryCoding
+            }
+        };
+        self.bits == base.bits && self.layout() == base.layout && base.grid.repr() == repr
     }
 
     /// This record's values, taken out of `tensors`.
@@ -439,13 +472,20 @@ impl AdapterRecord {
         }
         let groups = self.layout().groups;
         let per_group = match self.part {
-            AdapterPart::Scales | AdapterPart::Alpha1 => 1,
+            AdapterPart::Scales
+            | AdapterPart::Alpha1
+            | AdapterPart::CodebookScales
+            | AdapterPart::Codebooks => 1,
             AdapterPart::Alphas | AdapterPart::AlphasAndOffsets => usize::from(self.bits.get()),
         };
         let scales = take(self.part.tensor(), groups * per_group, true)?;
         let with_offsets = self.part == AdapterPart::AlphasAndOffsets;
         let offsets = take("offsets", groups, with_offsets)?;
         let planes = take("planes", groups, false)?.map(|t| t.to_u8()).transpose()?;
+        // The number of centroids is the base's, and compared when they are put there.
+        let books = (self.part == AdapterPart::Codebooks)
+            .then(|| tensors.remove(&format!("{name}.codebooks")));
+        let offsets = books.unwrap_or(offsets);
         if planes.iter().flatten().any(|plane| *plane >= self.bits.get()) {
             return Err(Error::failed(format!("{name}.planes names a plane that is not there")));
         }
@@ -486,6 +526,11 @@ fn frozen_sha256(base: &QuantizedWeight, part: AdapterPart, planes: Option<&[u8]
             }
             if part != AdapterPart::AlphasAndOffsets {
                 floats(&mut offset.iter().copied());
+            }
+        }
+        Grid::Codebook { books, .. } => {
+            if part != AdapterPart::Codebooks {
+                floats(&mut books.iter().copied());
             }
         }
     }

@@ -72,6 +72,13 @@ impl<'a> Coded<'a> {
         let (scale, shift, zero_kind) = match &weight.grid {
             Grid::Uniform { scale, zero_point, zero_kind } => (scale, zero_point, Some(*zero_kind)),
             Grid::BinaryCoding { alpha, offset } => (alpha, offset, None),
+            Grid::Codebook { .. } => {
+                let what =
+                    "the weight is sums of centroids of codebooks, which this format does not hold";
+                let fix =
+                    "format.fewbit, or format.dequantized, which is as large as the float model";
+                return Err(Error::preflight(what).at(name).fix(fix));
+            }
         };
         weight.check().map_err(|e| e.at(name))?;
         let (inputs, group_len) = (weight.layout.inputs, weight.layout.group_len);
@@ -106,7 +113,8 @@ impl<'a> Coded<'a> {
     /// # Errors
     /// As there, and for binary coding.
     pub fn uniform(name: &str, weight: &'a QuantizedWeight) -> Result<Self> {
-        if weight.grid.repr() == Repr::Uniform || weight.layout.axis == GroupAxis::Out {
+        let planes = weight.grid.repr() == Repr::BinaryCoding;
+        if !planes || weight.layout.axis == GroupAxis::Out {
             return Self::new(name, weight);
         }
         let what = "the weight is binary-coded, and this format holds evenly spaced levels";

@@ -4,9 +4,11 @@
 //! uniform grid `X.scales`, floats `[out, groups]`, and `X.zero_points`, u8, i32 or floats of the same
 //! shape, or `[1, 1]` when they are all equal. In binary coding `X.alphas`, floats
 //! `[out, groups, bits]`, and `X.offsets`, floats `[out, groups]` or `[1, 1]`; for each narrower width `N`
-//! that the same planes serve, `X.alphas_N` and `X.offsets_N`. Floats are f16 where that holds every
-//! number of the tensor exactly (`quant.scales = "f16"`), else f32. Where groups lie along the outputs,
-//! all of it is that of the transposed weight.
+//! that the same planes serve, `X.alphas_N` and `X.offsets_N`. Where groups lie along the outputs, all
+//! of it is that of the transposed weight. Of codebooks, `X.codes` has the codes of a run of inputs side by
+//! side, `in / vector * books` of them in a row, `X.codebooks` is `[books, centroids, vector]` and `X.scales`
+//! `[out, groups]`. Floats are f16 where that holds every number of the tensor exactly
+//! (`quant.scales = "f16"`), else f32.
 
 use std::collections::BTreeMap;
 
@@ -23,7 +25,8 @@ use super::record::{
 };
 use crate::error::{Error, Result};
 use crate::quant::{
-    Bits, Grid, GroupLayout, PackedCodes, QuantizedWeight, ScaleDType, ZeroKind, bits,
+    Additive, Bits, Grid, GroupLayout, PackedCodes, QuantizedWeight, ScaleDType, ZeroKind, bits,
+    codebook,
 };
 use crate::store::{DType, HostTensor, TensorSource};
 
@@ -63,9 +66,11 @@ impl OwnFormat for FewbitConfig {
 pub fn encode(name: &str, weight: &QuantizedWeight) -> Tensors {
     let layout = weight.layout;
     let width = weight.bits.get();
-    let [rows, columns] = layout.stored();
-    let [codes_name, scales_name, zeros_name, alphas_name, offsets_name] = tensor_names(name);
-    let codes = HostTensor::u32([rows, bits::words_per_row(columns, width)], weight.codes.words());
+    let [codes_name, scales_name, zeros_name, alphas_name, offsets_name, books_name] =
+        tensor_names(name);
+    let packed = &weight.codes;
+    let words = bits::words_per_row(packed.columns(), packed.bits());
+    let codes = HostTensor::u32([packed.rows(), words], packed.words());
     let mut tensors = vec![(codes_name, codes)];
     let scale_shape = layout.scale_shape();
     match &weight.grid {
@@ -78,6 +83,11 @@ pub fn encode(name: &str, weight: &QuantizedWeight) -> Tensors {
             let shape = [rows, groups, usize::from(width)];
             tensors.push((alphas_name, floats(shape, alpha)));
             tensors.push((offsets_name, encode_zeros(offset, ZeroKind::Real, scale_shape)));
+        }
+        Grid::Codebook { scale, books, additive } => {
+            let shape = [additive.books, 1 << packed.bits(), additive.vector];
+            tensors.push((books_name, floats(shape, books)));
+            tensors.push((scales_name, floats(scale_shape, scale)));
         }
     }
     for (grid, bits) in weight.nested.iter().zip(weight.widths()) {
@@ -135,8 +145,24 @@ pub fn decode(
         return Err(Error::damaged(what, DAMAGED).at(name));
     }
     let [rows, columns] = layout.stored();
-    let [codes_name, scales_name, zeros_name, alphas_name, offsets_name] = tensor_names(name);
-    let width = record.bits.get();
+    let [codes_name, scales_name, zeros_name, alphas_name, offsets_name, books_name] =
+        tensor_names(name);
+    let (columns, width) = match record.grid {
+        GridRecord::Codebook { books, vector, code_bits } => {
+            let sound = (1..=codebook::MOST).contains(&books)
+                && (1..=codebook::LONGEST).contains(&vector)
+                && inputs.is_multiple_of(vector)
+                && (1..=8).contains(&code_bits);
+            if !sound {
+                let what = format!(
+                    "{books} codebooks of {code_bits} bits and {vector} inputs in rows of {inputs}"
+                );
+                return Err(Error::damaged(what, DAMAGED).at(name));
+            }
+            (Additive { books, vector }.codes(inputs), code_bits)
+        }
+        GridRecord::Uniform { .. } | GridRecord::BinaryCoding {} => (columns, record.bits.get()),
+    };
     let codes_shape = vec![rows, bits::words_per_row(columns, width)];
     let words = read(source, &codes_name, &[codes_shape])?.to_u32();
     let words = words.map_err(|e| e.at(&codes_name))?;
@@ -160,6 +186,11 @@ pub fn decode(
             zero_kind,
         },
         GridRecord::BinaryCoding {} => planes([&alphas_name, &offsets_name], record.bits)?,
+        GridRecord::Codebook { books, vector, .. } => Grid::Codebook {
+            scale: floats(&scales_name, scale_shape.clone())?,
+            books: floats(&books_name, vec![books, 1 << width, vector])?,
+            additive: Additive { books, vector },
+        },
     };
     let nested = record.nested.iter().map(|bits| {
         let [alphas, offsets] = nested_names(name, *bits);

@@ -17,7 +17,7 @@ use super::plan::{Holds, Reason};
 use super::read::Reader;
 use crate::error::{Error, Result};
 use crate::model::{ModelConfig, weight_name};
-use crate::quant::{Bits, QuantizedWeight};
+use crate::quant::{Bits, QuantizedWeight, Repr};
 use crate::store::{HostTensor, TensorSource};
 
 /// A format: the keys of `format.NAME` in a recipe.
@@ -360,7 +360,13 @@ impl<'a> Writing<'a> {
         let holds = format.holds();
         // What is stored of a linear that may change, or of an embedding, depends on what suits
         // all, and that on what is stored: the linears as trained decide first.
-        let trained = self.linears.iter().map(|name| Ok(holds.layer(name, &self.trained(name)?.0)));
+        let trained = self.linears.iter().map(|name| {
+            let (weight, _) = self.trained(name)?;
+            if weight.grid.repr() == Repr::Codebook && !format.lossy() {
+                Coded::new(name, &weight)?;
+            }
+            Ok(holds.layer(name, &weight))
+        });
         let trained: Vec<Layer> = trained.collect::<Result<_>>()?;
         let groups = trained.iter().map(|l| stored_group(l.group_len, &approximate::GROUPS));
         let group = most_common(&groups.flatten().collect::<Vec<_>>());

@@ -123,7 +123,7 @@ impl Holds {
                 let stored = self.stored_bits(*zero_kind, bits, zeros).unwrap_or(bits);
                 (stored, self.is_centred(*zero_kind, bits, zeros))
             }
-            Grid::BinaryCoding { .. } => (bits, false),
+            Grid::BinaryCoding { .. } | Grid::Codebook { .. } => (bits, false),
         };
         let group_len = layout.group_len.min(layout.inputs);
         let shape = [layout.out, layout.inputs];

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::approximate::Loss;
-use crate::quant::{Bits, CodeHistogram, Grid, GroupAxis, QuantizedWeight, ZeroKind};
+use crate::quant::{Additive, Bits, CodeHistogram, Grid, GroupAxis, QuantizedWeight, ZeroKind};
 use crate::store::{HostTensor, hex};
 
 /// The manifest's name in a folder.
@@ -36,7 +36,7 @@ pub struct Provenance {
 pub struct LinearRecord {
     /// The method that trained it.
     pub method: String,
-    /// Width of a code.
+    /// Width of a code; of codebooks the bits of codes that a weight takes.
     pub bits: Bits,
     /// `[out, in]`.
     pub shape: [usize; 2],
@@ -72,6 +72,9 @@ impl LinearRecord {
         let grid = match weight.grid {
             Grid::Uniform { zero_kind, .. } => GridRecord::Uniform { zero_kind },
             Grid::BinaryCoding { .. } => GridRecord::BinaryCoding {},
+            Grid::Codebook { additive: Additive { books, vector }, .. } => {
+                GridRecord::Codebook { books, vector, code_bits: weight.codes.bits() }
+            }
         };
         Self {
             method: method.to_owned(),
@@ -100,11 +103,21 @@ pub enum GridRecord {
     },
     /// `±alpha_0 ± alpha_1 ... + offset`, bit `i` of a code set where `alpha_i` is added.
     BinaryCoding {},
+    /// `scale * (C_0[code_0] + C_1[code_1] ...)` of each run of inputs.
+    Codebook {
+        /// Codebooks.
+        books: usize,
+        /// Inputs of a run.
+        vector: usize,
+        /// Width of a code; `bits` of the linear are those of its codes for each weight.
+        code_bits: u8,
+    },
 }
 
 /// The names under which linear `name` is stored, on either grid.
-pub(super) fn tensor_names(name: &str) -> [String; 5] {
-    ["codes", "scales", "zero_points", "alphas", "offsets"].map(|part| format!("{name}.{part}"))
+pub(super) fn tensor_names(name: &str) -> [String; 6] {
+    ["codes", "scales", "zero_points", "alphas", "offsets", "codebooks"]
+        .map(|part| format!("{name}.{part}"))
 }
 
 /// The names under which scales and offsets of a narrower width of linear `name` are stored.

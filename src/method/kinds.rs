@@ -98,6 +98,8 @@ pub enum GridKind {
     Signs,
     /// Sums of signed scales.
     Planes,
+    /// Sums of centroids.
+    Codebook,
 }
 
 /// When [`WeightMethod::between_steps`] is called.
@@ -240,6 +242,14 @@ pub trait Solver {
     /// # Errors
     /// Errors that name the key to change.
     fn accepts(config: &Self::Config, spec: &QuantSpec) -> Result<()>;
+
+    /// As [`WeightMethod::accepts_shape`].
+    ///
+    /// # Errors
+    /// Errors that name the key to change.
+    fn accepts_shape(_config: &Self::Config, _shape: [usize; 2]) -> Result<()> {
+        Ok(())
+    }
 
     /// Exponents to try when input channels are balanced before quantization (AWQ): channel `c` of
     /// the weight is multiplied by `(mean |x_c|)^exponent`, and what feeds it divided; the stage

@@ -161,6 +161,9 @@ macro_rules! methods {
                     $(Self::$name(config) => {
                         <$name as WeightMethod>::accepts_shape(config, shape)
                     })*
+                    $(Self::$solver(config) => {
+                        <$solver as Solver>::accepts_shape(config, shape)
+                    })*
                     _ => Ok(()),
                 }
             }

@@ -14,6 +14,8 @@
 mod adadim;
 mod alphatuning;
 mod anybcq;
+mod aqlm;
+mod aqlm_ft;
 mod attach;
 mod awq;
 mod bcq;
@@ -44,6 +46,8 @@ use serde::{Deserialize, Serialize};
 pub use adadim::{AdaDim, AdaDimConfig};
 pub use alphatuning::{AlphaTuning, AlphaTuningConfig, LearnedAlphas};
 pub use anybcq::{AnyBcq, AnyBcqConfig};
+pub use aqlm::{Aqlm, AqlmConfig};
+pub use aqlm_ft::{AqlmFt, AqlmFtConfig, LearnedCodebooks};
 pub use attach::{
     FakeQuant, Glimpse, Latent, attach, attached, between_steps, coarseness, fold, glimpse,
     is_carried, latent, materialize, measures, quantize, role_of, shorten_all,
@@ -106,6 +110,8 @@ methods! {
         Bcq { "bcq", BcqConfig },
         /// AnyBCQ: binary coding at several widths that share their planes.
         AnyBcq { "anybcq", AnyBcqConfig },
+        /// AQLM: runs of inputs as sums of centroids, fitted to the layer's outputs.
+        Aqlm { "aqlm", AqlmConfig },
         /// GPTQ: each column's rounding error is made up for by the columns after it.
         Gptq { "gptq", GptqConfig },
         /// AWQ: input channels balanced by activation, and clipping searched.
@@ -120,10 +126,17 @@ methods! {
         AlphaTuning { "alphatuning", AlphaTuningConfig },
         /// E2E-QP: the steps of codes that an earlier stage left.
         E2eQp { "e2e_qp", E2eQpConfig },
+        /// AQLM's fine-tuning: the codebooks and scales of codes that an earlier stage left.
+        AqlmFt { "aqlm_ft", AqlmFtConfig },
     }
 }
 
 impl MethodConfig {
+    /// The keys of AQLM's solver.
+    pub(crate) fn codebook(&self) -> Option<&AqlmConfig> {
+        if let Self::Aqlm(config) = self { Some(config) } else { None }
+    }
+
     /// The widths at which codes of `bits` that it makes can be read, where those are several.
     pub fn widths(&self, bits: Bits) -> BTreeSet<Bits> {
         let Self::AnyBcq(config) = self else { return BTreeSet::new() };

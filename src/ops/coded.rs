@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
+use super::additive::Additive;
 use super::bits;
 use super::bridge::{self, Operation, Plain, tensor};
 #[cfg(feature = "flex")]
@@ -18,6 +19,7 @@ use super::cube;
 #[cfg(feature = "flex")]
 use super::kernel::coded as kernel;
 
+mod codebook;
 #[cfg(feature = "flex")]
 mod few;
 #[cfg(feature = "flex")]
@@ -133,6 +135,18 @@ pub enum CodedKind {
     Uniform,
     /// `±alpha_0 ± alpha_1 ... + offset`; bit `i` of a code is the sign of `alpha_i`.
     BinaryCoding,
+    /// `scale * (C_0[code_0] + C_1[code_1] ...)`; codebooks come in the place of the shift.
+    Codebook(Additive),
+}
+
+impl CodedKind {
+    /// Weights in a row of so many codes.
+    pub(super) fn weights(self, codes: usize) -> usize {
+        match self {
+            Self::Codebook(additive) => additive.inputs(codes),
+            Self::Uniform | Self::BinaryCoding => codes,
+        }
+    }
 }
 
 /// A frozen matrix of codes and what its weights are grouped by; the grid itself comes with each
@@ -164,7 +178,7 @@ impl CodedMatrix {
         transposed: bool,
         device: &Device,
     ) -> Self {
-        let columns = codes.columns();
+        let columns = kind.weights(codes.columns());
         assert!(
             group_len > 0
                 && columns.is_multiple_of(group_len.min(columns))
@@ -173,7 +187,7 @@ impl CodedMatrix {
         );
         let device = device.clone().inner();
         let words = (!has_kernels(&Tensor::<1>::zeros([1], &device))).then(|| {
-            let stride = bits::words_per_row(columns, codes.bits());
+            let stride = bits::words_per_row(codes.columns(), codes.bits());
             let words = codes.words().iter().map(|word| word.cast_signed()).collect();
             let words = TensorData::new::<i32, _>(words, [codes.rows(), stride]);
             Tensor::from_data(words, (&device, DType::I32))
@@ -196,14 +210,20 @@ impl CodedMatrix {
 
     /// Number of groups.
     pub fn groups(&self) -> usize {
-        self.codes.len() / self.group_len
+        self.codes.rows() * self.columns() / self.group_len
+    }
+
+    /// Weights in a stored row.
+    fn columns(&self) -> usize {
+        self.kind.weights(self.codes.columns())
     }
 
     /// The weights, `[out, in]`.
     ///
     /// # Shapes
     /// - scale: steps, `[groups, 1]`, or scales of the planes, `[groups, bits]`
-    /// - shift: zero points, without gradient, or offsets, `[groups, 1]`
+    /// - shift: zero points, without gradient, or offsets, `[groups, 1]`; or codebooks, `[books * centroids,
+    ///   vector]`
     pub fn weight(&self, scale: Tensor<2>, shift: Tensor<2>) -> Tensor<2> {
         let inputs = [scale, shift].map(Tensor::into_dispatch);
         let stored: Tensor<2> = tensor(bridge::apply(Weight(self.clone()), inputs));
@@ -260,7 +280,7 @@ impl CodedMatrix {
 
     /// Whether `ds_j = Σ_n dY Y / s_j` holds: a step for each row of the matrix.
     fn is_per_row(&self) -> bool {
-        self.kind == CodedKind::Uniform && self.group_len == self.codes.columns()
+        self.kind == CodedKind::Uniform && self.group_len == self.columns()
     }
 }
 
@@ -289,7 +309,7 @@ impl Operation<2> for Weight {
         if fused(&inputs[0]) {
             let [scale, shift] = inputs.map(Rows::of);
             let weight = matrix.kernel(&scale, &shift).weight();
-            let shape = [matrix.codes.rows(), matrix.codes.columns()];
+            let shape = [matrix.codes.rows(), matrix.columns()];
             return (Rows::new(weight, shape).plain(), ());
         }
         let [scale, shift] = inputs.map(tensor::<2>);
@@ -304,8 +324,8 @@ impl Operation<2> for Weight {
         wanted: [bool; 2],
     ) -> [Option<Plain>; 2] {
         let matrix = &self.0;
-        let [_, shift] = inputs.map(tensor::<2>);
-        let (scale, offset) = matrix.grid_gradient(&tensor(gradient), &shift);
+        let [scale, shift] = inputs.map(tensor::<2>);
+        let (scale, offset) = matrix.grid_gradient(&tensor(gradient), &scale, &shift);
         [wanted[0].then_some(scale), wanted[1].then_some(offset)].map(to_plain)
     }
 }
@@ -410,7 +430,7 @@ impl CodedMatrix {
             let kernel = self.kernel(&scale, &shift);
             let [n, _] = x.matrix();
             let (y, out) = if self.transposed {
-                (kernel.times(x.values(), n), self.codes.columns())
+                (kernel.times(x.values(), n), self.columns())
             } else {
                 (kernel.times_transposed(x.values(), n), self.codes.rows())
             };
@@ -442,14 +462,23 @@ impl CodedMatrix {
         if wanted[1] || wanted[2] {
             let (left, right) = if self.transposed { (x, gradient) } else { (gradient, x) };
             let of_weight = left.transpose().matmul(right).cast(scale.dtype());
-            let (of_scale, of_shift) = self.grid_gradient(&of_weight, &shift);
+            let (of_scale, of_shift) = self.grid_gradient(&of_weight, &scale, &shift);
             found = (wanted[1].then_some(of_scale), wanted[2].then_some(of_shift));
         }
         [of_x, to_plain(found.0), to_plain(found.1)]
     }
 
     /// Gradients of scale and shift from that of the stored matrix.
-    fn grid_gradient(&self, of_weight: &Tensor<2>, shift: &Tensor<2>) -> (Tensor<2>, Tensor<2>) {
+    fn grid_gradient(
+        &self,
+        of_weight: &Tensor<2>,
+        scale: &Tensor<2>,
+        shift: &Tensor<2>,
+    ) -> (Tensor<2>, Tensor<2>) {
+        if let CodedKind::Codebook(additive) = self.kind {
+            let places = self.places(additive, shift);
+            return codebook::gradients(of_weight, scale, shift, (additive, &places));
+        }
         let [groups, _] = shift.dims();
         let of_weight = of_weight.clone().reshape([groups, self.group_len]);
         let codes = self.unpacked(shift).reshape([groups, self.group_len]);
@@ -462,6 +491,7 @@ impl CodedMatrix {
                 let scale = super::binary_coding::plane_gradients(&planes, &of_weight);
                 (scale, of_weight.sum_dim(1))
             }
+            CodedKind::Codebook(_) => (scale.zeros_like(), shift.zeros_like()),
         }
     }
 
@@ -484,11 +514,16 @@ impl CodedMatrix {
 
     /// The weights as the codes are stored.
     fn values(&self, scale: &Tensor<2>, shift: &Tensor<2>) -> Tensor<2> {
+        if let CodedKind::Codebook(additive) = self.kind {
+            let places = self.places(additive, shift);
+            let values = codebook::values(scale, shift, (additive, &places));
+            return values.reshape([self.codes.rows(), self.columns()]);
+        }
         #[cfg(feature = "gpu")]
         {
             let kind = match self.kind {
                 CodedKind::Uniform => cube::Decoded::Uniform,
-                CodedKind::BinaryCoding => cube::Decoded::BinaryCoding,
+                CodedKind::BinaryCoding | CodedKind::Codebook(_) => cube::Decoded::BinaryCoding,
             };
             if let Some(values) = self.decoded(kind, scale, shift) {
                 return values;
@@ -502,8 +537,21 @@ impl CodedMatrix {
                 let planes = super::binary_coding::sign_planes(&codes, self.codes.bits());
                 super::binary_coding::plane_sum(&planes, scale, shift.clone())
             }
+            CodedKind::Codebook(_) => codes,
         };
         values.reshape([self.codes.rows(), self.codes.columns()])
+    }
+
+    /// Where in the codebooks, one after the other, the centroids lie whose sum each run of inputs is; `[runs]`
+    /// of each codebook.
+    fn places(&self, additive: Additive, books: &Tensor<2>) -> Vec<Tensor<1, Int>> {
+        let [centroids, _] = books.dims();
+        let runs = self.codes.len() / additive.books;
+        let codes = self.unpacked(books).reshape([runs, additive.books]).int();
+        let each = (centroids / additive.books) as i64;
+        (0..additive.books)
+            .map(|book| codes.clone().narrow(1, book, 1).reshape([runs]) + book as i64 * each)
+            .collect()
     }
 
     /// Codes as floats, `[rows, columns]`, on the device of `like`.

@@ -8,6 +8,7 @@
 //! the latter.
 
 mod adamw;
+mod additive;
 mod attention;
 mod binary_coding;
 pub mod bits;
@@ -36,6 +37,7 @@ pub use adamw::{
     AdamWStep, adamw_step, adamw_step_in_units, laid_out_like, lies_transposed, squared_distance,
     squared_norm,
 };
+pub use additive::Additive;
 pub use attention::{Attending, Scores, Sight, causal_attention, has_kernel};
 pub use binary_coding::{Unified, nearest_codes};
 pub use block::{block_mse, layer_norm, rms_norm, swiglu};
@@ -58,6 +60,15 @@ pub use moments::{Int8Moments, LEAVES, Later, Moments, Values, later};
 pub use numbers::{Numbers, Restraint, device_reads};
 pub use search::{Candidate, Extent, nearest_grids};
 pub use stochastic::round_to_bf16;
+
+/// Runs `body` compiled for the widest registers of this machine's processor. What it calls, and `body` itself,
+/// has to be `#[inline(always)]`; see `vector`.
+pub(crate) fn vectorized<R>(body: impl FnOnce() -> R) -> R {
+    #[cfg(feature = "flex")]
+    return vector::Level::best().run(body);
+    #[cfg(not(feature = "flex"))]
+    body()
+}
 
 /// The instruction set that kernels run in on this machine's processor, for reports.
 pub fn vector_level() -> &'static str {

@@ -3,12 +3,16 @@
 
 use burn::module::{Module, Param, ParamId, Reparameterization, Reparameterizer};
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use half::f16;
 
 use super::{
     Bits, Grid, GroupAxis, GroupLayout, QuantizedWeight, SCALE_FLOOR, ScaleDigits, ZeroKind,
 };
 use crate::error::{Error, Result};
 use crate::ops::{self, CodedKind, CodedMatrix, FrozenGrid};
+
+/// One over the distance of half precision's smallest numbers.
+const SUBNORMALS: f32 = (1 << 24) as f32;
 
 /// Which scales of a grid learn.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -27,7 +31,7 @@ pub enum LearnedScales {
 pub struct Learned {
     /// Which scales.
     pub scales: LearnedScales,
-    /// Whether the offsets of a binary-coding grid learn too.
+    /// Whether the offsets of a binary-coding grid learn too; of codebooks, the centroids.
     pub offsets: bool,
     /// Whether scales are their start times `exp` of what learns, so that a learning rate is a
     /// relative step whatever the size of the scales.
@@ -44,8 +48,8 @@ pub struct CodedWeight {
     /// What learns of the scales: themselves, `[groups, planes]`; the largest of each group,
     /// `[groups, 1]`; or the logarithm of their ratio to the start, of either shape.
     pub scale: Param<Tensor<2>>,
-    /// Offsets of a binary-coding grid, `[groups, 1]`; on a uniform grid its zero points, which
-    /// never learn.
+    /// Offsets of a binary-coding grid, `[groups, 1]`; codebooks, `[books * centroids, vector]`; on a uniform
+    /// grid its zero points, which never learn.
     pub offset: Param<Tensor<2>>,
     /// Scales as they were at the start, `[groups, planes]`; absent where `scale` is all there is.
     start: Option<Tensor<2>>,
@@ -57,6 +61,10 @@ pub struct CodedWeight {
     matrix: CodedMatrix,
     #[module(skip)]
     layout: GroupLayout,
+    #[module(skip)]
+    bits: Bits,
+    #[module(skip)]
+    kind: CodedKind,
     #[module(skip)]
     zero_kind: Option<ZeroKind>,
     #[module(skip)]
@@ -80,31 +88,36 @@ impl CodedWeight {
         let kind = match &weight.grid {
             Grid::Uniform { .. } => CodedKind::Uniform,
             Grid::BinaryCoding { .. } => CodedKind::BinaryCoding,
+            Grid::Codebook { additive, .. } => CodedKind::Codebook(*additive),
         };
         let transposed = layout.axis == GroupAxis::Out;
         let (codes, group_len) = (weight.codes.clone(), layout.group_len);
         let matrix = CodedMatrix::new(codes, group_len, kind, transposed, device);
-        Self::on(matrix, layout, &weight.grid, learned, compute, device)
+        let shape = (layout, weight.bits, kind);
+        Self::on(matrix, shape, &weight.grid, learned, compute, device)
     }
 
     fn on(
         matrix: CodedMatrix,
-        layout: GroupLayout,
+        (layout, bits, kind): (GroupLayout, Bits, CodedKind),
         grid: &Grid,
         learned: Learned,
         compute: DType,
         device: &Device,
     ) -> Self {
-        let tensor = |values: &[f32]| {
-            let columns = values.len() / layout.groups.max(1);
-            let data = TensorData::new(values.to_vec(), [layout.groups, columns]);
+        let rows_of = |values: &[f32], columns: usize| {
+            let data = TensorData::new(values.to_vec(), [values.len() / columns, columns]);
             Tensor::<2>::from_data(data, device)
         };
+        let tensor = |values: &[f32]| rows_of(values, values.len() / layout.groups.max(1));
         let (scale, shift, zero_kind) = match grid {
             Grid::Uniform { scale, zero_point, zero_kind } => {
                 (tensor(scale), tensor(zero_point), Some(*zero_kind))
             }
             Grid::BinaryCoding { alpha, offset } => (tensor(alpha), tensor(offset), None),
+            Grid::Codebook { scale, books, additive } => {
+                (tensor(scale), rows_of(books, additive.vector), None)
+            }
         };
         let largest = (learned.scales == LearnedScales::Largest).then(|| {
             let planes = grid.scales().len() / layout.groups.max(1);
@@ -133,6 +146,8 @@ impl CodedWeight {
             learned,
             matrix,
             layout,
+            bits,
+            kind,
             zero_kind,
             compute,
             digits: ScaleDigits::F32,
@@ -155,16 +170,22 @@ impl CodedWeight {
         let weight = QuantizedWeight {
             codes,
             grid: grid.clone(),
-            bits: self.bits(),
+            bits: self.bits,
             layout: self.layout,
             nested: Vec::new(),
         };
         let weight = weight.checked()?;
-        if self.zero_kind.is_some() != matches!(grid, Grid::Uniform { .. }) {
+        let same = match grid {
+            Grid::Uniform { .. } => self.kind == CodedKind::Uniform,
+            Grid::BinaryCoding { .. } => self.kind == CodedKind::BinaryCoding,
+            Grid::Codebook { additive, .. } => self.kind == CodedKind::Codebook(*additive),
+        };
+        if !same {
             return Err(Error::failed("the grid is of another kind than the codes"));
         }
         let (matrix, device) = (self.matrix.clone(), self.scale.device().inner());
-        Ok(Self::on(matrix, self.layout, &weight.grid, Learned::default(), self.compute, &device))
+        let shape = (self.layout, self.bits, self.kind);
+        Ok(Self::on(matrix, shape, &weight.grid, Learned::default(), self.compute, &device))
     }
 
     /// As a linear's parameter; it keeps `id`.
@@ -178,10 +199,10 @@ impl CodedWeight {
     /// The linear's output, `[.., out]`, of `x`, `[.., in]`.
     pub fn linear<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         if self.learned == Learned::default() {
-            let values = || [self.scales(), self.offset.val()];
+            let values = || [self.scales(), self.shift()];
             return self.matrix.linear_frozen(x, &self.frozen, values);
         }
-        self.matrix.linear(x, self.scales(), self.offset.val())
+        self.matrix.linear(x, self.scales(), self.shift())
     }
 
     /// Steps, or scales of the planes, as they are now, `[groups, planes]`.
@@ -213,19 +234,35 @@ impl CodedWeight {
         }
     }
 
+    /// Zero points, offsets or codebooks as forwards see them: codebooks that learn are numbers of half
+    /// precision, with the gradient of what they are rounded from.
+    fn shift(&self) -> Tensor<2> {
+        let shift = self.offset.val();
+        if !(self.learned.offsets && matches!(self.kind, CodedKind::Codebook(_))) {
+            return shift;
+        }
+        // Below its smallest normal number it has steps of one size.
+        let small = ops::round_ste(shift.clone() * SUBNORMALS) / SUBNORMALS;
+        let below = shift.clone().abs().lower_scalar(f16::MIN_POSITIVE.to_f32());
+        ops::shorten_ste(shift, f16::MANTISSA_DIGITS).mask_where(below, small)
+    }
+
     /// Codes and grid. Law: they stand for what the forward computes with, bit for bit.
     ///
     /// # Errors
     /// When a learned scale is no longer a number.
     pub fn fold(&self) -> Result<QuantizedWeight> {
         let host = |tensor: Tensor<2>| tensor.into_data().iter::<f32>().collect::<Vec<f32>>();
-        let (scale, shift) = (host(self.scales()), host(self.offset.val()));
-        let grid = match self.zero_kind {
-            Some(zero_kind) => Grid::Uniform { scale, zero_point: shift, zero_kind },
-            None => Grid::BinaryCoding { alpha: scale, offset: shift },
+        let (scale, shift) = (host(self.scales()), host(self.shift()));
+        let grid = match (self.zero_kind, self.kind) {
+            (Some(zero_kind), _) => Grid::Uniform { scale, zero_point: shift, zero_kind },
+            (None, CodedKind::Codebook(additive)) => {
+                Grid::Codebook { scale, books: shift, additive }
+            }
+            (None, _) => Grid::BinaryCoding { alpha: scale, offset: shift },
         };
         let codes = self.matrix.codes().clone();
-        QuantizedWeight { codes, grid, bits: self.bits(), layout: self.layout, nested: Vec::new() }
+        QuantizedWeight { codes, grid, bits: self.bits, layout: self.layout, nested: Vec::new() }
             .checked()
     }
 
@@ -257,18 +294,13 @@ impl CodedWeight {
         let extra = [&self.start, &self.largest].into_iter().flatten().map(of).sum::<usize>();
         self.matrix.codes().bytes() + of(&self.scale.val()) + of(&self.offset.val()) + extra
     }
-
-    fn bits(&self) -> Bits {
-        // Codes came out of a quantized weight.
-        Bits::new(self.matrix.codes().bits()).unwrap_or(Bits::EIGHT)
-    }
 }
 
 impl Reparameterization for CodedWeight {
     const NAME: &'static str = "coded";
 
     fn apply<const D: usize>(&self, _nothing: Tensor<D>) -> Tensor<D> {
-        let weight = self.matrix.weight(self.scales(), self.offset.val()).transpose();
+        let weight = self.matrix.weight(self.scales(), self.shift()).transpose();
         let weight =
             if weight.dtype() == self.compute { weight } else { weight.cast(self.compute) };
         // A linear's weight has two dimensions; this is the cast of a rank that says so.

@@ -3,9 +3,9 @@
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::{Bits, GroupAxis, GroupLayout, ScaleDType, ScaleDigits, bcq};
+use super::{Bits, GroupAxis, GroupLayout, ScaleDType, ScaleDigits, bcq, codebook};
 use crate::error::{Error, Result};
-use crate::ops::PackedCodes;
+use crate::ops::{Additive, PackedCodes};
 
 /// Weights that a task decodes.
 const DECODED_AT_ONCE: usize = 1 << 15;
@@ -20,6 +20,8 @@ pub enum Repr {
     Uniform,
     /// Sign planes with a scale each.
     BinaryCoding,
+    /// Sums of centroids.
+    Codebook,
 }
 
 impl std::fmt::Display for Repr {
@@ -28,6 +30,7 @@ impl std::fmt::Display for Repr {
             Self::Dense => "dense",
             Self::Uniform => "uniform",
             Self::BinaryCoding => "binary_coding",
+            Self::Codebook => "codebook",
         })
     }
 }
@@ -65,6 +68,16 @@ pub enum Grid {
         /// One offset per group, `[groups]`.
         offset: Vec<f32>,
     },
+    /// `w = scale * (C_0[code_0] + C_1[code_1] ...)` of each run of inputs, summed in this order; the codes of
+    /// a run lie side by side, in a width of their own. See [`codebook`].
+    Codebook {
+        /// One scale per group, `[groups]`.
+        scale: Vec<f32>,
+        /// `[books, centroids, vector]`.
+        books: Vec<f32>,
+        /// How many codebooks, and inputs in a run.
+        additive: Additive,
+    },
 }
 
 impl Grid {
@@ -84,13 +97,14 @@ impl Grid {
         match self {
             Self::Uniform { .. } => Repr::Uniform,
             Self::BinaryCoding { .. } => Repr::BinaryCoding,
+            Self::Codebook { .. } => Repr::Codebook,
         }
     }
 
     /// Steps, or scales of the planes, `[groups, planes]`.
     pub fn scales(&self) -> &[f32] {
         match self {
-            Self::Uniform { scale, .. } => scale,
+            Self::Uniform { scale, .. } | Self::Codebook { scale, .. } => scale,
             Self::BinaryCoding { alpha, .. } => alpha,
         }
     }
@@ -109,10 +123,11 @@ impl Grid {
     }
 
     /// One positive number per group that says how coarse its levels are: the step of a uniform
-    /// grid, the sum of the magnitudes of a binary-coding group's scales. For reports.
+    /// grid, the sum of the magnitudes of a binary-coding group's scales, that of a codebook's. For reports.
     pub fn coarseness(&self) -> Vec<f32> {
         match self {
             Self::Uniform { scale, .. } => scale.clone(),
+            Self::Codebook { scale, .. } => scale.iter().map(|a| a.abs()).collect(),
             Self::BinaryCoding { alpha, offset } => {
                 let bits = alpha.len() / offset.len().max(1);
                 alpha.chunks(bits.max(1)).map(|a| a.iter().map(|a| a.abs()).sum()).collect()
@@ -128,7 +143,7 @@ pub struct QuantizedWeight {
     pub codes: PackedCodes,
     /// The values they stand for.
     pub grid: Grid,
-    /// Width of a code.
+    /// Width of a code; of codebooks the bits of codes that a weight takes.
     pub bits: Bits,
     /// How weights fall into groups.
     pub layout: GroupLayout,
@@ -159,6 +174,28 @@ impl QuantizedWeight {
         Self { codes, grid, bits, layout, nested: Vec::new() }.checked()
     }
 
+    /// Packs the `codes` of codebooks, `[out, in / vector, books]`, each in `0..2^width`.
+    ///
+    /// # Errors
+    /// As [`QuantizedWeight::checked`].
+    pub fn of_codebooks(
+        codes: &[u8],
+        grid: Grid,
+        width: Bits,
+        bits: Bits,
+        layout: GroupLayout,
+    ) -> Result<Self> {
+        if let Some(code) = codes.iter().find(|code| **code > width.max_code()) {
+            return Err(Error::failed(format!("code {code} does not fit in {width} bits")));
+        }
+        if layout.out == 0 || !codes.len().is_multiple_of(layout.out) {
+            let what = format!("{} codes for {} rows", codes.len(), layout.out);
+            return Err(Error::failed(what));
+        }
+        let codes = PackedCodes::pack(codes, codes.len() / layout.out, width.get());
+        Self { codes, grid, bits, layout, nested: Vec::new() }.checked()
+    }
+
     /// Checks what a reader or a fold cannot guarantee by type: lengths, finite steps.
     ///
     /// # Errors
@@ -173,6 +210,10 @@ impl QuantizedWeight {
     /// As there.
     pub fn check(&self) -> Result<()> {
         let Self { codes, grid, bits, layout, .. } = self;
+        if let Grid::Codebook { scale, books, additive } = grid {
+            self.check_codebook(scale, books, *additive)?;
+            return self.check_nested();
+        }
         if [codes.rows(), codes.columns()] != layout.stored() || codes.bits() != bits.get() {
             return Err(Error::failed(format!(
                 "{} codes of {} bits for a weight of {} x {} in {bits} bits",
@@ -200,8 +241,40 @@ impl QuantizedWeight {
                     return Err(Error::failed(format!("plane scale or offset {value}")));
                 }
             }
+            Grid::Codebook { .. } => {}
         }
         self.check_nested()
+    }
+
+    /// As [`QuantizedWeight::check`], of codebooks.
+    fn check_codebook(&self, scale: &[f32], books: &[f32], additive: Additive) -> Result<()> {
+        let Self { codes, bits, layout, .. } = self;
+        let Additive { books: count, vector } = additive;
+        let (width, inputs) = (usize::from(codes.bits()), layout.inputs);
+        let fits = (1..=codebook::MOST).contains(&count)
+            && (1..=codebook::LONGEST).contains(&vector)
+            && layout.axis == GroupAxis::In
+            && layout.group_len <= inputs
+            && layout.group_len.is_multiple_of(vector)
+            && [codes.rows(), codes.columns()] == [layout.out, additive.codes(inputs)]
+            && count * width == usize::from(bits.get()) * vector
+            && books.len() == count * vector << width
+            && scale.len() == layout.groups;
+        if !fits {
+            return Err(Error::failed(format!(
+                "{} codes of {width} bits, {} numbers of centroids and {} scales for a weight of {} x {inputs} \
+                 in {bits} bits, {count} codebooks of {vector} inputs and {} groups",
+                codes.len(),
+                books.len(),
+                scale.len(),
+                layout.out,
+                layout.groups
+            )));
+        }
+        match scale.iter().chain(books).find(|value| !value.is_finite()) {
+            Some(value) => Err(Error::failed(format!("scale or centroid {value}"))),
+            None => Ok(()),
+        }
     }
 
     /// The same weights in the longest groups along the inputs whose parts share a grid.
@@ -224,6 +297,8 @@ impl QuantizedWeight {
         let (first, second, each) = match &self.grid {
             Grid::Uniform { scale, zero_point, .. } => (scale, zero_point, 1),
             Grid::BinaryCoding { alpha, offset } => (alpha, offset, usize::from(self.bits.get())),
+            // Their groups are what they were solved for, and no other format holds them.
+            Grid::Codebook { .. } => return self,
         };
         let mut counts = counts;
         let fits = |times: &usize| same(first, *times, each) && same(second, *times, 1);
@@ -240,6 +315,7 @@ impl QuantizedWeight {
             Grid::BinaryCoding { alpha, offset } => {
                 Grid::BinaryCoding { alpha: kept(alpha, each), offset: kept(offset, 1) }
             }
+            codebook @ Grid::Codebook { .. } => codebook.clone(),
         };
         let group_len = group_len * times;
         let layout = GroupLayout { groups: out * inputs / group_len, group_len, ..self.layout };
@@ -269,6 +345,9 @@ impl QuantizedWeight {
                     *alpha = digits.rounded(std::mem::take(alpha))?;
                     *offset = digits.rounded(std::mem::take(offset))?;
                 }
+                Grid::Codebook { scale, .. } => {
+                    *scale = digits.of_planes().rounded(std::mem::take(scale))?;
+                }
             }
         }
         Ok(self)
@@ -281,6 +360,9 @@ impl QuantizedWeight {
     /// for the offset in binary coding); so the result is bit-equal to what was trained.
     pub fn dequantize(&self) -> Vec<f32> {
         let codes = self.codes.to_vec();
+        if let Grid::Codebook { scale, books, additive } = &self.grid {
+            return self.sums_of_centroids(&codes, (scale, books, *additive));
+        }
         let len = self.layout.group_len;
         let mut stored = vec![0.0; codes.len()];
         // Whole groups, so many that a task is worth it.
@@ -303,6 +385,7 @@ impl QuantizedWeight {
                             *value = bcq::level(*code, alpha, offset[group]);
                         }
                     }
+                    Grid::Codebook { .. } => {}
                 }
             }
         });
@@ -313,6 +396,29 @@ impl QuantizedWeight {
                 (0..out * inputs).map(|i| stored[i % inputs * out + i / inputs]).collect()
             }
         }
+    }
+
+    /// The weights of codebooks.
+    fn sums_of_centroids(
+        &self,
+        codes: &[u8],
+        (scale, books, additive): (&[f32], &[f32], Additive),
+    ) -> Vec<f32> {
+        let GroupLayout { out, inputs, group_len, .. } = self.layout;
+        let mut values = vec![0.0; out * inputs];
+        let rows = values.par_chunks_mut(inputs).zip(codes.par_chunks(additive.codes(inputs)));
+        let rows = rows.zip(scale.par_chunks(inputs / group_len));
+        rows.with_min_len((DECODED_AT_ONCE / inputs).max(1)).for_each(
+            |((values, codes), scale)| {
+                additive.sums(codes, books, values);
+                for (values, scale) in values.chunks_exact_mut(group_len).zip(scale) {
+                    for value in values {
+                        *value *= scale;
+                    }
+                }
+            },
+        );
+        values
     }
 
     /// Stored bits per weight in fewbit's own format: codes, and per group a scale, or one for each plane,
@@ -333,6 +439,7 @@ impl QuantizedWeight {
                 floats(scale) + shifts(zero_point, *zero_kind)
             }
             Grid::BinaryCoding { alpha, offset } => floats(alpha) + shifts(offset, ZeroKind::Real),
+            Grid::Codebook { scale, books, .. } => floats(scale) + floats(books),
         };
         let stored: usize = std::iter::once(&self.grid).chain(&self.nested).map(of).sum();
         let weights = (self.layout.groups * self.layout.group_len).max(1);
@@ -341,7 +448,7 @@ impl QuantizedWeight {
 
     /// How often each code occurs.
     pub fn histogram(&self) -> CodeHistogram {
-        let mut counts = vec![0; self.bits.levels()];
+        let mut counts = vec![0; 1 << self.codes.bits()];
         let mut row = vec![0; self.codes.columns()];
         for index in 0..self.codes.rows() {
             self.codes.unpack_row(index, &mut row);

@@ -12,6 +12,7 @@
 
 pub mod activation;
 pub mod bcq;
+pub mod codebook;
 mod coded;
 pub mod gptq;
 mod grid;
@@ -21,7 +22,7 @@ mod observer;
 mod scales;
 mod spec;
 
-pub use crate::ops::{PackedCodes, bits};
+pub use crate::ops::{Additive, PackedCodes, bits};
 pub use activation::{
     ActivationConfig, ActivationQuant, ActivationScheme, InputGrid, KvCacheConfig,
 };

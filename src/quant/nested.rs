@@ -86,7 +86,7 @@ impl QuantizedWeight {
             Grid::BinaryCoding { alpha, offset } => {
                 alpha.iter().chain(offset).all(|value| value.is_finite())
             }
-            Grid::Uniform { .. } => false,
+            Grid::Uniform { .. } | Grid::Codebook { .. } => false,
         };
         if self.nested.iter().all(finite) {
             return Ok(());

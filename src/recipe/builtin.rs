@@ -44,6 +44,7 @@ const BUILTINS: &[Builtin] = builtin![
         "attn4_mlp2",
         "efficientqat_w2g64",
         "bitdistiller_w2g64",
+        "aqlm_w2",
         "paretoq_w2",
         "upq_paper",
         "ternary_w2",

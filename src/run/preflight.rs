@@ -210,6 +210,7 @@ fn base_of(model: &ModelState) -> Base {
         let repr = match record.grid {
             GridRecord::Uniform { .. } => Repr::Uniform,
             GridRecord::BinaryCoding {} => Repr::BinaryCoding,
+            GridRecord::Codebook { .. } => Repr::Codebook,
         };
         (name.clone(), (spec, repr))
     });

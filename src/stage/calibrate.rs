@@ -117,7 +117,7 @@ impl Stage for CalibrateConfig {
     fn follows(&self, before: &Before<'_>) -> Result<()> {
         match before.repr {
             Repr::Dense => Ok(()),
-            Repr::Uniform | Repr::BinaryCoding => Err(Error::usage(
+            Repr::Uniform | Repr::BinaryCoding | Repr::Codebook => Err(Error::usage(
                 "calibrate needs float weights, and they are quantized already",
             )
             .fix("stage.reconstruct or stage.distill here, or a float model and this stage first")),
@@ -164,6 +164,10 @@ impl Stage for CalibrateConfig {
         // Of the linear that is worked on; f64 where its errors are made good.
         let (solved, kept) = match self.method.needs() {
             Needs::Weight => (28 * scene.widest, 0),
+            // What is left, its gradient, and what both are made of.
+            Needs::Moments if self.method.leaves() == Repr::Codebook => {
+                (moments + 20 * widest * widest + 36 * scene.widest, 0)
+            }
             Needs::Moments => (moments + 16 * (widest * widest + scene.widest), 0),
             Needs::Outputs => (moments + 28 * scene.widest, kept),
         };

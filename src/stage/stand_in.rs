@@ -11,7 +11,7 @@ use crate::error::{Error, Kind, Result};
 use crate::export::{self, Format, FormatsConfig, ModelParts, Provenance};
 use crate::method::{self, MethodConfig, Needs, RtnConfig};
 use crate::quant::{
-    Grid, GroupAxis, ObserverConfig, QuantSpec, QuantizedWeight, ScaleDType, ScaleDigits,
+    Grid, GroupAxis, ObserverConfig, QuantSpec, QuantizedWeight, Repr, ScaleDType, ScaleDigits,
 };
 
 /// Rows that are really quantized: others repeat them.
@@ -55,7 +55,9 @@ impl StandIns {
                 let rtn = MethodConfig::Rtn(RtnConfig {});
                 let tuned = method.tunes().is_some();
                 // A solver sees inputs, and makes the grid that rounding has.
-                let method = if method.needs() == Needs::Weight { method } else { &rtn };
+                // Its codes of another kind are asked for by kind alone.
+                let alike = method.needs() == Needs::Weight || method.leaves() == Repr::Codebook;
+                let method = if alike { method } else { &rtn };
                 let stand_in = |spec: QuantSpec, method: &MethodConfig| StandIn {
                     spec,
                     method: method.clone(),
@@ -222,6 +224,9 @@ impl StandIn {
     ) -> Result<QuantizedWeight> {
         let [out, inputs] = shape;
         let layout = self.spec.layout(shape)?;
+        if let Some(config) = self.method.codebook() {
+            return config.stand_in(&self.spec, layout)?.with_scales(digits);
+        }
         let repeats = layout.axis == GroupAxis::In && layout.group_len <= inputs && out > ROWS;
         let rows = if repeats { ROWS } else { out };
         let some = if repeats { self.spec.layout([rows, inputs])? } else { layout };
@@ -249,6 +254,7 @@ impl StandIn {
                 let offset = offset.into_iter().cycle().take(layout.groups).collect();
                 Grid::BinaryCoding { alpha, offset }
             }
+            codebook @ Grid::Codebook { .. } => codebook,
         };
         QuantizedWeight::new(&codes, grid, found.bits, layout)
     }

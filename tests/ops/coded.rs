@@ -40,7 +40,7 @@ impl Case {
                 let zeros = (0..groups).map(|_| dice.below(1 << width) as f32).collect();
                 (Matrix::column(steps), Matrix::column(zeros))
             }
-            CodedKind::BinaryCoding => {
+            CodedKind::BinaryCoding | CodedKind::Codebook(_) => {
                 let planes = [groups, usize::from(width)];
                 (dice.matrix(planes, size), dice.matrix([groups, 1], size))
             }
@@ -69,7 +69,7 @@ impl Case {
             CodedKind::Uniform => {
                 vec![f32::from(code) - self.inputs[2].values[i / self.group_len]]
             }
-            CodedKind::BinaryCoding => (0..self.width)
+            CodedKind::BinaryCoding | CodedKind::Codebook(_) => (0..self.width)
                 .map(|plane| if code >> plane & 1 == 1 { 1.0 } else { -1.0 })
                 .collect(),
         }
@@ -84,7 +84,7 @@ impl Case {
         let sum = terms.reduce(|sum, term| sum + term).unwrap();
         match self.kind {
             CodedKind::Uniform => sum,
-            CodedKind::BinaryCoding => sum + shift.values[group],
+            CodedKind::BinaryCoding | CodedKind::Codebook(_) => sum + shift.values[group],
         }
     }
 
@@ -161,7 +161,7 @@ fn check(case: &Case) {
                 let shift = f64::from(shift.values[group].abs());
                 match case.kind {
                     CodedKind::Uniform => scales * f64::from(1u16 << case.width),
-                    CodedKind::BinaryCoding => scales + shift,
+                    CodedKind::BinaryCoding | CodedKind::Codebook(_) => scales + shift,
                 }
             };
             let largest = (0..out).map(levels).fold(0.0, f64::max);

@@ -5,6 +5,7 @@
 mod adamw;
 mod binary_coding;
 mod block;
+mod codebook;
 mod coded;
 #[cfg(any(
     feature = "cuda",

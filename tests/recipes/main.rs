@@ -249,6 +249,21 @@ const STORED: &[Stored] = &[
         ],
     },
     Stored {
+        recipe: "aqlm_w2",
+        set: &[
+            "data.calibration.samples=16",
+            "stage.2.tune_scales.steps=2",
+            "stage.2.tune_scales.log_every=1",
+        ],
+        numbers: &[
+            ("float", 34.6142),
+            ("rtn w2", 435.5499),
+            ("after calibrate", 63.5779),
+            ("first loss", 0.705_992),
+            ("after tune_scales", 59.7770),
+        ],
+    },
+    Stored {
         recipe: "awq_w4g128",
         set: &["data.calibration.samples=16"],
         numbers: &[("float", 34.6142), ("rtn w4", 37.4020), ("after calibrate", 35.8701)],

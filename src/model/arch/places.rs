@@ -30,10 +30,11 @@ const COMPUTED: [&str; 8] = [
 ];
 
 /// A linear's parts in some packed format.
-const PACKED: [&str; 16] = [
+const PACKED: [&str; 17] = [
     "alpha",
     "alphas",
     "biases",
+    "codebooks",
     "codes",
     "g_idx",
     "offset",

@@ -5,21 +5,42 @@ use std::sync::{Arc, OnceLock};
 
 use burn::tensor::Tensor;
 
-use super::CodedMatrix;
+use super::{CodedKind, CodedMatrix};
 use crate::ops::bridge::{Rows, off_tape, reads_plain, tensor};
 use crate::ops::kernel::lookup::{self, Coefficients, Planes};
+use crate::ops::kernel::psumbook::{Books, Codes};
 
 /// Activations times bits of a code up to which looking sums up is faster than decoding weights for a
 /// dense product (docs/performance.md).
 const FEW: usize = 64;
 
+/// Activations up to which looking inner products with centroids up is faster than decoding weights
+/// (docs/performance.md).
+const FEW_OF_CODEBOOKS: usize = 4;
+
 /// Codes in the order of such products; clones of a matrix share them.
-pub(super) type SharedPlanes = Arc<OnceLock<Planes>>;
+pub(super) type SharedPlanes = Arc<OnceLock<InOrder>>;
+
+/// Codes in the order of such products.
+#[derive(Clone, Debug)]
+pub(super) enum InOrder {
+    /// Of a grid of signs, as every grid of single weights is one.
+    Planes(Planes),
+    /// Of codebooks.
+    Codes(Codes),
+}
+
+/// A grid in the order of such products.
+#[derive(Clone, Debug)]
+enum Frozen {
+    Signs(Coefficients),
+    Books(Books),
+}
 
 /// A grid that never changes, in the order in which products of few activations read it. Made when
 /// it is first needed; clones share it.
 #[derive(Clone, Debug, Default)]
-pub struct FrozenGrid(Arc<OnceLock<Coefficients>>);
+pub struct FrozenGrid(Arc<OnceLock<Frozen>>);
 
 thread_local! {
     static CONTINUING: Cell<bool> = const { Cell::new(false) };
@@ -47,8 +68,13 @@ impl CodedMatrix {
         let n: usize = x.dims()[..D - 1].iter().product();
         CONTINUING.get()
             && !self.transposed
-            && n * usize::from(self.codes.bits()) <= FEW
-            && lookup::reads(self.codes.columns(), self.group_len)
+            && match self.kind {
+                CodedKind::Codebook(_) => n <= FEW_OF_CODEBOOKS,
+                CodedKind::Uniform | CodedKind::BinaryCoding => {
+                    n * usize::from(self.codes.bits()) <= FEW
+                        && lookup::reads(self.codes.columns(), self.group_len)
+                }
+            }
             && reads_plain(x)
     }
 
@@ -61,13 +87,32 @@ impl CodedMatrix {
     ) -> Tensor<D> {
         let mut shape = x.dims().to_vec();
         let x = Rows::of(x.into_dispatch());
-        let planes = self.planes.get_or_init(|| Planes::of(&self.codes));
+        let codes = self.planes.get_or_init(|| match self.kind {
+            CodedKind::Codebook(_) => InOrder::Codes(Codes::of(&self.codes)),
+            CodedKind::Uniform | CodedKind::BinaryCoding => {
+                InOrder::Planes(Planes::of(&self.codes))
+            }
+        });
         let grid = grid.0.get_or_init(|| {
             let [scale, shift] = values().map(|values| Rows::of(off_tape(values.into_dispatch())));
-            Coefficients::of(&self.kernel(&scale, &shift))
+            let coded = self.kernel(&scale, &shift);
+            match self.kind {
+                CodedKind::Codebook(additive) => Frozen::Books(Books::of(&coded, additive)),
+                CodedKind::Uniform | CodedKind::BinaryCoding => {
+                    Frozen::Signs(Coefficients::of(&coded))
+                }
+            }
         });
         let [n, _] = x.matrix();
         shape[D - 1] = self.codes.rows();
-        tensor(Rows::new(planes.times(grid, x.values(), n), shape).plain())
+        let y = match (codes, grid) {
+            (InOrder::Planes(planes), Frozen::Signs(grid)) => planes.times(grid, x.values(), n),
+            (InOrder::Codes(codes), Frozen::Books(books)) => codes.times(books, x.values(), n),
+            // Both were made for this kind of matrix.
+            (InOrder::Planes(_), Frozen::Books(_)) | (InOrder::Codes(_), Frozen::Signs(_)) => {
+                vec![f32::NAN; n * self.codes.rows()]
+            }
+        };
+        tensor(Rows::new(y, shape).plain())
     }
 }

@@ -16,6 +16,7 @@ use rayon::slice::{ParallelSlice, ParallelSliceMut};
 
 use super::linear::multiply;
 use super::{min_tasks, parallel};
+use crate::ops::additive::Additive;
 use crate::ops::coded::{CodedKind, PackedCodes};
 use crate::ops::vector::{self, Level, at};
 
@@ -33,7 +34,7 @@ pub(crate) struct Coded<'a> {
     pub kind: CodedKind,
     /// Steps, `[groups, 1]`, or scales of the planes, `[groups, bits]`.
     pub scale: &'a [f32],
-    /// Zero points or offsets, `[groups]`.
+    /// Zero points or offsets, `[groups]`; or codebooks, `[books, centroids, vector]`.
     pub shift: &'a [f32],
 }
 
@@ -49,14 +50,14 @@ pub(crate) struct GridGradient {
 impl Coded<'_> {
     /// The weights, `[rows, columns]`.
     pub(crate) fn weight(&self) -> Vec<f32> {
-        let mut out = vec![0.0; self.codes.rows() * self.codes.columns()];
+        let mut out = vec![0.0; self.codes.rows() * self.columns()];
         self.fill(0, &mut out, Level::best());
         out
     }
 
     /// `A Sᵀ`: `[n, columns]` to `[n, rows]`.
     pub(crate) fn times_transposed(&self, a: &[f32], n: usize) -> Vec<f32> {
-        let (rows, columns) = (self.codes.rows(), self.codes.columns());
+        let (rows, columns) = (self.codes.rows(), self.columns());
         let mut out = vec![0.0; n * rows];
         let a = MatRef::from_row_major_slice(a, n, columns);
         self.tiles(|range, tile| {
@@ -70,7 +71,7 @@ impl Coded<'_> {
 
     /// `B S`: `[n, rows]` to `[n, columns]`.
     pub(crate) fn times(&self, b: &[f32], n: usize) -> Vec<f32> {
-        let (rows, columns) = (self.codes.rows(), self.codes.columns());
+        let (rows, columns) = (self.codes.rows(), self.columns());
         let mut out = vec![0.0; n * columns];
         let b = MatRef::from_row_major_slice(b, n, rows);
         self.tiles(|range, tile| {
@@ -98,7 +99,10 @@ impl Coded<'_> {
         right: &[f32],
         n: usize,
     ) -> GridGradient {
-        let (rows, columns) = (self.codes.rows(), self.codes.columns());
+        if let CodedKind::Codebook(additive) = self.kind {
+            return self.codebook_gradient(additive, left, right, n);
+        }
+        let (rows, columns) = (self.codes.rows(), self.columns());
         // Of a row and the part of a group in it: every plane's sum, and the plain sum.
         let width = self.planes() + 1;
         let parts = columns.div_ceil(self.group_len);
@@ -141,6 +145,7 @@ impl Coded<'_> {
                     sums[0] = at!(level, centered_dot(gradient, codes, zero));
                 }
                 CodedKind::BinaryCoding => at!(level, signed_sums(gradient, codes, sums)),
+                CodedKind::Codebook(_) => {}
             }
         }
     }
@@ -167,7 +172,7 @@ impl Coded<'_> {
 
     /// Calls `use_tile` with every run of rows and its weights, from the first to the last.
     fn tiles(&self, mut use_tile: impl FnMut(Range<usize>, &[f32])) {
-        let (rows, columns) = (self.codes.rows(), self.codes.columns());
+        let (rows, columns) = (self.codes.rows(), self.columns());
         let tile_rows = self.tile_rows();
         let mut tile = vec![0.0; tile_rows * columns];
         for start in (0..rows).step_by(tile_rows) {
@@ -181,15 +186,15 @@ impl Coded<'_> {
     /// Rows in a tile: a function of the shape alone, so that results are too.
     fn tile_rows(&self) -> usize {
         let rows = self.codes.rows();
-        let fit = TILE / self.codes.columns().max(1);
+        let fit = TILE / self.columns().max(1);
         if fit >= rows { rows.max(1) } else { (fit / 16 * 16).max(16).min(rows) }
     }
 
     /// The weights of the rows from `start` on.
     fn fill(&self, start: usize, out: &mut [f32], level: Level) {
-        let columns = self.codes.columns();
+        let columns = self.columns();
         let row = |codes: &mut Vec<u8>, (row, out): (usize, &mut [f32])| {
-            codes.resize(columns, 0);
+            codes.resize(self.codes.columns(), 0);
             self.codes.unpack_row(start + row, codes);
             self.fill_row(level, start + row, codes, out);
         };
@@ -202,8 +207,18 @@ impl Coded<'_> {
     }
 
     fn fill_row(&self, level: Level, row: usize, codes: &[u8], out: &mut [f32]) {
-        let len = self.group_len.min(self.codes.columns());
+        let len = self.group_len.min(self.columns());
         let planes = self.planes();
+        if let CodedKind::Codebook(additive) = self.kind {
+            additive.sums(codes, self.shift, out);
+            for (part, out) in out.chunks_exact_mut(len).enumerate() {
+                let scale = self.scale[self.group(row, part)];
+                for value in out {
+                    *value *= scale;
+                }
+            }
+            return;
+        }
         for (part, (codes, out)) in
             codes.chunks_exact(len).zip(out.chunks_exact_mut(len)).enumerate()
         {
@@ -212,20 +227,102 @@ impl Coded<'_> {
             match self.kind {
                 CodedKind::Uniform => at!(level, uniform(out, codes, scale[0], shift)),
                 CodedKind::BinaryCoding => at!(level, signed(out, codes, scale, shift)),
+                CodedKind::Codebook(_) => {}
             }
         }
     }
 
+    /// Weights in a row.
+    fn columns(&self) -> usize {
+        self.kind.weights(self.codes.columns())
+    }
+
+    /// [`Coded::grid_gradient`] of codebooks: what belongs to a centroid is added up in parts of as many rows, so
+    /// that the order of sums is a function of the shape alone.
+    fn codebook_gradient(
+        &self,
+        additive: Additive,
+        left: &[f32],
+        right: &[f32],
+        n: usize,
+    ) -> GridGradient {
+        const ROWS: usize = 64;
+        let (rows, columns) = (self.codes.rows(), self.columns());
+        let left = MatRef::from_row_major_slice(left, n, rows);
+        let right = MatRef::from_row_major_slice(right, n, columns);
+        let tile_rows = self.tile_rows();
+        let mut gradient = vec![0.0; tile_rows * columns];
+        let mut scale = vec![0.0f64; self.scale.len()];
+        let mut books = vec![0.0f64; self.shift.len()];
+        for start in (0..rows).step_by(tile_rows) {
+            let count = tile_rows.min(rows - start);
+            let gradient = &mut gradient[..count * columns];
+            let to = MatMut::from_row_major_slice_mut(gradient, count, columns);
+            multiply(to, Accum::Replace, left.subcols(start, count).transpose(), right);
+            let parts: Vec<(Vec<f64>, Vec<f64>)> = gradient
+                .par_chunks(ROWS * columns)
+                .enumerate()
+                .map(|(part, gradient)| {
+                    let first = start + part * ROWS;
+                    self.codebook_part(additive, first, gradient)
+                })
+                .collect();
+            for (part, (of_scale, of_books)) in parts.into_iter().enumerate() {
+                let first = self.group(start + part * ROWS, 0);
+                for (sum, part) in scale[first..].iter_mut().zip(of_scale) {
+                    *sum += part;
+                }
+                for (sum, part) in books.iter_mut().zip(of_books) {
+                    *sum += part;
+                }
+            }
+        }
+        let short = |sums: Vec<f64>| sums.into_iter().map(|sum| sum as f32).collect();
+        GridGradient { scale: short(scale), shift: short(books) }
+    }
+
+    /// What some rows' gradient gives: of the scales of their groups, and of the codebooks.
+    fn codebook_part(
+        &self,
+        additive: Additive,
+        first: usize,
+        gradient: &[f32],
+    ) -> (Vec<f64>, Vec<f64>) {
+        let (columns, Additive { books: count, vector }) = (self.columns(), additive);
+        let (len, each) = (self.group_len.min(columns), self.shift.len() / count);
+        let mut codes = vec![0; self.codes.columns()];
+        let mut sums = vec![0.0; columns];
+        let mut of_scale = Vec::with_capacity(gradient.len() / len);
+        let mut of_books = vec![0.0; self.shift.len()];
+        for (row, gradient) in (first..).zip(gradient.chunks_exact(columns)) {
+            self.codes.unpack_row(row, &mut codes);
+            additive.sums(&codes, self.shift, &mut sums);
+            let groups = gradient.chunks_exact(len).zip(sums.chunks_exact(len));
+            of_scale.extend(groups.map(|(gradient, sums)| vector::dot(gradient, sums)));
+            let runs = gradient.chunks_exact(vector).zip(codes.chunks_exact(count)).enumerate();
+            for (run, (gradient, codes)) in runs {
+                let scale = self.scale[self.group(row, run * vector / len)];
+                for (book, code) in codes.iter().enumerate() {
+                    let at = book * each + usize::from(*code) * vector;
+                    for (sum, gradient) in of_books[at..][..vector].iter_mut().zip(gradient) {
+                        *sum += f64::from(scale * gradient);
+                    }
+                }
+            }
+        }
+        (of_scale, of_books)
+    }
+
     fn planes(&self) -> usize {
         match self.kind {
-            CodedKind::Uniform => 1,
+            CodedKind::Uniform | CodedKind::Codebook(_) => 1,
             CodedKind::BinaryCoding => usize::from(self.codes.bits()),
         }
     }
 
     /// The group of the `part`th run of a row.
     pub(super) fn group(&self, row: usize, part: usize) -> usize {
-        let columns = self.codes.columns();
+        let columns = self.columns();
         (row * columns + part * self.group_len.min(columns)) / self.group_len
     }
 }
@@ -364,7 +461,7 @@ mod tests {
             let (code, group) = (self.plain[i], i / self.group_len);
             match self.kind {
                 CodedKind::Uniform => self.scale[group] * (f32::from(code) - self.shift[group]),
-                CodedKind::BinaryCoding => {
+                CodedKind::BinaryCoding | CodedKind::Codebook(_) => {
                     let planes = self.scale.len() / self.shift.len();
                     let alpha = &self.scale[group * planes..][..planes];
                     let terms = alpha.iter().enumerate().map(|(p, a)| Self::sign(code, p) * a);
@@ -447,7 +544,9 @@ mod tests {
                         dense(i)
                             * f64::from(match case.kind {
                                 CodedKind::Uniform => f32::from(case.plain[i]) - case.shift[group],
-                                CodedKind::BinaryCoding => Case::sign(case.plain[i], plane),
+                                CodedKind::BinaryCoding | CodedKind::Codebook(_) => {
+                                    Case::sign(case.plain[i], plane)
+                                }
                             })
                     })
                     .sum()

@@ -166,7 +166,7 @@ impl Coefficients {
                 }
                 values[scales][row % LANES] = match coded.kind {
                     CodedKind::Uniform => scale[0] * (middle - shift),
-                    CodedKind::BinaryCoding => shift,
+                    CodedKind::BinaryCoding | CodedKind::Codebook(_) => shift,
                 };
             }
         }

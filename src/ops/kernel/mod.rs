@@ -14,6 +14,7 @@ pub(super) mod loss;
 pub(super) mod moments;
 pub(super) mod mse;
 pub(super) mod norm;
+pub(super) mod psumbook;
 #[cfg(test)]
 mod sample;
 pub(super) mod search;

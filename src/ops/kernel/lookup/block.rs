@@ -96,7 +96,7 @@ macro_rules! block {
                         CodedKind::Uniform => {
                             multiply(load(&values[0]), splat(0.5 * (1u32 << plane) as f32))
                         }
-                        CodedKind::BinaryCoding => load(&values[plane]),
+                        CodedKind::BinaryCoding | CodedKind::Codebook(_) => load(&values[plane]),
                     };
                     for (y, [a, b, c, d]) in y.iter_mut().zip(partial) {
                         *y = add(*y, multiply(alpha, add(add(a, b), add(c, d))));
