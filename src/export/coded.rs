@@ -73,8 +73,7 @@ impl<'a> Coded<'a> {
             Grid::Uniform { scale, zero_point, zero_kind } => (scale, zero_point, Some(*zero_kind)),
             Grid::BinaryCoding { alpha, offset } => (alpha, offset, None),
             Grid::Codebook { .. } => {
-                let what =
-                    "the weight is sums of centroids of codebooks, which this format does not hold";
+                let what = "the weight is sums of centroids of codebooks, which format.fewbit and format.dequantized alone hold";
                 let fix =
                     "format.fewbit, or format.dequantized, which is as large as the float model";
                 return Err(Error::preflight(what).at(name).fix(fix));

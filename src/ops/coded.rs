@@ -548,9 +548,12 @@ impl CodedMatrix {
         let [centroids, _] = books.dims();
         let runs = self.codes.len() / additive.books;
         let codes = self.unpacked(books).reshape([runs, additive.books]).int();
-        let each = (centroids / additive.books) as i64;
         (0..additive.books)
-            .map(|book| codes.clone().narrow(1, book, 1).reshape([runs]) + book as i64 * each)
+            .map(|book| {
+                // Far below 2^31.
+                let first = (book * centroids / additive.books) as u32;
+                codes.clone().narrow(1, book, 1).reshape([runs]) + first
+            })
             .collect()
     }
 

@@ -258,7 +258,7 @@ impl QuantizedWeight {
             && layout.group_len.is_multiple_of(vector)
             && [codes.rows(), codes.columns()] == [layout.out, additive.codes(inputs)]
             && count * width == usize::from(bits.get()) * vector
-            && books.len() == count * vector << width
+            && books.len() == (count * vector) << width
             && scale.len() == layout.groups;
         if !fits {
             return Err(Error::failed(format!(

@@ -95,11 +95,11 @@ impl CodedMatrix {
         });
         let grid = grid.0.get_or_init(|| {
             let [scale, shift] = values().map(|values| Rows::of(off_tape(values.into_dispatch())));
-            let coded = self.kernel(&scale, &shift);
+            let held = self.kernel(&scale, &shift);
             match self.kind {
-                CodedKind::Codebook(additive) => Frozen::Books(Books::of(&coded, additive)),
+                CodedKind::Codebook(additive) => Frozen::Books(Books::of(&held, additive)),
                 CodedKind::Uniform | CodedKind::BinaryCoding => {
-                    Frozen::Signs(Coefficients::of(&coded))
+                    Frozen::Signs(Coefficients::of(&held))
                 }
             }
         });

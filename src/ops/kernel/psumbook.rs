@@ -177,14 +177,14 @@ mod tests {
     ) -> (Vec<f32>, Vec<f32>) {
         let packed = PackedCodes::pack(codes, columns, bits);
         let kind = CodedKind::Codebook(additive);
-        let coded = Coded { codes: &packed, group_len, kind, scale, shift: books };
-        let (codes, books) = (Codes::of(&packed), Books::of(&coded, additive));
+        let held = Coded { codes: &packed, group_len, kind, scale, shift: books };
+        let (codes, books) = (Codes::of(&packed), Books::of(&held, additive));
         let found = codes.times(&books, x, n);
         for level in Level::available() {
             let other = codes.times_at(level, &books, x, n);
             assert!(other.iter().zip(&found).all(|(a, b)| a.to_bits() == b.to_bits()), "{level:?}");
         }
-        (found, coded.weight())
+        (found, held.weight())
     }
 
     #[test]
@@ -193,8 +193,8 @@ mod tests {
         let books = [1.0, 0.0, 0.5, -0.5];
         let packed = PackedCodes::pack(&[1], 1, 1);
         let kind = CodedKind::Codebook(additive);
-        let coded = Coded { codes: &packed, group_len: 2, kind, scale: &[3.0], shift: &books };
-        let (codes, grid) = (Codes::of(&packed), Books::of(&coded, additive));
+        let held = Coded { codes: &packed, group_len: 2, kind, scale: &[3.0], shift: &books };
+        let (codes, grid) = (Codes::of(&packed), Books::of(&held, additive));
         assert_eq!(psumbook(&codes, &grid, &[2.0, 4.0]), [2.0, -1.0]);
         assert_eq!(codes.times(&grid, &[2.0, 4.0], 1), [-3.0]);
     }
@@ -211,7 +211,7 @@ mod tests {
             let value = |i: usize, modulus: usize| (i.wrapping_mul(2_654_435_761) >> 7) % modulus;
             let columns = additive.codes(inputs);
             let codes: Vec<u8> = (0..rows * columns).map(|i| value(i, 1 << bits) as u8).collect();
-            let numbers = additive.books * additive.vector << bits;
+            let numbers = (additive.books * additive.vector) << bits;
             let books: Vec<f32> = (0..numbers).map(|i| value(i, 31) as f32 / 8.0 - 2.0).collect();
             let groups = rows * inputs / group_len;
             let scale: Vec<f32> = (0..groups).map(|i| (value(i, 5) + 1) as f32 / 4.0).collect();

@@ -22,14 +22,14 @@ pub(super) fn books(problem: &Problem<'_>, state: &mut State, gradient: &[f32], 
     let mut size = inner(&residual, &direction);
     let first = size;
     for _ in 0..steps {
-        if !(size > first * 1e-9 && size > 0.0) {
+        if size.is_nan() || size <= first * 1e-9 {
             return;
         }
         let short: Vec<f32> = direction.iter().map(|d| *d as f32).collect();
         let moved = problem.values(&state.codes, &short, &state.scale);
         let curved = problem.times_hessian(&moved, 0, problem.inputs);
         let curvature: f64 = problem.losses(&moved, &curved).into_iter().sum();
-        if !(curvature > 0.0) {
+        if curvature.is_nan() || curvature <= 0.0 {
             return;
         }
         let step = size / curvature;

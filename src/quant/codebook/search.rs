@@ -76,7 +76,7 @@ fn least(scores: &[f32]) -> (usize, f32) {
     }
     let lower = |least: f32, score: &f32| if *score < least { *score } else { least };
     let least = chunks.remainder().iter().fold(lanes.iter().fold(f32::INFINITY, lower), lower);
-    (scores.iter().position(|score| *score == least).unwrap_or(0), least)
+    (scores.iter().position(|score| score.to_bits() == least.to_bits()).unwrap_or(0), least)
 }
 
 /// A row on its way.
@@ -203,7 +203,7 @@ impl Shared<'_> {
             let present = scores[usize::from(now)];
             for _ in 0..self.beams {
                 let (code, score) = least(scores);
-                if !(score < f32::INFINITY) {
+                if score.is_nan() || score == f32::INFINITY {
                     break;
                 }
                 scores[code] = f32::INFINITY;

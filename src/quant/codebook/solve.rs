@@ -89,7 +89,7 @@ pub fn solve(
         let found_losses = problem.losses(&left, &found);
         let (error, last) = (found_losses.iter().sum::<f64>(), errors[round as usize]);
         // Rounding may take away what little was gained.
-        if !(error <= last) {
+        if error.is_nan() || error > last {
             break;
         }
         (state, gradient, losses) = (next, found, found_losses);

@@ -124,13 +124,6 @@ impl<'a> Problem<'a> {
         let rows = left.chunks_exact(self.inputs).zip(gradient.chunks_exact(self.inputs));
         rows.map(|(left, gradient)| dot(left, gradient)).collect()
     }
-
-    /// Squared output error.
-    #[cfg(test)]
-    pub(super) fn loss(&self, state: &State) -> f64 {
-        let (left, gradient) = self.left(state);
-        self.losses(&left, &gradient).into_iter().sum()
-    }
 }
 
 /// `Σ a b`.

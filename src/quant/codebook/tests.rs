@@ -163,7 +163,7 @@ fn codebook_bits() {
         let codes = vec![3; 64 * additive.codes(256)];
         let eight = Bits::EIGHT;
         let weight = QuantizedWeight::of_codebooks(&codes, grid, eight, Bits::TWO, layout).unwrap();
-        let beside = (16 * books * 256 * vector) as f64 / (64 * 256) as f64;
+        let beside = (16 * books * 256 * vector) as f64 / 16384.0;
         assert!((weight.bits_per_weight() - beside - expected).abs() < 1e-12);
         assert_eq!(weight.histogram().0[3], codes.len() as u64);
         assert_eq!(weight.histogram().0.len(), 256);
