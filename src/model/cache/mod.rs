@@ -20,6 +20,7 @@ use crate::ops::{self, Attending};
 pub struct KvCache(Held);
 
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant)] // one for each block, and nearly all of them plain
 enum Held {
     Plain(Option<Plain>),
     Mixed(Box<Mixed>),
