@@ -211,7 +211,7 @@ fn commands_take_it_say_what_it_held_and_refuse_what_makes_no_sense() {
     let [a, b] = [&full, &pieces].map(|found| found["nll_per_token"].as_f64().unwrap());
     assert!((a - b).abs() < 1e-5, "{a} {b}");
     let low = with(&["--kv-cache", "uniform", "--kv-bits", "2"]);
-    assert!(low["nll_per_token"].as_f64().unwrap() != a);
+    assert_ne!(low["nll_per_token"].as_f64(), Some(a));
     assert!(low["kv_bytes"].as_u64().unwrap() < full["kv_bytes"].as_u64().unwrap() / 4);
     let shown: Vec<&str> = eval.iter().copied().filter(|arg| *arg != "--json").collect();
     let shown = place.ok(&[&shown[..], &["--kv-cache", "mikv"]].concat());

@@ -226,7 +226,12 @@ impl EvalArgs {
         let config = &session.opened.config;
         let window = |packed| {
             let window = task.task().window(config, packed);
-            window.map_err(|refused| refused.error.at(format!("--{}", refused.key)))
+            // Keys of pieces have no option of their own.
+            let place = |key: &str| match key {
+                "prefill" | "piece" => format!("--set {key}"),
+                key => format!("--{key}"),
+            };
+            window.map_err(|refused| refused.error.at(place(refused.key)))
         };
         let length = window(None)?;
         if names.is_empty() {

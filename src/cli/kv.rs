@@ -10,6 +10,7 @@ use crate::report::size;
 
 /// Flags of commands that go on from keys and values.
 #[derive(Args, Clone, Debug)]
+#[allow(clippy::struct_field_names)] // they are the names of the flags, and --bits is another one
 pub(super) struct KvArgs {
     /// How keys and values of earlier tokens are held: full; mikv, important tokens at high precision and
     /// the others at --kv-bits; uniform, all at --kv-bits; evict, important tokens alone [default: full]

@@ -330,7 +330,9 @@ pub fn measure(
     let pieces = Pieces::asked(task, model.ends().kv.is_some(), context);
     if let Some(pieces) = &pieces {
         pieces.check(context, stream.packed)?;
-        windows.iter_mut().for_each(|window| window.scored = pieces.scored(*window, context));
+        for window in &mut windows {
+            window.scored = pieces.scored(*window, context);
+        }
     }
     let mut cached = None;
     let positions = Positions::new(config, 0, context, model.ends().dtype(), device);

@@ -128,7 +128,7 @@ impl Pieces {
         }
         let held = KvHeld::of(&caches);
         let setting = model.kv;
-        let cached = Cached {
+        let found = Cached {
             prefill: self.prefill,
             piece: self.piece,
             kv_cache: setting.map_or_else(|| "full".to_owned(), |setting| setting.to_string()),
@@ -136,7 +136,7 @@ impl Pieces {
             kv_bits: held.bits(),
             kv_bits_expected: setting.and_then(|setting| setting.expected_bits(config.head_dim)),
         };
-        Ok((Tensor::cat(parts, 1), cached))
+        Ok((Tensor::cat(parts, 1), found))
     }
 }
 

@@ -20,6 +20,7 @@ use crate::ops::{self, Attending};
 pub struct KvCache(Held);
 
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant)] // one for each block, and nearly all of them plain
 enum Held {
     Plain(Option<Plain>),
     Mixed(Box<Mixed>),
@@ -296,7 +297,7 @@ mod tests {
                     Step::Select(rows) => {
                         let rows: Vec<usize> = rows.into_iter().map(|row| row % batch).collect();
                         cache.select(&rows);
-                        let ids: Vec<i32> = rows.iter().map(|row| *row as i32).collect();
+                        let ids: Vec<i32> = rows.iter().map(|row| (*row as u32).cast_signed()).collect();
                         let ids = Tensor::<1, Int>::from_data(&ids[..], &Device::flex());
                         oracle = oracle.map(|all| all.map(|x| x.select(0, ids.clone())));
                     }

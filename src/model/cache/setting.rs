@@ -99,7 +99,7 @@ impl KvSetting {
             Some(group) if group == 0 || !head_dim.is_multiple_of(group) => refused(
                 format!("groups of {group} do not divide heads of {head_dim}"),
                 "group",
-                self::fitting(head_dim).to_string(),
+                fitting(head_dim).to_string(),
             ),
             _ => Ok(()),
         }
