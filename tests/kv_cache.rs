@@ -111,7 +111,7 @@ fn more_bits_are_nearer_and_dropping_is_farther() {
     .unwrap();
     let pieces: Vec<usize> = std::iter::once(100).chain([1; 60]).collect();
     let (full, held) = read(&model, &tokens, &pieces);
-    assert_eq!(held.bits(), 32.0);
+    assert_eq!(held.bytes, 4 * held.numbers);
     let mut found = |setting: KvSetting| {
         model = model.clone().with_kv(Some(setting));
         let (found, held) = read(&model, &tokens, &pieces);
