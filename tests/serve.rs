@@ -314,7 +314,7 @@ fn what_prompts_begin_with_alike_is_computed_once() {
     assert!(all > 300.0 && known == 0.0, "{known} of {all}");
     let (texts_of_shared, [same, known]) = texts(&[]);
     assert_eq!(texts_of_shared, texts_of_each);
-    assert!(same == all && known > 0.7 * all, "{known} of {all}");
+    assert!((same - all).abs() < 0.5 && known > 0.7 * all, "{known} of {all}");
 }
 
 #[test]

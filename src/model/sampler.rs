@@ -222,7 +222,7 @@ mod tests {
         let penalized = |sampler: Sampler| {
             let mut logits = [1.0, 1.0, 1.0];
             sampler.penalize(&mut logits, &[2, 2], &[0, 1, 0, 9]);
-            logits
+            logits.to_vec()
         };
         let none = Sampler::default();
         assert_eq!(penalized(Sampler { frequency_penalty: 0.5, ..none }), [0.0, 0.5, 1.0]);

@@ -155,7 +155,7 @@ mod tests {
             for row in numbers.chunks_exact(width) {
                 rows.push(row);
             }
-            let mut found = vec![0.0; 48];
+            let mut found = [0.0; 48];
             for (index, row) in found.chunks_exact_mut(width).enumerate() {
                 rows.read(index, row);
             }
