@@ -134,7 +134,7 @@ impl PplConfig {
             let error = Error::usage("windows = 0 measures nothing");
             return refused("windows", error.fix("windows = 1"));
         }
-        if let Some(pieces) = Pieces::asked(self, false, context) {
+        if let Some(pieces) = Pieces::asked([self.prefill, self.piece], false, context) {
             pieces.check(context, packed)?;
         }
         Ok((context, stride))
@@ -327,7 +327,8 @@ pub fn measure(
 ) -> Result<Perplexity> {
     let (context, stride) = task.windows(config, stream.packed)?;
     let mut windows = chosen(stream, [context, stride], task.windows)?;
-    let pieces = Pieces::asked(task, model.ends().kv.is_some(), context);
+    let held = model.ends().kv.is_some();
+    let pieces = Pieces::asked([task.prefill, task.piece], held, context);
     if let Some(pieces) = &pieces {
         pieces.check(context, stream.packed)?;
         for window in &mut windows {

@@ -8,7 +8,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::kind::Refused;
-use super::perplexity::PplConfig;
 use crate::data::ScoredWindow;
 use crate::error::{Error, Result};
 use crate::model::{CausalLm, Forward, KvHeld, Positions};
@@ -41,12 +40,15 @@ pub struct Cached {
 }
 
 impl Pieces {
-    /// As a task asks for it, or because keys and values are `held` in a way of their own; `None` where windows
-    /// are read in one pass.
-    pub(super) fn asked(task: &PplConfig, held: bool, context: usize) -> Option<Self> {
-        let prefill = task.prefill.unwrap_or(context / 2);
-        let asked = held || task.prefill.is_some() || task.piece.is_some();
-        asked.then(|| Self { prefill, piece: task.piece.unwrap_or(1) })
+    /// As a task's `prefill` and `piece` ask for it, or because keys and values are `held` in a way of their
+    /// own; `None` where windows are read in one pass.
+    pub(super) fn asked(
+        [prefill, piece]: [Option<usize>; 2],
+        held: bool,
+        context: usize,
+    ) -> Option<Self> {
+        let asked = held || prefill.is_some() || piece.is_some();
+        asked.then(|| Self { prefill: prefill.unwrap_or(context / 2), piece: piece.unwrap_or(1) })
     }
 
     /// Refuses sizes that make no sense for windows of `context` tokens.
