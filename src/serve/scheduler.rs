@@ -158,7 +158,7 @@ impl Scheduler {
             Whose::Width(index) => &self.widths[index],
         };
         let Lane { batch, texts, coming, beginnings } = &mut self.lanes[lane];
-        self.voice.advance(model, batch, texts);
+        self.voice.advance(model, batch, texts, |_| {});
         let (mut joining, mut room) = (Vec::new(), self.piece);
         while room > 0
             && let Some(Coming { text, begun }) = coming.pop_front()
@@ -181,9 +181,8 @@ impl Scheduler {
             }
             room = room.saturating_sub(alone.unread());
             let mut running = vec![Running { text, added: 0 }];
-            self.voice.advance(model, &mut alone, &mut running);
+            self.voice.advance(model, &mut alone, &mut running, |read| beginnings.keep(read));
             if !alone.is_empty() {
-                beginnings.keep(&alone);
                 joining.push(alone);
                 texts.append(&mut running);
             }
@@ -251,8 +250,14 @@ impl Voice {
         Ok(batch.computed() > before)
     }
 
-    /// The next token of each text of a batch; those that end by it leave.
-    fn advance(&self, model: &CausalLm, batch: &mut Batch, texts: &mut Vec<Running>) {
+    /// The next token of each text of a batch; those that end by it leave. `read` sees the batch before.
+    fn advance(
+        &self,
+        model: &CausalLm,
+        batch: &mut Batch,
+        texts: &mut Vec<Running>,
+        read: impl FnOnce(&Batch),
+    ) {
         if texts.is_empty() {
             return;
         }
@@ -268,6 +273,7 @@ impl Voice {
                 return;
             }
         };
+        read(batch);
         self.metrics.step(next.len());
         let mut tokens = Vec::with_capacity(next.len());
         for (index, (running, token)) in texts.iter_mut().zip(next).enumerate() {
