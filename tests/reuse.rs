@@ -109,6 +109,28 @@ fn a_run_killed_while_it_takes_over_does_it_again() {
 }
 
 #[test]
+fn latent_weights_that_nobody_asks_for_are_in_nobodys_way() {
+    let place = Place::with_small_run(STAGES);
+    let scales = STAGES
+        .replace(
+            "[stage.distill]\nbits = 2\nmethod.seq = {}",
+            "[stage.tune_scales]\nmethod.e2e_qp = {}",
+        )
+        .replace("steps = 4", "steps = 4\nallow_worse = true");
+    let recipe = place.read("recipe.toml").replace(STAGES, &scales);
+    place.write("scales.toml", recipe);
+    train(&place, &["--output", "a"]);
+    let scales = |more: &[&str]| {
+        place.ok(&[&["train", "--recipe", "scales.toml", "--output"], more].concat());
+        std::fs::read(place.path(more[0]).join("export/fewbit/model.safetensors")).unwrap()
+    };
+    assert!(scales(&["b"]) == scales(&["c", "--reuse", "a"]));
+    // The other way round they are missing.
+    let said = train(&place, &["--output", "d", "--reuse", "b"]);
+    assert!(said.contains("latent weights, which its first stage did not leave"), "{said}");
+}
+
+#[test]
 fn what_cannot_be_reused_is_refused_and_nothing_is_written() {
     let place = Place::with_small_run(STAGES);
     train(&place, &["--output", "a"]);

@@ -74,9 +74,14 @@ impl Reused {
             count -= 1;
         }
         if count == 0 {
-            let why = difference(1)?.unwrap_or_else(|| {
-                "its first stage is not complete, or leaves more than checkpoints".to_owned()
-            });
+            let latents = stages.first().is_some_and(|their| !their.keeps_latents)
+                && prepared.plan.stages[0].keeps_latents;
+            let why = if latents {
+                "a later stage goes on from latent weights, which its first stage did not leave"
+            } else {
+                "its first stage is not complete, or leaves more than checkpoints"
+            };
+            let why = difference(1)?.unwrap_or_else(|| why.to_owned());
             return Err(at(Error::mismatch(format!("nothing of that run can be reused: {why}")))
                 .fix("a recipe that differs in later stages alone, or no --reuse"));
         }
@@ -147,13 +152,15 @@ fn is_kept_in_checkpoints(stage: &StageConfig) -> bool {
     )
 }
 
-/// Whether two stages do the same and leave the same.
-fn same(one: &PlannedStage, other: &PlannedStage) -> bool {
+/// Whether two stages do the same, and the other run's leaves all that this one's would: latent weights that
+/// nobody asks for are in nobody's way.
+fn same(their: &PlannedStage, our: &PlannedStage) -> bool {
     let bare = |stage: &PlannedStage| PlannedStage {
         config: stage.config.clone().neutral(),
+        keeps_latents: false,
         ..stage.clone()
     };
-    bare(one) == bare(other)
+    (their.keeps_latents || !our.keeps_latents) && bare(their) == bare(our)
 }
 
 /// The stage that a data set is read by, where one stage reads it by itself.
