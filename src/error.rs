@@ -201,31 +201,36 @@ impl Error {
     }
 }
 
-/// An error in files: of a run that failed.
+/// An error as data: of a run that failed in its files, and in lines of JSON. Shown as at most three lines.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Told {
     /// What went wrong.
     pub what: String,
     /// Where.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub at: Option<String>,
     /// What to do.
-    #[serde(rename = "try", default, skip_serializing_if = "Option::is_none")]
+    #[serde(rename = "try")]
     pub advice: Option<String>,
     /// The process's exit code.
     pub exit_code: i32,
 }
 
-impl fmt::Display for Error {
+impl fmt::Display for Told {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", shown(&self.0.what))?;
-        if let Some(at) = &self.0.at {
+        write!(f, "{}", shown(&self.what))?;
+        if let Some(at) = &self.at {
             write!(f, "\n  at   {}", shown(at))?;
         }
-        if let Some(fix) = &self.0.fix {
-            write!(f, "\n  try  {fix}")?;
+        if let Some(advice) = &self.advice {
+            write!(f, "\n  try  {advice}")?;
         }
         Ok(())
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.told().fmt(f)
     }
 }
 

@@ -149,6 +149,17 @@ fn a_training_that_fails_fails_alike_after_a_resume() {
     let factors = expected.as_array().unwrap().iter().map(|s| s["rate_factor"].as_f64().unwrap());
     assert_eq!(factors.collect::<Vec<_>>(), [0.5, 0.25, 0.125, 0.125]);
 
+    // Why is kept, and once, however often it is tried.
+    undisturbed.failed(&TRAIN);
+    let told: Vec<Value> =
+        so_far(&undisturbed).into_iter().filter(|event| event["event"] == "failed").collect();
+    assert_eq!((told.len(), &told[0]["exit_code"]), (1, &Value::from(1)), "{told:?}");
+    let record: Value = serde_json::from_str(&undisturbed.read("run/run.json")).unwrap();
+    let why = record["failure"]["what"].as_str().unwrap();
+    assert!(why.contains("after 3 retries") && told[0]["what"] == why, "{why}");
+    assert!(undisturbed.read("run/run.log").contains(&format!("error: {why}\n  at ")));
+    assert!(undisturbed.failed(&["watch", "run"]).contains(&format!("the run failed: {why}\n")));
+
     let stopped = place();
     let mut run = Background::start(&stopped);
     let retries = || so_far(&stopped).iter().filter(|event| event["event"] == "retry").count();

@@ -5,7 +5,7 @@ use std::io::{ErrorKind, IsTerminal, Write as _};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
 use tracing_subscriber::fmt::format::Writer;
@@ -70,14 +70,13 @@ pub(super) fn aside(text: &str) {
 /// Writes an error to stderr.
 pub(super) fn error(error: &Error) {
     let text = match Manner::chosen() {
-        Manner::Json => json!({
-            "event": "error",
-            "what": error.what(),
-            "at": error.place(),
-            "try": error.advice(),
-            "exit_code": error.kind().exit_code(),
-        })
-        .to_string(),
+        Manner::Json => {
+            let mut line = json!({ "event": "error" });
+            if let (Some(line), Value::Object(told)) = (line.as_object_mut(), json!(error.told())) {
+                line.extend(told);
+            }
+            line.to_string()
+        }
         Manner::Lines | Manner::Quiet => format!("error: {error}"),
     };
     // Nowhere is left to report a failure to.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::Args;
 use serde_json::Value;
 
-use crate::error::{Error, Result, Told};
+use crate::error::{Error, Result};
 use crate::report::Event;
 use crate::report::terminal::Terminal;
 use crate::run::{Standing, State};
@@ -65,15 +65,13 @@ pub(super) fn run(args: &WatchArgs, stop: &StopFlag) -> Result<()> {
 
 /// Whether the run came to its end.
 fn ended(standing: &Standing, run: &Path) -> Result<()> {
-    let how = match (standing.state, &standing.failure) {
-        (State::Done | State::Running, _) => return Ok(()),
-        (State::Failed, Some(Told { what, .. })) => &format!("the run failed: {what}"),
-        (state, _) => match state {
-            State::Pending => "the run has not begun",
-            State::Stopped => "the run was stopped",
-            State::Killed => "the run's process is gone without a word: killed, or out of memory",
-            _ => "the run failed",
-        },
+    let why = standing.failure.as_ref().map(|told| format!(": {}", told.what)).unwrap_or_default();
+    let how = match standing.state {
+        State::Done | State::Running => return Ok(()),
+        State::Pending => "the run has not begun",
+        State::Stopped => "the run was stopped",
+        State::Failed => &format!("the run failed{why}"),
+        State::Killed => "the run's process is gone without a word: killed, or out of memory",
     };
     Err(Error::failed(how)
         .at(run.display())

@@ -482,10 +482,14 @@ impl AdapterRecord {
         let with_offsets = self.part == AdapterPart::AlphasAndOffsets;
         let offsets = take("offsets", groups, with_offsets)?;
         let planes = take("planes", groups, false)?.map(|t| t.to_u8()).transpose()?;
-        // The number of centroids is the base's, and compared when they are put there.
-        let books = (self.part == AdapterPart::Codebooks)
-            .then(|| tensors.remove(&format!("{name}.codebooks")));
-        let offsets = books.unwrap_or(offsets);
+        let offsets = if self.part == AdapterPart::Codebooks {
+            // The number of centroids is the base's, and compared when they are put there.
+            let books = format!("{name}.codebooks");
+            let missing = || Error::failed(format!("{books} is missing"));
+            Some(tensors.remove(&books).ok_or_else(missing)?)
+        } else {
+            offsets
+        };
         if planes.iter().flatten().any(|plane| *plane >= self.bits.get()) {
             return Err(Error::failed(format!("{name}.planes names a plane that is not there")));
         }

@@ -58,18 +58,7 @@ DISTILL = [
 ]
 
 # What the file of the run as a whole has by itself: `tensorboard/` read alone is enough for these.
-WHOLE = [
-    r"train/loss",
-    r"train/learning_rate",
-    r"train/grad_norm",
-    r"eval/loss",
-    r"eval/perplexity",
-    r"block/mse_before",
-    r"block/mse_after",
-    r"perf/tokens_per_second",
-    r"perf/data_wait_fraction",
-    r"memory/peak_gib",
-]
+WHOLE = [tag for tag in SCALARS if r"\d" not in tag and tag != "perf/seconds_left"]
 
 HISTOGRAMS = [r"codes(/.+)?", r"scale_change(/.+)?"]
 

@@ -28,6 +28,8 @@ pub(super) struct Curves {
     trained: u64,
     /// How many blocks each stage that goes block by block has.
     blocks: BTreeMap<u64, u64>,
+    /// What the run as a whole was told of them: steps of another kind, which no training takes back.
+    of_blocks: Vec<Record>,
     /// Stage, KL and agreement of the validation that stands for the result.
     closeness: Option<(u64, [Json; 2])>,
 }
@@ -41,7 +43,8 @@ impl Default for Curves {
 impl Curves {
     fn new(front: Vec<Record>) -> Self {
         let (names, blocks) = (BTreeMap::new(), BTreeMap::new());
-        Self { front, names, stage: 0, trained: 0, blocks, closeness: None }
+        let of_blocks = Vec::new();
+        Self { front, names, stage: 0, trained: 0, blocks, of_blocks, closeness: None }
     }
 
     /// For a story that is told from its start.
@@ -113,7 +116,14 @@ impl Curves {
                 let blocks = format!("{folder}/{BLOCKS}");
                 let restarts =
                     [(folder, step), (blocks, step), (String::new(), number("global_step") + 1)];
-                return restarts.map(|(folder, step)| (folder, Record::restart(step))).into();
+                let restarts = restarts.map(|(folder, step)| (folder, Record::restart(step)));
+                let of_blocks = self.of_blocks.iter().cloned();
+                let again =
+                    of_blocks.filter(|record| record.step > number("global_step").cast_signed());
+                return restarts
+                    .into_iter()
+                    .chain(again.map(|record| (String::new(), record)))
+                    .collect();
             }
             "histogram" => {
                 let step = event["step"].as_u64().unwrap_or(self.trained);
@@ -123,9 +133,9 @@ impl Curves {
             "failed" => return told("", 0, vec![hparams::end(Ending::Failed)]),
             _ => return Vec::new(),
         };
-        let mut points = Vec::new();
-        if let Some(step) = run_step {
-            points = told("", step, values.clone());
+        let mut points = run_step.map_or_else(Vec::new, |step| told("", step, values.clone()));
+        if event["event"] == "block" {
+            self.of_blocks.extend(points.iter().map(|(_, record)| record.clone()));
         }
         points.extend(told(&self.folder(), step, values));
         points
@@ -370,6 +380,13 @@ mod tests {
         let folders = [("00-finetune", 5), ("00-finetune/blocks", 5), ("", 105)];
         let expected = folders.map(|(folder, step)| at(folder, step, &["restart"]));
         assert_eq!(last(&[start(0, "finetune"), retry]), expected);
+        // Blocks of a stage without steps stay in the file of the whole run.
+        let block = |index| json!({ "event": "block", "stage": 0, "index": index, "of": 3, "mse_before": 2 });
+        let retry = json!({ "event": "retry", "stage": 1, "step": 9, "back_to": 0,
+                            "global_step": 0 });
+        let events = [start(0, "calibrate"), block(0), block(1), start(1, "distill"), retry];
+        let told = last(&events);
+        assert_eq!(told[2..], [at("", 1, &["restart"]), at("", 1, &["block/mse_before"])]);
     }
 
     #[test]

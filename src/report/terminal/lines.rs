@@ -2,7 +2,6 @@
 
 use super::ending::ending;
 use super::layout::{Field, clean, fit, labelled, positioned, wrap};
-use crate::error::Told;
 use crate::report::numbers::{brief, compact, memory, significant, tiny};
 use crate::report::{Event, duration, size};
 
@@ -37,12 +36,7 @@ pub fn line(event: &Event, width: usize) -> Option<String> {
         }
         Event::Exported { .. } | Event::Done { .. } => ending(event, width)?,
         // The screen has it from whoever called the run.
-        Event::Failed { told, .. } => {
-            let Told { what, at, advice, .. } = told;
-            let place = at.iter().map(|at| format!("\n  at   {at}"));
-            let advice = advice.iter().map(|advice| format!("\n  try  {advice}"));
-            format!("error: {what}{}", place.chain(advice).collect::<String>())
-        }
+        Event::Failed { told, .. } => format!("error: {told}"),
         Event::BlockLoss { .. }
         | Event::Saved { .. }
         | Event::Progress { .. }
