@@ -1,10 +1,11 @@
-//! AQLM's fine-tuning (Egiazarian et al., arXiv 2401.06118): codebooks and scales learn, codes stay.
+//! AQLM's fine-tuning (Egiazarian et al., arXiv 2401.06118): codebooks and scales learn, codes stay; block by
+//! block in `[stage.reconstruct]`, the whole model in `[stage.tune_scales]` or `[stage.distill]`.
 //!
 //! *What it learns:* the centroids of every codebook, and the scales; the codes stay as an earlier stage left
 //! them, packed. *Formula:* `d C_i[k] = Σ a G[run]` over the runs whose code is `k`, `d a = Σ G Σ_i C_i[code_i]`
 //! over the group. *Start:* exactly the quantized weight. *Recipe keys:* `learn` (`"codebooks_and_scales"`,
 //! `"codebooks"`, `"scales"`). Centroids are rounded to half precision in every forward, as they are stored.
-//! *Export:* codebooks; what learned alone is an adapter.
+//! *Export:* codebooks; what learned in `tune_scales` alone is an adapter.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -181,7 +181,7 @@ macro_rules! methods {
                     })*
                     $(Self::$tuner(_) => {
                         return Err(Error::usage(concat!("method.", $tkey, " makes no codes"))
-                            .fix("[stage.tune_scales], after a stage that leaves some"));
+                            .fix("[stage.tune_scales] or [stage.reconstruct], after a stage that leaves some"));
                     })*
                 })
             }

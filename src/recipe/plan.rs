@@ -139,6 +139,7 @@ impl Plan {
             // The head is rounded once, by the first stage that quantizes.
             let head = resolved.head.filter(|_| quantized.is_empty());
             check_chain(codes, &resolved.linears, &quantized, &stages).map_err(at)?;
+            check_tuned(codes, &resolved.linears, &quantized, model).map_err(at)?;
             let mut default_spec = default_spec(&recipe.quant, codes);
             if let Some(width) = stage.width().filter(|width| !widths.contains(width)) {
                 return Err(no_width(width, widths)
@@ -250,6 +251,36 @@ fn check_chain(
     .fix(
         "other bits or groups in this stage, or method.flexround, which goes on from what is there",
     ))
+}
+
+/// A method that learns grids alone keeps the codes: those have to be there, in the stage's bits and groups.
+fn check_tuned(
+    codes: Option<Codes<'_>>,
+    specs: &BTreeMap<String, QuantSpec>,
+    quantized: &BTreeMap<String, QuantSpec>,
+    model: &ModelConfig,
+) -> Result<()> {
+    let Some(Codes { method, .. }) = codes.filter(|codes| codes.method.tunes().is_some()) else {
+        return Ok(());
+    };
+    for (name, linear) in model.linears() {
+        let Some(spec) = specs.get(&name) else { continue };
+        let keeps = format!("method.{} leaves codes as they are", method.name());
+        let Some(left) = quantized.get(&name) else {
+            return Err(Error::usage(format!("{keeps}, and no stage has left any of this linear"))
+                .at(name)
+                .fix("keep = true in a [[quant.override]]"));
+        };
+        // Groups of a whole row have two names.
+        let shape = |spec: &QuantSpec| (spec.bits, spec.layout(linear.shape).ok());
+        if shape(left) != shape(spec) {
+            let what = format!("{keeps}, which are {left}, and this stage asks for {spec}");
+            return Err(Error::usage(what)
+                .at(name)
+                .fix("in this stage the bits and group_size of the stage that made the codes"));
+        }
+    }
+    Ok(())
 }
 
 fn default_spec(quant: &QuantSection, codes: Option<Codes<'_>>) -> QuantSpec {

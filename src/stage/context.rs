@@ -80,12 +80,13 @@ impl StageContext<'_> {
         }
     }
 
-    /// The codes that an earlier stage left of a linear, with what learns of their grid.
-    pub(super) fn coded(&self, name: &str, learned: Learned) -> Result<CodedWeight> {
+    /// The codes that an earlier stage left of a linear, with what learns of their grid; forwards see the
+    /// weight in `compute`.
+    pub(super) fn coded(&self, name: &str, learned: Learned, compute: DType) -> Result<CodedWeight> {
         let Some(weight) = self.model.now(name)? else {
             return Err(Error::failed("no stage has left codes of this linear").at(name));
         };
-        Ok(CodedWeight::new(&weight, learned, self.compute, &self.device.device))
+        Ok(CodedWeight::new(&weight, learned, compute, &self.device.device))
     }
 
     /// Folds one linear and checks the law on the real tensor: the folded weight is the

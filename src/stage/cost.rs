@@ -89,13 +89,15 @@ pub(super) fn trained(
     optimizer: &OptimizerConfig,
     discrete: bool,
 ) -> u64 {
-    // Methods that learn little beside a frozen weight: factors, or a few numbers for each row.
+    // Methods that learn little beside a frozen weight: factors, or a few numbers for each row. So do those that
+    // tune grids, beside codes.
     const FEW: [&str; 2] = ["lrq", "lwc"];
     let moments = optimizer.moments.bytes(weights);
     if discrete {
         return TRAINED_WEIGHT_BYTES * weights - MomentsIn::F32.bytes(weights) + moments;
     }
-    match (method.trains_base(), FEW.contains(&method.name())) {
+    let few = FEW.contains(&method.name()) || method.tunes().is_some();
+    match (method.trains_base(), few) {
         (true, _) => 8 * weights + moments,
         (false, false) => 12 * weights + moments,
         (false, true) => 9 * weights,

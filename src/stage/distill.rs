@@ -28,7 +28,7 @@ use crate::export::fewbit::Saved;
 use crate::method::{self, MethodConfig};
 use crate::model::{Block, Loader, WeightSource};
 use crate::objective::ObjectiveConfig;
-use crate::quant::{Bits, GroupAxis, GroupLayout, GroupSize, ObserverConfig, Symmetry};
+use crate::quant::{Bits, GroupSize, ObserverConfig, Symmetry};
 use crate::train::{LatentsIn, LearningRate, NormOf, OptimizerConfig, RateUnit, ScheduleConfig};
 
 /// Keys of `[stage.distill]`.
@@ -371,12 +371,6 @@ fn attach(
         if !ctx.specs.contains_key(&name) {
             continue;
         }
-        if let Some(learned) = config.method.tunes() {
-            same_codes(ctx, &name)?;
-            let coded = ctx.coded(&name, learned)?;
-            linear.weight = coded.into_parameter(linear.weight.id);
-            continue;
-        }
         let kept = (ctx.compute, config.optimizer.latents);
         ctx.attach(&name, linear, &config.method, config.start_from, kept)?;
     }
@@ -391,26 +385,4 @@ fn scales(block: &Block, all: &mut Vec<f32>) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Refuses codes that this stage's `bits` or `group_size` would regroup.
-fn same_codes(ctx: &StageContext<'_>, name: &str) -> Result<()> {
-    let Some((found, _)) = ctx.model.quantized.get(name) else { return Ok(()) };
-    let spec = &ctx.specs[name];
-    let describe = |bits: Bits, layout: GroupLayout| {
-        let along = match layout.axis {
-            GroupAxis::In => "inputs",
-            GroupAxis::Out => "outputs",
-        };
-        format!("{bits} bits in {} groups of {} {along}", layout.groups, layout.group_len)
-    };
-    let layout = spec.layout([found.layout.out, found.layout.inputs]).map_err(|e| e.at(name))?;
-    if (found.bits, found.layout) == (spec.bits, layout) {
-        return Ok(());
-    }
-    let (found, wanted) = (describe(found.bits, found.layout), describe(spec.bits, layout));
-    let what = format!("the codes have {found}, but this stage asks for {wanted}");
-    Err(Error::preflight(what)
-        .at(name)
-        .fix("in this stage the bits and group_size of the stage that made the codes"))
 }

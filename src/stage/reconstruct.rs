@@ -6,6 +6,10 @@
 //! is resident at a time, and the teacher block is released before the next one is read. Parameters
 //! and losses are f32 whatever the model's type.
 //!
+//! A method that learns the grids of codes (`method.aqlm_ft`, `e2e_qp`, `peqa`, `alphatuning`) leaves the
+//! codes of an earlier stage as they are, packed, and fits scales and codebooks alone: AQLM's block
+//! fine-tuning (arXiv 2401.06118, 3.3).
+//!
 //! With `within = "staged"` a block is fitted in three pieces, one after the other and each with all
 //! the steps: queries and keys by themselves, values and output by the residual stream behind
 //! attention, the MLP by the block's output. A piece computes no more than it needs: three of them
@@ -102,7 +106,7 @@ impl Stage for ReconstructConfig {
     }
 
     fn takes_latents(&self) -> bool {
-        true
+        self.method.tunes().is_none()
     }
 
     fn needs_float(&self) -> bool {

@@ -2,7 +2,8 @@
 //!
 //! A stage that keeps bits, groups and the kind of grid goes on from exactly what the earlier one left:
 //! its codes, its steps, and its latent weight. With a rate of zero it changes no bit. On another grid
-//! it starts from the latent weight, which knows more than the codes that were made of it.
+//! it starts from the latent weight, which knows more than the codes that were made of it. A method that
+//! learns grids alone has the codes themselves, packed.
 
 use burn::module::Param;
 use burn::nn::Linear;
@@ -19,7 +20,7 @@ use crate::export::fewbit::latent_names;
 use crate::method::{self, FakeQuant, LeftGrid, Method, MethodConfig, Start};
 use crate::model::{WeightSource, weight_name};
 use crate::ops;
-use crate::quant::{Grid, GroupLayout, QuantizedWeight};
+use crate::quant::{Bits, Grid, GroupAxis, GroupLayout, QuantizedWeight};
 use crate::store::safetensors::Checkpoint;
 use crate::store::{HostTensor, TensorSource};
 use crate::train::LatentsIn;
@@ -45,8 +46,9 @@ struct Found {
 }
 
 impl StageContext<'_> {
-    /// Puts `method` on `linear`'s weight as `name` starts this stage; forwards see the result in
-    /// `compute`. Latent weights are f32 whatever the model's type, and hold what `latents` can.
+    /// Puts `method` on `linear`'s weight as `name` starts this stage, or the codes that it leaves as they
+    /// are in the weight's place; forwards see the result in `compute`. Latent weights are f32 whatever the
+    /// model's type, and hold what `latents` can.
     pub(super) fn attach(
         &self,
         name: &str,
@@ -59,6 +61,13 @@ impl StageContext<'_> {
         let [inputs, out] = linear.weight.dims();
         let layout = spec.layout([out, inputs]).map_err(|e| e.at(name))?;
         let left = self.model.quantized.get(name);
+        if let Some(learned) = method.tunes() {
+            if let Some((codes, _)) = left {
+                same_codes(codes, (spec.bits, layout)).map_err(|e| e.at(name))?;
+            }
+            linear.weight = self.coded(name, learned, compute)?.into_parameter(linear.weight.id);
+            return Ok(());
+        }
         let same = left.filter(|(left, _)| (left.bits, left.layout) == (spec.bits, layout));
         let found = self.latent(name)?;
         if let Some((codes, made_by)) = same
@@ -214,6 +223,23 @@ fn held(mut values: Vec<f32>, latents: LatentsIn) -> Vec<f32> {
     values
 }
 
+/// Refuses codes that a stage's bits and groups would make others of.
+fn same_codes(codes: &QuantizedWeight, (bits, layout): (Bits, GroupLayout)) -> Result<()> {
+    if (codes.bits, codes.layout) == (bits, layout) {
+        return Ok(());
+    }
+    let describe = |bits: Bits, layout: GroupLayout| {
+        let along = match layout.axis {
+            GroupAxis::In => "inputs",
+            GroupAxis::Out => "outputs",
+        };
+        format!("{bits} bits in {} groups of {} {along}", layout.groups, layout.group_len)
+    };
+    let (found, wanted) = (describe(codes.bits, codes.layout), describe(bits, layout));
+    Err(Error::preflight(format!("the codes have {found}, but this stage asks for {wanted}"))
+        .fix("in this stage the bits and group_size of the stage that made the codes"))
+}
+
 /// The weight of a linear that carries no method, `[groups, group_len]`, off the tape.
 fn grouped(linear: &Linear, layout: GroupLayout) -> Tensor<2> {
     let weight = ops::off_tape(linear.weight.base());
@@ -225,7 +251,7 @@ fn put(
     config: &MethodConfig,
     method: Method,
     layout: GroupLayout,
-    bits: crate::quant::Bits,
+    bits: Bits,
     compute: DType,
 ) {
     let fake_quant = FakeQuant::new(method, layout, bits, compute);

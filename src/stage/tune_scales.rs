@@ -278,7 +278,7 @@ fn student(config: &TuneScalesConfig, ctx: &StageContext<'_>) -> Result<CausalLm
         for (name, linear) in block.linears_mut() {
             let name = format!("{}.{name}", ctx.model.config.block_prefix(index));
             if ctx.specs.contains_key(&name) {
-                let coded = ctx.coded(&name, config.learned())?;
+                let coded = ctx.coded(&name, config.learned(), ctx.compute)?;
                 linear.weight = coded.into_parameter(linear.weight.id);
             }
         }

@@ -16,7 +16,8 @@ use crate::train::{LearningRate, OptimizerConfig, RateUnit, ScheduleConfig};
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct ReconstructConfig {
-    /// How weights are quantized and what is learned.
+    /// How weights are quantized and what is learned; or what learns of the grids of codes that an earlier
+    /// stage left.
     pub method: MethodConfig,
     /// Instead of `quant.bits`.
     #[serde(skip_serializing_if = "Option::is_none")]
