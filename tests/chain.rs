@@ -138,6 +138,31 @@ fn a_stage_at_rate_zero_changes_no_bit() {
     }
 }
 
+/// Nor does one that tunes the grids of codes, of each kind, at once or piece by piece.
+#[test]
+fn grids_tuned_at_rate_zero_by_block_change_no_bit() {
+    let solve = |method: &str| format!("[[stage]]\n[stage.calibrate]\nmethod.{method}\n");
+    let codebooks = solve("aqlm = { vector = 2, code_bits = 4, rounds = 1, beam = 1 }");
+    let levels = solve("aqlm = { vector = 1, code_bits = 2, rounds = 0 }");
+    let (planes, even) = (solve("bcq = {}"), reconstruct("flexround", 2, "1e-2", ""));
+    let f16 = "group_size = 4\nscales = \"f16\"";
+    let staged = "within = \"staged\"";
+    for (quant, first, method, more) in [
+        (f16, &codebooks, "aqlm_ft", ""),
+        ("group_size = 4", &codebooks, "aqlm_ft", staged),
+        ("", &levels, "aqlm_ft", "rate_unit = \"grid\""),
+        (f16, &even, "peqa", staged),
+        ("", &even, "e2e_qp", ""),
+        ("", &planes, "alphatuning", ""),
+    ] {
+        let quant = format!("bits = 2\n{quant}");
+        let stages = [first.clone(), reconstruct(method, 2, "0.0", more)];
+        let place = place(&recipe(&quant, &stages));
+        place.ok(&["train", "--recipe", "recipe.toml"]);
+        compare_last_two(&place, 2, &format!("{method} {more}, {quant}"));
+    }
+}
+
 /// Latents are what is learned, not what is rounded: with them the next stage starts elsewhere, and
 /// scale tuning in between takes their meaning away.
 #[test]

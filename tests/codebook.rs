@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use common::{Place, TRAIN, few_stories};
 use serde_json::Value;
 
@@ -44,6 +46,27 @@ format.dequantized = {}
 "#;
 
 const NAME: &str = "model.layers.0.self_attn.q_proj";
+
+/// What stands before a stage of [`RECIPE`].
+const STAGE: &str = "[[stage]]\n";
+/// Parts of [`RECIPE`] by number.
+const HEAD: usize = 0;
+const SOLVE: usize = 1;
+const EVALUATE: usize = 2;
+const EXPORT: usize = 5;
+
+/// What comes before the stages, or one of them, without [`STAGE`].
+fn part(index: usize) -> &'static str {
+    RECIPE.split(STAGE).nth(index).unwrap()
+}
+
+/// Codebooks and scales that learn block by block; `keys` are the method's.
+fn by_block(rate: &str, keys: &str) -> String {
+    format!(
+        "[stage.reconstruct]\nmethod.aqlm_ft = {{ {keys} }}\nsteps = 20\nbatch = 4\n\
+         learning_rate = {rate}\nrate_unit = \"grid\"\nallow_worse = true\n"
+    )
+}
 
 fn place() -> Place {
     let place = Place::new();
@@ -94,8 +117,7 @@ fn what_was_trained_is_stored_and_read_everywhere() {
     let eval = [&eval[..], &["--context", "64", "--json"]].concat();
     let told: Value = serde_json::from_str(&place.ok(&eval)).unwrap();
     assert!((told["perplexity"].as_f64().unwrap() / measured[1] - 1.0).abs() < 1e-6, "{told}");
-    let solved = RECIPE.split("[[stage]]\n").collect::<Vec<_>>();
-    place.write("solved.toml", [solved[0], solved[1], solved[5]].join("[[stage]]\n"));
+    place.write("solved.toml", [HEAD, SOLVE, EXPORT].map(part).join(STAGE));
     place.ok(&["train", "--recipe", "solved.toml", "--output", "solved"]);
     let adapter = ["--adapter", "run/adapters/aqlm_ft.safetensors"];
     let base = ["--model", "solved/export/fewbit"];
@@ -146,4 +168,140 @@ fn what_does_not_fit_is_refused_before_a_weight_is_read() {
     refused(&["quant.group_size=\"tensor\""], &["a scale for the whole matrix"]);
     refused(&["stage.4.export.format.gguf={}"], &["centroids of codebooks", "format.fewbit"]);
     refused(&["stage.2.tune_scales.method={peqa={}}"], &["peqa"]);
+    // Codebooks learn behind a stage that left some, in the bits and groups that it left.
+    let learn = by_block("1e-2", "");
+    place.write("recipe.toml", [part(HEAD), &learn].join(STAGE));
+    refused(&[], &["aqlm_ft goes on from codebook codes, and the weights are dense here"]);
+    place.write("recipe.toml", [part(HEAD), part(SOLVE), &learn].join(STAGE));
+    place.ok(&["check", "--recipe", "recipe.toml"]);
+    let stays =
+        "method.aqlm_ft leaves codes as they are, which are w2g64, and this stage asks for ";
+    refused(
+        &["stage.1.reconstruct.bits=4"],
+        &[&format!("{stays}w4g64"), "the bits and group_size"],
+    );
+    refused(&["stage.1.reconstruct.group_size=32"], &[&format!("{stays}w2g32")]);
+    // Two names of a whole row.
+    let rows = ["quant.group_size=\"channel\"", "stage.1.reconstruct.group_size=128"];
+    let rows = rows.iter().flat_map(|set| ["--set", set]);
+    let mlp = ["--set", "quant.override=[{match=\"mlp\",keep=true}]"];
+    let args = ["check", "--recipe", "recipe.toml"].into_iter().chain(rows).chain(mlp);
+    place.ok(&args.collect::<Vec<_>>());
+}
+
+/// The errors of each block, `[before, after]`, as a stage reported them.
+fn errors(place: &Place, stage: usize) -> Vec<[f64; 2]> {
+    let events = common::events(&place.path("run/metrics.jsonl"));
+    let blocks = events.iter().filter(|e| e["event"] == "block" && e["stage"] == stage);
+    blocks.map(|e| ["mse_before", "mse_after"].map(|key| e[key].as_f64().unwrap())).collect()
+}
+
+/// Tensors of a stage's folder under `checkpoints/`, by name.
+fn tensors(place: &Place, stage: &str) -> BTreeMap<String, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    for path in std::fs::read_dir(place.path(&format!("run/checkpoints/{stage}"))).unwrap() {
+        let (header, values) = common::split_safetensors(&path.unwrap().path());
+        for name in header.as_object().unwrap().keys().filter(|name| *name != "__metadata__") {
+            found.insert(name.clone(), values[common::range_of(&header, name)].to_vec());
+        }
+    }
+    found
+}
+
+/// Both built-in models, with the groups that divide their linears.
+const MODELS: [(&str, &str); 2] =
+    [("embedded:tinystories-656k", "64"), ("stories260k", "\"channel\"")];
+
+#[test]
+fn blocks_come_nearer_to_the_float_ones_by_codebooks_and_scales_alone() {
+    for (model, group) in MODELS {
+        let run = |rate: &str, keys: &str| {
+            let place = place();
+            place.copy_model("stories260k", "stories260k");
+            let learn = by_block(rate, keys);
+            place.write("recipe.toml", [part(HEAD), part(SOLVE), &learn].join(STAGE));
+            let [model, group] =
+                [format!("model.path={model}"), format!("quant.group_size={group}")];
+            place.ok(&[&TRAIN[..], &["--set", &model, "--set", &group]].concat());
+            place
+        };
+        let still = run("0.0", "");
+        let (solved, kept) = (tensors(&still, "00-calibrate"), tensors(&still, "01-reconstruct"));
+        assert!(solved.len() >= 2 * 7 * 3, "{model}: {} tensors", solved.len());
+        assert!(solved == kept, "{model}: a stage at rate 0 changed what the solver left");
+
+        let trained = run("1e-2", "");
+        let [before, after] = [errors(&still, 1), errors(&trained, 1)];
+        assert!(after.iter().all(|[start, end]| *end < 0.98 * start), "{model}: {after:?}");
+        // The first block starts alike; later ones read what the fitted ones put out, not the solved ones.
+        assert_eq!(before[0][0].to_bits(), after[0][0].to_bits(), "{model}");
+        let nearer = before[1..].iter().zip(&after[1..]).all(|([was, _], [is, _])| is < was);
+        assert!(before.len() == after.len() && nearer, "{model}: {before:?} {after:?}");
+
+        // Codes stay; codebooks and scales move, or what is named of them.
+        let moved = |place: &Place| -> BTreeSet<String> {
+            let now = tensors(place, "01-reconstruct");
+            assert!(now.keys().eq(solved.keys()), "{model}: other tensors");
+            let other = now.into_iter().filter(|(name, bytes)| solved[name] != *bytes);
+            other.map(|(name, _)| name.rsplit('.').next().unwrap().to_owned()).collect()
+        };
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        assert_eq!(moved(&trained), names(&["codebooks", "scales"]), "{model}");
+        let books = run("1e-2", "learn = \"codebooks\"");
+        assert_eq!(moved(&books), names(&["codebooks"]), "{model}");
+    }
+}
+
+/// One input a code: 2^bits free levels for a linear, a scale for each group of it.
+#[test]
+fn scalar_codebooks_are_solved_learned_and_read_everywhere() {
+    for bits in [4, 3, 2] {
+        let place = place();
+        let learn = by_block("1e-2", "");
+        let baseline = format!("{}baselines = [\"rtn\"]\n", part(EVALUATE));
+        let parts = [part(HEAD), part(SOLVE), &baseline, &learn, part(EVALUATE), part(EXPORT)];
+        place.write("recipe.toml", parts.join(STAGE));
+        let sets = [
+            format!("quant.bits={bits}"),
+            "stage.0.calibrate.method.aqlm.vector=1".to_owned(),
+            format!("stage.0.calibrate.method.aqlm.code_bits={bits}"),
+            "stage.4.export.allow_worse=true".to_owned(),
+        ];
+        let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+        place.ok(&[&TRAIN[..], &sets].concat());
+        let events = common::events(&place.path("run/metrics.jsonl"));
+        let perplexity = |what: &str| {
+            let of = |e: &&Value| e["event"] == "evaluation" && e["what"] == what;
+            events.iter().find(of).unwrap()["perplexity"].as_f64().unwrap()
+        };
+        let [plain, solved] =
+            [format!("rtn w{bits}"), "after calibrate".to_owned()].map(|what| perplexity(&what));
+        assert!(solved < plain, "{bits} bits: {solved} beside {plain} of evenly spaced levels");
+        assert!(errors(&place, 2).iter().all(|[start, end]| end < start), "{bits} bits");
+
+        place.ok(&["verify", "run"]);
+        place.ok(&["verify", "run/export/fewbit"]);
+        let told = place.ok(&["inspect", "run/export/fewbit"]);
+        assert!(told.contains(&format!("1 x {bits} for 1")), "{told}");
+        let packed = logits(&place, &["--model", "run/export/fewbit"]);
+        assert!(packed == logits(&place, &["--model", "run/export/dequantized"]), "{bits} bits");
+        let eval = ["eval", "--model", "run/export/fewbit", "--task", "ppl", "--data", "few.json"];
+        let eval = [&eval[..], &["--context", "64", "--json"]].concat();
+        let told: Value = serde_json::from_str(&place.ok(&eval)).unwrap();
+        let after = perplexity("after reconstruct");
+        assert!((told["perplexity"].as_f64().unwrap() / after - 1.0).abs() < 1e-6, "{told}");
+        let text = |model: &str| {
+            let prompt = ["generate", "--model", model, "--prompt", "Once upon"];
+            place.ok(&[&prompt[..], &["--max-new-tokens", "12"]].concat())
+        };
+        assert_eq!(text("run/export/fewbit"), text("run/export/dequantized"), "{bits} bits");
+
+        // Each of the weights is one of 2^bits levels times its group's scale.
+        let (header, values) =
+            common::split_safetensors(&place.path("run/export/dequantized/model.safetensors"));
+        let of = &values[common::range_of(&header, &format!("{NAME}.weight"))];
+        let weights = of.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
+        let group: BTreeSet<u32> = weights.take(64).map(f32::to_bits).collect();
+        assert!((2..=1 << bits).contains(&group.len()), "{} levels in {bits} bits", group.len());
+    }
 }

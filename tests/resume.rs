@@ -246,6 +246,55 @@ fn however_a_run_is_stopped_it_ends_in_the_same_bytes() {
     );
 }
 
+/// Codebooks and scales that learn by block, long enough for a signal to land inside of one.
+const CODEBOOKS: &str = r#"
+[[stage]]
+[stage.calibrate]
+method.aqlm = { vector = 1, code_bits = 4, rounds = 1, beam = 1 }
+[[stage]]
+[stage.reconstruct]
+method.aqlm_ft = {}
+steps = 60
+batch = 4
+learning_rate = 1e-2
+rate_unit = "grid"
+checkpoint_every = 4
+keep_best = true
+[[stage]]
+[stage.export]
+format.fewbit = {}
+"#;
+
+#[test]
+fn codebooks_go_on_in_the_middle_of_a_block() {
+    let place = || Place::with_small_run(CODEBOOKS);
+    let block = |place: &Place, index: usize| {
+        place.path(&format!("run/checkpoints/01-reconstruct/block-{index:04}.safetensors"))
+    };
+    let whole = place();
+    whole.ok(&TRAIN);
+
+    let asked = place();
+    let has_state = || {
+        let files = asked.tree("run/checkpoints/01-reconstruct");
+        files.keys().any(|name| name.starts_with("state-"))
+    };
+    let mut run = Background::start(&asked);
+    run.wait_for("a fitted block", || block(&asked, 0).exists() && !has_state());
+    run.wait_for("a state of the next", has_state);
+    run.signal(Signal::TERM);
+    stopped(&run.end(), 143);
+    assert!(!block(&asked, 4).exists(), "the stage ended before the signal");
+    asked.ok(&TRAIN);
+    let position = resumed(&asked).pop().unwrap();
+    assert!(position.starts_with("block ") && position.contains("/5, step "), "{position}");
+    for index in 0..5 {
+        let [asked, whole] = [&asked, &whole].map(|place| std::fs::read(block(place, index)));
+        assert!(asked.unwrap() == whole.unwrap(), "block {index} differs");
+    }
+    assert!(asked.tree("run/export") == whole.tree("run/export"));
+}
+
 fn stop_in_reconstruct(place: &Place) {
     let mut run = Background::start(place);
     run.wait_for("two blocks", || blocks(place) >= 2);

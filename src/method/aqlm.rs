@@ -6,9 +6,11 @@
 //! `bits` has to say. *Start:* groups scaled to a mean square of 1, and residual k-means. *Then*, in rounds: a
 //! beam search over codes, one code at a time, for the least `|X Wᵀ - X W_hatᵀ|²` with `H = 2/N Σ x xᵀ + λI`;
 //! least squares for codebooks (conjugate gradients) and for scales (a row's groups together). The error never
-//! grows. *Recipe keys:* `codebooks`, `vector`, `code_bits`, `rounds`, `beam`, `damping`, `seed`. Codebooks and
-//! scales learn on by `method.aqlm_ft`. *Export:* fewbit's folder holds codes and codebooks, `dequantized` the
-//! weights.
+//! grows. One codebook of `vector = 1` is a lookup table of `2^bits` levels that k-means spaces (SqueezeLLM, arXiv
+//! 2306.07629, has a table for each row; here a linear has one, and each group a scale); `rounds = 0` leaves
+//! k-means as it is. *Recipe keys:* `codebooks`, `vector`, `code_bits`, `rounds`, `beam`, `damping`, `seed`.
+//! Codebooks and scales learn on by `method.aqlm_ft`, by block and end to end. *Export:* fewbit's folder holds
+//! codes and codebooks, `dequantized` the weights.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -26,7 +28,7 @@ use crate::quant::{
 pub struct AqlmConfig {
     /// Codebooks whose centroids are added, 1 to 8.
     pub codebooks: usize,
-    /// Inputs that a centroid stands for, 1 to 32; divides groups.
+    /// Inputs that a centroid stands for, 1 to 32; divides groups. 1: a lookup table of single levels.
     pub vector: usize,
     /// Width of a code: a codebook has `2^code_bits` centroids.
     pub code_bits: Bits,

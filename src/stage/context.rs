@@ -82,7 +82,12 @@ impl StageContext<'_> {
 
     /// The codes that an earlier stage left of a linear, with what learns of their grid; forwards see the
     /// weight in `compute`.
-    pub(super) fn coded(&self, name: &str, learned: Learned, compute: DType) -> Result<CodedWeight> {
+    pub(super) fn coded(
+        &self,
+        name: &str,
+        learned: Learned,
+        compute: DType,
+    ) -> Result<CodedWeight> {
         let Some(weight) = self.model.now(name)? else {
             return Err(Error::failed("no stage has left codes of this linear").at(name));
         };

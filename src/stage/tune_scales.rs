@@ -33,7 +33,7 @@ use crate::train::{LearningRate, OptimizerConfig, RateUnit, ScheduleConfig};
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct TuneScalesConfig {
-    /// What of the grids learns: `peqa`, `alphatuning` or `e2e_qp`.
+    /// What of the grids learns: `peqa`, `alphatuning`, `e2e_qp` or `aqlm_ft`.
     pub method: MethodConfig,
     /// The width whose scales learn, of a model of several (`method.anybcq`); the widest unless said
     /// otherwise.
