@@ -146,12 +146,12 @@ fn grids_tuned_at_rate_zero_by_block_change_no_bit() {
     let levels = solve("aqlm = { vector = 1, code_bits = 2, rounds = 0 }");
     let (planes, even) = (solve("bcq = {}"), reconstruct("flexround", 2, "1e-2", ""));
     let f16 = "group_size = 4\nscales = \"f16\"";
-    let staged = "within = \"staged\"";
+    let pieces = "within = \"staged\"";
     for (quant, first, method, more) in [
         (f16, &codebooks, "aqlm_ft", ""),
-        ("group_size = 4", &codebooks, "aqlm_ft", staged),
+        ("group_size = 4", &codebooks, "aqlm_ft", pieces),
         ("", &levels, "aqlm_ft", "rate_unit = \"grid\""),
-        (f16, &even, "peqa", staged),
+        (f16, &even, "peqa", pieces),
         ("", &even, "e2e_qp", ""),
         ("", &planes, "alphatuning", ""),
     ] {
