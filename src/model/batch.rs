@@ -28,6 +28,8 @@ pub struct Batch {
     caches: Vec<KvCache>,
     /// Positions in the caches, padding included.
     past: usize,
+    /// Tokens of the text that keys in the caches were rotated for, where that is another one.
+    rotated_for: usize,
 }
 
 /// The beginning of a text, with its keys and values.
@@ -95,7 +97,7 @@ impl Batch {
         for row in &mut rows {
             row.padding = longest - row.text.len();
         }
-        Self { rows, caches: Vec::new(), past: 0 }
+        Self { rows, caches: Vec::new(), past: 0, rotated_for: 0 }
     }
 
     /// The same with keys and values of a text that the only one may begin like.
@@ -104,6 +106,7 @@ impl Batch {
         if let ([row], false) = (&self.rows[..], beginning.caches.is_empty()) {
             // The last token has to be computed for its logits.
             self.past = beginning.shared(&row.text).min(row.text.len().saturating_sub(1));
+            self.rotated_for = beginning.len();
             self.caches = beginning.caches;
             let past = self.past;
             self.caches.iter_mut().for_each(|cache| cache.truncate(past));
@@ -266,13 +269,17 @@ impl Batch {
     /// Hidden states of the positions that are not computed yet, up to `total`, `[rows, positions, d_model]`.
     fn hidden(&mut self, model: &CausalLm, device: &Device, total: usize) -> Tensor<3> {
         let config = &model.config;
-        let anew =
-            |row: &Row| config.rotates_anew(self.past.saturating_sub(row.padding), row.text.len());
+        let anew = |row: &Row| {
+            let len = row.text.len();
+            // Keys in the cache were rotated for a shorter text, or for a longer one that began alike.
+            config.rotates_anew(self.past.saturating_sub(row.padding), len)
+                || config.rotates_anew(len, self.rotated_for)
+        };
         if self.rows.iter().any(anew) {
-            // Keys in the cache were rotated for a shorter text.
             self.caches.clear();
             self.past = 0;
         }
+        self.rotated_for = 0;
         let past = self.past;
         let padded = self.rows.iter().any(|row| row.padding > 0);
         let place = |row: &Row, place: usize| {
@@ -309,5 +316,39 @@ pub fn finite(logits: &[f32]) -> Result<()> {
             format!("the model computes {value} in place of a logit"),
             "another copy of the model: its weights are damaged; or --compute f32",
         )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::model::{Loader, open_folder};
+
+    #[test]
+    fn a_beginning_serves_texts_on_either_side_of_where_rotations_change() {
+        // LongRoPE: other rotations from 17 tokens on.
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/phi3");
+        let (config, source) = open_folder(&folder).unwrap();
+        let device = Device::flex();
+        let loader =
+            Loader { config: &config, source: &source, device: &device, dtype: DType::F32 };
+        let model = loader.model().unwrap();
+        let tokens: Vec<u32> = (0..40).map(|i| 3 + i * 11 % 60).collect();
+        let batch = |len: usize| {
+            let prompt = Prompt { tokens: &tokens[..len], stream: 0 };
+            Batch::new([(prompt, Sampler::default())])
+        };
+        for (known, len) in [(30, 10), (10, 30), (30, 40), (12, 8), (17, 16), (16, 17)] {
+            let mut before = batch(known);
+            before.logits(&model, &device);
+            let beginning = before.beginning().unwrap();
+            let found = batch(len).remembering(beginning).logits(&model, &device);
+            let expected = batch(len).logits(&model, &device);
+            let gap = found.iter().zip(&expected).map(|(a, b)| (a - b).abs());
+            let gap = gap.fold(0.0, f32::max);
+            assert!(gap < 1e-5, "{known} tokens, then {len}: {gap}");
+        }
     }
 }
