@@ -68,6 +68,9 @@ pub struct Settings {
     pub method: Option<MethodConfig>,
     /// The type of activations.
     pub dtype: DType,
+    /// Whether prompts and texts are computed with integer products
+    /// ([`CausalLm::multiply_in_integers`](crate::model::CausalLm::multiply_in_integers)).
+    pub integers: bool,
     /// How long each is measured.
     pub effort: Effort,
 }
@@ -247,6 +250,7 @@ mod tests {
             batch_given: false,
             method: Some(Settings::method(name).unwrap()),
             dtype: DType::F32,
+            integers: false,
             effort: Effort { seconds: 0.0, repeat: None },
         };
         assert_eq!(settings("flexround").method_of(Part::Distill).unwrap().1, 4);

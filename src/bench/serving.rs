@@ -56,7 +56,11 @@ impl<'a> Serving<'a> {
         let (config, source) = (&bench.subject.config, bench.subject.source());
         let (device, dtype) = (&bench.device.device, bench.settings.dtype);
         if self.model.is_none() {
-            self.model = Some(Loader { config, source, device, dtype }.model()?);
+            let mut model = Loader { config, source, device, dtype }.model()?;
+            if bench.settings.integers {
+                model.multiply_in_integers();
+            }
+            self.model = Some(model);
         }
         self.model.as_ref().ok_or_else(|| Error::failed("the model is gone"))
     }

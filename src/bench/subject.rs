@@ -2,11 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
+use burn::tensor::{DType, Device};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::export::{OpenModel, open_model};
-use crate::model::{ModelConfig, RandomWeights, WeightSource};
+use crate::model::{Loader, ModelConfig, RandomWeights, WeightSource};
+use crate::quant::CodedWeight;
 
 /// The model that is measured.
 pub struct Subject {
@@ -55,6 +57,19 @@ impl Subject {
             Weights::Random(weights) => weights,
             Weights::Folder(_, opened) => &**opened,
         }
+    }
+
+    /// Whether its linears have integer products on a device.
+    ///
+    /// # Errors
+    /// When the first block cannot be read.
+    pub fn has_integer_products(&self, device: &Device) -> Result<bool> {
+        let (config, source) = (&self.config, self.source());
+        let block = Loader { config, source, device, dtype: DType::F32 }.block(0)?;
+        let mut coded = block
+            .linears()
+            .filter_map(|(_, linear)| linear.weight.reparameterization::<CodedWeight>());
+        Ok(coded.any(|coded| coded.in_integers().is_some()))
     }
 
     /// The files it is read from.

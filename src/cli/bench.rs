@@ -3,15 +3,15 @@
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
+use burn::tensor::DType;
 use clap::Args;
 use serde_json::{Map, Value, json};
 
-use super::{compute, output};
+use super::{Arithmetic, arithmetic, no_integers, output};
 use crate::bench::{Bench, Ceiling, Effort, Measured, Part, Refusal, Settings, Subject};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::model::{known_config, write_random, write_random_seed};
-use crate::recipe::Compute;
 use crate::report::size;
 use crate::stop::StopFlag;
 use crate::store::locate;
@@ -61,9 +61,10 @@ pub(super) struct BenchArgs {
     /// Where to run: auto, cpu, cuda[:i], metal, rocm[:i], vulkan, wgpu
     #[arg(long, default_value = "auto")]
     device: String,
-    /// Type of activations: f32 or bf16; block is always f32, as in a run
-    #[arg(long, default_value = "f32", value_parser = compute)]
-    compute: Compute,
+    /// Type of activations: f32 or bf16, or int8 (see `generate`) in prompt and generate; block is always
+    /// f32, as in a run
+    #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = arithmetic)]
+    compute: Arithmetic,
     /// Of the random weights
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -112,6 +113,10 @@ pub(super) fn run(args: &BenchArgs, stop: &StopFlag) -> Result<()> {
     }
     let fits = |part: &Part| refused.iter().all(|refusal| refusal.part != *part);
     let parts: Vec<Part> = parts.into_iter().filter(fits).collect();
+    let serving = parts.iter().any(|part| matches!(part, Part::Prompt | Part::Generate));
+    if settings.integers && serving && !subject.has_integer_products(&device.device)? {
+        return Err(no_integers(&device));
+    }
     let ceiling = Ceiling::measure(&device.device, settings.dtype, stop)?;
     let bench =
         Bench { subject: &subject, device: &device, settings: &settings, ceiling: &ceiling, stop };
@@ -181,6 +186,7 @@ impl BenchArgs {
             batch_given: self.batch.is_some(),
             method: None,
             dtype: self.compute.dtype(),
+            integers: self.compute == Arithmetic::Int8,
             effort: Effort {
                 seconds: self.seconds,
                 repeat: self.repeat.map(|repeat| repeat as usize),
@@ -189,15 +195,24 @@ impl BenchArgs {
     }
 }
 
+/// The type of activations, as its flag says it.
+fn compute(settings: &Settings) -> &'static str {
+    match settings.dtype {
+        DType::F32 if settings.integers => "int8",
+        DType::F32 => "f32",
+        _ => "bf16",
+    }
+}
+
 fn head(bench: &Bench<'_>) -> String {
     let Bench { subject, device, settings, ceiling, .. } = bench;
     let config = &subject.config;
     let random = if subject.is_random() { ", random weights" } else { "" };
-    let dtype = if settings.dtype == burn::tensor::DType::F32 { "f32" } else { "bf16" };
+    let compute = compute(settings);
     let giga = |flops: f64| flops / 1e9;
     format!(
         "model     {}{random}\n          {} blocks of width {}, {} parameters\n\
-         device    {}, {dtype}\n\
+         device    {}, {compute}\n\
          ceiling   {:.1} GFLOP/s at {}, {:.1} at {}; memory {:.1} GB/s\n\n\
          {:<8} {:<22} {:>9} {:>6} {:>10} {:>6} {:>4} {:>7}\n",
         subject.name,
@@ -280,7 +295,7 @@ fn as_json(bench: &Bench<'_>, parts: &[Measured], refused: &[Refusal]) -> Value 
             "parameters": config.parameters(),
         },
         "device": device.name,
-        "compute": if settings.dtype == burn::tensor::DType::F32 { "f32" } else { "bf16" },
+        "compute": compute(settings),
         "batch": settings.batch,
         "length": settings.length,
         "ceiling": ceiling,

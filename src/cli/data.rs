@@ -12,10 +12,9 @@ use unicode_width::UnicodeWidthStr;
 
 use self::sample::{Sample, runs, samples};
 use super::dialogue::kwargs;
-use super::{ModelArgs, output};
+use super::{Arithmetic, ModelArgs, output};
 use crate::data::{DataFormat, Reading, TemplateChoice, TokenStream, Tokenizer, TrainOn};
 use crate::error::{Error, Result};
-use crate::recipe::Compute;
 use crate::run::{Options, data_of};
 use crate::stage::Corpus;
 use crate::stop::StopFlag;
@@ -190,7 +189,7 @@ fn of_files(args: &PreviewArgs) -> Result<(Sets, Tokenizer)> {
     let (Some(model), false) = (&args.model, args.data.is_empty()) else {
         return Err(Error::usage("nothing says which data").fix("--recipe, or --model and --data"));
     };
-    let (device, compute) = ("cpu".to_owned(), Compute::F32);
+    let (device, compute) = ("cpu".to_owned(), Arithmetic::F32);
     let session = ModelArgs { model: model.clone(), device, compute, bits: None }.open()?;
     let mut paths: Vec<PathBuf> = Vec::new();
     for name in &args.data {

@@ -11,7 +11,7 @@ use self::ask::Asked;
 use self::show::{Adapter, Found};
 use super::data::ReadingArgs;
 use super::kv::KvArgs;
-use super::{AdaptedArgs, ModelArgs, Session, output};
+use super::{AdaptedArgs, Arithmetic, ModelArgs, Session, output};
 use crate::data::{Marks, Reading, TokenStream, Tokenizer, sha256_of};
 use crate::error::{Error, Result};
 use crate::model::{Forward, KvMode, KvSetting};
@@ -187,7 +187,9 @@ impl EvalArgs {
     fn reference(&self, session: &Session) -> Result<Option<Session>> {
         let Some(name) = &self.reference else { return Ok(None) };
         let ModelArgs { device, compute, .. } = &self.source.model;
-        let (device, compute) = (device.clone(), *compute);
+        // A float model has no codes, and is what rounding is compared with.
+        let compute = if *compute == Arithmetic::Int8 { Arithmetic::F32 } else { *compute };
+        let device = device.clone();
         let args = ModelArgs { model: name.clone(), device, compute, bits: None };
         let opened = args.open().map_err(|error| error.at("--reference"))?;
         let [ours, theirs] = [session, &opened].map(|session| session.opened.config.vocab);

@@ -5,13 +5,12 @@ use std::path::{Path, PathBuf};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{ArgGroup, Args};
 
-use super::{AdaptedArgs, ModelArgs, Session, data_format, output};
+use super::{AdaptedArgs, Arithmetic, ModelArgs, Session, data_format, output};
 use crate::data::{DataFormat, Reading, TokenStream, sha256_of};
 use crate::error::{Error, Result};
 use crate::export::{Exported, Format, FormatsConfig, Gate, Manifest, OpenModel, write_opened};
 use crate::model::WeightSource;
 use crate::quant::Bits;
-use crate::recipe::Compute;
 use crate::report::size;
 use crate::report::terminal::Bar;
 use crate::stage::PARITY_WINDOWS;
@@ -115,7 +114,7 @@ pub(super) fn write(
     let device = args.device.clone();
     // What `verify` measures in.
     let model =
-        ModelArgs { model: model.to_owned(), device, compute: Compute::F32, bits: args.bits };
+        ModelArgs { model: model.to_owned(), device, compute: Arithmetic::F32, bits: args.bits };
     let session = AdaptedArgs { model, adapter: adapter.map(Path::to_owned) }.open()?;
     let data = args.data.as_deref().map(locate::data).transpose()?;
     let inputs = [Some(&session.opened.dir), session.adapter.as_ref(), data.as_ref()];
@@ -131,6 +130,7 @@ pub(super) fn write(
     let gate = Gate { gauge: &gauge, trained: &trained };
     let device = &session.device.name;
     let exported = write_opened(opened, format, &options, &args.output, &gate, device)?;
+    bar.clear();
     print(&session, format, &exported, &trained)
 }
 

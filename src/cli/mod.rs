@@ -249,9 +249,10 @@ struct ModelArgs {
     /// Where to run: auto, cpu, cuda[:i], metal, rocm[:i], vulkan, wgpu
     #[arg(long, default_value = "auto")]
     device: String,
-    /// Type of activations: f32 or bf16
-    #[arg(long, default_value = "f32", value_parser = compute)]
-    compute: Compute,
+    /// Type of activations: f32 or bf16; int8 is f32 but in products with packed codes, before which they
+    /// are rounded to 8 bits (cpu)
+    #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = arithmetic)]
+    compute: Arithmetic,
     /// The width at which a model of several is read (method.anybcq) [default: the widest]
     #[arg(long, value_name = "N", value_parser = bits)]
     bits: Option<Bits>,
@@ -276,6 +277,59 @@ fn compute(text: &str) -> Result<Compute, String> {
     }
 }
 
+/// How activations are held, and how they are multiplied with packed codes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Arithmetic {
+    /// Held and multiplied in a type.
+    Float(Compute),
+    /// Held in f32, and rounded to 8 bits for products with packed codes.
+    Int8,
+}
+
+impl Arithmetic {
+    const F32: Self = Self::Float(Compute::F32);
+
+    fn dtype(self) -> DType {
+        match self {
+            Self::Float(compute) => compute.dtype(),
+            Self::Int8 => DType::F32,
+        }
+    }
+
+    /// Has a model compute so.
+    ///
+    /// # Errors
+    /// A usage error where no linear of it has integer products.
+    fn apply(self, model: &mut CausalLm, device: &NamedDevice) -> Result<()> {
+        if self == Self::Int8 && model.multiply_in_integers() == 0 {
+            return Err(no_integers(device));
+        }
+        Ok(())
+    }
+}
+
+/// Nothing would be computed as `--compute int8` says.
+fn no_integers(device: &NamedDevice) -> Error {
+    let what = if device.name == "cpu" {
+        "the model has no packed codes on a uniform grid: nothing would be rounded"
+    } else {
+        "products in integers are the processor's"
+    };
+    let fix = if device.name == "cpu" {
+        "--compute f32, or a packed export of the model"
+    } else {
+        "--device cpu, or --compute f32"
+    };
+    Error::usage(what).at("--compute int8").fix(fix)
+}
+
+fn arithmetic(text: &str) -> Result<Arithmetic, String> {
+    match text {
+        "int8" => Ok(Arithmetic::Int8),
+        _ => compute(text).map(Arithmetic::Float).map_err(|_| "f32, bf16 or int8".to_owned()),
+    }
+}
+
 fn bits(text: &str) -> Result<Bits, String> {
     let bits = text.parse::<i64>().map_err(|_| "a number of bits, 1 to 8".to_owned())?;
     Bits::try_from(bits)
@@ -292,7 +346,7 @@ struct Session {
     /// The file of the adapter that it was opened with.
     adapter: Option<PathBuf>,
     device: NamedDevice,
-    dtype: DType,
+    compute: Arithmetic,
 }
 
 impl ModelArgs {
@@ -305,7 +359,7 @@ impl ModelArgs {
                 None => opened,
             },
             adapter: None,
-            dtype: self.compute.dtype(),
+            compute: self.compute,
         })
     }
 }
@@ -360,7 +414,9 @@ fn adapter_of(folder: &Path) -> Result<PathBuf> {
 impl Session {
     fn load(&self) -> Result<CausalLm> {
         let (config, device) = (&self.opened.config, &self.device.device);
-        let model = Loader { config, source: &self.opened, device, dtype: self.dtype }.model()?;
+        let dtype = self.compute.dtype();
+        let mut model = Loader { config, source: &self.opened, device, dtype }.model()?;
+        self.compute.apply(&mut model, &self.device)?;
         Ok(model.with_tap(self.opened.tap()))
     }
 
@@ -373,7 +429,7 @@ impl Session {
         let read = |bits: Bits| -> Result<(Bits, CausalLm)> {
             let opened = open_model(&self.opened.dir)?.at_width(bits)?;
             let (config, device) = (&opened.config, &self.device.device);
-            let loader = Loader { config, source: &opened, device, dtype: self.dtype };
+            let loader = Loader { config, source: &opened, device, dtype: self.compute.dtype() };
             let mut model = loader.model()?.with_tap(opened.tap());
             model.embed = widest.embed.clone();
             if !coded_head {
@@ -411,7 +467,7 @@ impl Session {
         let tokenizer = self.opened.has_tokenizer().then(|| self.tokenizer()).transpose()?;
         let prompts = Gauge::prompts(tokenizer.as_ref(), &self.opened.config);
         let device = &self.device.device;
-        Ok(Gauge { device, dtype: self.dtype, prompts, text, stop, progress })
+        Ok(Gauge { device, dtype: self.compute.dtype(), prompts, text, stop, progress })
     }
 
     /// The token put before a text, where the model has one.

@@ -6,11 +6,10 @@ use clap::Args;
 
 use super::dialogue::TemplateArgs;
 use super::generate::Writer;
-use super::{ModelArgs, output};
+use super::{Arithmetic, ModelArgs, output};
 use crate::error::{Error, Result};
 use crate::model::Sampler;
 use crate::page::{self, Sample};
-use crate::recipe::Compute;
 use crate::stop::StopFlag;
 use crate::store::folder::write_atomic;
 use crate::store::locate::output_file;
@@ -83,7 +82,7 @@ impl ReportArgs {
     /// What a model writes behind each prompt.
     fn texts(&self, model: &str, stop: &StopFlag) -> Result<Vec<String>> {
         let (model, device) = (model.to_owned(), self.device.clone());
-        let session = ModelArgs { model, device, compute: Compute::F32, bits: None }.open()?;
+        let session = ModelArgs { model, device, compute: Arithmetic::F32, bits: None }.open()?;
         let tokenizer = session.tokenizer()?;
         let ends = session.opened.generation()?.ends;
         let max_new = self.max_new_tokens;

@@ -5,12 +5,11 @@ use std::path::Path;
 use clap::Args;
 use serde_json::json;
 
-use super::{ModelArgs, Session, output};
+use super::{Arithmetic, ModelArgs, Session, output};
 use crate::data::sha256_of;
 use crate::error::{Error, Kind, Result};
 use crate::export::{self, Manifest, OpenModel, open_model};
 use crate::model::{ByBlock, WeightSource, weight_name};
-use crate::recipe::Compute;
 use crate::report::terminal::Bar;
 use crate::stage::PARITY_WINDOWS;
 use crate::stop::StopFlag;
@@ -187,7 +186,7 @@ fn check_linear(opened: &OpenModel, manifest: &Manifest, name: &str) -> Result<(
 
 fn session(args: &VerifyArgs) -> Result<Session> {
     let (model, device) = (args.dir.clone(), args.device.clone());
-    ModelArgs { model, device, compute: Compute::F32, bits: None }.open()
+    ModelArgs { model, device, compute: Arithmetic::F32, bits: None }.open()
 }
 
 /// The folder says to the recorded prompts what it said when it was written. Gives their number.
@@ -242,9 +241,9 @@ fn check_perplexity(
         windows: recorded.windows.or(Some(PARITY_WINDOWS)),
         ..PplConfig::default()
     };
-    let Session { opened, device, dtype, .. } = session;
+    let Session { opened, device, compute, .. } = session;
     let (config, device) = (&opened.config, &device.device);
-    let model = ByBlock::open(config, opened, opened.tap(), device, *dtype)?;
+    let model = ByBlock::open(config, opened, opened.tap(), device, compute.dtype())?;
     let result = task::measure(&model, config, &stream, &task, device, stop, &mut |_, _| ())?;
     // Another device may round differently; the same one does not.
     let same_device = session.device.name == manifest.provenance.device;

@@ -71,7 +71,7 @@ impl Adapters {
         let empty = Grids::new();
         let of = |index: Option<usize>| index.map_or(&empty, |index| &self.named[index].1);
         let changed: BTreeSet<&String> = of(self.on).keys().chain(of(to).keys()).collect();
-        let mut linears = linears(model);
+        let mut linears: BTreeMap<String, &mut Linear> = model.linears_mut().collect();
         let mut parameters = Vec::new();
         for name in changed {
             let grid = of(to).get(name).or_else(|| self.base.get(name));
@@ -93,15 +93,4 @@ impl Adapters {
         self.on = to;
         Ok(())
     }
-}
-
-/// Every linear of a model by its full name.
-fn linears(model: &mut CausalLm) -> BTreeMap<String, &mut Linear> {
-    let config = model.config.clone();
-    let blocks = model.blocks.iter_mut().enumerate().flat_map(|(index, block)| {
-        let prefix = config.block_prefix(index);
-        block.linears_mut().map(move |(name, linear)| (format!("{prefix}.{name}"), linear))
-    });
-    let head = model.head.iter_mut().map(|head| (config.head().to_owned(), head));
-    blocks.chain(head).collect()
 }

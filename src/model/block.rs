@@ -68,9 +68,18 @@ impl Norm {
 
 /// A linear's output, `[.., out]`.
 pub(super) fn project<const D: usize>(linear: &Linear, x: Tensor<D>) -> Tensor<D> {
+    project_by(linear, x, ops::linear)
+}
+
+/// As [`project`]; `dense` multiplies with a weight that is no codes.
+pub(super) fn project_by<const D: usize>(
+    linear: &Linear,
+    x: Tensor<D>,
+    dense: impl FnOnce(Tensor<D>, Tensor<2>) -> Tensor<D>,
+) -> Tensor<D> {
     let y = match linear.weight.reparameterization::<CodedWeight>() {
         Some(coded) => coded.linear(x),
-        None => ops::linear(x, linear.weight.val()),
+        None => dense(x, linear.weight.val()),
     };
     match &linear.bias {
         Some(bias) => y + bias.val().unsqueeze(),

@@ -14,6 +14,7 @@ use super::block::{Block, Norm, Norms};
 use super::random::{self, RandomWeights};
 use super::tap::ModelTap;
 use crate::error::{Error, Result};
+use crate::ops::NarrowCopy;
 use crate::quant::{CodedWeight, Learned, QuantizedWeight};
 use crate::store::TensorSource;
 use crate::store::folder::entries;
@@ -255,6 +256,7 @@ impl Loader<'_> {
             config: Arc::new(config.clone()),
             tap: ModelTap::default(),
             kv: None,
+            narrow_head: NarrowCopy::default(),
         })
     }
 

@@ -47,7 +47,8 @@ pub use shapes::{known_config, known_shapes};
 pub use sizes::{ModelShape, TRAINING_BYTES, Trainable};
 pub use tap::ModelTap;
 
-use crate::ops;
+use crate::ops::{self, NarrowCopy};
+use crate::quant::CodedWeight;
 
 /// A decoder-only causal language model.
 #[derive(Debug, Module)]
@@ -75,6 +76,9 @@ pub struct CausalLm {
     /// How it holds keys and values where it goes on; as computed by default.
     #[module(skip)]
     pub kv: Option<KvSetting>,
+    /// The frozen head in 16 bits, for texts that are continued.
+    #[module(skip)]
+    pub narrow_head: NarrowCopy,
 }
 
 impl CausalLm {
@@ -89,6 +93,28 @@ impl CausalLm {
     #[must_use]
     pub fn with_kv(self, kv: Option<KvSetting>) -> Self {
         Self { kv, ..self }
+    }
+
+    /// Every linear with its full name: those of the blocks in order, then the head.
+    pub fn linears_mut(&mut self) -> impl Iterator<Item = (String, &mut Linear)> {
+        let config = self.config.clone();
+        let head = self.head.iter_mut().map(|head| (self.config.head().to_owned(), head));
+        let blocks = self.blocks.iter_mut().enumerate().flat_map(move |(index, block)| {
+            let prefix = config.block_prefix(index);
+            block.linears_mut().map(move |(name, linear)| (format!("{prefix}.{name}"), linear))
+        });
+        blocks.chain(head)
+    }
+
+    /// Rounds activations to 8 bits before products with packed codes of uniform grids, which are then computed
+    /// in integers ([`CodedWeight::in_integers`]); the number of linears that do.
+    pub fn multiply_in_integers(&mut self) -> usize {
+        let changed = self.linears_mut().filter_map(|(_, linear)| {
+            let coded = linear.weight.reparameterization::<CodedWeight>()?.in_integers()?;
+            linear.weight = coded.into_parameter(linear.weight.id);
+            Some(())
+        });
+        changed.count()
     }
 
     /// The residual stream behind the last block of a run of positions that goes on from `caches`, which are
@@ -171,9 +197,10 @@ impl CausalLm {
     /// - hidden: `[tokens, width]`, as [`CausalLm::finish`] gives it
     /// - result: `[tokens, vocab]`
     pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
+        let dense = |x, weight| ops::linear_narrow(x, weight, &self.narrow_head);
         let logits = match &self.head {
-            Some(head) => block::project(head, hidden),
-            None => ops::linear(hidden, self.embed.val().transpose()),
+            Some(head) => block::project_by(head, hidden, dense),
+            None => dense(hidden, self.embed.val().transpose()),
         };
         let logits = if logits.dtype() == DType::F32 { logits } else { logits.cast(DType::F32) };
         let arch = &self.config.arch;

@@ -23,6 +23,8 @@ mod codebook;
 #[cfg(feature = "flex")]
 mod few;
 #[cfg(feature = "flex")]
+pub(super) use few::is_continuing;
+#[cfg(feature = "flex")]
 pub use few::{FrozenGrid, continuing};
 
 /// A grid that never changes; only this machine's kernels know more of it than its values.
@@ -163,6 +165,9 @@ pub struct CodedMatrix {
     words: Option<Tensor<2, Int>>,
     #[cfg(feature = "flex")]
     planes: few::SharedPlanes,
+    /// Whether its products are those of rounded activations.
+    #[cfg(feature = "flex")]
+    integers: bool,
 }
 
 impl CodedMatrix {
@@ -200,7 +205,15 @@ impl CodedMatrix {
             words,
             #[cfg(feature = "flex")]
             planes: few::SharedPlanes::default(),
+            #[cfg(feature = "flex")]
+            integers: false,
         }
+    }
+
+    /// The same codes for products in integers; only this machine's kernels have such.
+    #[cfg(not(feature = "flex"))]
+    pub fn in_integers(&self) -> Option<Self> {
+        None
     }
 
     /// The codes.
@@ -261,7 +274,7 @@ impl CodedMatrix {
 
     /// As [`CodedMatrix::linear`], for a grid that is the same in every call: `values` gives its
     /// scale and shift. Inside [`continuing`] few rows of `x` off the tape are multiplied with the packed
-    /// codes.
+    /// codes; with [`CodedMatrix::in_integers`] any number of them is, everywhere.
     pub fn linear_frozen<const D: usize>(
         &self,
         x: Tensor<D>,
@@ -269,8 +282,8 @@ impl CodedMatrix {
         values: impl FnOnce() -> [Tensor<2>; 2],
     ) -> Tensor<D> {
         #[cfg(feature = "flex")]
-        if self.is_few(&x) {
-            return self.few(x, grid, values);
+        if self.is_on_codes(&x) {
+            return self.on_codes(x, grid, values);
         }
         #[cfg(not(feature = "flex"))]
         let _ = grid;

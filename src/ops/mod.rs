@@ -27,6 +27,7 @@ mod likely;
 mod linear;
 mod loss;
 mod moments;
+mod narrow;
 mod numbers;
 mod search;
 mod stochastic;
@@ -57,6 +58,7 @@ pub use loss::{
     with_gradient,
 };
 pub use moments::{Int8Moments, LEAVES, Later, Moments, Values, later};
+pub use narrow::{NarrowCopy, linear_narrow};
 pub use numbers::{Numbers, Restraint, device_reads};
 pub use search::{Candidate, Extent, nearest_grids};
 pub use stochastic::round_to_bf16;

@@ -161,6 +161,13 @@ impl CodedWeight {
         Self { digits, frozen: FrozenGrid::default(), ..self }
     }
 
+    /// The same weight for products in integers, with activations rounded to 8 bits
+    /// ([`CodedMatrix::in_integers`]); `None` where it has no such products.
+    pub fn in_integers(&self) -> Option<Self> {
+        let matrix = self.matrix.in_integers()?;
+        Some(Self { matrix, frozen: FrozenGrid::default(), ..self.clone() })
+    }
+
     /// The same codes on another grid, frozen. Nothing is decoded.
     ///
     /// # Errors

@@ -215,10 +215,15 @@ impl Bar {
         Self { screen: RefCell::new(Terminal::new()), verb, detail }
     }
 
-    /// Moves it; at its end it is gone.
+    /// Moves it.
     pub fn at(&self, done: u64, of: u64) {
         let (verb, detail) = (self.verb.to_owned(), self.detail.to_owned());
         self.screen.borrow_mut().emit(&Event::Progress { verb, done, of, detail });
+    }
+
+    /// Takes it off the screen, for lines to be printed there.
+    pub fn clear(&self) {
+        self.screen.borrow_mut().clear();
     }
 }
 

@@ -152,6 +152,7 @@ impl Stage for ExportConfig {
                             fewbit quantizes them as manifest.json says";
                 ctx.report.emit(&Event::Note { text: text.to_owned() });
             }
+            bar.clear();
             let parity = checked(&exported, trained, ctx.model.quantized.is_empty());
             ctx.report.emit(&Event::Exported {
                 format: format.name().to_owned(),

@@ -14,6 +14,7 @@ use super::state::Packed;
 use super::validate::{NOISE_NLL, Slice, ValidateConfig};
 use crate::error::{Error, Result};
 use crate::model::{ByBlock, ModelTap, WeightSource, weight_name};
+use crate::report::terminal::Bar;
 use crate::report::{Event, Reporter};
 use crate::store::HostTensor;
 
@@ -124,7 +125,8 @@ fn measure(
 ) -> Result<f64> {
     let (config, device) = (&ctx.model.config, &ctx.device.device);
     let model = ByBlock::open(config, source, tap, device, ctx.compute)?;
-    Ok(slice.measure(&model, None, config, device, ctx.stop)?.nll)
+    let bar = Bar::new("gate", "comparing on a slice of the validation text");
+    Ok(slice.measure(&model, None, config, device, (ctx.stop, &|done, of| bar.at(done, of)))?.nll)
 }
 
 /// SHA-256 of what plain rounding at the current bits and groups depends on.

@@ -86,13 +86,15 @@ impl Monitor {
         monitor.progress.slice = monitor.measured_on();
         if let (Some(slice), Some(teacher)) = (&monitor.slice, teacher) {
             let (config, device, stop) = (&ctx.model.config, &ctx.device.device, ctx.stop);
-            let hidden = teacher.with(ctx, |model| slice.hidden(model, config, device, stop))?;
+            let hidden = teacher
+                .with(ctx, |model| slice.hidden(model, config, device, (stop, &|_, _| ())))?;
             monitor.teacher = Some(hidden);
             let mut float = slice.quality(ctx, "float", 0.0);
             let known = |q: &Quality| q.what == "float" && q.compares_with(&float);
             if ctx.model.tuned.is_empty() && !ctx.results.quality.iter().any(known) {
-                let point =
-                    teacher.with(ctx, |model| slice.measure(model, None, config, device, stop));
+                let point = teacher.with(ctx, |model| {
+                    slice.measure(model, None, config, device, (stop, &|_, _| ()))
+                });
                 let nll = point?.nll;
                 float.nll_per_token = Some(nll).filter(|nll| nll.is_finite());
                 ctx.results.quality.push(float);
@@ -156,8 +158,8 @@ impl Monitor {
         let Some(slice) = &self.slice else { return Ok(Ok(false)) };
         let goal = teacher.map(Teacher::ends).zip(self.teacher.as_deref());
         let (config, device) = (&ctx.model.config, &ctx.device.device);
-        let point =
-            student.off_tape(|model| slice.measure(model, goal, config, device, ctx.stop))?;
+        let point = student
+            .off_tape(|model| slice.measure(model, goal, config, device, (ctx.stop, &|_, _| ())))?;
         self.progress.validated = Some(step);
         let failure = self.progress.watch.validation(step, point.nll);
         let best = failure.is_none() && self.keeps_start() && self.is_best(step, &point);

@@ -122,6 +122,9 @@ impl Point {
     }
 }
 
+/// Whether a measurement has to end early, and who hears how far it is: parts done, of how many.
+pub(super) type Watch<'a> = (&'a StopFlag, &'a dyn Fn(u64, u64));
+
 /// Windows of a text.
 pub(super) struct Slice {
     batches: Vec<Batch>,
@@ -203,6 +206,11 @@ impl Slice {
         }
     }
 
+    /// What a measurement tells of itself: every batch through the blocks, and then through the head.
+    fn passes(&self) -> u64 {
+        2 * self.batches.len() as u64
+    }
+
     /// The final hidden states of `model`, `[batch * length, d_model]` for each batch: of a teacher, to
     /// be kept. They are far smaller than its logits.
     ///
@@ -213,7 +221,7 @@ impl Slice {
         model: &dyn Forward,
         config: &ModelConfig,
         device: &Device,
-        stop: &StopFlag,
+        (stop, progress): Watch<'_>,
     ) -> Result<Vec<Tensor<2>>> {
         let dtype = model.ends().dtype();
         let positions = Positions::new(config, 0, self.length, dtype, device);
@@ -231,6 +239,7 @@ impl Slice {
         let indices: Vec<usize> = (0..self.batches.len()).collect();
         for batches in indices.chunks(at_once) {
             stop.check()?;
+            progress(all.len() as u64, self.passes());
             let hidden = model.streams(batches.iter().map(|index| input(*index)).collect())?;
             all.extend(hidden.into_iter().map(flat));
         }
@@ -248,10 +257,13 @@ impl Slice {
         teacher: Option<(&CausalLm, &[Tensor<2>])>,
         config: &ModelConfig,
         device: &Device,
-        stop: &StopFlag,
+        (stop, progress): Watch<'_>,
     ) -> Result<Point> {
         let (mut nll, mut kl, mut top1) = (0.0, 0.0, 0.0);
-        for (index, hidden) in self.hidden(model, config, device, stop)?.into_iter().enumerate() {
+        let all = self.hidden(model, config, device, (stop, progress))?;
+        for (index, hidden) in all.into_iter().enumerate() {
+            stop.check()?;
+            progress((self.batches.len() + index) as u64, self.passes());
             let Batch { next, counts, .. } = &self.batches[index];
             let [count, _] = hidden.dims();
             for range in chunks(count, model.ends().vocab()) {
@@ -275,6 +287,7 @@ impl Slice {
                 }
             }
         }
+        progress(self.passes(), self.passes());
         let mean = |sum: f64| sum / self.tokens as f64;
         Ok(Point {
             nll: mean(nll),

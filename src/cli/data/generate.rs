@@ -273,7 +273,7 @@ impl GenerateArgs {
             "repetition_penalty": sampler.repetition_penalty,
             "seed": sampler.seed,
             "device": session.device.name,
-            "compute": format!("{:?}", session.dtype),
+            "compute": format!("{:?}", session.compute.dtype()),
         }))
     }
 }

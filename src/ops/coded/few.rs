@@ -1,4 +1,4 @@
-//! Products of few activations with a frozen grid, on packed codes: what text is generated with.
+//! Products with a frozen grid on packed codes: what text is generated with.
 
 use std::cell::Cell;
 use std::sync::{Arc, OnceLock};
@@ -7,6 +7,7 @@ use burn::tensor::Tensor;
 
 use super::{CodedKind, CodedMatrix};
 use crate::ops::bridge::{Rows, off_tape, reads_plain, tensor};
+use crate::ops::kernel::integer::{self, Steps};
 use crate::ops::kernel::lookup::{self, Coefficients, Planes};
 use crate::ops::kernel::psumbook::{Books, Codes};
 
@@ -28,6 +29,8 @@ pub(super) enum InOrder {
     Planes(Planes),
     /// Of codebooks.
     Codes(Codes),
+    /// For integer products.
+    Integers(integer::Codes),
 }
 
 /// A grid in the order of such products.
@@ -35,6 +38,7 @@ pub(super) enum InOrder {
 enum Frozen {
     Signs(Coefficients),
     Books(Books),
+    Steps(Steps),
 }
 
 /// A grid that never changes, in the order in which products of few activations read it. Made when
@@ -61,25 +65,39 @@ pub fn continuing<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
 
+/// Whether the calling thread is inside [`continuing`].
+pub(in crate::ops) fn is_continuing() -> bool {
+    CONTINUING.get()
+}
+
 impl CodedMatrix {
-    /// Whether a product with `x` is one of few activations inside [`continuing`], which nobody wants a
-    /// gradient of.
-    pub(super) fn is_few<const D: usize>(&self, x: &Tensor<D>) -> bool {
-        let n: usize = x.dims()[..D - 1].iter().product();
-        CONTINUING.get()
+    /// The same codes for products in integers: what [`CodedMatrix::linear_frozen`] multiplies off the tape is
+    /// rounded to 8 bits, in runs of 32 inputs that have a scale each. `None` where such products do not read the
+    /// codes: of other grids than uniform ones, or on another device than this machine's processor.
+    pub fn in_integers(&self) -> Option<Self> {
+        let reads = self.kind == CodedKind::Uniform
             && !self.transposed
-            && match self.kind {
-                CodedKind::Codebook(_) => n <= FEW_OF_CODEBOOKS,
-                CodedKind::Uniform | CodedKind::BinaryCoding => {
-                    n * usize::from(self.codes.bits()) <= FEW
-                        && lookup::reads(self.codes.columns(), self.group_len)
-                }
+            && self.words.is_none()
+            && integer::reads(self.codes.columns(), self.group_len);
+        reads.then(|| Self { integers: true, planes: SharedPlanes::default(), ..self.clone() })
+    }
+
+    /// Whether a product with `x`, which nobody wants a gradient of, is computed on the codes: all those in
+    /// integers, and inside [`continuing`] those of few activations.
+    pub(super) fn is_on_codes<const D: usize>(&self, x: &Tensor<D>) -> bool {
+        let n: usize = x.dims()[..D - 1].iter().product();
+        let few = || match self.kind {
+            CodedKind::Codebook(_) => n <= FEW_OF_CODEBOOKS,
+            CodedKind::Uniform | CodedKind::BinaryCoding => {
+                n * usize::from(self.codes.bits()) <= FEW
+                    && lookup::reads(self.codes.columns(), self.group_len)
             }
-            && reads_plain(x)
+        };
+        (self.integers || is_continuing() && !self.transposed && few()) && reads_plain(x)
     }
 
     /// `x Wᵀ` on packed codes.
-    pub(super) fn few<const D: usize>(
+    pub(super) fn on_codes<const D: usize>(
         &self,
         x: Tensor<D>,
         grid: &FrozenGrid,
@@ -89,6 +107,9 @@ impl CodedMatrix {
         let x = Rows::of(x.into_dispatch());
         let codes = self.planes.get_or_init(|| match self.kind {
             CodedKind::Codebook(_) => InOrder::Codes(Codes::of(&self.codes)),
+            CodedKind::Uniform if self.integers => {
+                InOrder::Integers(integer::Codes::of(&self.codes))
+            }
             CodedKind::Uniform | CodedKind::BinaryCoding => {
                 InOrder::Planes(Planes::of(&self.codes))
             }
@@ -98,6 +119,7 @@ impl CodedMatrix {
             let held = self.kernel(&scale, &shift);
             match self.kind {
                 CodedKind::Codebook(additive) => Frozen::Books(Books::of(&held, additive)),
+                CodedKind::Uniform if self.integers => Frozen::Steps(Steps::of(&held)),
                 CodedKind::Uniform | CodedKind::BinaryCoding => {
                     Frozen::Signs(Coefficients::of(&held))
                 }
@@ -108,10 +130,9 @@ impl CodedMatrix {
         let y = match (codes, grid) {
             (InOrder::Planes(planes), Frozen::Signs(grid)) => planes.times(grid, x.values(), n),
             (InOrder::Codes(codes), Frozen::Books(books)) => codes.times(books, x.values(), n),
+            (InOrder::Integers(codes), Frozen::Steps(grid)) => codes.times(grid, x.values(), n),
             // Both were made for this kind of matrix.
-            (InOrder::Planes(_), Frozen::Books(_)) | (InOrder::Codes(_), Frozen::Signs(_)) => {
-                vec![f32::NAN; n * self.codes.rows()]
-            }
+            _ => vec![f32::NAN; n * self.codes.rows()],
         };
         tensor(Rows::new(y, shape).plain())
     }

@@ -8,11 +8,13 @@ pub(super) mod attention;
 pub(super) mod binary_coding;
 pub(super) mod coded;
 pub(super) mod fake_quant;
+pub(super) mod integer;
 pub(super) mod linear;
 pub(super) mod lookup;
 pub(super) mod loss;
 pub(super) mod moments;
 pub(super) mod mse;
+pub(super) mod narrow;
 pub(super) mod norm;
 pub(super) mod psumbook;
 #[cfg(test)]

@@ -47,6 +47,9 @@ pub fn line(event: &Event, width: usize) -> Option<String> {
     })
 }
 
+/// What a line says of the best state so far.
+const BEST: &str = "best";
+
 /// Lines printed once, before the work.
 fn opening(event: &Event, width: usize) -> Option<String> {
     match event {
@@ -142,8 +145,11 @@ fn health(event: &Event, width: usize) -> Option<String> {
             fields.extend(
                 top1_agreement.map(|top1| Field::new(&format!("top1 {:<7}", significant(top1, 4)))),
             );
-            fields.extend(best.then(|| Field::new("best")));
-            Some(fit(&Field::new(&head), &fields, width))
+            fields.push(Field::new(BEST));
+            let text = fit(&Field::new(&head), &fields, width);
+            // Lines with the word and lines without it have the same columns.
+            let without = text.strip_suffix(BEST).filter(|_| !best).map(str::trim_end);
+            Some(without.map(str::to_owned).unwrap_or(text))
         }
         Event::Retry { verb, step, back_to, reason, rate_factor, attempt, of, .. } => {
             let text = format!(
@@ -308,7 +314,7 @@ mod tests {
 
     #[test]
     fn health_lines() {
-        let validation = |perplexity, kl_forward| Event::Validation {
+        let validation = |perplexity, kl_forward, best| Event::Validation {
             stage: 1,
             verb: "distill".into(),
             step: 100,
@@ -319,14 +325,18 @@ mod tests {
             kl_forward,
             top1_agreement: kl_forward.map(|_| 0.51234),
             tokens: 1020,
-            best: true,
+            best,
         };
         assert_eq!(
-            at(&validation(16.234, Some(0.5)), 80),
+            at(&validation(16.234, Some(0.5), true), 80),
             "val   100/2000  distill      perplexity 16.23    kl 0.5000   top1 0.5123   best"
         );
         assert_eq!(
-            at(&validation(3.7e32, None), 80),
+            at(&validation(16.234, Some(0.5), false), 80),
+            "val   100/2000  distill      perplexity 16.23    kl 0.5000   top1 0.5123"
+        );
+        assert_eq!(
+            at(&validation(3.7e32, None, true), 80),
             "val   100/2000  distill      perplexity 3.70e32   best"
         );
         let gate = Event::Gate {
