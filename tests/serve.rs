@@ -278,6 +278,60 @@ fn answers_have_the_shape_and_the_text_that_they_should() {
 }
 
 #[test]
+fn how_likely_tokens_were_is_told() {
+    let place = place();
+    let server = Server::start(&place, "base", &[]);
+    let number = |value: &Value| value.as_f64().unwrap();
+    let mut ask = json!({"model": "base", "max_tokens": 9, "temperature": 0, "logprobs": true,
+        "top_logprobs": 3, "messages": [{"role": "user", "content": "Hello Lily"}]});
+    let whole = server.post("/v1/chat/completions", &ask).json();
+    let choice = &whole["choices"][0];
+    let content = choice["logprobs"]["content"].as_array().unwrap();
+    assert_eq!(content.len(), 9);
+    let text: String = content.iter().map(|token| token["token"].as_str().unwrap()).collect();
+    assert_eq!(text, choice["message"]["content"].as_str().unwrap());
+    for token in content {
+        let top = token["top_logprobs"].as_array().unwrap();
+        assert_eq!(top.len(), 3);
+        // Greedily the likeliest is chosen.
+        assert_eq!((&top[0]["token"], &top[0]["logprob"]), (&token["token"], &token["logprob"]));
+        let logprobs: Vec<f64> = top.iter().map(|token| number(&token["logprob"])).collect();
+        assert!(logprobs.is_sorted_by(|a, b| a >= b) && logprobs[0] < 0.0, "{logprobs:?}");
+        assert!(logprobs.iter().map(|x| x.exp()).sum::<f64>() < 1.0 + 1e-6, "{logprobs:?}");
+    }
+    // In pieces it is the same, each with its text.
+    ask["stream"] = true.into();
+    let mut told = Vec::new();
+    for piece in server.post("/v1/chat/completions", &ask).pieces() {
+        let choice = &piece["choices"][0];
+        let new: Vec<Value> = choice["logprobs"]["content"].as_array().cloned().unwrap_or_default();
+        let text: String = new.iter().map(|token| token["token"].as_str().unwrap()).collect();
+        assert_eq!(text, choice["delta"]["content"].as_str().unwrap_or_default());
+        told.extend(new);
+    }
+    // The prompt is known by now, and sums come in another order.
+    assert_eq!(told.len(), content.len());
+    for (told, token) in told.iter().zip(content) {
+        assert_eq!(told["token"], token["token"]);
+        assert!((number(&told["logprob"]) - number(&token["logprob"])).abs() < 1e-4);
+    }
+
+    let ask = json!({"model": "base", "prompt": "Once upon a time", "max_tokens": 6,
+        "temperature": 0, "logprobs": 2});
+    let found = server.post("/v1/completions", &ask).json();
+    let (choice, logprobs) = (&found["choices"][0], &found["choices"][0]["logprobs"]);
+    let tokens: Vec<&str> =
+        logprobs["tokens"].as_array().unwrap().iter().map(|t| t.as_str().unwrap()).collect();
+    assert_eq!(tokens.concat(), choice["text"].as_str().unwrap());
+    assert_eq!(logprobs["text_offset"][1], tokens[0].chars().count());
+    assert_eq!(logprobs["top_logprobs"][0][tokens[0]], logprobs["token_logprobs"][0]);
+    assert_eq!(logprobs["top_logprobs"][0].as_object().unwrap().len(), 2);
+    // Nobody asked.
+    let ask = json!({"model": "base", "prompt": "Once", "max_tokens": 2});
+    assert!(server.post("/v1/completions", &ask).json()["choices"][0]["logprobs"].is_null());
+}
+
+#[test]
 fn a_text_is_the_same_alone_and_among_others() {
     let place = place();
     let server = Server::start(&place, "base", &["--parallel", "5"]);
@@ -390,7 +444,8 @@ fn what_is_wrong_is_said() {
         ("/v1/chat/completions", chat(json!({"stream": "yes"})), 400, "`stream`"),
         ("/v1/chat/completions", chat(json!({"seed": 0.5})), 400, "`seed`"),
         ("/v1/chat/completions", chat(json!({"presence_penalty": 3})), 400, "from -2 to 2"),
-        ("/v1/chat/completions", chat(json!({"logprobs": true})), 400, "not supported"),
+        ("/v1/chat/completions", chat(json!({"top_logprobs": 2})), 400, "needs `logprobs`"),
+        ("/v1/chat/completions", chat(json!({"logprobs": 2})), 400, "true or false"),
         ("/v1/chat/completions", chat(json!({"tools": [{}]})), 400, "not supported"),
         ("/v1/completions", completion(json!("x ".repeat(2000))), 400, "the model's context 512"),
         ("/v1/completions", completion(json!([])), 400, "empty"),

@@ -7,7 +7,7 @@
 use burn::tensor::{DType, Device, Tensor};
 use rand_chacha::ChaCha8Rng;
 
-use super::{CausalLm, KvCache, Positions, Sampler};
+use super::{CausalLm, KvCache, Logprobs, Positions, Sampler};
 use crate::error::{Error, Result};
 use crate::ops;
 
@@ -168,16 +168,33 @@ impl Batch {
     /// # Errors
     /// For a text, as [`finite`].
     pub fn next(&mut self, model: &CausalLm, device: &Device) -> Vec<Result<u32>> {
+        let next = self.next_with_logprobs(model, device, |_| None);
+        next.into_iter().map(|next| next.map(|(token, _)| token)).collect()
+    }
+
+    /// As [`Batch::next`], with how likely each token was, where `count` asks for so many of the likeliest beside it.
+    ///
+    /// # Errors
+    /// As [`Batch::next`].
+    pub fn next_with_logprobs(
+        &mut self,
+        model: &CausalLm,
+        device: &Device,
+        count: impl Fn(usize) -> Option<usize>,
+    ) -> Vec<Result<(u32, Option<Logprobs>)>> {
         if self.rows.is_empty() {
             return Vec::new();
         }
         let mut logits = ops::continuing(|| self.logits(model, device));
         let vocab = logits.len() / self.rows.len();
         let rows = self.rows.iter_mut().zip(logits.chunks_exact_mut(vocab.max(1)));
-        let chosen = rows.map(|(row, logits)| {
+        let chosen = rows.enumerate().map(|(index, (row, logits))| {
             finite(logits)?;
             let said = row.text.split_at(row.prompt);
-            Ok(row.sampler.choose(logits, said, &mut row.draws))
+            // Choosing changes them.
+            let asked = count(index).map(|count| (logits.to_vec(), count));
+            let token = row.sampler.choose(logits, said, &mut row.draws);
+            Ok((token, asked.map(|(logits, count)| Logprobs::of(&logits, token, count))))
         });
         chosen.collect()
     }

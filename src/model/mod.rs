@@ -42,7 +42,7 @@ pub use generation_config::{GenerationConfig, end_tokens};
 pub use load::{Loader, WeightSource, companions, head_name, licences, open_folder};
 pub use positions::Positions;
 pub use random::{RandomWeights, write_random, write_random_seed};
-pub use sampler::Sampler;
+pub use sampler::{Logprobs, Sampler};
 pub use shapes::{known_config, known_shapes};
 pub use sizes::{ModelShape, TRAINING_BYTES, Trainable};
 pub use tap::ModelTap;

@@ -127,6 +127,31 @@ impl Sampler {
     }
 }
 
+/// How likely a token was: natural logarithms of the model's own probabilities, before penalties, temperature and cuts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Logprobs {
+    /// Of the token that was chosen.
+    pub chosen: f32,
+    /// The likeliest tokens, in order.
+    pub top: Vec<(u32, f32)>,
+}
+
+impl Logprobs {
+    /// Of `token`, and the `count` likeliest, from logits that nothing was done to.
+    pub(super) fn of(logits: &[f32], token: u32, count: usize) -> Self {
+        let count = count.min(logits.len());
+        let mut ranks = Ranks::new(logits);
+        let top = logits.get(ranks.at(0)).copied().unwrap_or_default();
+        let sum: f64 = logits.iter().map(|logit| f64::from(logit - top).exp()).sum();
+        let of = |index: usize| (f64::from(logits[index] - top) - sum.ln()) as f32;
+        let ranked = (0..count).map(|rank| ranks.at(rank)).collect::<Vec<_>>();
+        Self {
+            chosen: of(token as usize),
+            top: ranked.into_iter().map(|index| (index as u32, of(index))).collect(),
+        }
+    }
+}
+
 /// The higher logit first, of equal ones the first.
 fn before(logits: &[f32], a: usize, b: usize) -> std::cmp::Ordering {
     logits[b].total_cmp(&logits[a]).then(a.cmp(&b))
@@ -207,6 +232,18 @@ mod tests {
         assert_eq!(drawn(Sampler { min_p: 1.0, ..warm }, &logits), [3]);
         // Of the two that top-k leaves, the first has two thirds.
         assert_eq!(drawn(Sampler { top_k: 2, top_p: 0.6, ..warm }, &logits), [3]);
+    }
+
+    #[test]
+    fn logprobs_are_logarithms_of_probabilities() {
+        // Probabilities 0.25, 0.5, 0.125, 0.125.
+        let logits = [7.0 + 2f32.ln(), 7.0 + 4f32.ln(), 7.0, 7.0];
+        let found = Logprobs::of(&logits, 3, 2);
+        assert!((found.chosen - 0.125f32.ln()).abs() < 1e-6, "{found:?}");
+        let top: Vec<u32> = found.top.iter().map(|(token, _)| *token).collect();
+        assert_eq!(top, [1, 0]);
+        assert!((found.top[1].1 - 0.25f32.ln()).abs() < 1e-6, "{found:?}");
+        assert_eq!(Logprobs::of(&logits, 0, 9).top.len(), 4);
     }
 
     #[test]

@@ -13,19 +13,19 @@ use crate::model::Sampler;
 const COMPLETION: usize = 16;
 /// The most texts that may end one.
 const STOPS: usize = 16;
+/// The most tokens that are told beside the one that was chosen.
+const TOP_LOGPROBS: usize = 20;
 /// Fields that change what is written, and what of them may be asked for: nothing.
-const UNKNOWN_HERE: [&str; 12] = [
+const UNKNOWN_HERE: [&str; 10] = [
     "audio",
     "best_of",
     "echo",
     "function_call",
     "functions",
     "logit_bias",
-    "logprobs",
     "suffix",
     "tool_choice",
     "tools",
-    "top_logprobs",
     "web_search_options",
 ];
 
@@ -40,6 +40,8 @@ pub(super) struct Ask {
     /// Texts for each prompt.
     pub(super) copies: usize,
     pub(super) sampler: Sampler,
+    /// How many of the likeliest tokens are told with each that is written, where that is asked for.
+    pub(super) logprobs: Option<usize>,
     /// Tokens of a text, where the request says.
     pub(super) max_new: Option<usize>,
     pub(super) stops: Vec<String>,
@@ -94,6 +96,7 @@ impl Ask {
             name,
             copies: fields.whole("n", 1)?.unwrap_or(1),
             sampler: sampler(fields, language.sampler)?,
+            logprobs: logprobs(fields, kind)?,
             max_new,
             stops: stops(fields)?,
             stream: fields.flag("stream")?,
@@ -176,9 +179,9 @@ impl<'a> Fields<'a> {
             let nothing = match value {
                 Value::Bool(truth) => !truth,
                 Value::Number(number) => {
-                    // One best of one; and no number of `logprobs` asks for none.
+                    // One best of one.
                     let nothing = f64::from(u8::from(key == "best_of"));
-                    key != "logprobs" && number.as_f64() == Some(nothing)
+                    number.as_f64() == Some(nothing)
                 }
                 Value::String(text) => text.is_empty() || text == "none",
                 Value::Array(list) => list.is_empty(),
@@ -232,6 +235,34 @@ fn sampler(fields: Fields<'_>, otherwise: Sampler) -> Result<Sampler, Refusal> {
             .unwrap_or(otherwise.presence_penalty),
         seed,
     })
+}
+
+/// How many of the likeliest tokens are told with each: by two fields of a chat, and by one of a completion.
+fn logprobs(fields: Fields<'_>, kind: Kind) -> Result<Option<usize>, Refusal> {
+    let number = |key: &str| match fields.whole(key, 0)? {
+        Some(number) if number > TOP_LOGPROBS => {
+            Err(fields.wrong(key, &format!("at most {TOP_LOGPROBS}")))
+        }
+        number => Ok(number),
+    };
+    match kind {
+        Kind::Completion if fields.get("logprobs").is_some_and(Value::is_boolean) => {
+            // As a chat says it; without, nothing is asked for.
+            if fields.flag("logprobs")? {
+                Err(fields.wrong("logprobs", "a number"))
+            } else {
+                Ok(None)
+            }
+        }
+        Kind::Completion => number("logprobs"),
+        Kind::Chat => match (fields.flag("logprobs")?, number("top_logprobs")?) {
+            (true, top) => Ok(Some(top.unwrap_or(0))),
+            (false, None | Some(0)) => Ok(None),
+            (false, Some(_)) => {
+                Err(Refusal::bad("`top_logprobs` needs `logprobs`: true").param("top_logprobs"))
+            }
+        },
+    }
 }
 
 /// A seed that nobody asked for.

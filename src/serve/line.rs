@@ -8,13 +8,13 @@ use std::time::Instant;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::refusal::Refusal;
-use crate::model::{Ended, Sampler};
+use crate::model::{Ended, Logprobs, Sampler};
 
 /// What happens to a text.
 #[derive(Debug)]
 pub(super) enum Event {
-    /// It goes on with this token.
-    Token(u32),
+    /// It goes on with this token, which was so likely.
+    Token(u32, Option<Logprobs>),
     /// It has ended.
     Ended(Ended),
     /// It cannot go on.
@@ -27,6 +27,8 @@ pub(super) struct Text {
     /// The prompt; not empty.
     pub(super) tokens: Vec<u32>,
     pub(super) sampler: Sampler,
+    /// How many of the likeliest tokens are told with each of its own; none where nobody asked.
+    pub(super) logprobs: Option<usize>,
     /// Which row of the sampler's draws is its own.
     pub(super) stream: u64,
     /// Tokens that it gets at most; above 0.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tokio::sync::mpsc::{Sender, UnboundedReceiver};
 use tokio::time::error::Elapsed;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -15,7 +15,7 @@ use super::metrics::Metrics;
 use super::refusal::Refusal;
 use crate::data::{Answer, Tokenizer};
 use crate::error::Result;
-use crate::model::Ended;
+use crate::model::{Ended, Logprobs};
 
 /// After how long without a word a stream says that it is alive.
 const SILENCE: Duration = Duration::from_secs(15);
@@ -36,6 +36,10 @@ struct Choice<'a> {
     answer: Answer<'a>,
     /// Bytes that were sent.
     sent: usize,
+    /// How likely each token was, where that was asked for.
+    logprobs: Vec<Logprobs>,
+    /// How many of those were sent.
+    told: usize,
     ended: Option<&'static str>,
     /// Set when there is all that is wanted.
     enough: &'a AtomicBool,
@@ -60,7 +64,7 @@ impl Reply {
             take(&mut choices, event, metrics)?;
         }
         let texts: Vec<Value> = choices
-            .iter()
+            .iter_mut()
             .enumerate()
             .map(|(index, choice)| {
                 let text = choice.answer.text();
@@ -71,11 +75,11 @@ impl Reply {
                     }),
                     Kind::Completion => json!({ "index": index, "text": text }),
                 };
-                object["logprobs"] = Value::Null;
+                object["logprobs"] = choice.logprobs(ask, tokenizer)?;
                 object["finish_reason"] = choice.ended.into();
-                object
+                Ok(object)
             })
-            .collect();
+            .collect::<Result<_>>()?;
         let usage = usage(ask, &choices);
         let mut object = self.head(false);
         object["choices"] = texts.into();
@@ -128,16 +132,24 @@ impl Reply {
                 }
             };
             for index in changed {
-                let Choice { answer, sent, ended, .. } = &mut choices[index];
-                let text = if ended.is_some() { answer.text() } else { answer.settled() };
-                let new = text.get(*sent..).unwrap_or_default();
-                *sent = text.len().max(*sent);
+                let choice = &mut choices[index];
+                let (new, ended) = (choice.new_text(), choice.ended);
                 let mut said = Vec::new();
-                if !new.is_empty() {
-                    said.push(choice_of(ask.kind, index, &json!({ "content": new }), None));
+                // What a text that stopped had of the words that stopped it is told with its last piece.
+                if !new.is_empty() || ended.is_some() && choice.told < choice.logprobs.len() {
+                    let mut piece = choice_of(ask.kind, index, &json!({ "content": new }), None);
+                    piece["logprobs"] = match choice.logprobs(ask, tokenizer) {
+                        Ok(logprobs) => logprobs,
+                        Err(error) => {
+                            let refusal = Refusal::from(error);
+                            let _ = out.send(format!("data: {}\n\n", refusal.json())).await;
+                            return;
+                        }
+                    };
+                    said.push(piece);
                 }
                 if ended.is_some() {
-                    said.push(choice_of(ask.kind, index, &json!({}), *ended));
+                    said.push(choice_of(ask.kind, index, &json!({}), ended));
                 }
                 for said in said {
                     if out.send(piece(Some(said), None)).await.is_err() {
@@ -192,6 +204,8 @@ fn choices<'a>(
     let choice = |(prompt, enough): (&Vec<u32>, &'a Arc<AtomicBool>)| Choice {
         answer: Answer::new(tokenizer, prompt, &ask.stops),
         sent: 0,
+        logprobs: Vec::new(),
+        told: 0,
         ended: None,
         enough: enough.as_ref(),
     };
@@ -228,7 +242,8 @@ fn take(
             metrics.text("failed");
             return Err(refusal);
         }
-        Event::Token(token) => {
+        Event::Token(token, logprobs) => {
+            choice.logprobs.extend(logprobs);
             if !choice.answer.push(token)? {
                 choice.end("stop", "stop", metrics)?;
             }
@@ -245,6 +260,71 @@ fn take(
 }
 
 impl Choice<'_> {
+    /// What was not sent of the text, as far as it is settled.
+    fn new_text(&mut self) -> String {
+        let ended = self.ended.is_some();
+        let text = if ended { self.answer.text() } else { self.answer.settled() };
+        let new = text.get(self.sent..).unwrap_or_default().to_owned();
+        self.sent = text.len().max(self.sent);
+        new
+    }
+
+    /// How likely the tokens were that were not told yet, as the endpoint says it; null where nobody asked.
+    fn logprobs(&mut self, ask: &Ask, tokenizer: &Tokenizer) -> Result<Value> {
+        if ask.logprobs.is_none() {
+            return Ok(Value::Null);
+        }
+        let from = self.told;
+        self.told = self.logprobs.len();
+        let tokens = self.answer.tokens();
+        // A token's text depends on whether it opens a text.
+        let text = |index: usize, token: u32| -> Result<String> {
+            let Some(before) = index.checked_sub(1).and_then(|before| tokens.get(before)) else {
+                return tokenizer.decode(&[token], false);
+            };
+            let both = tokenizer.decode(&[*before, token], false)?;
+            let one = tokenizer.decode(&[*before], false)?;
+            match both.strip_prefix(one.as_str()) {
+                Some(text) => Ok(text.to_owned()),
+                None => tokenizer.decode(&[token], false),
+            }
+        };
+        let mut all = Vec::new();
+        for (index, logprobs) in self.logprobs.iter().enumerate().skip(from) {
+            let Some(token) = tokens.get(index) else { break };
+            let top = logprobs.top.iter().map(|(token, x)| Ok((text(index, *token)?, *x)));
+            all.push((text(index, *token)?, logprobs.chosen, top.collect::<Result<Vec<_>>>()?));
+        }
+        let entry =
+            |text: &str, x: f32| json!({ "token": text, "logprob": x, "bytes": text.as_bytes() });
+        Ok(match ask.kind {
+            Kind::Chat => {
+                let content = all.iter().map(|(text, x, top)| {
+                    let mut object = entry(text, *x);
+                    object["top_logprobs"] = top.iter().map(|(text, x)| entry(text, *x)).collect();
+                    object
+                });
+                json!({ "content": content.collect::<Vec<_>>(), "refusal": null })
+            }
+            Kind::Completion => {
+                let top = |top: &[(String, f32)]| {
+                    top.iter().map(|(text, x)| (text.clone(), json!(x))).collect::<Map<_, _>>()
+                };
+                let mut offset = 0;
+                let offsets = all.iter().map(|(text, ..)| {
+                    offset += text.chars().count();
+                    offset - text.chars().count()
+                });
+                json!({
+                    "text_offset": offsets.collect::<Vec<_>>(),
+                    "tokens": all.iter().map(|(text, ..)| text).collect::<Vec<_>>(),
+                    "token_logprobs": all.iter().map(|(_, x, _)| x).collect::<Vec<_>>(),
+                    "top_logprobs": all.iter().map(|(.., of)| top(of)).collect::<Vec<_>>(),
+                })
+            }
+        })
+    }
+
     fn end(&mut self, reason: &'static str, why: &'static str, metrics: &Metrics) -> Result<()> {
         metrics.text(why);
         self.enough.store(true, Ordering::Relaxed);

@@ -244,6 +244,7 @@ fn enqueue(shared: &Shared, ask: Ask, asked: Instant) -> Result<Reply, Refusal> 
             max_new: ask.max_new.unwrap_or(most).min(most),
             tokens,
             sampler: ask.sampler,
+            logprobs: ask.logprobs,
             stream: index as u64,
             model: ask.model,
             events: send.clone(),

@@ -20,7 +20,7 @@ use super::refusal::Refusal;
 use crate::error::Result;
 use crate::exhausted;
 use crate::export::Adapters;
-use crate::model::{Batch, CausalLm, Ended, Prompt};
+use crate::model::{Batch, CausalLm, Ended, Logprobs, Prompt};
 
 /// How long a lane goes on while another one waits.
 const TURN: Duration = Duration::from_millis(500);
@@ -261,7 +261,10 @@ impl Voice {
         if texts.is_empty() {
             return;
         }
-        let next = catch_unwind(AssertUnwindSafe(|| batch.next(model, &self.device)));
+        let next = {
+            let asked = |index: usize| texts.get(index).and_then(|running| running.text.logprobs);
+            catch_unwind(AssertUnwindSafe(|| batch.next_with_logprobs(model, &self.device, asked)))
+        };
         let next = match next {
             Ok(next) => next,
             Err(panic) => {
@@ -285,10 +288,15 @@ impl Voice {
     }
 
     /// Tells who asked; the token, where the text goes on.
-    fn tell(&self, running: &mut Running, length: usize, token: Result<u32>) -> Option<u32> {
+    fn tell(
+        &self,
+        running: &mut Running,
+        length: usize,
+        next: Result<(u32, Option<Logprobs>)>,
+    ) -> Option<u32> {
         let Running { text, added } = running;
-        let token = match token {
-            Ok(token) => token,
+        let (token, logprobs) = match next {
+            Ok(next) => next,
             Err(error) => {
                 text.tell(Event::Failed(Refusal::failed(error.what())));
                 return None;
@@ -301,7 +309,7 @@ impl Voice {
         let end = if self.ends.contains(&token) {
             Some(Ended::Token(token))
         } else {
-            text.tell(Event::Token(token));
+            text.tell(Event::Token(token, logprobs));
             *added += 1;
             let long = (*added == text.max_new).then_some(Ended::Length);
             long.or((length >= self.context).then_some(Ended::Context))

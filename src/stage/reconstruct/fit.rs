@@ -126,7 +126,8 @@ impl<'a> Fit<'a> {
         Ok((saved, before))
     }
 
-    /// The block with the method, or the codes that it tunes, on every linear of the plan but those that are fitted already.
+    /// The block with the method, or the codes that it tunes, on every linear of the plan but those that are
+    /// fitted already.
     fn block(&self, ctx: &StageContext<'_>, fitted: &Saved) -> Result<Block> {
         let prefix = ctx.model.config.block_prefix(self.index);
         let mut block = loader(ctx, ctx.model).block(self.index)?;
