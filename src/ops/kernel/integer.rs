@@ -14,13 +14,12 @@ use rayon::iter::{IndexedParallelIterator, ParallelIterator};
 use rayon::slice::ParallelSliceMut;
 
 use super::coded::Coded;
+use super::lanes::LANES;
 use crate::ops::coded::PackedCodes;
 use crate::ops::vector::{self, Level, at};
 
 mod block;
 
-/// Rows of the matrix that are computed together.
-const LANES: usize = 16;
 /// Inputs that a lane multiplies at once.
 const QUAD: usize = 4;
 /// Such in a run.

@@ -15,13 +15,12 @@ use rayon::iter::{IndexedParallelIterator, IntoParallelRefMutIterator, ParallelI
 use rayon::slice::ParallelSliceMut;
 
 use super::coded::Coded;
+use super::lanes::LANES;
 use crate::ops::coded::{CodedKind, PackedCodes};
 use crate::ops::vector::Level;
 
 mod block;
 
-/// Rows of the matrix that are computed together.
-pub(crate) const LANES: usize = 16;
 /// Inputs of a table.
 const CHUNK: usize = 4;
 /// Tables whose indices a word holds.

@@ -9,6 +9,7 @@ pub(super) mod binary_coding;
 pub(super) mod coded;
 pub(super) mod fake_quant;
 pub(super) mod integer;
+mod lanes;
 pub(super) mod linear;
 pub(super) mod lookup;
 pub(super) mod loss;

@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)] // loads of whole registers, and calls of what the processor was found to have
 
-use super::{Codes, LANES, Lanes, Numbers, QUADS, Rounded, Runs, Steps};
+use super::{Codes, Lanes, Numbers, QUADS, Rounded, Runs, Steps};
 use crate::ops::vector::Level;
 
 /// Sums of a run that are independent of each other, so that additions need not wait.
@@ -94,7 +94,7 @@ impl Job<'_> {
     }
 }
 
-/// `block`, over the vectors of the module it stands in: `F` of 16 floats, `W16` of 16 words, and
+/// `block`, over the vectors of the module it stands in: `F` of 16 floats, `W` of 16 words, and
 /// what is done with them.
 macro_rules! block {
     ($(#[$attribute:meta])*) => {
@@ -102,32 +102,32 @@ macro_rules! block {
         #[inline]
         fn numbers(numbers: &Numbers, index: usize) -> F {
             match numbers {
-                Numbers::Half(all) => load_half(&all[index]),
-                Numbers::Single(all) => load(&all[index]),
+                Numbers::Half(all) => load_half(&all[index].0),
+                Numbers::Single(all) => load(&all[index].0),
             }
         }
 
-        /// Those bits of the codes of quad `P` that lie in fields of `W` bits, one code in each byte.
+        /// Those bits of the codes of quad `P` that lie in fields of `WIDTH` bits, one code in each byte.
         $(#[$attribute])*
         #[inline]
-        fn field<const B: usize, const W: usize, const P: usize>(
-            all: W16,
+        fn field<const B: usize, const WIDTH: usize, const P: usize>(
+            all: W,
             words: &[Lanes<u32>; B],
-        ) -> W16 {
-            if B & W == 0 {
+        ) -> W {
+            if B & WIDTH == 0 {
                 return all;
             }
             // The wider fields before it, in bits of a code and in words.
-            let before = B & !(2 * W - 1);
-            let fields = 8 / W;
-            let word = load_words(&words[(before + P / fields) % B]);
-            let from = W * (P % fields);
+            let before = B & !(2 * WIDTH - 1);
+            let fields = 8 / WIDTH;
+            let word = load_words(&words[(before + P / fields) % B].0);
+            let from = WIDTH * (P % fields);
             let word = if from >= before {
                 right(word, (from - before) as u32)
             } else {
                 left(word, (before - from) as u32)
             };
-            let mask = (((1u32 << W) - 1) << before) * 0x0101_0101;
+            let mask = (((1u32 << WIDTH) - 1) << before) * 0x0101_0101;
             or(all, and(word, whole(mask.cast_signed())))
         }
 
@@ -135,7 +135,7 @@ macro_rules! block {
         $(#[$attribute])*
         #[inline]
         fn add_one<const B: usize, const N: usize, const P: usize>(
-            dots: &mut [[W16; SUMS]; N],
+            dots: &mut [[W; SUMS]; N],
             words: &[Lanes<u32>; B],
             inputs: &[&[i32; QUADS]; N],
         ) {
@@ -153,7 +153,7 @@ macro_rules! block {
         $(#[$attribute])*
         #[inline]
         fn add_run<const B: usize, const N: usize>(
-            dots: &mut [[W16; SUMS]; N],
+            dots: &mut [[W; SUMS]; N],
             words: &[Lanes<u32>; B],
             inputs: &[&[i32; QUADS]; N],
             [first, last]: [usize; 2],
@@ -225,87 +225,26 @@ macro_rules! block {
                     *y = add(*y, multiply(scale, sum));
                 }
             }
-            y.map(|y| store(y))
+            y.map(|y| Lanes(store(y)))
         }
     };
 }
 
 mod portable {
-    use half::f16;
-
-    use super::{Job, LANES, Lanes, Numbers, QUADS, Row, SUMS};
-
-    type F = [f32; LANES];
-    type W16 = [u32; LANES];
-
-    fn zero() -> F {
-        [0.0; LANES]
-    }
-
-    fn splat(x: f32) -> F {
-        [x; LANES]
-    }
-
-    fn whole(x: i32) -> W16 {
-        [x.cast_unsigned(); LANES]
-    }
-
-    fn load(x: &Lanes<f32>) -> F {
-        x.0
-    }
-
-    fn load_half(x: &Lanes<u16>) -> F {
-        x.0.map(|x| f16::from_bits(x).to_f32())
-    }
-
-    fn store(x: F) -> Lanes<f32> {
-        Lanes(x)
-    }
-
-    fn load_words(x: &Lanes<u32>) -> W16 {
-        x.0
-    }
-
-    fn right(x: W16, by: u32) -> W16 {
-        x.map(|x| x >> by)
-    }
-
-    fn left(x: W16, by: u32) -> W16 {
-        x.map(|x| x << by)
-    }
-
-    fn and(a: W16, b: W16) -> W16 {
-        std::array::from_fn(|i| a[i] & b[i])
-    }
-
-    fn or(a: W16, b: W16) -> W16 {
-        std::array::from_fn(|i| a[i] | b[i])
-    }
-
-    fn add_words(a: W16, b: W16) -> W16 {
-        std::array::from_fn(|i| a[i].wrapping_add(b[i]))
-    }
+    use super::{Job, Lanes, Numbers, QUADS, Row, SUMS};
+    use crate::ops::kernel::lanes::portable::{
+        F, W, add, add_words, and, left, load, load_half, load_words, multiply, or, right, splat,
+        store, to_float, whole, zero,
+    };
 
     /// Adds the products of the four bytes of a lane with those of `inputs`.
-    fn multiply_codes<const B: usize>(sum: W16, codes: W16, inputs: i32) -> W16 {
+    fn multiply_codes<const B: usize>(sum: W, codes: W, inputs: i32) -> W {
         let inputs = inputs.to_le_bytes().map(|x| i32::from(x.cast_signed()));
         std::array::from_fn(|i| {
             let codes = codes[i].to_le_bytes().map(i32::from);
             let dot: i32 = codes.iter().zip(inputs).map(|(code, input)| code * input).sum();
             sum[i].wrapping_add_signed(dot)
         })
-    }
-
-    fn to_float(x: W16) -> F {
-        x.map(|x| x.cast_signed() as f32)
-    }
-
-    fn add(a: F, b: F) -> F {
-        std::array::from_fn(|i| a[i] + b[i])
-    }
-
-    fn multiply(a: F, b: F) -> F {
-        std::array::from_fn(|i| a[i] * b[i])
     }
 
     block!();
@@ -315,112 +254,17 @@ mod portable {
 mod vnni {
     use std::arch::x86_64 as x86;
 
-    use super::{Job, LANES, Lanes, Numbers, QUADS, Row, SUMS};
-
-    type F = x86::__m512;
-    type W16 = x86::__m512i;
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn zero() -> F {
-        x86::_mm512_setzero_ps()
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn splat(x: f32) -> F {
-        x86::_mm512_set1_ps(x)
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn whole(x: i32) -> W16 {
-        x86::_mm512_set1_epi32(x)
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn load(x: &Lanes<f32>) -> F {
-        // SAFETY: sixteen floats are there.
-        unsafe { x86::_mm512_loadu_ps(x.0.as_ptr()) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn load_half(x: &Lanes<u16>) -> F {
-        // SAFETY: sixteen numbers of half precision are there.
-        x86::_mm512_cvtph_ps(unsafe { x86::_mm256_loadu_si256(x.0.as_ptr().cast()) })
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn store(x: F) -> Lanes<f32> {
-        let mut out = Lanes([0.0; LANES]);
-        // SAFETY: there is room for sixteen floats.
-        unsafe { x86::_mm512_storeu_ps(out.0.as_mut_ptr(), x) };
-        out
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn load_words(x: &Lanes<u32>) -> W16 {
-        // SAFETY: sixteen words are there.
-        unsafe { x86::_mm512_loadu_si512(x.0.as_ptr().cast()) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn right(x: W16, by: u32) -> W16 {
-        x86::_mm512_srlv_epi32(x, whole(by.cast_signed()))
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn left(x: W16, by: u32) -> W16 {
-        x86::_mm512_sllv_epi32(x, whole(by.cast_signed()))
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn and(a: W16, b: W16) -> W16 {
-        x86::_mm512_and_si512(a, b)
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn or(a: W16, b: W16) -> W16 {
-        x86::_mm512_or_si512(a, b)
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn add_words(a: W16, b: W16) -> W16 {
-        x86::_mm512_add_epi32(a, b)
-    }
+    use super::{Job, Lanes, Numbers, QUADS, Row, SUMS};
+    use crate::ops::kernel::lanes::avx512::{
+        F, W, add, add_words, and, left, load, load_half, load_words, multiply, or, right, splat,
+        store, to_float, whole, zero,
+    };
 
     /// Adds the products of the four bytes of a lane with those of `inputs`.
     #[inline]
     #[target_feature(enable = "avx512f,avx512vnni")]
-    fn multiply_codes<const B: usize>(sum: W16, codes: W16, inputs: i32) -> W16 {
+    fn multiply_codes<const B: usize>(sum: W, codes: W, inputs: i32) -> W {
         x86::_mm512_dpbusd_epi32(sum, codes, whole(inputs))
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn to_float(x: W16) -> F {
-        x86::_mm512_cvtepi32_ps(x)
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn add(a: F, b: F) -> F {
-        x86::_mm512_add_ps(a, b)
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn multiply(a: F, b: F) -> F {
-        x86::_mm512_mul_ps(a, b)
     }
 
     block!(#[target_feature(enable = "avx512f,avx512vnni")]);
@@ -430,111 +274,17 @@ mod vnni {
 mod avx2 {
     use std::arch::x86_64 as x86;
 
-    use super::{Job, LANES, Lanes, Numbers, QUADS, Row, SUMS};
-
-    /// Two registers of eight.
-    type F = [x86::__m256; 2];
-    type W16 = [x86::__m256i; 2];
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn zero() -> F {
-        [x86::_mm256_setzero_ps(); 2]
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn splat(x: f32) -> F {
-        [x86::_mm256_set1_ps(x); 2]
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn whole(x: i32) -> W16 {
-        [x86::_mm256_set1_epi32(x); 2]
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn load(x: &Lanes<f32>) -> F {
-        // SAFETY: sixteen floats are there.
-        unsafe { [x86::_mm256_loadu_ps(x.0.as_ptr()), x86::_mm256_loadu_ps(x.0[8..].as_ptr())] }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,f16c")]
-    fn load_half(x: &Lanes<u16>) -> F {
-        // SAFETY: sixteen numbers of half precision are there.
-        let [a, b] = unsafe {
-            [
-                x86::_mm_loadu_si128(x.0.as_ptr().cast()),
-                x86::_mm_loadu_si128(x.0[8..].as_ptr().cast()),
-            ]
-        };
-        [x86::_mm256_cvtph_ps(a), x86::_mm256_cvtph_ps(b)]
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn store(x: F) -> Lanes<f32> {
-        let mut out = Lanes([0.0; LANES]);
-        // SAFETY: there is room for sixteen floats.
-        unsafe {
-            x86::_mm256_storeu_ps(out.0.as_mut_ptr(), x[0]);
-            x86::_mm256_storeu_ps(out.0[8..].as_mut_ptr(), x[1]);
-        }
-        out
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn load_words(x: &Lanes<u32>) -> W16 {
-        // SAFETY: sixteen words are there.
-        unsafe {
-            [
-                x86::_mm256_loadu_si256(x.0.as_ptr().cast()),
-                x86::_mm256_loadu_si256(x.0[8..].as_ptr().cast()),
-            ]
-        }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn right(x: W16, by: u32) -> W16 {
-        let [by, _] = whole(by.cast_signed());
-        [x86::_mm256_srlv_epi32(x[0], by), x86::_mm256_srlv_epi32(x[1], by)]
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn left(x: W16, by: u32) -> W16 {
-        let [by, _] = whole(by.cast_signed());
-        [x86::_mm256_sllv_epi32(x[0], by), x86::_mm256_sllv_epi32(x[1], by)]
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn and(a: W16, b: W16) -> W16 {
-        [x86::_mm256_and_si256(a[0], b[0]), x86::_mm256_and_si256(a[1], b[1])]
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn or(a: W16, b: W16) -> W16 {
-        [x86::_mm256_or_si256(a[0], b[0]), x86::_mm256_or_si256(a[1], b[1])]
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn add_words(a: W16, b: W16) -> W16 {
-        [x86::_mm256_add_epi32(a[0], b[0]), x86::_mm256_add_epi32(a[1], b[1])]
-    }
+    use super::{Job, Lanes, Numbers, QUADS, Row, SUMS};
+    use crate::ops::kernel::lanes::avx2::{
+        F, W, add, add_words, and, left, load, load_half, load_words, multiply, or, right, splat,
+        store, to_float, whole, zero,
+    };
 
     /// Adds the products of the four bytes of a lane with those of `inputs`. Pairs of products are added in 16
     /// bits, which hold those of 7 bits: codes of 8 are multiplied half by half.
     #[inline]
     #[target_feature(enable = "avx2")]
-    fn multiply_codes<const B: usize>(sum: W16, codes: W16, inputs: i32) -> W16 {
+    fn multiply_codes<const B: usize>(sum: W, codes: W, inputs: i32) -> W {
         let [inputs, _] = whole(inputs);
         let dot = |codes, times| {
             let pairs = x86::_mm256_maddubs_epi16(codes, inputs);
@@ -547,24 +297,6 @@ mod avx2 {
         let high = and(right(codes, 4), whole(0x0f0f_0f0f));
         let sum = add_words(sum, low.map(|codes| dot(codes, 1)));
         add_words(sum, high.map(|codes| dot(codes, 16)))
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn to_float(x: W16) -> F {
-        [x86::_mm256_cvtepi32_ps(x[0]), x86::_mm256_cvtepi32_ps(x[1])]
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn add(a: F, b: F) -> F {
-        [x86::_mm256_add_ps(a[0], b[0]), x86::_mm256_add_ps(a[1], b[1])]
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn multiply(a: F, b: F) -> F {
-        [x86::_mm256_mul_ps(a[0], b[0]), x86::_mm256_mul_ps(a[1], b[1])]
     }
 
     block!(#[target_feature(enable = "avx2,f16c")]);

@@ -52,7 +52,7 @@ macro_rules! block {
             place: usize,
             tables: &[Table; N],
         ) {
-            let index = shifted(words, 4 * place as u32);
+            let index = right(words, 4 * place as u32);
             for (sums, table) in partial.iter_mut().zip(tables) {
                 let sum = &mut sums[place % SUMS];
                 *sum = add(*sum, look_up(index, table));
@@ -114,44 +114,12 @@ macro_rules! block {
 
 mod portable {
     use super::{CHUNK, CHUNKS, CodedKind, Job, LANES, SUMS, Table};
-
-    type F = [f32; LANES];
-    type W = [u32; LANES];
-
-    fn zero() -> F {
-        [0.0; LANES]
-    }
-
-    fn splat(x: f32) -> F {
-        [x; LANES]
-    }
-
-    fn load(x: &F) -> F {
-        *x
-    }
-
-    fn store(x: F) -> F {
-        x
-    }
-
-    fn load_words(x: &W) -> W {
-        *x
-    }
-
-    fn shifted(x: W, by: u32) -> W {
-        x.map(|x| x >> by)
-    }
+    use crate::ops::kernel::lanes::portable::{
+        F, W, add, load, load_words, multiply, right, splat, store, zero,
+    };
 
     fn look_up(index: W, table: &Table) -> F {
         index.map(|index| table[(index & 15) as usize])
-    }
-
-    fn add(a: F, b: F) -> F {
-        std::array::from_fn(|i| a[i] + b[i])
-    }
-
-    fn multiply(a: F, b: F) -> F {
-        std::array::from_fn(|i| a[i] * b[i])
     }
 
     block!();
@@ -162,68 +130,15 @@ mod avx512 {
     use std::arch::x86_64 as x86;
 
     use super::{CHUNK, CHUNKS, CodedKind, Job, LANES, SUMS, Table};
-
-    type F = x86::__m512;
-    type W = x86::__m512i;
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn zero() -> F {
-        x86::_mm512_setzero_ps()
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn splat(x: f32) -> F {
-        x86::_mm512_set1_ps(x)
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn load(x: &[f32; LANES]) -> F {
-        // SAFETY: sixteen floats are there.
-        unsafe { x86::_mm512_loadu_ps(x.as_ptr()) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn store(x: F) -> [f32; LANES] {
-        let mut out = [0.0; LANES];
-        // SAFETY: there is room for sixteen floats.
-        unsafe { x86::_mm512_storeu_ps(out.as_mut_ptr(), x) };
-        out
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn load_words(x: &[u32; LANES]) -> W {
-        // SAFETY: sixteen words are there.
-        unsafe { x86::_mm512_loadu_si512(x.as_ptr().cast()) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn shifted(x: W, by: u32) -> W {
-        x86::_mm512_srlv_epi32(x, x86::_mm512_set1_epi32(by.cast_signed()))
-    }
+    use crate::ops::kernel::lanes::avx512::{
+        F, W, add, load, load_words, multiply, right, splat, store, zero,
+    };
 
     /// Reads the lowest four bits of an index.
     #[inline]
     #[target_feature(enable = "avx512f")]
     fn look_up(index: W, table: &Table) -> F {
         x86::_mm512_permutexvar_ps(index, load(table))
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn add(a: F, b: F) -> F {
-        x86::_mm512_add_ps(a, b)
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn multiply(a: F, b: F) -> F {
-        x86::_mm512_mul_ps(a, b)
     }
 
     block!(#[target_feature(enable = "avx512f")]);
@@ -234,60 +149,9 @@ mod avx2 {
     use std::arch::x86_64 as x86;
 
     use super::{CHUNK, CHUNKS, CodedKind, Job, LANES, SUMS, Table};
-
-    /// Two registers of eight.
-    type F = [x86::__m256; 2];
-    type W = [x86::__m256i; 2];
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn zero() -> F {
-        [x86::_mm256_setzero_ps(); 2]
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn splat(x: f32) -> F {
-        [x86::_mm256_set1_ps(x); 2]
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn load(x: &[f32; LANES]) -> F {
-        // SAFETY: sixteen floats are there.
-        unsafe { [x86::_mm256_loadu_ps(x.as_ptr()), x86::_mm256_loadu_ps(x[8..].as_ptr())] }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn store(x: F) -> [f32; LANES] {
-        let mut out = [0.0; LANES];
-        // SAFETY: there is room for sixteen floats.
-        unsafe {
-            x86::_mm256_storeu_ps(out.as_mut_ptr(), x[0]);
-            x86::_mm256_storeu_ps(out[8..].as_mut_ptr(), x[1]);
-        }
-        out
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn load_words(x: &[u32; LANES]) -> W {
-        // SAFETY: sixteen words are there.
-        unsafe {
-            [
-                x86::_mm256_loadu_si256(x.as_ptr().cast()),
-                x86::_mm256_loadu_si256(x[8..].as_ptr().cast()),
-            ]
-        }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn shifted(x: W, by: u32) -> W {
-        let by = x86::_mm256_set1_epi32(by.cast_signed());
-        [x86::_mm256_srlv_epi32(x[0], by), x86::_mm256_srlv_epi32(x[1], by)]
-    }
+    use crate::ops::kernel::lanes::avx2::{
+        F, W, add, load, load_words, multiply, right, splat, store, zero,
+    };
 
     /// The lowest three bits of an index say which entry, the fourth whether it is turned over.
     #[inline]
@@ -302,18 +166,6 @@ mod avx2 {
             x86::_mm256_xor_ps(entry, x86::_mm256_castsi256_ps(sign))
         };
         [half(index[0]), half(index[1])]
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn add(a: F, b: F) -> F {
-        [x86::_mm256_add_ps(a[0], b[0]), x86::_mm256_add_ps(a[1], b[1])]
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn multiply(a: F, b: F) -> F {
-        [x86::_mm256_mul_ps(a[0], b[0]), x86::_mm256_mul_ps(a[1], b[1])]
     }
 
     block!(#[target_feature(enable = "avx2")]);
