@@ -116,7 +116,11 @@ impl Terminal {
         }
     }
 
+    /// Moves the bar; at its end it is gone, so that another one has its place.
     fn advance(&mut self, verb: &str, done: u64, of: u64, message: &[String]) {
+        if done >= of {
+            return self.clear();
+        }
         if self.bar.as_ref().is_some_and(|(old, _)| old != verb) {
             self.clear();
         }
