@@ -58,8 +58,8 @@ pub(crate) struct Steps {
     scale: Numbers,
     /// Half of the number of codes, less the zero point; absent where all are 0.
     shift: Option<Numbers>,
-    /// Columns of a part: a group, or the whole row where a group is several rows.
-    part: usize,
+    /// Parts of a row: groups, or the whole row where a group is several rows.
+    runs: Runs,
 }
 
 /// Numbers in half precision where all of them are of it.
@@ -121,9 +121,8 @@ impl Codes {
     }
 
     fn times_at(&self, level: Level, grid: &Steps, x: &[f32], n: usize) -> Vec<f32> {
-        let runs = Runs::new(self.columns, grid.part);
-        let x = Rounded::new(x, (n, self.columns), self.bits, &runs);
-        let job = block::Job { codes: self, grid, runs: &runs, x: &x };
+        let x = Rounded::new(x, (n, self.columns), self.bits, &grid.runs);
+        let job = block::Job { codes: self, grid, x: &x };
         let mut blocks = vec![Lanes::default(); self.rows.div_ceil(LANES) * n];
         let fill = |(index, out): (usize, &mut [Lanes<f32>])| job.block(level, index, out);
         if self.words.len() * n < SERIAL {
@@ -177,7 +176,7 @@ impl Steps {
         Self {
             scale: Numbers::of(numbers(&|group| coded.scale[group])),
             shift: shifted.then(|| Numbers::of(shift)),
-            part,
+            runs: Runs::new(columns, part),
         }
     }
 }

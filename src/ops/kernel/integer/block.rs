@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)] // loads of whole registers, and calls of what the processor was found to have
 
-use super::{Codes, Lanes, Numbers, QUADS, Rounded, Runs, Steps};
+use super::{Codes, Lanes, Numbers, QUADS, Rounded, Steps};
 use crate::ops::vector::Level;
 
 /// Sums of a run that are independent of each other, so that additions need not wait.
@@ -12,7 +12,6 @@ const SUMS: usize = 2;
 pub(super) struct Job<'a> {
     pub(super) codes: &'a Codes,
     pub(super) grid: &'a Steps,
-    pub(super) runs: &'a Runs,
     pub(super) x: &'a Rounded,
 }
 
@@ -83,7 +82,7 @@ impl Job<'_> {
 
     fn row(&self, index: usize) -> Row<'_> {
         let quads = self.codes.columns.div_ceil(super::RUN) * QUADS;
-        let (runs, parts) = (self.runs.quads.len(), self.runs.ends.len());
+        let (runs, parts) = (self.grid.runs.quads.len(), self.grid.runs.ends.len());
         let x = self.x;
         Row {
             quads: &x.quads[index * quads..][..quads],
@@ -189,7 +188,8 @@ macro_rules! block {
             block: usize,
             rows: &[Row<'_>; N],
         ) -> [Lanes<f32>; N] {
-            let Job { codes, grid, runs, .. } = job;
+            let Job { codes, grid, .. } = job;
+            let runs = &grid.runs;
             let stride = codes.columns.div_ceil(super::super::RUN);
             let (words, _) = codes.words[block * stride * B..][..stride * B].as_chunks::<B>();
             let inputs = rows.map(|row| row.quads.as_chunks::<QUADS>().0);
