@@ -10,6 +10,8 @@
 mod adamw;
 mod additive;
 mod attention;
+#[cfg(feature = "flex")]
+mod awake;
 mod binary_coding;
 pub mod bits;
 mod block;

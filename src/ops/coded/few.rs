@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use burn::tensor::Tensor;
 
 use super::{CodedKind, CodedMatrix};
+use crate::ops::awake::awake;
 use crate::ops::bridge::{Rows, off_tape, reads_plain, tensor};
 use crate::ops::kernel::integer::{self, Steps};
 use crate::ops::kernel::lookup::{self, Coefficients, Planes};
@@ -53,16 +54,18 @@ thread_local! {
 /// Runs `f`, in which texts are continued: there a product of few activations with packed codes on a frozen
 /// grid ([`CodedMatrix::linear_frozen`]) is computed on the codes, another order of the same sum. Elsewhere
 /// weights are decoded, so that a packed model gives the bits of the dense one that it stands for. Holds for
-/// the calling thread.
-pub fn continuing<R>(f: impl FnOnce() -> R) -> R {
+/// the thread that runs `f`, one of rayon's; the others stay [awake].
+pub fn continuing<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     struct Restore(bool);
     impl Drop for Restore {
         fn drop(&mut self) {
             CONTINUING.set(self.0);
         }
     }
-    let _restore = Restore(CONTINUING.replace(true));
-    f()
+    awake(|| {
+        let _restore = Restore(CONTINUING.replace(true));
+        f()
+    })
 }
 
 /// Whether the calling thread is inside [`continuing`].

@@ -7,6 +7,7 @@
 //!
 //! Sums of runs are f32, added in one order at every instruction set: all give the same bits.
 
+#![allow(clippy::inline_always)] // compiled for the caller's instruction set
 #![allow(clippy::many_single_char_names)] // n activations x of the product y
 
 use half::f16;
@@ -16,7 +17,7 @@ use rayon::slice::ParallelSliceMut;
 use super::coded::Coded;
 use super::lanes::LANES;
 use crate::ops::coded::PackedCodes;
-use crate::ops::vector::{self, Level, at};
+use crate::ops::vector::{Level, at};
 
 mod block;
 
@@ -121,7 +122,7 @@ impl Codes {
     }
 
     fn times_at(&self, level: Level, grid: &Steps, x: &[f32], n: usize) -> Vec<f32> {
-        let x = Rounded::new(x, (n, self.columns), self.bits, &grid.runs);
+        let x = Rounded::new(level, x, (n, self.columns), self.bits, &grid.runs);
         let job = block::Job { codes: self, grid, x: &x };
         let mut blocks = vec![Lanes::default(); self.rows.div_ceil(LANES) * n];
         let fill = |(index, out): (usize, &mut [Lanes<f32>])| job.block(level, index, out);
@@ -211,7 +212,13 @@ impl Runs {
 }
 
 impl Rounded {
-    fn new(x: &[f32], (n, columns): (usize, usize), bits: usize, runs: &Runs) -> Self {
+    fn new(
+        level: Level,
+        x: &[f32],
+        (n, columns): (usize, usize),
+        bits: usize,
+        runs: &Runs,
+    ) -> Self {
         let quads = columns.div_ceil(RUN) * QUADS;
         let count = runs.quads.len();
         let mut all = Self {
@@ -226,7 +233,8 @@ impl Rounded {
                 let mut sum = 0.0;
                 for [first, end] in &runs.quads[run..*end] {
                     let x = &x[first * QUAD..columns.min(end * QUAD)];
-                    let (scale, whole) = round(x, &mut out[*first..*end]);
+                    let out = &mut out[*first..*end];
+                    let (scale, whole) = at!(level, round(x, out));
                     all.scales.push(scale);
                     all.starts.push(-(whole << (bits - 1)));
                     sum += scale * whole as f32;
@@ -241,26 +249,28 @@ impl Rounded {
 
 /// Rounds the inputs of a run: their scale, and the sum of the whole numbers that they become. What holds a number that
 /// is none gets one for a scale.
+#[inline(always)]
 fn round(x: &[f32], out: &mut [i32]) -> (f32, i32) {
-    if !x.iter().all(|x| x.is_finite()) {
+    /// Added to a small number, it leaves the nearest whole one in the low bits, ties to even.
+    const WHOLE: f32 = 12_582_912.0;
+    // All of a run, so that registers hold it.
+    let mut run = [0.0; RUN];
+    run[..x.len()].copy_from_slice(x);
+    // Sizes are ordered as their bits are, with what is no number above all.
+    let top = run.iter().fold(0, |top, x| x.abs().to_bits().max(top));
+    let top = f32::from_bits(top);
+    if !top.is_finite() {
         return (f32::NAN, 0);
     }
-    let top =
-        at!(Level::best(), vector::max(x).max(-x.iter().copied().fold(f32::INFINITY, f32::min)));
     if top < f32::MIN_POSITIVE {
         return (0.0, 0);
     }
-    let mut sum = 0;
-    for (x, out) in x.chunks(QUAD).zip(out) {
-        let mut bytes = [0u8; QUAD];
-        for (x, byte) in x.iter().zip(&mut bytes) {
-            let whole = (x / top * TOP).round_ties_even() as i8;
-            sum += i32::from(whole);
-            *byte = whole.cast_unsigned();
-        }
-        *out = i32::from_le_bytes(bytes);
+    let whole = run.map(|x| (x / top * TOP + WHOLE).to_bits().wrapping_sub(WHOLE.to_bits()));
+    for (whole, out) in whole.chunks_exact(QUAD).zip(out) {
+        let byte = |place: usize| (whole[place] & 0xff) << (8 * place);
+        *out = (byte(0) | byte(1) | byte(2) | byte(3)).cast_signed();
     }
-    (top / TOP, sum)
+    (top / TOP, whole.iter().fold(0, |sum: u32, whole| sum.wrapping_add(*whole)).cast_signed())
 }
 
 #[cfg(test)]
