@@ -8,9 +8,14 @@ use burn::tensor::{Device, Int, Tensor, TensorData, activation};
 use super::forest::Forest;
 #[cfg(feature = "flex")]
 use {
-    super::bridge::{self, Operation, Plain, Rows, reads, tensor},
+    super::bridge::{self, Heads, Operation, Plain, Rows, reads, reads_plain, tensor},
     super::kernel::attention as attention_kernel,
 };
+
+/// Queries up to which a kernel that reads held keys and values where they lie is faster than products
+/// (docs/performance.md).
+#[cfg(feature = "flex")]
+const FEW: usize = 4;
 
 /// How scores are made, whatever the positions.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -137,6 +142,21 @@ impl Attending {
     /// Rotates `[batch, heads, seq, head_dim]`.
     pub fn rotate(&self, x: Tensor<4>) -> Tensor<4> {
         let [batch, heads, seq, head_dim] = x.dims();
+        #[cfg(feature = "flex")]
+        if reads_plain(&x) && reads_plain(&self.cos) {
+            let [x, cos, sin] =
+                [x, self.cos.clone(), self.sin.clone()].map(|x| Rows::of(x.into_dispatch()));
+            let tables = attention_kernel::Tables {
+                each: cos.shape()[0] > 1,
+                cos: cos.values(),
+                sin: sin.values(),
+                starts: None,
+            };
+            let sizes = [batch, heads, seq, head_dim];
+            let neighbours = self.scores.neighbours;
+            let out = attention_kernel::rotated(x.values(), sizes, tables, neighbours);
+            return tensor(x.like(out).plain());
+        }
         let half = self.cos.dims()[3];
         let rotated = x.clone().narrow(3, 0, 2 * half);
         let (cos, sin) = (self.cos.clone(), self.sin.clone());
@@ -165,9 +185,29 @@ impl Attending {
     /// - q: `[batch, heads, seq, head_dim]`; k, v: `[batch, kv_heads, past + seq, head_dim]`
     /// - result: `[batch, seq, heads * head_dim]`
     pub fn attend(&self, q: Tensor<4>, k: Tensor<4>, v: Tensor<4>) -> Tensor<3> {
+        #[cfg(feature = "flex")]
+        if self.sight.seq <= FEW && self.sight.forest.is_none() {
+            let operands = [&q, &k, &v];
+            if operands.iter().all(|x| reads_plain(*x)) {
+                return self.attend_by_few(operands.map(Tensor::clone));
+            }
+        }
         let mask = self.sight.mask(&self.cos);
         let [_, heads, ..] = q.dims();
         self.mixed(self.weights(q, k, mask), v, heads)
+    }
+
+    /// As [`Attending::attend`], of few queries off the tape; keys and values are read where they lie.
+    #[cfg(feature = "flex")]
+    fn attend_by_few(&self, [q, k, v]: [Tensor<4>; 3]) -> Tensor<3> {
+        let [batch, heads, seq, head_dim] = q.dims();
+        let q = Rows::of(q.into_dispatch());
+        let [k, v] = [k, v].map(|x| Heads::of(x.into_dispatch()));
+        let shape = self.scores.sizes([batch, seq, heads, k.heads()]);
+        let held: [&attention_kernel::Held<'_>; 2] = [&|b, h| k.head(b, h), &|b, h| v.head(b, h)];
+        let (past, starts) = (self.sight.past, self.sight.starts.as_deref().map(Vec::as_slice));
+        let out = attention_kernel::few_attention(&shape, past, q.values(), held, starts);
+        tensor(Rows::new(out, [batch, seq, heads * head_dim]).plain())
     }
 
     /// What each query gives to each key, of rotated ones; rows sum to 1.
@@ -277,18 +317,27 @@ fn forest_attention(operands: [Tensor<3>; 3], attending: &Attending, forest: &Fo
 
 #[cfg(feature = "flex")]
 fn shape_of(scores: Scores, q: &Rows, k: &Rows) -> attention_kernel::Shape {
-    let Scores { head_dim, neighbours, window, scale, cap } = scores;
     let (queries, keys) = (q.shape(), k.shape());
-    attention_kernel::Shape {
-        batch: queries[0],
-        seq: queries[1],
-        heads: queries[2] / head_dim,
-        kv_heads: keys[2] / head_dim,
-        head_dim,
-        neighbours,
-        window: window.unwrap_or(usize::MAX),
-        scale: scale.map_or((head_dim as f32).sqrt().recip(), |scale| scale as f32),
-        cap: cap.map(|cap| cap as f32),
+    let [heads, kv_heads] = [queries[2], keys[2]].map(|width| width / scores.head_dim);
+    scores.sizes([queries[0], queries[1], heads, kv_heads])
+}
+
+#[cfg(feature = "flex")]
+impl Scores {
+    /// Of sequences, positions, query heads and key heads.
+    fn sizes(self, [batch, seq, heads, kv_heads]: [usize; 4]) -> attention_kernel::Shape {
+        let Self { head_dim, neighbours, window, scale, cap } = self;
+        attention_kernel::Shape {
+            batch,
+            seq,
+            heads,
+            kv_heads,
+            head_dim,
+            neighbours,
+            window: window.unwrap_or(usize::MAX),
+            scale: scale.map_or((head_dim as f32).sqrt().recip(), |scale| scale as f32),
+            cap: cap.map(|cap| cap as f32),
+        }
     }
 }
 

@@ -248,7 +248,7 @@ pub fn composed<R>(f: impl FnOnce() -> R) -> R {
 }
 
 #[cfg(feature = "flex")]
-pub(super) use flex::{Rows, fused, in_memory, reads, reads_plain};
+pub(super) use flex::{Heads, Rows, fused, in_memory, reads, reads_plain};
 
 #[cfg(feature = "flex")]
 mod flex {
@@ -349,6 +349,35 @@ mod flex {
         /// The tensor.
         pub(in crate::ops) fn plain(self) -> Plain {
             wrap::<Flex>(self.0)
+        }
+    }
+    /// A plain f32 tensor of this machine's memory, `[batch, heads, len, width]`, row-major within each head.
+    #[derive(Clone, Debug)]
+    pub(in crate::ops) struct Heads(FlexTensor);
+
+    impl Heads {
+        /// Reads a tensor for which [`fused`] holds; copies one whose heads are not row-major.
+        pub(in crate::ops) fn of(tensor: Plain) -> Self {
+            let tensor = primitive::<Flex>(tensor);
+            let layout = tensor.layout();
+            let width = layout.shape()[3].cast_signed();
+            let row_major = layout.strides()[2..] == [width, 1];
+            Self(if row_major { tensor } else { tensor.to_contiguous() })
+        }
+
+        /// How many there are.
+        pub(in crate::ops) fn heads(&self) -> usize {
+            self.0.layout().shape()[1]
+        }
+
+        /// The values of a head, `[len, width]`.
+        pub(in crate::ops) fn head(&self, sequence: usize, head: usize) -> &[f32] {
+            let layout = self.0.layout();
+            let (shape, strides) = (layout.shape(), layout.strides());
+            let [sequence, head] = [sequence, head].map(usize::cast_signed);
+            let first =
+                layout.start_offset().cast_signed() + sequence * strides[0] + head * strides[1];
+            &self.0.storage::<f32>()[first.cast_unsigned()..][..shape[2] * shape[3]]
         }
     }
 }

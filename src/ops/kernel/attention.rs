@@ -4,6 +4,7 @@
 //! at a time. The query heads that share a key head are rows of one operand, so that they use its
 //! keys and values together.
 
+mod few;
 mod forest;
 #[cfg(test)]
 mod reference;
@@ -12,6 +13,7 @@ mod unit;
 
 use rayon::prelude::*;
 
+pub(crate) use self::few::{Held, few_attention, rotated};
 pub(crate) use self::forest::forest_attention;
 pub(crate) use self::rows::Tables;
 use self::unit::{GradientScratch, Problem, Results, Scratch};

@@ -34,7 +34,12 @@ pub(super) struct Sight<'a> {
 impl Sight<'_> {
     /// The first key that the query at a position sees.
     pub(super) fn first(self, position: usize) -> usize {
-        let start = self.starts.map_or(0, |starts| starts[position] as usize);
+        self.first_of(position, position)
+    }
+
+    /// The first key that query `index` sees, which is itself the key at `position`.
+    pub(super) fn first_of(self, index: usize, position: usize) -> usize {
+        let start = self.starts.map_or(0, |starts| starts[index] as usize);
         (position + 1).saturating_sub(self.window).max(start)
     }
 }
