@@ -32,8 +32,9 @@ const TOP: f32 = 127.0;
 /// Widths that codes are cut into: so many that fill a byte together.
 const WIDTHS: [usize; 4] = [8, 4, 2, 1];
 
-/// Words read, times activations, below which waking other threads costs more than they save.
-const SERIAL: usize = 1 << 12;
+/// Words of 16 rows read, times activations, below which the work of other threads costs more than it saves: they
+/// are [awake](crate::ops::awake) where texts are continued.
+const SERIAL: usize = 1 << 9;
 
 /// A number for each of 16 rows, as a register holds them.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

@@ -28,8 +28,9 @@ const CHUNKS: usize = 8;
 /// Inputs of a word.
 const WORD: usize = CHUNK * CHUNKS;
 
-/// Words read, for each activation, below which waking other threads costs more than they save.
-const SERIAL: usize = 1 << 12;
+/// Words of 16 rows read, for each activation, below which the work of other threads costs more than it saves: they
+/// are [awake](crate::ops::awake).
+const SERIAL: usize = 1 << 8;
 
 /// Sums of four inputs by their signs; entry `8 + i` is the negative of entry `i`.
 type Table = [f32; LANES];

@@ -19,8 +19,8 @@ use crate::ops::vector::{Level, at};
 const ROWS: usize = 32;
 /// Sums of a row that are independent of each other.
 const SUMS: usize = 4;
-/// Codes below which waking other threads costs more than it saves.
-const SERIAL: usize = 1 << 14;
+/// Codes below which the work of other threads costs more than it saves: they are [awake](crate::ops::awake).
+const SERIAL: usize = 1 << 11;
 
 /// Codes a byte each, `[rows, codes of a row]`.
 #[derive(Clone, Debug)]
