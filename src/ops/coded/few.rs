@@ -54,7 +54,7 @@ thread_local! {
 /// Runs `f`, in which texts are continued: there a product of few activations with packed codes on a frozen
 /// grid ([`CodedMatrix::linear_frozen`]) is computed on the codes, another order of the same sum. Elsewhere
 /// weights are decoded, so that a packed model gives the bits of the dense one that it stands for. Holds for
-/// the thread that runs `f`, one of rayon's; the others stay [awake].
+/// the thread that runs `f`, one of rayon's; the others stay awake for it.
 pub fn continuing<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     struct Restore(bool);
     impl Drop for Restore {
