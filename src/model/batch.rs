@@ -144,7 +144,7 @@ impl Batch {
         let to = (self.past + count).min(total.saturating_sub(1));
         let anew = |row: &Row| model.config.rotates_anew(to - row.padding.min(to), row.text.len());
         if to > self.past && !self.rows.iter().any(anew) {
-            ops::continuing(|| self.hidden(model, device, to));
+            ops::continuing(device, || self.hidden(model, device, to));
         }
     }
 
@@ -185,7 +185,7 @@ impl Batch {
         if self.rows.is_empty() {
             return Vec::new();
         }
-        let mut logits = ops::continuing(|| self.logits(model, device));
+        let mut logits = ops::continuing(device, || self.logits(model, device));
         let vocab = logits.len() / self.rows.len();
         let rows = self.rows.iter_mut().zip(logits.chunks_exact_mut(vocab.max(1)));
         let chosen = rows.enumerate().map(|(index, (row, logits))| {

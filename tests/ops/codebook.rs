@@ -136,7 +136,7 @@ fn check(case: &Case) {
     let frozen = FrozenGrid::default();
     for _ in 0..2 {
         let values = || [scale.clone(), books.clone()];
-        let found = continuing(|| matrix.linear_frozen(x.clone(), &frozen, values));
+        let found = continuing(&device, || matrix.linear_frozen(x.clone(), &frozen, values));
         close("looked up", &host(found), &looked_up, 5e-6);
     }
     // The weights alone: the same bits in both forms.

@@ -150,7 +150,7 @@ fn check(case: &Case) {
     let frozen = FrozenGrid::default();
     for _ in 0..2 {
         let values = || [scale.clone(), shift.clone()];
-        let found = continuing(|| matrix.linear_frozen(x.clone(), &frozen, values));
+        let found = continuing(&device, || matrix.linear_frozen(x.clone(), &frozen, values));
         assert_eq!(found.dims(), [TOKENS, 1, out]);
         for (i, (found, exact)) in host(found).iter().zip(&output).enumerate() {
             // Levels are sums of signs here, in which a weight that is small may be a difference.

@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::sync::{Arc, OnceLock};
 
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 
 use super::{CodedKind, CodedMatrix};
 use crate::ops::awake::awake;
@@ -51,21 +51,24 @@ thread_local! {
     static CONTINUING: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs `f`, in which texts are continued: there a product of few activations with packed codes on a frozen
-/// grid ([`CodedMatrix::linear_frozen`]) is computed on the codes, another order of the same sum. Elsewhere
+/// Runs `f`, in which texts are continued on `device`: there a product of few activations with packed codes on a
+/// frozen grid ([`CodedMatrix::linear_frozen`]) is computed on the codes, another order of the same sum. Elsewhere
 /// weights are decoded, so that a packed model gives the bits of the dense one that it stands for. Holds for
-/// the thread that runs `f`, one of rayon's; the others stay awake for it.
-pub fn continuing<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+/// the thread that runs `f`: the calling one, or on this machine's processor one of rayon's, whose others stay awake
+/// for it.
+pub fn continuing<R: Send>(device: &Device, f: impl FnOnce() -> R + Send) -> R {
     struct Restore(bool);
     impl Drop for Restore {
         fn drop(&mut self) {
             CONTINUING.set(self.0);
         }
     }
-    awake(|| {
+    let f = || {
         let _restore = Restore(CONTINUING.replace(true));
         f()
-    })
+    };
+    // Other devices have a queue for each thread, and their tensors are of the caller's.
+    if device.clone().inner() == Device::flex() { awake(f) } else { f() }
 }
 
 /// Whether the calling thread is inside [`continuing`].
