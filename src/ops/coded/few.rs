@@ -68,7 +68,7 @@ pub fn continuing<R: Send>(device: &Device, f: impl FnOnce() -> R + Send) -> R {
         f()
     };
     // Other devices have a queue for each thread, and their tensors are of the caller's.
-    if device.clone().inner() == Device::flex() { awake(f) } else { f() }
+    if *device == Device::flex() { awake(f) } else { f() }
 }
 
 /// Whether the calling thread is inside [`continuing`].
