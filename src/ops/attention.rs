@@ -12,8 +12,7 @@ use {
     super::kernel::attention as attention_kernel,
 };
 
-/// Queries up to which a kernel that reads held keys and values where they lie is faster than products
-/// (docs/performance.md).
+/// Queries up to which a kernel reads held keys and values where they lie; more are products of matrices.
 #[cfg(feature = "flex")]
 const FEW: usize = 4;
 

@@ -351,6 +351,7 @@ mod flex {
             wrap::<Flex>(self.0)
         }
     }
+
     /// A plain f32 tensor of this machine's memory, `[batch, heads, len, width]`, row-major within each head.
     #[derive(Clone, Debug)]
     pub(in crate::ops) struct Heads(FlexTensor);
