@@ -76,7 +76,7 @@ impl StopFlag {
         match i32::try_from(self.0.load(Ordering::Relaxed)).unwrap_or(SIGTERM) {
             0 => Ok(()),
             signal => Err(Error::new(Kind::Stopped(signal), "stopped by a signal")
-                .fix("the same command to go on from the last checkpoint")),
+                .fix("the same command again")),
         }
     }
 
@@ -114,6 +114,9 @@ mod tests {
         let flag = StopFlag::default();
         assert!(flag.check().is_ok());
         flag.set(SIGTERM);
-        assert_eq!(flag.check().unwrap_err().kind().exit_code(), 143);
+        let stopped = flag.check().unwrap_err();
+        assert_eq!(stopped.kind().exit_code(), 143);
+        // A run alone has a checkpoint, and says so itself.
+        assert_eq!(stopped.advice(), Some("the same command again"));
     }
 }

@@ -186,7 +186,8 @@ fn stopped(output: &Output, code: i32) {
     assert_eq!(found, code, "{err}");
     let lines: Vec<&str> = err.lines().rev().take(2).collect();
     assert_eq!(lines[1], "error: stopped by a signal");
-    assert!(lines[0].starts_with("  try  the same command"), "{err}");
+    let advice = "  try  the same command to go on from the last checkpoint";
+    assert_eq!(lines[0], advice, "{err}");
 }
 
 fn status(place: &Place) -> Value {

@@ -72,7 +72,7 @@ fn fastest(stop: &StopFlag, work: &dyn Fn() -> Tensor<2>) -> Result<f64> {
     finish(work());
     let (start, mut best) = (Instant::now(), f64::INFINITY);
     while best.is_infinite() || start.elapsed().as_secs_f64() < SECONDS {
-        stop.check().map_err(|error| error.fix("the same command again"))?;
+        stop.check()?;
         let start = Instant::now();
         for _ in 1..QUEUED {
             drop(work());

@@ -73,13 +73,12 @@ impl Effort {
         stop: &StopFlag,
         mut work: impl FnMut() -> Result<f64>,
     ) -> Result<Spread> {
-        let check = || stop.check().map_err(|error| error.fix("the same command again"));
-        check()?;
+        stop.check()?;
         let first = work()?;
         let mut times = Vec::new();
         let start = Instant::now();
         loop {
-            check()?;
+            stop.check()?;
             let spent = start.elapsed().as_secs_f64() >= self.seconds;
             let enough = spent && times.len() >= LEAST;
             // Of what takes longer than all may, one time has to do.

@@ -148,7 +148,7 @@ fn examine(
     let kernels = kernels.ok().flatten();
     let mut types = Vec::new();
     for (type_name, dtype) in TYPES {
-        stop.check().map_err(|error| error.fix("the same command again"))?;
+        stop.check()?;
         let numbers = Numbers::on(&named, dtype);
         let found = numbers.and_then(|numbers| {
             let reference = reference.map_err(|e| Error::failed(e.what()))?;

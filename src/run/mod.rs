@@ -84,7 +84,12 @@ pub fn train(options: &Options, mut report: Reporters, stop: &StopFlag) -> Resul
     let start = Instant::now();
     let before = record.seconds;
     let last_change = last_change(&prepared.plan, prepared.plan.stages.len());
-    let outcome = execute(prepared, &folder, &mut record, &mut report, stop);
+    let outcome = execute(prepared, &folder, &mut record, &mut report, stop).map_err(|error| {
+        match error.kind() {
+            Kind::Stopped(_) => error.fix("the same command to go on from the last checkpoint"),
+            _ => error,
+        }
+    });
     record.seconds = before + start.elapsed().as_secs_f64();
     let peak = memory::peak_gib();
     record.peak_gib = record.peak_gib.zip(peak).map(|(a, b)| a.max(b)).or(peak);
