@@ -15,28 +15,22 @@ use super::bridge::{self, Operation, Plain, tensor};
 #[cfg(feature = "flex")]
 use super::bridge::{Rows, fused};
 #[cfg(feature = "gpu")]
-use super::cube;
+use super::cube::Decoded;
 #[cfg(feature = "flex")]
 use super::kernel::coded as kernel;
 
 mod codebook;
+#[cfg(feature = "gpu")]
+mod device;
 #[cfg(feature = "flex")]
 mod few;
 #[cfg(feature = "flex")]
-pub(super) use few::is_continuing;
-#[cfg(feature = "flex")]
-pub use few::{FrozenGrid, continuing};
+pub use few::FrozenGrid;
 
 /// A grid that never changes; only this machine's kernels know more of it than its values.
 #[cfg(not(feature = "flex"))]
 #[derive(Clone, Debug, Default)]
 pub struct FrozenGrid(());
-
-/// Runs `f`; only this machine's kernels have another way to multiply few activations.
-#[cfg(not(feature = "flex"))]
-pub fn continuing<R: Send>(_: &Device, f: impl FnOnce() -> R + Send) -> R {
-    f()
-}
 
 /// Codes of a matrix, packed row by row as [`bits`] says. Clones share the words.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -273,8 +267,8 @@ impl CodedMatrix {
     }
 
     /// As [`CodedMatrix::linear`], for a grid that is the same in every call: `values` gives its
-    /// scale and shift. Inside [`continuing`] few rows of `x` off the tape are multiplied with the packed
-    /// codes; with [`CodedMatrix::in_integers`] any number of them is, everywhere.
+    /// scale and shift. Inside [`continuing`](super::continuing()) few rows of `x` off the tape are multiplied with the
+    /// packed codes; with [`CodedMatrix::in_integers`] any number of them is, everywhere.
     pub fn linear_frozen<const D: usize>(
         &self,
         x: Tensor<D>,
@@ -288,6 +282,10 @@ impl CodedMatrix {
         #[cfg(not(feature = "flex"))]
         let _ = grid;
         let [scale, shift] = values();
+        #[cfg(feature = "gpu")]
+        if let Some(words) = self.words_for(&x) {
+            return self.on_words(x, words, [scale, shift]);
+        }
         self.linear(x, scale, shift)
     }
 
@@ -508,23 +506,6 @@ impl CodedMatrix {
         }
     }
 
-    /// What a kernel of the device they are on makes of the codes; `None` where there is none.
-    #[cfg(feature = "gpu")]
-    fn decoded(
-        &self,
-        decoded: cube::Decoded,
-        scale: &Tensor<2>,
-        shift: &Tensor<2>,
-    ) -> Option<Tensor<2>> {
-        let words = self.words.as_ref()?;
-        let grid = [scale, shift].map(|x| x.clone().into_dispatch());
-        if !grid.iter().all(cube::reads) {
-            return None;
-        }
-        let shape = [self.codes.rows(), self.codes.columns()];
-        Some(tensor(cube::decode(words.clone(), shape, self.codes.bits(), decoded, grid)))
-    }
-
     /// The weights as the codes are stored.
     fn values(&self, scale: &Tensor<2>, shift: &Tensor<2>) -> Tensor<2> {
         if let CodedKind::Codebook(additive) = self.kind {
@@ -535,8 +516,8 @@ impl CodedMatrix {
         #[cfg(feature = "gpu")]
         {
             let kind = match self.kind {
-                CodedKind::Uniform => cube::Decoded::Uniform,
-                CodedKind::BinaryCoding | CodedKind::Codebook(_) => cube::Decoded::BinaryCoding,
+                CodedKind::Uniform => Decoded::Uniform,
+                CodedKind::BinaryCoding | CodedKind::Codebook(_) => Decoded::BinaryCoding,
             };
             if let Some(values) = self.decoded(kind, scale, shift) {
                 return values;
@@ -573,7 +554,7 @@ impl CodedMatrix {
     /// Codes as floats, `[rows, columns]`, on the device of `like`.
     fn unpacked(&self, like: &Tensor<2>) -> Tensor<2> {
         #[cfg(feature = "gpu")]
-        if let Some(codes) = self.decoded(cube::Decoded::Codes, like, like) {
+        if let Some(codes) = self.decoded(Decoded::Codes, like, like) {
             return codes;
         }
         let (columns, device) = (self.codes.columns(), like.device());

@@ -429,15 +429,17 @@ pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<2, Int>, weights: Tensor
         return summed(cube::cross_entropy(logits, targets, weights));
     }
     let (q, log_q) = softmax_and_log(logits, 1.0);
-    let nll = log_q.gather(1, targets.clone()).neg();
+    // Summed before the gradient is begun: fused with an operation of more elements, burn's gather of one of each row
+    // gives wrong numbers on a device (burn-cubecl-fusion 0.22.1).
+    let value = (log_q.gather(1, targets.clone()).neg() * weights.clone()).sum();
     // q - onehot, without a one-hot tensor: take the weight off at the target alone.
     let gradient = (q * weights.clone()).scatter(
         1,
         targets,
-        weights.clone().neg(),
+        weights.neg(),
         burn::tensor::IndexingUpdateOp::Add,
     );
-    LossValue { value: (nll * weights).sum(), gradient }
+    LossValue { value, gradient }
 }
 
 /// `-ln q` of each token's target, on the host.

@@ -17,6 +17,7 @@ pub mod bits;
 mod block;
 mod bridge;
 mod coded;
+mod continuing;
 #[cfg(feature = "gpu")]
 mod cube;
 mod device_kernels;
@@ -45,7 +46,8 @@ pub use attention::{Attending, Scores, Sight, causal_attention, has_kernel};
 pub use binary_coding::{Unified, nearest_codes};
 pub use block::{block_mse, layer_norm, rms_norm, swiglu};
 pub use bridge::composed;
-pub use coded::{CodedKind, CodedMatrix, FrozenGrid, PackedCodes, continuing};
+pub use coded::{CodedKind, CodedMatrix, FrozenGrid, PackedCodes};
+pub use continuing::continuing;
 pub use device_kernels::{DeviceKernels, device_kernels};
 pub use fake_quant::{
     Divided, Rule, Stepped, TieRule, clamp_ste, every_row, exp, off_tape, reshape_grouped,

@@ -31,7 +31,7 @@ pub fn linear_narrow<const D: usize>(
         use super::kernel::narrow::Narrow;
 
         let n: usize = x.dims()[..D - 1].iter().product();
-        if n <= FEW && super::coded::is_continuing() && reads_plain(&x) && reads(&weight) {
+        if n <= FEW && super::continuing::is_continuing() && reads_plain(&x) && reads(&weight) {
             let narrow = copy.0.get_or_init(|| {
                 let weight = Rows::of(off_tape(weight.clone().transpose().into_dispatch()));
                 let [_, columns] = weight.matrix();

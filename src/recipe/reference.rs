@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Number, Value, json};
 
 use super::Recipe;
 use super::parse::nearest;
@@ -30,10 +30,31 @@ fn plain(schema: &mut Value) {
             if map.get("default").is_some_and(Value::is_null) {
                 map.remove("default");
             }
+            if let Some(default) = map.get_mut("default") {
+                write_short(default);
+            }
             map.values_mut().for_each(plain);
             merge_choices(map);
         }
         Value::Array(list) => list.iter_mut().for_each(plain),
+        _ => {}
+    }
+}
+
+/// Numbers of 32 bits as people write them: 0.999, not the 0.9990000128746033 that it is in 64 bits.
+fn write_short(value: &mut Value) {
+    match value {
+        Value::Number(number) if number.is_f64() => {
+            let wide = number.as_f64().unwrap_or_default();
+            let narrow = wide as f32;
+            if f64::from(narrow).to_bits() == wide.to_bits()
+                && let Some(short) = narrow.to_string().parse().ok().and_then(Number::from_f64)
+            {
+                *number = short;
+            }
+        }
+        Value::Object(map) => map.values_mut().for_each(write_short),
+        Value::Array(list) => list.iter_mut().for_each(write_short),
         _ => {}
     }
 }
@@ -373,6 +394,8 @@ mod tests {
         assert_eq!(group.choices.len(), 2);
         let beta = one("[stage.0.distill.objective.jsd.beta]");
         assert_eq!((beta.value.as_str(), beta.default.as_deref()), ("a number", Some("0.5")));
+        let decay = one("stage.distill.optimizer.beta2");
+        assert_eq!(decay.default.as_deref(), Some("0.999"));
         let stage = one("stage");
         assert!(stage.choices.iter().any(|[name, about]| name == "distill" && !about.is_empty()));
         assert!(!one("stage.distill").required);

@@ -10,12 +10,12 @@ use crate::{Dice, Matrix, Sum, bits, both, close, host};
 const TOLERANCE: f64 = 2e-5;
 
 #[derive(Debug)]
-struct Case {
-    student: Matrix,
-    teacher: Matrix,
+pub(crate) struct Case {
+    pub(crate) student: Matrix,
+    pub(crate) teacher: Matrix,
     /// Of the tokens; some are zero.
-    weights: Matrix,
-    targets: Vec<i32>,
+    pub(crate) weights: Matrix,
+    pub(crate) targets: Vec<i32>,
 }
 
 /// Rows of a few logits up to some more than a kernel takes at a time, and enough for two threads.
@@ -81,6 +81,19 @@ impl Case {
             gradient.extend(slopes.iter().map(|slope| slope.times(weight / temperature)));
         }
         (value, gradient)
+    }
+
+    /// That what was found is [`Case::divergence`].
+    pub(crate) fn check(
+        &self,
+        what: &str,
+        comparison: &Comparison,
+        [value, gradient]: [&[f32]; 2],
+    ) {
+        let (sum, slopes) = self.divergence(comparison);
+        let slopes: Vec<Sum> = slopes.into_iter().map(|g| at_least(g, 1e-4)).collect();
+        close(&format!("value, {what}"), value, &[at_least(sum, 1.0)], TOLERANCE);
+        close(&format!("gradient, {what}"), gradient, &slopes, TOLERANCE);
     }
 }
 
@@ -159,9 +172,6 @@ proptest! {
         let top_k = top_k.filter(|_| !infinite);
         let comparison = Comparison { divergence: kind, temperature, top_k, tail: false };
         let case = Case::new(shape, seed);
-        let (value, gradient) = case.divergence(&comparison);
-        let value = at_least(value, 1.0);
-        let gradient: Vec<Sum> = gradient.into_iter().map(|g| at_least(g, 1e-4)).collect();
         let [student, teacher] = [case.student.plain(), case.teacher.plain()];
         let weights = || case.weights.plain();
         for (loss, alone) in both(|| {
@@ -172,8 +182,7 @@ proptest! {
             let alone = ops::divergence_value(&comparison, s, t, weights());
             ((host(value), host(gradient)), alone)
         }) {
-            close("value", &loss.0, &[value], TOLERANCE);
-            close("gradient", &loss.1, &gradient, TOLERANCE);
+            case.check("here", &comparison, [&loss.0, &loss.1]);
             prop_assert_eq!((alone as f32).to_bits(), loss.0[0].to_bits());
         }
         // The gradient takes the place of the logits, but not of those that another holds.

@@ -1,13 +1,12 @@
 //! Products with a frozen grid on packed codes: what text is generated with.
 
-use std::cell::Cell;
 use std::sync::{Arc, OnceLock};
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 
 use super::{CodedKind, CodedMatrix};
-use crate::ops::awake::awake;
 use crate::ops::bridge::{Rows, off_tape, reads_plain, tensor};
+use crate::ops::continuing::is_continuing;
 use crate::ops::kernel::integer::{self, Steps};
 use crate::ops::kernel::lookup::{self, Coefficients, Planes};
 use crate::ops::kernel::psumbook::{Books, Codes};
@@ -47,35 +46,6 @@ enum Frozen {
 #[derive(Clone, Debug, Default)]
 pub struct FrozenGrid(Arc<OnceLock<Frozen>>);
 
-thread_local! {
-    static CONTINUING: Cell<bool> = const { Cell::new(false) };
-}
-
-/// Runs `f`, in which texts are continued on `device`: there a product of few activations with packed codes on a
-/// frozen grid ([`CodedMatrix::linear_frozen`]) is computed on the codes, another order of the same sum. Elsewhere
-/// weights are decoded, so that a packed model gives the bits of the dense one that it stands for. Holds for
-/// the thread that runs `f`: the calling one, or on this machine's processor one of rayon's, whose others stay awake
-/// for it.
-pub fn continuing<R: Send>(device: &Device, f: impl FnOnce() -> R + Send) -> R {
-    struct Restore(bool);
-    impl Drop for Restore {
-        fn drop(&mut self) {
-            CONTINUING.set(self.0);
-        }
-    }
-    let f = || {
-        let _restore = Restore(CONTINUING.replace(true));
-        f()
-    };
-    // Other devices have a queue for each thread, and their tensors are of the caller's.
-    if *device == Device::flex() { awake(f) } else { f() }
-}
-
-/// Whether the calling thread is inside [`continuing`].
-pub(in crate::ops) fn is_continuing() -> bool {
-    CONTINUING.get()
-}
-
 impl CodedMatrix {
     /// The same codes for products in integers: what [`CodedMatrix::linear_frozen`] multiplies off the tape is
     /// rounded to 8 bits, in runs of 32 inputs that have a scale each. `None` where such products do not read the
@@ -89,7 +59,7 @@ impl CodedMatrix {
     }
 
     /// Whether a product with `x`, which nobody wants a gradient of, is computed on the codes: all those in
-    /// integers, and inside [`continuing`] those of few activations.
+    /// integers, and inside [`continuing`](crate::ops::continuing) those of few activations.
     pub(super) fn is_on_codes<const D: usize>(&self, x: &Tensor<D>) -> bool {
         let n: usize = x.dims()[..D - 1].iter().product();
         let few = || match self.kind {

@@ -21,6 +21,17 @@ pub(in crate::ops) enum Decoded {
 const CODES: u32 = 0;
 const UNIFORM: u32 = 1;
 
+impl Decoded {
+    /// As kernels are compiled for it.
+    pub(super) fn kind(self) -> u32 {
+        match self {
+            Self::Codes => CODES,
+            Self::Uniform => UNIFORM,
+            Self::BinaryCoding => 2,
+        }
+    }
+}
+
 /// What packed codes stand for, row-major.
 ///
 /// # Shapes
@@ -37,11 +48,6 @@ pub(in crate::ops) fn decode(
     let [groups, _] = tensor::<2>(shift.clone()).dims();
     let [_, stride] = words.dims();
     let (len, bits) = (rows * columns, u32::from(bits));
-    let kind = match decoded {
-        Decoded::Codes => CODES,
-        Decoded::Uniform => UNIFORM,
-        Decoded::BinaryCoding => 2,
-    };
     let inputs = [words.into_dispatch(), scale, shift];
     let [out] = launch("fewbit_decode", inputs, [vec![rows, columns]], move |inputs| {
         let [words, scale, shift] = contiguous(inputs);
@@ -59,7 +65,7 @@ pub(in crate::ops) fn decode(
             stride,
             len / groups,
             bits,
-            kind,
+            decoded.kind(),
         );
         [out]
     });
@@ -83,28 +89,62 @@ fn decode_kernel(
         terminate!();
     }
     let bit = (at % columns) * comptime!(bits as usize);
-    let word = (at / columns) * stride + bit / 32;
+    let code = code_at(words, (at / columns) * stride, bit, bits);
+    let group = at / group_len;
+    let scales = scales_of(scale, group, bits, kind);
+    out[at] = value(code, &scales, shift[group], bits, kind);
+}
+
+/// The code that begins so many bits behind the first of a word.
+#[cube]
+pub(super) fn code_at(words: &[u32], word: usize, bit: usize, #[comptime] bits: u32) -> u32 {
+    let word = word + bit / 32;
     let from = (bit % 32) as u32;
     let mut code = words[word] >> from;
     // A code may straddle two words.
     if from + bits > 32u32 {
         code |= words[word + 1] << (32u32 - from);
     }
-    code &= comptime!((1u32 << bits) - 1);
-    let group = at / group_len;
+    code & comptime!((1u32 << bits) - 1)
+}
+
+/// The scales of a group: one, or one for each plane.
+#[cube]
+pub(super) fn scales_of(
+    scale: &[f32],
+    group: usize,
+    #[comptime] bits: u32,
+    #[comptime] kind: u32,
+) -> Array<f32> {
+    let count = comptime!(if kind == CODES || kind == UNIFORM { 1 } else { bits as usize });
+    let mut scales = Array::<f32>::new(count);
+    #[unroll]
+    for i in 0..count {
+        scales[i] = scale[group * count + i];
+    }
+    scales
+}
+
+/// What a code stands for.
+#[cube]
+pub(super) fn value(
+    code: u32,
+    scales: &Array<f32>,
+    shift: f32,
+    #[comptime] bits: u32,
+    #[comptime] kind: u32,
+) -> f32 {
     if comptime!(kind == CODES) {
-        out[at] = f32::cast_from(code);
+        f32::cast_from(code)
     } else if comptime!(kind == UNIFORM) {
-        out[at] = scale[group] * (f32::cast_from(code) - shift[group]);
+        scales[0] * (f32::cast_from(code) - shift)
     } else {
-        let mut value = shift[group];
-        let planes = comptime!(bits as usize);
+        let mut value = shift;
         #[unroll]
-        for plane in 0..planes {
-            let alpha = scale[group * planes + plane];
+        for plane in 0..comptime!(bits as usize) {
             let set = (code >> (plane as u32)) & 1u32;
-            value += select(set == 1u32, alpha, -alpha);
+            value += select(set == 1u32, scales[plane], -scales[plane]);
         }
-        out[at] = value;
+        value
     }
 }

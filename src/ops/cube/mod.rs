@@ -14,6 +14,7 @@ mod adamw;
 mod coded;
 mod divided;
 mod losses;
+mod product;
 mod stepped;
 
 use std::cell::RefCell;
@@ -39,6 +40,7 @@ pub(super) use self::adamw::adamw;
 pub(super) use self::coded::{Decoded, decode};
 pub(super) use self::divided::{DividedInputs, divided, divided_backward};
 pub(super) use self::losses::{cross_entropy, divergence};
+pub(super) use self::product::{FEW, codes_in_piece, product, product_of_codebooks};
 pub(super) use self::stepped::{SteppedInputs, stepped, stepped_backward};
 use super::bridge::{Plain, is_composed};
 use super::device_kernels::DeviceKernels;
@@ -49,13 +51,21 @@ type Handles = HandleContainer<<Runtime as FusionRuntime>::FusionHandle>;
 
 /// Whether kernels that add nothing up can read this tensor, on the tape or off it: f32 on a device.
 pub(super) fn reads(tensor: &Plain) -> bool {
-    let wanted = DeviceKernels::chosen() != DeviceKernels::Off && !is_composed();
-    wanted && tensor.dtype() == DType::F32 && device_of(tensor).is_some()
+    are_wanted() && tensor.dtype() == DType::F32 && device_of(tensor).is_some()
 }
 
 /// As [`reads`], of kernels that add up rows.
 pub(super) fn reads_rows(tensor: &Plain) -> bool {
-    reads(tensor) && device_of(tensor).is_some_and(|device| adds_up(&device))
+    tensor.dtype() == DType::F32 && add_rows(tensor)
+}
+
+/// Whether kernels that add up rows run where this tensor is, whatever its type.
+pub(super) fn add_rows(tensor: &Plain) -> bool {
+    are_wanted() && device_of(tensor).is_some_and(|device| adds_up(&device))
+}
+
+fn are_wanted() -> bool {
+    DeviceKernels::chosen() != DeviceKernels::Off && !is_composed()
 }
 
 /// Which kernels run on the device of a tensor, by name; none of this machine's processor.
