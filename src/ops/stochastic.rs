@@ -2,15 +2,19 @@
 //! less than half of what its neighbours in bf16 are apart would else never move (Gupta et al. 2015, *Deep
 //! Learning with Limited Numerical Precision*, section 3).
 
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{Device, Tensor, TensorData};
 
 #[cfg(feature = "flex")]
-use super::bridge::{Rows, frozen, reads, tensor};
+use super::bridge::{Rows, reads};
+#[cfg(any(feature = "flex", feature = "gpu"))]
+use super::bridge::{frozen, tensor};
+#[cfg(feature = "gpu")]
+use super::cube;
 #[cfg(feature = "flex")]
 use super::kernel::stochastic as kernel;
 
 /// Rounds of [`Chance`]'s network.
-const ROUNDS: usize = 6;
+pub(super) const ROUNDS: usize = 6;
 /// Magnitudes below this become 0; no weight is so small.
 pub(super) const LEAST: f32 = f32::from_bits(27 << 23); // 2^-100
 
@@ -38,6 +42,12 @@ impl Chance {
         Self { rounds }
     }
 
+    /// Of each round its odd factor below 2^15, and what is added first, below 2^16.
+    #[cfg(feature = "gpu")]
+    pub(super) fn rounds(&self) -> [[u32; 2]; ROUNDS] {
+        self.rounds
+    }
+
     /// The draw of a place.
     #[inline(always)]
     #[allow(clippy::inline_always)] // compiled for the caller's instruction set
@@ -50,18 +60,11 @@ impl Chance {
         right
     }
 
-    /// As [`Chance::at`] of the places from 0 on, `[len]`.
-    fn draws(&self, len: usize, device: &Device) -> Tensor<1, Int> {
-        let low = |x: Tensor<1, Int>| x.bitwise_and_scalar(0xffff);
-        let place = Tensor::<1, Int>::arange(0..len.cast_signed() as i64, device);
-        let mut left = low(place.clone().bitwise_right_shift_scalar(16));
-        let mut right = low(place);
-        for [factor, added] in self.rounds {
-            let product = low(right.clone() + added.cast_signed()) * factor.cast_signed();
-            let mixed = product.clone().bitwise_xor(product.bitwise_right_shift_scalar(15));
-            (left, right) = (right, left.bitwise_xor(low(mixed)));
-        }
-        right
+    /// As [`Chance::at`] of the places from 0 on, `[len]`. Drawn here: burn's integers of the same network were wrong
+    /// on software Vulkan from some thousand places on.
+    fn draws(&self, len: usize, device: &Device) -> Tensor<1> {
+        let draws: Vec<f32> = (0..len).map(|place| self.at(place as u32) as f32).collect();
+        Tensor::from_data(TensorData::new(draws, [len]), device)
     }
 }
 
@@ -83,8 +86,16 @@ pub fn round_to_bf16<const D: usize>(x: Tensor<D>, seed: u64) -> Tensor<D> {
     }
     let x = orient(x);
     let shape = x.dims();
+    #[cfg(feature = "gpu")]
+    {
+        let plain = x.clone().into_dispatch();
+        if cube::reads(&plain) {
+            let plain = frozen::<D>(tensor(plain));
+            return orient(tensor(cube::round_to_bf16(plain, shape.into(), &chance)));
+        }
+    }
     let len = shape.iter().product();
-    let draws = chance.draws(len, &x.device()).float();
+    let draws = chance.draws(len, &x.device());
     orient(composed(x.reshape([len]), draws).reshape(shape))
 }
 
@@ -115,8 +126,6 @@ fn composed(x: Tensor<1>, draws: Tensor<1>) -> Tensor<1> {
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::TensorData;
-
     use super::*;
 
     fn column(values: Vec<f32>) -> Tensor<1> {

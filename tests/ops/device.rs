@@ -7,7 +7,7 @@ use fewbit::ops::{
     Divided, FrozenGrid, Moments, Numbers, PackedCodes, Restraint, Rule, Stepped, TieRule,
 };
 
-use crate::{Dice, Matrix, Outcome, host, losses};
+use crate::{Dice, Matrix, Outcome, bits, host, losses};
 
 /// Relative to a value and to the mean magnitude of all: f32 sums in another order.
 const TOLERANCE: f32 = 1e-5;
@@ -404,6 +404,32 @@ fn products_on_codes() {
             };
             let what = format!("{bits} bits, {kind:?}, {n} x {columns}, groups of {group_len}");
             near(&what, &product(&device()), &ops::composed(|| product(&Device::flex())));
+        }
+    }
+}
+
+/// Bits by chance are those of the processor, whatever the layout.
+#[test]
+fn rounding_to_bf16() {
+    let mut dice = Dice::new(8);
+    for shape in [[1, 1], [33, 65], [300, 301]] {
+        let mut x = dice.matrix(shape, 1.0);
+        let odd = [0.0, f32::INFINITY, 1e-38, f32::MAX, -0.007_812_5];
+        x.values.iter_mut().zip(odd).for_each(|(value, odd)| *value = odd);
+        for seed in [0, 7] {
+            let on = |device: &Device| {
+                let rows = x.on(device);
+                let lying = rows.clone().transpose();
+                [rows, lying].map(|x| host(ops::round_to_bf16(x, seed)))
+            };
+            let expected = on(&Device::flex());
+            for (form, found) in
+                [("kernel", on(&device())), ("composed", ops::composed(|| on(&device())))]
+            {
+                for (a, b) in found.iter().zip(&expected) {
+                    assert!(bits(a) == bits(b), "{form}, {shape:?}, {seed}");
+                }
+            }
         }
     }
 }

@@ -12,7 +12,7 @@ impl CodedMatrix {
     /// What a kernel of the device they are on makes of the codes; `None` where there is none.
     pub(super) fn decoded(
         &self,
-        decoded: cube::Decoded,
+        decoded: Decoded,
         scale: &Tensor<2>,
         shift: &Tensor<2>,
     ) -> Option<Tensor<2>> {

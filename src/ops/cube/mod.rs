@@ -16,6 +16,7 @@ mod divided;
 mod losses;
 mod product;
 mod stepped;
+mod stochastic;
 
 use std::cell::RefCell;
 
@@ -42,6 +43,7 @@ pub(super) use self::divided::{DividedInputs, divided, divided_backward};
 pub(super) use self::losses::{cross_entropy, divergence};
 pub(super) use self::product::{FEW, codes_in_piece, product, product_of_codebooks};
 pub(super) use self::stepped::{SteppedInputs, stepped, stepped_backward};
+pub(super) use self::stochastic::round_to_bf16;
 use super::bridge::{Plain, is_composed};
 use super::device_kernels::DeviceKernels;
 
