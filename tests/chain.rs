@@ -163,8 +163,49 @@ fn grids_tuned_at_rate_zero_by_block_change_no_bit() {
     }
 }
 
-/// Latents are what is learned, not what is rounded: with them the next stage starts elsewhere, and
-/// scale tuning in between takes their meaning away.
+/// Latents wait while scales are tuned: at rate 0 as if nothing had been in between, and at any rate what goes on
+/// begins with the codes and scales that were left.
+#[test]
+fn latents_wait_behind_tuned_scales() {
+    let export = "[[stage]]\n[stage.export]\nformat.fewbit = {}\nallow_worse = true\n";
+    let tune = |method: &str, rate: &str| {
+        format!(
+            "[[stage]]\n[stage.tune_scales]\nmethod.{method} = {{}}\nobjective.kl_forward = {{}}\n\
+             steps = 4\nbatch = 4\nlearning_rate = {rate}\nrate_unit = \"grid\"\nadapter.dtype = \"f32\"\nallow_worse = true\n"
+        )
+    };
+    for (quant, learns) in [("bits = 2\ngroup_size = 4", "block_ap"), ("bits = 2", "seq")] {
+        let run = |between: String, rate: &str| {
+            let last = distill(learns, 2, rate, "rate_unit = \"grid\"");
+            let stages = [reconstruct(learns, 2, "1e-2", ""), between, last];
+            let place = place(&(recipe(quant, &stages) + export));
+            place.ok(&["train", "--recipe", "recipe.toml"]);
+            place
+        };
+        let file = "run/export/fewbit/model.safetensors";
+        let of = |place: &Place| common::split_safetensors(&place.path(file)).1;
+        let none = of(&run(EVALUATE.to_owned(), "0.3"));
+        for between in [
+            tune("e2e_qp", "0.0"),
+            tune("peqa", "0.0"),
+            distill("e2e_qp", 2, "0.0", ""),
+            reconstruct("peqa", 2, "0.0", ""),
+        ] {
+            assert!(of(&run(between.clone(), "0.3")) == none, "{learns}: {between}");
+        }
+        let place = run(tune("e2e_qp", "3e-3"), "0.0");
+        let told = events(&place.path("run/metrics.jsonl"));
+        let told = told.iter().filter(|event| event["event"] == "evaluation");
+        let all: Vec<f64> = told.map(|event| event["perplexity"].as_f64().unwrap()).collect();
+        let [.., blocks, tuned, last] = all[..] else { panic!("{all:?}") };
+        assert!(
+            blocks.to_bits() != tuned.to_bits() && tuned.to_bits() == last.to_bits(),
+            "{all:?}"
+        );
+    }
+}
+
+/// Latents are what is learned, not what is rounded: with them the next stage starts elsewhere.
 #[test]
 fn another_grid_starts_where_it_is_told() {
     let perplexity = |from: &str| {

@@ -109,7 +109,7 @@ fn a_run_killed_while_it_takes_over_does_it_again() {
 }
 
 #[test]
-fn latent_weights_that_nobody_asks_for_are_in_nobodys_way() {
+fn latent_weights_that_nobody_asks_for_are_in_nobodys_way_and_scales_are_taken_over() {
     let place = Place::with_small_run(STAGES);
     let scales = STAGES
         .replace(
@@ -125,6 +125,16 @@ fn latent_weights_that_nobody_asks_for_are_in_nobodys_way() {
         std::fs::read(place.path(more[0]).join("export/fewbit/model.safetensors")).unwrap()
     };
     assert!(scales(&["b"]) == scales(&["c", "--reuse", "a"]));
+    // So are scales, with the adapter.
+    let longer =
+        ["train", "--recipe", "scales.toml", "--set", "stage.3.export.format.dequantized={}"];
+    let ended = place.run(&[&longer[..], &["--output", "e", "--reuse", "b"]].concat());
+    let said = ended.err;
+    assert!(said.contains("2 (tune_scales) are those of b"), "{said}");
+    let of = |run: &str, file: &str| std::fs::read(place.path(run).join(file)).unwrap();
+    for file in ["export/fewbit/model.safetensors", "adapters/e2e_qp.safetensors"] {
+        assert!(of("b", file) == of("e", file), "{file}");
+    }
     // The other way round they are missing.
     let said = train(&place, &["--output", "d", "--reuse", "b"]);
     assert!(said.contains("latent weights, which its first stage did not leave"), "{said}");

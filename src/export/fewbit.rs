@@ -230,6 +230,12 @@ pub fn latent_names(name: &str) -> [String; 2] {
     ["latent", "step"].map(|part| format!("{name}.{part}"))
 }
 
+/// The name under which the steps of linear `name` are stored, in the order of its groups.
+pub fn scales_name(name: &str) -> String {
+    let [_, scales, ..] = tensor_names(name);
+    scales
+}
+
 /// What a stage has made of some linears, and of dense tensors on the way.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Saved {

@@ -128,6 +128,11 @@ impl CodedWeight {
             tensor(&hot)
         });
         let learns = learned.scales != LearnedScales::Frozen;
+        // As [`Self::scales`] gives them: nothing is left to do at each product.
+        let scale = match zero_kind {
+            Some(_) if !learns => scale.clamp(SCALE_FLOOR, f32::MAX),
+            _ => scale,
+        };
         let relative = learns && learned.relative;
         let value = match (&largest, relative) {
             (None, false) => scale.clone(),
@@ -215,6 +220,9 @@ impl CodedWeight {
     /// Steps, or scales of the planes, as they are now, `[groups, planes]`.
     pub fn scales(&self) -> Tensor<2> {
         let mut learned = self.scale.val();
+        if self.learned.scales == LearnedScales::Frozen && self.digits == ScaleDigits::F32 {
+            return learned;
+        }
         if self.learned.divide_by_group {
             learned = ops::scale_gradient(learned, 1.0 / self.layout.group_len as f64);
         }

@@ -12,7 +12,7 @@ use super::record::{Fingerprint, RunRecord, Status};
 use super::{Prepared, stage_folder};
 use crate::error::{Error, Result};
 use crate::recipe::{self, Base, Plan, PlannedStage, Recipe, to_toml};
-use crate::stage::StageConfig;
+use crate::stage::{StageConfig, TuneScalesConfig};
 use crate::store::folder::entries;
 
 /// The first stages of another run.
@@ -22,6 +22,8 @@ pub struct Reused {
     from: PathBuf,
     /// Its record, of those stages alone.
     record: RunRecord,
+    /// Those of them that leave an adapter, which has a copy outside of the stage's folder.
+    tuned: Vec<Option<TuneScalesConfig>>,
 }
 
 impl Reused {
@@ -86,7 +88,11 @@ impl Reused {
                 .fix("a recipe that differs in later stages alone, or no --reuse"));
         }
         record.stages.truncate(count);
-        Ok(Self { from: from.to_owned(), record })
+        let tuned = prepared.plan.stages[..count].iter().map(|stage| match &stage.config {
+            StageConfig::TuneScales(config) => Some(config.clone()),
+            _ => None,
+        });
+        Ok(Self { from: from.to_owned(), record, tuned: tuned.collect() })
     }
 
     /// In words.
@@ -111,6 +117,10 @@ impl Reused {
             fs::create_dir_all(&to).map_err(|e| Error::io("create", &to, &e))?;
             for name in &stage.files {
                 share(&from.join(name), &to.join(name))?;
+            }
+            if let Some(config) = &self.tuned[index] {
+                let public = config.adapter_file(folder.path())?;
+                share(&to.join(TuneScalesConfig::CHECKPOINT), &public)?;
             }
             let mut own = stage.clone();
             own.needs.clone_from(&record.stages[index].needs);
@@ -141,13 +151,15 @@ impl Reused {
 /// The run's events.
 const METRICS: &str = "metrics.jsonl";
 
-/// Whether all that a stage leaves is in its folder under `checkpoints/`, and what it measured.
+/// Whether all that a stage leaves is in its folder under `checkpoints/`, but for what it measured and the copy
+/// of an adapter.
 fn is_kept_in_checkpoints(stage: &StageConfig) -> bool {
     matches!(
         stage,
         StageConfig::Calibrate(_)
             | StageConfig::Reconstruct(_)
             | StageConfig::Distill(_)
+            | StageConfig::TuneScales(_)
             | StageConfig::Evaluate(_)
     )
 }

@@ -16,7 +16,9 @@ use crate::error::{Error, Result};
 use crate::export::Provenance;
 use crate::export::fewbit::{Saved, latent_names};
 use crate::method;
-use crate::quant::{CodedWeight, Learned, ObserverConfig, QuantSpec, QuantizedWeight, ScaleDigits};
+use crate::quant::{
+    CodedWeight, Grid, Learned, ObserverConfig, QuantSpec, QuantizedWeight, ScaleDigits,
+};
 use crate::report::{Event, Reporter, Reporters};
 use crate::stop::StopFlag;
 
@@ -223,13 +225,19 @@ impl StageContext<'_> {
         self.take(saved, &path)
     }
 
-    /// Notes where the latents of what a stage made are: beside it, or nowhere any more.
-    pub(super) fn note_latents(&mut self, saved: &Saved, file: &std::path::Path) {
-        for (name, ..) in &saved.linears {
+    /// Notes where the latents of what a stage made are: beside it, where they were where it left the codes and
+    /// moved no more than the steps of even levels, or nowhere any more.
+    fn note_latents(&mut self, saved: &Saved, file: &Path) {
+        for (name, weight, _) in &saved.linears {
             let [latent, _] = latent_names(name);
+            let waits = |(left, _): &(QuantizedWeight, String)| {
+                matches!(weight.grid, Grid::Uniform { .. })
+                    && (left.bits, left.layout) == (weight.bits, weight.layout)
+                    && left.codes == weight.codes
+            };
             if saved.latents.contains_key(&latent) {
                 self.model.latents.insert(name.clone(), LatentFile(file.to_owned()));
-            } else {
+            } else if !self.model.quantized.get(name).is_some_and(waits) {
                 self.model.latents.remove(name);
             }
         }

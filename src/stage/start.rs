@@ -3,7 +3,8 @@
 //! A stage that keeps bits, groups and the kind of grid goes on from exactly what the earlier one left:
 //! its codes, its steps, and its latent weight. With a rate of zero it changes no bit. On another grid
 //! it starts from the latent weight, which knows more than the codes that were made of it. A method that
-//! learns grids alone has the codes themselves, packed.
+//! learns grids alone has the codes themselves, packed; latents of evenly spaced levels wait behind it, and move
+//! with the steps.
 
 use burn::module::Param;
 use burn::nn::Linear;
@@ -16,7 +17,7 @@ use super::context::StageContext;
 use super::state::LatentFile;
 use crate::data;
 use crate::error::{Error, Result};
-use crate::export::fewbit::latent_names;
+use crate::export::fewbit::{latent_names, scales_name};
 use crate::method::{self, FakeQuant, LeftGrid, Method, MethodConfig, Start};
 use crate::model::{WeightSource, weight_name};
 use crate::ops;
@@ -154,7 +155,8 @@ impl StageContext<'_> {
         .fix("other bits or groups in this stage, or the same method"))
     }
 
-    /// What an earlier stage saved of a linear's latent.
+    /// What an earlier stage saved of a linear's latent. Where one in between moved the steps of its codes, it has
+    /// moved with them: each weight keeps its place between two levels.
     fn latent(&self, name: &str) -> Result<Found> {
         let Some(LatentFile(path)) = self.model.latents.get(name) else {
             return Ok(Found { weight: None, step: None });
@@ -162,10 +164,25 @@ impl StageContext<'_> {
         let file = Checkpoint::open_file(path)?;
         let [latent, step] = latent_names(name);
         let read = |name: &str| file.read(name)?.to_f32().map_err(|e| e.at(name));
-        Ok(Found {
-            weight: Some(read(&latent)?),
-            step: file.contains(&step).then(|| read(&step)).transpose()?,
-        })
+        let mut weight = read(&latent)?;
+        let mut step = file.contains(&step).then(|| read(&step)).transpose()?;
+        let left = self.model.quantized.get(name).map(|(left, _)| left);
+        if let Some(QuantizedWeight { grid: Grid::Uniform { scale, .. }, layout, .. }) = left
+            && layout.axis == GroupAxis::In
+        {
+            let before = read(&scales_name(name))?;
+            for (group, (now, before)) in scale.iter().zip(&before).enumerate() {
+                // Where nothing moved it is 1, and changes no bit.
+                let factor = now / before;
+                for weight in &mut weight[group * layout.group_len..][..layout.group_len] {
+                    *weight *= factor;
+                }
+                if let Some(step) = &mut step {
+                    step[group] *= factor;
+                }
+            }
+        }
+        Ok(Found { weight: Some(weight), step })
     }
 
     fn start<'a>(&'a self, name: &str, layout: GroupLayout, weight: &'a Tensor<2>) -> Start<'a> {

@@ -25,7 +25,7 @@ use crate::export::{Adapter, AdapterHead, Tuned};
 use crate::method::{self, MethodConfig};
 use crate::model::{Block, CausalLm, Loader};
 use crate::objective::{CrossEntropyObjective, ObjectiveConfig};
-use crate::quant::{Bits, CodedWeight, Learned, QuantizedWeight, SCALE_FLOOR, ScaleDType};
+use crate::quant::{Bits, CodedWeight, Grid, Learned, QuantizedWeight, SCALE_FLOOR, ScaleDType};
 use crate::report::{Event, Reporter, size};
 use crate::train::{LearningRate, OptimizerConfig, RateUnit, ScheduleConfig};
 
@@ -103,6 +103,19 @@ fn linear() -> ScheduleConfig {
 }
 
 impl TuneScalesConfig {
+    /// The adapter in the stage's own folder: its checkpoint.
+    pub(crate) const CHECKPOINT: &str = "adapter.safetensors";
+
+    /// The copy of the adapter for whoever uses the run in this folder, where there is a folder for it now.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub(crate) fn adapter_file(&self, run: &Path) -> Result<PathBuf> {
+        let dir = run.join("adapters");
+        std::fs::create_dir_all(&dir).map_err(|e| Error::io("create", &dir, &e))?;
+        Ok(dir.join(format!("{}.safetensors", self.adapter_name())))
+    }
+
     /// The adapter's name.
     pub fn adapter_name(&self) -> Cow<'_, str> {
         match (&self.adapter.name, self.bits) {
@@ -227,9 +240,7 @@ impl Stage for TuneScalesConfig {
         let (head, dtype) = (head(self, ctx), self.adapter.dtype);
         let adapter = Adapter::new(head, self.learned(), dtype, &linears)?;
         // The public copy first: the stage is done once its own is there.
-        let dir = ctx.run_dir.join("adapters");
-        std::fs::create_dir_all(&dir).map_err(|e| Error::io("create", &dir, &e))?;
-        let public = dir.join(format!("{}.safetensors", self.adapter_name()));
+        let public = self.adapter_file(ctx.run_dir)?;
         adapter.write(&public)?;
         adapter.write(&checkpoint(ctx))?;
         take(ctx, &adapter)?;
@@ -248,7 +259,7 @@ impl Stage for TuneScalesConfig {
 }
 
 fn checkpoint(ctx: &StageContext<'_>) -> PathBuf {
-    ctx.dir.join("adapter.safetensors")
+    ctx.dir.join(TuneScalesConfig::CHECKPOINT)
 }
 
 /// The model goes on with the adapter's scales.
@@ -260,8 +271,10 @@ fn take(ctx: &mut StageContext<'_>, adapter: &Adapter) -> Result<()> {
         let Some((weight, method)) = ctx.model.quantized.get_mut(name) else { continue };
         if let Some(grid) = grid {
             weight.set_grid(bits, grid).map_err(|e| e.at(name))?;
-            // The scales are no longer those that the latent was learned with.
-            ctx.model.latents.remove(name);
+            if !matches!(weight.grid, Grid::Uniform { .. }) {
+                // The levels are no longer those that the latent was learned with.
+                ctx.model.latents.remove(name);
+            }
             method.clone_from(&adapter.head().method);
         }
     }

@@ -4,7 +4,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use fewbit::ops::{self, Attending, Scores, Sight};
 use proptest::prelude::*;
 
-use crate::{Dice, Matrix, Outcome, Sum, alike, close, length};
+use crate::{Dice, Matrix, Outcome, Sum, alike, cases, close, length};
 
 /// Sums of f32 products.
 const TOLERANCE: f64 = 3e-6;
@@ -38,7 +38,7 @@ fn exact_product(
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(cases(96))]
 
     /// The weight row-major or as a transposed view; a batch of one dimension or two.
     #[test]
@@ -287,7 +287,7 @@ impl AttentionCase {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(cases(96))]
 
     #[test]
     fn attention(

@@ -40,24 +40,6 @@ fn near_by(what: &str, tolerance: f32, found: &[f32], expected: &[f32]) {
     }
 }
 
-/// As [`Outcome::on`], without a sum of burn's over all: its kernel is one that software Vulkans have crashed on.
-fn on<const N: usize>(
-    device: &Device,
-    inputs: &[Matrix; N],
-    upstream: &[f32],
-    f: impl Fn([Tensor<2>; N]) -> Tensor<2>,
-) -> Outcome<N> {
-    let leaves = inputs.each_ref().map(|input| input.on(device).require_grad());
-    let result = f(leaves.clone());
-    let plain = device.clone().inner();
-    let upstream = TensorData::new(upstream.to_vec(), result.dims());
-    let upstream = Tensor::from_data(upstream, &plain);
-    let value = Tensor::zeros([1], &plain);
-    let gradients = ops::with_gradient(result.clone(), value, upstream).backward();
-    let gradients = leaves.map(|leaf| leaf.grad(&gradients).map(host).unwrap_or_default());
-    Outcome { values: host(result), gradients }
-}
-
 /// Values and gradients of `f` by the device's kernels, composed there, and on the processor.
 fn check<const N: usize>(
     what: &str,
@@ -66,12 +48,12 @@ fn check<const N: usize>(
     f: impl Fn([Tensor<2>; N]) -> Tensor<2>,
 ) {
     let there = device().autodiff();
-    let found = on(&there, inputs, upstream, &f);
-    let here = on(&Device::flex().autodiff(), inputs, upstream, &f);
+    let found = Outcome::on(&there, inputs, upstream, &f);
+    let here = Outcome::on(&Device::flex().autodiff(), inputs, upstream, &f);
     let mut others = vec![("processor", here)];
     // `0` where what burn composes cannot run.
     if std::env::var_os("FEWBIT_TEST_COMPOSED").is_none_or(|value| value != "0") {
-        others.push(("composed", ops::composed(|| on(&there, inputs, upstream, &f))));
+        others.push(("composed", ops::composed(|| Outcome::on(&there, inputs, upstream, &f))));
     }
     for (form, expected) in others {
         near(&format!("{what}, values, {form}"), &found.values, &expected.values);

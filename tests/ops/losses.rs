@@ -4,7 +4,7 @@ use burn::tensor::{Int, Tensor, TensorData};
 use fewbit::ops::{self, Closeness, Comparison, Divergence, LossValue};
 use proptest::prelude::*;
 
-use crate::{Dice, Matrix, Sum, bits, both, close, host};
+use crate::{Dice, Matrix, Sum, bits, both, cases, close, host, same};
 
 /// Differences of logits up to 60 are rounded before their exponential.
 const TOLERANCE: f64 = 2e-5;
@@ -152,7 +152,7 @@ fn at_least(mut sum: Sum, size: f64) -> Sum {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(256))]
+    #![proptest_config(cases(256))]
 
     #[test]
     fn divergences(
@@ -183,7 +183,7 @@ proptest! {
             ((host(value), host(gradient)), alone)
         }) {
             case.check("here", &comparison, [&loss.0, &loss.1]);
-            prop_assert_eq!((alone as f32).to_bits(), loss.0[0].to_bits());
+            same("the value alone", &[alone as f32], &loss.0);
         }
         // The gradient takes the place of the logits, but not of those that another holds.
         prop_assert_eq!(bits(&host(student)), bits(&case.student.values));
@@ -201,16 +201,16 @@ proptest! {
         let first = |x: &[f32]| {
             (0..x.len()).rev().max_by(|a, b| x[*a].total_cmp(&x[*b])).unwrap()
         };
-        let same = |row: &usize| first(case.student.row(*row)) == first(case.teacher.row(*row));
-        let same: f64 =
-            (0..shape[0]).filter(same).map(|row| f64::from(case.weights.values[row])).sum();
+        let agree = |row: &usize| first(case.student.row(*row)) == first(case.teacher.row(*row));
+        let agreeing: f64 =
+            (0..shape[0]).filter(agree).map(|row| f64::from(case.weights.values[row])).sum();
         for found in both(|| {
             ops::compare(case.student.plain(), case.teacher.plain(), case.weights.plain())
         }) {
             let Closeness { jsd, kl_forward, kl_reverse, top1 } = found;
             let found = [jsd, kl_forward, kl_reverse].map(|x| x as f32);
             close("jsd, kl_forward, kl_reverse", &found, &exact, TOLERANCE);
-            prop_assert!((top1 - same).abs() < 1e-6, "{top1} for {same}");
+            prop_assert!((top1 - agreeing).abs() < 1e-6, "{top1} for {agreeing}");
         }
     }
 

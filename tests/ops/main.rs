@@ -22,10 +22,29 @@ mod moments;
 mod stepped;
 
 use burn::tensor::{Device, Tensor, TensorData};
-use fewbit::ops;
+use fewbit::ops::{self, DeviceKernels};
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+
+/// Where properties are tried: on this machine's processor, or on the device that
+/// `FEWBIT_TEST_DEVICE` names to a binary that was built for it.
+pub(crate) fn place() -> Device {
+    let Ok(name) = std::env::var("FEWBIT_TEST_DEVICE") else { return Device::flex() };
+    // The same for every test of this process.
+    DeviceKernels::All.choose();
+    fewbit::device::open(&name).unwrap().device
+}
+
+/// Whether that is the processor, of whose kernels some laws are.
+pub(crate) fn on_processor() -> bool {
+    std::env::var_os("FEWBIT_TEST_DEVICE").is_none()
+}
+
+/// How many cases a property is tried in, of `all`: every one of them compiles kernels on a device.
+pub(crate) fn cases(all: u32) -> ProptestConfig {
+    ProptestConfig::with_cases(if on_processor() { all } else { all.div_ceil(8) })
+}
 
 /// Group lengths around the width of vectors.
 pub(crate) const LENGTHS: [usize; 8] = [1, 7, 15, 16, 17, 33, 100, 128];
@@ -58,7 +77,7 @@ impl Matrix {
 
     /// Off every tape.
     pub(crate) fn plain(&self) -> Tensor<2> {
-        self.on(&Device::flex())
+        self.on(&place())
     }
 
     pub(crate) fn at(&self, row: usize, column: usize) -> f64 {
@@ -114,6 +133,17 @@ pub(crate) fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
+/// The same bits; on a device, which may multiply and add at once, the same but for the last ones.
+#[track_caller]
+pub(crate) fn same(what: &str, found: &[f32], expected: &[f32]) {
+    if on_processor() {
+        assert_eq!(bits(found), bits(expected), "{what}");
+    } else {
+        let expected = expected.iter().map(|x| f64::from(*x)).collect();
+        close(what, found, &alike(expected), 2e-6);
+    }
+}
+
 /// What an operation gave, and the gradients of its inputs.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Outcome<const N: usize> {
@@ -132,8 +162,12 @@ impl<const N: usize> Outcome<N> {
     ) -> Self {
         let leaves = inputs.each_ref().map(|input| input.on(device).require_grad());
         let result = f(leaves.clone());
+        let plain = device.clone().inner();
         let upstream = TensorData::new(upstream.to_vec(), result.dims());
-        let gradients = (result.clone() * Tensor::from_data(upstream, device)).sum().backward();
+        let upstream = Tensor::from_data(upstream, &plain);
+        // Not by a sum of burn's: its kernel is one that software Vulkans have crashed on.
+        let value = Tensor::zeros([1], &plain);
+        let gradients = ops::with_gradient(result.clone(), value, upstream).backward();
         let gradients = leaves.map(|leaf| leaf.grad(&gradients).map(host).unwrap_or_default());
         Self { values: host(result), gradients }
     }
@@ -144,7 +178,7 @@ impl<const N: usize> Outcome<N> {
         upstream: &[f32],
         f: impl Fn([Tensor<2>; N]) -> Tensor<D>,
     ) -> [Self; 2] {
-        let device = Device::flex().autodiff();
+        let device = place().autodiff();
         let fused = Self::on(&device, inputs, upstream, &f);
         [fused, ops::composed(|| Self::on(&device, inputs, upstream, &f))]
     }

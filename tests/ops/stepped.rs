@@ -4,7 +4,7 @@ use burn::tensor::Tensor;
 use fewbit::ops::{Rule, Stepped, TieRule};
 use proptest::prelude::*;
 
-use crate::{Dice, Matrix, Outcome, Sum, bits, both, close, host, length};
+use crate::{Dice, Matrix, Outcome, Sum, bits, both, cases, close, host, length, same};
 
 /// Sums of f32 products without an exponential.
 const TOLERANCE: f64 = 2e-6;
@@ -181,10 +181,10 @@ impl SteppedCase {
         let dequantized: Vec<f32> = fused.iter().enumerate().map(stands_for).collect();
         let f = |inputs: [Tensor<2>; 4]| self.operation(inputs).values();
         let [fused, composed] = Outcome::both(&self.inputs, &self.upstream, f);
-        assert_eq!(bits(&fused.values), bits(&composed.values), "values");
-        assert_eq!(bits(&fused.values), bits(&dequantized), "codes do not stand for the values");
+        same("values", &fused.values, &composed.values);
+        same("what codes stand for", &fused.values, &dequantized);
         for (i, name) in [(0, "weight"), (3, "rounding")] {
-            assert_eq!(bits(&fused.gradients[i]), bits(&composed.gradients[i]), "{name}");
+            same(name, &fused.gradients[i], &composed.gradients[i]);
         }
         for (form, found) in [("fused", fused), ("composed", composed)] {
             close(&format!("{form} values"), &found.values, &values, TOLERANCE);
@@ -196,7 +196,7 @@ impl SteppedCase {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(256))]
+    #![proptest_config(cases(256))]
 
     #[test]
     fn stepped(

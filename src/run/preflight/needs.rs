@@ -12,6 +12,7 @@ use super::limits;
 use crate::device::NamedDevice;
 use crate::error::{Error, Result};
 use crate::export::OpenModel;
+use crate::ops;
 use crate::quant::QuantSpec;
 use crate::recipe::{Plan, PlannedStage, QuantSection};
 use crate::report::{Event, memory, size};
@@ -257,7 +258,7 @@ fn bytes_of(spec: &QuantSpec, shape: [usize; 2]) -> u64 {
     len * u64::from(spec.bits.get()) / 8 + 8 * groups
 }
 
-/// What a device reaches in about a tenth of a second of work of the kind that training does.
+/// What a device reaches in about a tenth of a second of the operations that training consists of.
 fn measure(device: &Device) -> Speed {
     const SIDE: usize = 384;
     /// Too large for the caches, as activations are.
@@ -274,14 +275,14 @@ fn measure(device: &Device) -> Speed {
         start.elapsed().as_secs_f64() / f64::from(times)
     };
     let (a, b) = (random(SIDE), random(SIDE));
-    let product = time(&|| a.clone().matmul(b.clone()), 8);
+    let product = time(&|| ops::linear(a.clone(), b.clone()), 8);
     let (a, b) = (random(WIDE), random(WIDE));
-    let sum = time(&|| a.clone() + b.clone(), 6);
+    let gated = time(&|| ops::swiglu(a.clone(), b.clone()), 6);
     let tiny = random(8);
     let launch = time(&|| tiny.clone() + 1.0, 64);
     Speed {
         flops: 2.0 * (SIDE as f64).powi(3) / product,
-        bytes: 12.0 * (WIDE as f64).powi(2) / sum,
+        bytes: 12.0 * (WIDE as f64).powi(2) / gated,
         launch,
     }
 }
