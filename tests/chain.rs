@@ -46,6 +46,9 @@ fn distill(method: &str, bits: u8, rate: &str, more: &str) -> String {
     )
 }
 
+/// Whole steps from the first, and the end of it whatever it is worth.
+const FAST: &str = "rate_unit = \"grid\"\nschedule.constant = {}\nvalidate.keep_best = false\n";
+
 const EVALUATE: &str = "[[stage]]\n[stage.evaluate]\ntask.ppl = { context = 64 }\n";
 
 fn recipe(quant: &str, stages: &[String]) -> String {
@@ -176,7 +179,7 @@ fn latents_wait_behind_tuned_scales() {
     };
     for (quant, learns) in [("bits = 2\ngroup_size = 4", "block_ap"), ("bits = 2", "seq")] {
         let run = |between: String, rate: &str| {
-            let last = distill(learns, 2, rate, "rate_unit = \"grid\"");
+            let last = distill(learns, 2, rate, FAST);
             let stages = [reconstruct(learns, 2, "1e-2", ""), between, last];
             let place = place(&(recipe(quant, &stages) + export));
             place.ok(&["train", "--recipe", "recipe.toml"]);
@@ -185,6 +188,7 @@ fn latents_wait_behind_tuned_scales() {
         let file = "run/export/fewbit/model.safetensors";
         let of = |place: &Place| common::split_safetensors(&place.path(file)).1;
         let none = of(&run(EVALUATE.to_owned(), "0.3"));
+        assert!(none != of(&run(EVALUATE.to_owned(), "0.0")), "{learns} learned nothing");
         for between in [
             tune("e2e_qp", "0.0"),
             tune("peqa", "0.0"),
@@ -203,6 +207,46 @@ fn latents_wait_behind_tuned_scales() {
             "{all:?}"
         );
     }
+}
+
+/// Latents that begin away from the borders of their levels have the same codes, and learn others.
+#[test]
+fn a_margin_changes_no_code_until_something_learns() {
+    let margin = format!("{FAST}start_margin = 0.1");
+    for (quant, bits, method) in [
+        ("bits = 2\ngroup_size = 4", 2, "block_ap"),
+        ("bits = 2\nscales = \"f16\"", 2, "seq"),
+        ("bits = 3\nsymmetric = true", 3, "lsq"),
+        ("bits = 1", 1, "sign"),
+    ] {
+        let run = |rate: &str, more: &str| {
+            let stages = [reconstruct(method, bits, "1e-2", ""), distill(method, bits, rate, more)];
+            let place = place(&recipe(quant, &stages));
+            place.ok(&["train", "--recipe", "recipe.toml"]);
+            place
+        };
+        compare_last_two(&run("0.0", &margin), 2, &format!("{method}, {quant}"));
+        let [none, some] = [FAST, &margin].map(|more| {
+            let place = run("0.1", more);
+            let last = place.path("run/checkpoints/02-distill/block-0000.safetensors");
+            common::split_safetensors(&last).1
+        });
+        assert!(none != some, "{method}, {quant}");
+    }
+    let stages = [reconstruct("seq", 2, "1e-2", ""), distill("seq", 2, "0.1", "")];
+    let place = place(&recipe("bits = 2", &stages));
+    for (set, what) in [
+        ("stage.2.distill.start_margin=0.5", "start_margin = 0.5 leaves no level"),
+        ("stage.2.distill.start_margin=-0.1", "start_margin = -0.1 leaves no level"),
+        ("stage.2.distill.start_margin=nan", "start_margin = NaN leaves no level"),
+    ] {
+        let text = place.refused(&["check", "--recipe", "recipe.toml", "--set", set]);
+        assert!(text.starts_with("exit 2") && text.contains(what), "{text}");
+    }
+    let set = ["stage.2.distill.method={e2e_qp={}}", "stage.2.distill.start_margin=0.1"];
+    let set = set.map(|set| ["--set", set]).concat();
+    let text = place.refused(&[&["check", "--recipe", "recipe.toml"], &set[..]].concat());
+    assert!(text.contains("method.e2e_qp learns no latent weights"), "{text}");
 }
 
 /// Latents are what is learned, not what is rounded: with them the next stage starts elsewhere.

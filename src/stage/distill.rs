@@ -17,7 +17,7 @@ use super::kind::{Before, Effect, Judged, Stage, codes};
 use super::memory::Memory;
 use super::on_policy::OnPolicy;
 use super::session::Training;
-use super::start::StartFrom;
+use super::start::{Beginning, StartFrom};
 use super::state::{ModelState, Packed};
 use super::states::{self, has_states};
 use super::student::Student;
@@ -52,6 +52,11 @@ pub struct DistillConfig {
     /// On another grid than the earlier stage's: what latent weights start from.
     #[serde(default)]
     pub start_from: StartFrom,
+    /// On the earlier stage's grid: how far from the border between two levels latent weights begin at least, in
+    /// parts of the levels' distance, below a half. Blocks leave many on a border, where a deep model loses ground
+    /// to the first steps.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub start_margin: f32,
     /// What student and teacher are compared by.
     pub objective: ObjectiveConfig,
     /// Optimizer steps.
@@ -134,6 +139,18 @@ impl Stage for DistillConfig {
             return Err(Error::usage(what)
                 .at("optimizer.latents")
                 .fix("method.seq or method.lsq, or no optimizer.latents"));
+        }
+        if !(0.0..0.5).contains(&self.start_margin) {
+            let what = format!("start_margin = {} leaves no level", self.start_margin);
+            return Err(
+                Error::usage(what).fix("a number from 0, where nothing moves, to below 0.5")
+            );
+        }
+        if self.start_margin > 0.0 && !self.method.trains_base() {
+            let what = format!("method.{} learns no latent weights", self.method.name());
+            return Err(Error::usage(what)
+                .at("start_margin")
+                .fix("method.block_ap or method.seq, or no start_margin"));
         }
         if self.method.has_hook() {
             // Its state between steps is not part of a saved training state.
@@ -359,6 +376,11 @@ fn finish(
     Ok(())
 }
 
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
+fn is_zero(margin: &f32) -> bool {
+    *margin == 0.0
+}
+
 /// Puts the method on every linear of the plan in a block.
 fn attach(
     block: &mut Block,
@@ -372,7 +394,8 @@ fn attach(
             continue;
         }
         let kept = (ctx.compute, config.optimizer.latents);
-        ctx.attach(&name, linear, &config.method, config.start_from, kept)?;
+        let beginning = Beginning { from: config.start_from, margin: config.start_margin };
+        ctx.attach(&name, linear, &config.method, beginning, kept)?;
     }
     Ok(())
 }

@@ -40,6 +40,23 @@ pub enum StartFrom {
     Float,
 }
 
+/// How weights begin a stage.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Beginning {
+    /// On another grid than before: what they start from.
+    pub(super) from: StartFrom,
+    /// On the same grid: how far from a border between two levels latent weights are at least, in parts of the
+    /// levels' distance.
+    pub(super) margin: f32,
+}
+
+impl Beginning {
+    /// Latents that go on stay where they are.
+    pub(super) fn at(from: StartFrom) -> Self {
+        Self { from, margin: 0.0 }
+    }
+}
+
 /// What is there of a linear, on the host, row by row.
 struct Found {
     weight: Option<Vec<f32>>,
@@ -55,7 +72,7 @@ impl StageContext<'_> {
         name: &str,
         linear: &mut Linear,
         method: &MethodConfig,
-        from: StartFrom,
+        Beginning { from, margin }: Beginning,
         (compute, latents): (DType, LatentsIn),
     ) -> Result<()> {
         let spec = &self.specs[name];
@@ -70,7 +87,12 @@ impl StageContext<'_> {
             return Ok(());
         }
         let same = left.filter(|(left, _)| (left.bits, left.layout) == (spec.bits, layout));
-        let found = self.latent(name)?;
+        let mut found = self.latent(name)?;
+        if let Some(((codes, _), weight)) = same.zip(found.weight.as_mut())
+            && margin > 0.0
+        {
+            clear_borders(weight, codes, margin);
+        }
         if let Some((codes, made_by)) = same
             && self.go_on(name, linear, method, &found, (codes, made_by), (compute, latents))?
         {
@@ -227,6 +249,23 @@ impl StageContext<'_> {
         let tensors = [Some((latent.weight, latents)), latent.step.map(|s| (s, LatentsIn::F32))];
         let named = keys.zip(tensors);
         named.filter_map(|(name, of)| of.map(|(tensor, kept)| (name, host(tensor, kept)))).collect()
+    }
+}
+
+/// Draws latent weights to the middle of their levels, by so much that none is nearer than `margin` to the border
+/// of its level, in parts of the levels' distance. What lies beyond the outermost level stays.
+fn clear_borders(latent: &mut [f32], codes: &QuantizedWeight, margin: f32) {
+    let (Grid::Uniform { scale, .. }, GroupAxis::In) = (&codes.grid, codes.layout.axis) else {
+        return;
+    };
+    let (middles, len) = (codes.dequantize(), codes.layout.group_len);
+    for ((latents, middles), scale) in latent.chunks_mut(len).zip(middles.chunks(len)).zip(scale) {
+        for (latent, middle) in latents.iter_mut().zip(middles) {
+            let off = *latent - middle;
+            if off.abs() <= 0.5 * scale {
+                *latent = middle + (1.0 - 2.0 * margin) * off;
+            }
+        }
     }
 }
 

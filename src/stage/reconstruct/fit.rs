@@ -18,6 +18,7 @@ use crate::quant::ActivationQuant;
 use crate::stage::activations::Activations;
 use crate::stage::context::StageContext;
 use crate::stage::inputs::{self, Piece, StaticInputs, Student};
+use crate::stage::start::Beginning;
 use crate::stage::states::States;
 use crate::stage::streams::{Streams, float_block, loader};
 use crate::stage::visits::Visits;
@@ -139,7 +140,8 @@ impl<'a> Fit<'a> {
             } else if ctx.specs.contains_key(&name) {
                 let Self { config, .. } = self;
                 let types = (DType::F32, LatentsIn::F32);
-                ctx.attach(&name, linear, &config.method, config.start_from, types)?;
+                let beginning = Beginning::at(config.start_from);
+                ctx.attach(&name, linear, &config.method, beginning, types)?;
             }
         }
         Ok(block)
