@@ -1,5 +1,9 @@
 //! What a stage will need, before a weight is read.
 
+use std::time::Instant;
+
+use burn::tensor::{Device, Distribution, Tensor};
+
 use super::corpus::Data;
 use super::keys::Keys;
 use super::probe::{Line, Probe};
@@ -7,6 +11,7 @@ use super::state::ModelState;
 use super::validate::ValidateConfig;
 use crate::method::MethodConfig;
 use crate::model::ModelConfig;
+use crate::ops;
 use crate::quant::{ObserverConfig, QuantSpec};
 use crate::train::{MomentsIn, OptimizerConfig};
 
@@ -123,6 +128,35 @@ const LOGITS_MEASURED: u64 = 1 << 24;
 const LOGITS_TRAINED: u64 = 1 << 23;
 
 impl Speed {
+    /// What a device reaches in about a tenth of a second of the operations that training consists of.
+    pub fn measure(device: &Device) -> Self {
+        const SIDE: usize = 384;
+        /// Too large for the caches, as activations are.
+        const WIDE: usize = 1536;
+        let random = |side| Tensor::<2>::random([side, side], Distribution::Default, device);
+        let time = |work: &dyn Fn() -> Tensor<2>, times: u32| {
+            let finish = |tensor: Tensor<2>| tensor.sum().into_scalar::<f32>();
+            finish(work());
+            let start = Instant::now();
+            for _ in 1..times {
+                drop(work());
+            }
+            finish(work());
+            start.elapsed().as_secs_f64() / f64::from(times)
+        };
+        let (a, b) = (random(SIDE), random(SIDE));
+        let product = time(&|| ops::linear(a.clone(), b.clone()), 8);
+        let (a, b) = (random(WIDE), random(WIDE));
+        let gated = time(&|| ops::swiglu(a.clone(), b.clone()), 6);
+        let tiny = random(8);
+        let launch = time(&|| tiny.clone() + 1.0, 64);
+        Self {
+            flops: 2.0 * (SIDE as f64).powi(3) / product,
+            bytes: 12.0 * (WIDE as f64).powi(2) / gated,
+            launch,
+        }
+    }
+
     /// Time for `flops` operations, `bytes` moved and `steps` steps.
     pub(super) fn seconds(&self, flops: f64, bytes: f64, steps: f64) -> f64 {
         /// Operations in one step, forward and backward, of a block.

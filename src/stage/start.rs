@@ -199,8 +199,8 @@ impl StageContext<'_> {
                 for weight in &mut weight[group * layout.group_len..][..layout.group_len] {
                     *weight *= factor;
                 }
-                if let Some(step) = &mut step {
-                    step[group] *= factor;
+                if let Some(step) = step.as_mut().and_then(|steps| steps.get_mut(group)) {
+                    *step *= factor;
                 }
             }
         }

@@ -2,9 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::Instant;
 
-use burn::tensor::{Device, Distribution, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::fit::{Peak, choose_memory, fitting};
@@ -12,7 +10,6 @@ use super::limits;
 use crate::device::NamedDevice;
 use crate::error::{Error, Result};
 use crate::export::OpenModel;
-use crate::ops;
 use crate::quant::QuantSpec;
 use crate::recipe::{Plan, PlannedStage, QuantSection};
 use crate::report::{Event, memory, size};
@@ -208,7 +205,7 @@ fn scene<'a>(
         linears: config.linears().map(|(_, spec)| size(spec.shape)).sum(),
         block: (0..config.n_blocks).map(of_block).max().unwrap_or(0),
         rest: if config.tied { head } else { 2 * head },
-        speed: measure(&device.device),
+        speed: Speed::measure(&device.device),
         discrete: device.discrete,
         widest: config.linears().map(|(_, spec)| size(spec.shape)).max().unwrap_or(0),
         stored: stored.clamp(1, 4),
@@ -256,35 +253,6 @@ fn bytes_of(spec: &QuantSpec, shape: [usize; 2]) -> u64 {
     let len = shape.iter().product::<usize>() as u64;
     let groups = spec.layout(shape).map_or(0, |layout| layout.groups as u64);
     len * u64::from(spec.bits.get()) / 8 + 8 * groups
-}
-
-/// What a device reaches in about a tenth of a second of the operations that training consists of.
-fn measure(device: &Device) -> Speed {
-    const SIDE: usize = 384;
-    /// Too large for the caches, as activations are.
-    const WIDE: usize = 1536;
-    let random = |side| Tensor::<2>::random([side, side], Distribution::Default, device);
-    let time = |work: &dyn Fn() -> Tensor<2>, times: u32| {
-        let finish = |tensor: Tensor<2>| tensor.sum().into_scalar::<f32>();
-        finish(work());
-        let start = Instant::now();
-        for _ in 1..times {
-            drop(work());
-        }
-        finish(work());
-        start.elapsed().as_secs_f64() / f64::from(times)
-    };
-    let (a, b) = (random(SIDE), random(SIDE));
-    let product = time(&|| ops::linear(a.clone(), b.clone()), 8);
-    let (a, b) = (random(WIDE), random(WIDE));
-    let gated = time(&|| ops::swiglu(a.clone(), b.clone()), 6);
-    let tiny = random(8);
-    let launch = time(&|| tiny.clone() + 1.0, 64);
-    Speed {
-        flops: 2.0 * (SIDE as f64).powi(3) / product,
-        bytes: 12.0 * (WIDE as f64).powi(2) / gated,
-        launch,
-    }
 }
 
 #[cfg(test)]
