@@ -53,8 +53,8 @@ pub struct DistillConfig {
     #[serde(default)]
     pub start_from: StartFrom,
     /// On the earlier stage's grid: how far from the border between two levels latent weights begin at least, in
-    /// parts of the levels' distance, below a half. Blocks leave many on a border, where a deep model loses ground
-    /// to the first steps.
+    /// parts of the levels' distance, below a half; 0, the default: where they were left. Blocks leave many on a
+    /// border, where a deep model loses ground to the first steps.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub start_margin: f32,
     /// What student and teacher are compared by.
