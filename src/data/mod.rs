@@ -29,6 +29,7 @@ pub use order::{Order, coin_flips, seed_of};
 pub use packing::Marks;
 pub use paths::Paths;
 pub use prompts::{Asked, read_prompts};
+pub(crate) use reading::is_default;
 pub use reading::{Reader, Reading, TemplateChoice};
 pub use table::{Columns, Row, read_rows};
 pub use tokenizer::Tokenizer;

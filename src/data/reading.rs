@@ -82,7 +82,7 @@ pub struct Reading {
 }
 
 /// Whether a value is what it is where nothing is said.
-pub(super) fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+pub(crate) fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 

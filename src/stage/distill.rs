@@ -55,7 +55,7 @@ pub struct DistillConfig {
     /// On the earlier stage's grid: how far from the border between two levels latent weights begin at least, in
     /// parts of the levels' distance, below a half; 0, the default: where they were left. Blocks leave many on a
     /// border, where a deep model loses ground to the first steps.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(default, skip_serializing_if = "crate::data::is_default")]
     pub start_margin: f32,
     /// What student and teacher are compared by.
     pub objective: ObjectiveConfig,
@@ -374,11 +374,6 @@ fn finish(
     ctx.report_scale_change(&changes, [config.steps; 2]);
     ctx.report_codes(config.steps);
     Ok(())
-}
-
-#[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
-fn is_zero(margin: &f32) -> bool {
-    *margin == 0.0
 }
 
 /// Puts the method on every linear of the plan in a block.
