@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Tokens per second in generation, fewbit beside llama.cpp and PyTorch.
 
-    generation.py FEWBIT [--model NAME=DIR ...] [--gguf NAME=FILE ...] [--torch DIR]
+    generation.py FEWBIT [--model NAME=DIR ...] [--int8 NAME=DIR ...] [--gguf NAME=FILE ...] [--torch DIR]
                   [--batch N] [--rounds N] [--llama-python PYTHON]
 
 Programs run in turn, `--rounds` times, on two threads, greedy, behind one token; each figure is the
-best of its rounds, because neighbours only ever add. fewbit's is `fewbit bench --part generate`.
+best of its rounds, because neighbours only ever add. fewbit's is `fewbit bench --part generate`,
+with f32 activations under `--model` and with `--compute int8` under `--int8`.
 llama.cpp's (xllamacpp from PyPI, in the interpreter `--llama-python`) is the one it reports for 128
 tokens, its own repacking of weights on, keys and values in f32. PyTorch's is transformers' generate
 in f32, 48 tokens less 16, for the dense model. Weights of a GGUF file and of a folder that
@@ -46,9 +47,9 @@ print(best)
 """
 
 
-def fewbit(args, model):
+def fewbit(args, model, compute):
     command = [args.fewbit, "bench", "--part", "generate", "--model", model, "--json"]
-    command += ["--batch", str(args.batch)]
+    command += ["--batch", str(args.batch), "--compute", compute]
     environment = os.environ | {"RAYON_NUM_THREADS": str(THREADS)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -89,6 +90,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("fewbit")
     parser.add_argument("--model", action="append", default=[])
+    parser.add_argument("--int8", action="append", default=[])
     parser.add_argument("--gguf", action="append", default=[])
     parser.add_argument("--torch")
     parser.add_argument("--batch", type=int, default=1)
@@ -96,9 +98,11 @@ def main():
     parser.add_argument("--llama-python", default=sys.executable)
     args = parser.parse_args()
     programs = {}
-    for model in args.model:
-        name, path = model.split("=", 1)
-        programs[f"fewbit, {name}"] = lambda path=path: fewbit(args, path)
+    for compute, models in [("f32", args.model), ("int8", args.int8)]:
+        for model in models:
+            name, path = model.split("=", 1)
+            program = lambda path=path, compute=compute: fewbit(args, path, compute)
+            programs[f"fewbit {compute}, {name}"] = program
     for file in args.gguf:
         name, path = file.split("=", 1)
         programs[f"llama.cpp, {name}"] = lambda path=path: llama(args, path)

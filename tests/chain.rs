@@ -226,12 +226,22 @@ fn a_margin_changes_no_code_until_something_learns() {
             place
         };
         compare_last_two(&run("0.0", &margin), 2, &format!("{method}, {quant}"));
-        let [none, some] = [FAST, &margin].map(|more| {
-            let place = run("0.1", more);
-            let last = place.path("run/checkpoints/02-distill/block-0000.safetensors");
-            common::split_safetensors(&last).1
-        });
+        let learned = |place: Place, stage: &str| {
+            let last = format!("run/checkpoints/{stage}-distill/block-0000.safetensors");
+            common::split_safetensors(&place.path(&last)).1
+        };
+        let [none, some] = [FAST, &margin].map(|more| learned(run("0.1", more), "02"));
         assert!(none != some, "{method}, {quant}");
+        // On a grid of its own, from the float model's weights.
+        let first = |rate: &str, more: &str| {
+            let place = place(&recipe(quant, &[distill(method, bits, rate, more)]));
+            place.ok(&["train", "--recipe", "recipe.toml"]);
+            learned(place, "00")
+        };
+        for (rate, same) in [("0.0", true), ("0.1", false)] {
+            let [none, some] = [FAST, &margin].map(|more| first(rate, more));
+            assert!((none == some) == same, "{method}, {quant}, rate {rate}");
+        }
     }
     let stages = [reconstruct("seq", 2, "1e-2", ""), distill("seq", 2, "0.1", "")];
     let place = place(&recipe("bits = 2", &stages));

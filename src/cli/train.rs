@@ -18,7 +18,7 @@ use crate::stop::StopFlag;
 /// What `train` and `check` may change in a recipe.
 #[derive(Args, Debug)]
 struct Changes {
-    /// Override a key: a.b=value, list entries by index (stage.0.reconstruct.steps=100)
+    /// Override a key: a.b=value; a stage by its name (stage.distill.steps=100) or by its index, from 0
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// The run's folder, instead of the recipe's `output`
@@ -162,6 +162,11 @@ impl Reporter for Lines {
     }
 }
 
+/// A number with four digits behind the point, in a column's width.
+fn four_digits(number: f64) -> String {
+    if number.abs() < 1e4 { format!("{number:.4}") } else { format!("{number:.4e}") }
+}
+
 /// Evaluations by task and in order of measurement: the first number with its standard error where there is one,
 /// beside the float model's, and the share of answers that differ from its.
 fn results_table(record: &RunRecord) -> String {
@@ -184,19 +189,19 @@ fn results_table(record: &RunRecord) -> String {
         let _ = write!(table, "{:<24}{heading:>22}", "model");
         let columns = [(has(&error), "stderr"), (true, "x float"), (has("flipped"), "flipped")];
         for (_, name) in columns.iter().filter(|(there, _)| *there) {
-            let _ = write!(table, "{name:>10}");
+            let _ = write!(table, " {name:>9}");
         }
         table.push('\n');
         let float = all().find(|m| m.what == "float").map(|m| m.result.first());
         let float = float.filter(|float| *float != 0.0); // of nothing right
         for m in all() {
-            let _ = write!(table, "{:<24}{:>22.4}", m.what, m.result.first());
+            let _ = write!(table, "{:<24}{:>22}", m.what, four_digits(m.result.first()));
             let ratio = float.map(|float| m.result.first() / float);
             let numbers = [m.result.number(&error), ratio, m.result.number("flipped")];
             for ((there, _), number) in columns.iter().zip(numbers) {
-                let number = number.map_or_else(String::new, |number| format!("{number:.4}"));
+                let number = number.map_or_else(String::new, four_digits);
                 if *there {
-                    let _ = write!(table, "{number:>10}");
+                    let _ = write!(table, " {number:>9}");
                 }
             }
             table.truncate(table.trim_end().len());
@@ -204,4 +209,24 @@ fn results_table(record: &RunRecord) -> String {
         }
     }
     table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::four_digits;
+
+    #[test]
+    fn numbers_of_any_size_fit_a_column() {
+        for (number, text) in [
+            (2.5, "2.5000"),
+            (9999.9999, "9999.9999"),
+            (56_104.212, "5.6104e4"),
+            (3.7e32, "3.7000e32"),
+            (f64::INFINITY, "inf"),
+            (f64::NAN, "NaN"),
+        ] {
+            assert_eq!(four_digits(number), text);
+            assert!(text.len() <= 9, "{text}");
+        }
+    }
 }

@@ -40,6 +40,7 @@ const BUILTINS: &[Builtin] = builtin![
         "upq_int2_chat",
         "upq_int2_g64",
         "int2_small",
+        "int2_small_g64",
         "int2_blocks_then_scales",
         "attn4_mlp2",
         "efficientqat_w2g64",

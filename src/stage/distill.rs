@@ -52,9 +52,9 @@ pub struct DistillConfig {
     /// On another grid than the earlier stage's: what latent weights start from.
     #[serde(default)]
     pub start_from: StartFrom,
-    /// On the earlier stage's grid: how far from the border between two levels latent weights begin at least, in
-    /// parts of the levels' distance, below a half; 0, the default: where they were left. Blocks leave many on a
-    /// border, where a deep model loses ground to the first steps.
+    /// How far from the border between two levels latent weights begin at least, in parts of the levels' distance,
+    /// below a half; 0, the default: where they are. Blocks leave many on a border, where a deep model loses ground
+    /// to the first steps. No code changes by it.
     #[serde(default, skip_serializing_if = "crate::data::is_default")]
     pub start_margin: f32,
     /// What student and teacher are compared by.

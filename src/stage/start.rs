@@ -45,8 +45,7 @@ pub enum StartFrom {
 pub(super) struct Beginning {
     /// On another grid than before: what they start from.
     pub(super) from: StartFrom,
-    /// On the same grid: how far from a border between two levels latent weights are at least, in parts of the
-    /// levels' distance.
+    /// How far from a border between two levels latent weights are at least, in parts of the levels' distance.
     pub(super) margin: f32,
 }
 
@@ -119,7 +118,35 @@ impl StageContext<'_> {
         let start = self.start(name, layout, &grouped);
         let attached = method.init(&start).map_err(|e| e.at(name))?;
         put(linear, method, attached, layout, spec.bits, compute);
+        if margin > 0.0 {
+            self.clear(name, linear, method, margin, (compute, latents))?;
+        }
         Ok(())
+    }
+
+    /// Draws the latents of a grid that begins with this stage away from the borders of its levels: they go on from
+    /// its codes as they would from an earlier stage's.
+    fn clear(
+        &self,
+        name: &str,
+        linear: &mut Linear,
+        method: &MethodConfig,
+        margin: f32,
+        (compute, latents): (DType, LatentsIn),
+    ) -> Result<()> {
+        let host = |tensor: Tensor<2>| tensor.into_data().iter::<f32>().collect::<Vec<_>>();
+        let codes = method::fold(&linear.weight).transpose().map_err(|e| e.at(name))?;
+        let Some((codes, latent)) = codes.zip(method::latent(&linear.weight)) else {
+            return Err(Error::failed("nothing to fold").at(name));
+        };
+        let mut weight = host(latent.weight);
+        clear_borders(&mut weight, &codes, margin);
+        let found = Found { weight: Some(weight), step: latent.step.map(host) };
+        if self.go_on(name, linear, method, &found, (&codes, method.name()), (compute, latents))? {
+            return Ok(());
+        }
+        let what = format!("method.{} cannot go on from its own codes", method.name());
+        Err(Error::failed(what).at(name).fix("no start_margin"))
     }
 
     /// Goes on from codes on the method's own grid; `false` where it has another.

@@ -162,6 +162,30 @@ const STORED: &[Stored] = &[
         ],
     },
     Stored {
+        recipe: "int2_small_g64",
+        set: &[
+            "stage.reconstruct.allow_worse=true",
+            "stage.tune_scales.allow_worse=true",
+            "stage.distill.allow_worse=true",
+            "stage.export.allow_worse=true",
+            "data.calibration.samples=16",
+            "stage.reconstruct.steps=4",
+            "stage.tune_scales.steps=2",
+            "stage.tune_scales.log_every=1",
+            "stage.distill.steps=2",
+            "stage.distill.log_every=1",
+        ],
+        numbers: &[
+            ("block 0 loss", 0.286_202),
+            ("block 1 loss", 0.463_886),
+            ("first loss", 1.5384),
+            ("first loss", 1.7119),
+            ("float", 33.8058),
+            ("rtn w2", 409.0905),
+            ("after distill", 177.5793),
+        ],
+    },
+    Stored {
         recipe: "upq_paper",
         set: &[
             "stage.3.distill.allow_worse=true",

@@ -6,6 +6,7 @@ use std::ops::Range;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::names::nearest;
 use super::words::found_words;
 use crate::error::{Error, Result};
 
@@ -43,12 +44,13 @@ impl<'a> Override<'a> {
         }
         if path.is_empty() {
             let what = format!("`{}` does not start with a key", self.raw);
-            return Err(self.refuse(what, "write --set key=value, as in stage.0.distill.steps=100"));
+            return Err(self.refuse(what, "write --set key=value, as in stage.distill.steps=100"));
         }
         Ok(path)
     }
 
-    /// The place `path` leads to, tables created on the way.
+    /// The place `path` leads to, tables created on the way. An entry of a list is named by its index, or by
+    /// its choice where no other entry has that: `stage.distill`.
     pub(super) fn descend<'t>(
         &self,
         root: &'t mut Spanned<DeValue<'a>>,
@@ -59,16 +61,21 @@ impl<'a> Override<'a> {
         for (depth, key) in path.iter().enumerate() {
             let (span, key) = (key.span(), key.get_ref());
             let parent = || names[..depth].join(".");
+            if let DeValue::Array(list) = node.get_ref() {
+                let by_index = key.parse::<usize>();
+                let named = by_index.is_err();
+                let index = by_index.or_else(|_| self.only_choice(&parent(), list, key))?;
+                let length = list.len();
+                node = entry(node, index).ok_or_else(|| self.no_entry(&parent(), key, length))?;
+                if !named {
+                    continue;
+                }
+            }
             node = match node.get_mut() {
                 DeValue::Table(table) => {
                     let name = Spanned::new(span.clone(), Cow::Owned(key.clone()));
                     let empty = || Spanned::new(span, DeValue::Table(DeTable::new()));
                     table.entry(name).or_insert_with(empty)
-                }
-                DeValue::Array(list) => {
-                    let length = list.len();
-                    let index = key.parse().unwrap_or(usize::MAX);
-                    list.get_mut(index).ok_or_else(|| self.no_entry(&parent(), key, length))?
                 }
                 leaf => {
                     let what = format!("`{}` is {}, not a table", parent(), found_words(leaf));
@@ -79,22 +86,69 @@ impl<'a> Override<'a> {
         Ok(node)
     }
 
-    pub(super) fn no_entry(&self, list: &str, key: &str, length: usize) -> Error {
-        let entries = if length == 1 { "1 entry".to_owned() } else { format!("{length} entries") };
-        if key.parse::<usize>().is_err() {
-            let what = format!("`{list}` is a list with {entries}, and `{key}` is not an index");
-            return self.refuse(what, format!("put the index first: {list}.0.{key}"));
-        }
+    fn no_entry(&self, list: &str, key: &str, length: usize) -> Error {
         let fix = match length {
             0 => "add the entry to the file".to_owned(),
             _ => format!("an index from 0 to {}, or add an entry to the file", length - 1),
         };
+        let entries = if length == 1 { "1 entry".to_owned() } else { format!("{length} entries") };
         self.refuse(format!("`{list}` has {entries}, so there is no `{list}.{key}`"), fix)
+    }
+
+    /// The index of the one entry that is the choice `key`.
+    fn only_choice(
+        &self,
+        list: &str,
+        entries: &[Spanned<DeValue<'_>>],
+        key: &str,
+    ) -> Result<usize> {
+        let choices: Vec<_> = entries.iter().map(|entry| choice(entry.get_ref())).collect();
+        let places = |name: &str| {
+            let found = choices.iter().enumerate().filter(|(_, choice)| **choice == Some(name));
+            found.map(|(index, _)| index).collect::<Vec<_>>()
+        };
+        let indexed = |indices: Vec<usize>, name: &str| {
+            let paths = indices.into_iter().map(|index| format!("{list}.{index}.{name}"));
+            paths.collect::<Vec<_>>().join(" or ")
+        };
+        match places(key)[..] {
+            [index] => return Ok(index),
+            [] => {}
+            _ => {
+                let count = places(key).len();
+                let fix = indexed(places(key), key);
+                return Err(self.refuse(format!("`{list}` has {count} entries `{key}`"), fix));
+            }
+        }
+        let known: Vec<&str> = choices.iter().flatten().copied().collect();
+        let fix = match nearest(key, &known) {
+            Some(near) => indexed(places(near), near),
+            None if entries.is_empty() => "add the entry to the file".to_owned(),
+            None if known.is_empty() => format!("put the index first: {list}.0.{key}"),
+            None => format!("one of: {}, or add the entry to the file", known.join(", ")),
+        };
+        Err(self.refuse(format!("`{list}` has no entry `{key}`"), fix))
     }
 
     pub(super) fn refuse(&self, what: impl Into<String>, fix: impl Into<String>) -> Error {
         Error::usage(what).at(format!("--set {}", self.raw)).fix(fix)
     }
+}
+
+/// An entry of a list.
+fn entry<'t, 'a>(
+    list: &'t mut Spanned<DeValue<'a>>,
+    index: usize,
+) -> Option<&'t mut Spanned<DeValue<'a>>> {
+    let DeValue::Array(entries) = list.get_mut() else { return None };
+    entries.get_mut(index)
+}
+
+/// The name of an entry that is one choice of several: a table with one key.
+fn choice<'v>(entry: &'v DeValue<'_>) -> Option<&'v str> {
+    let table = entry.as_table()?;
+    let (name, _) = table.iter().next().filter(|_| table.len() == 1)?;
+    Some(name.get_ref())
 }
 
 /// The same value with every position moved by `by`.
@@ -171,6 +225,26 @@ mod tests {
     }
 
     #[test]
+    fn a_stage_is_named_by_what_it_does_where_it_is_the_only_one() {
+        let sets = ["stage.distill.steps=5", "stage.distill.method={ lrq = { rank = 3 } }"];
+        let (recipe, table) = read(RECIPE, &sets).unwrap();
+        let Stage::Distill(stage) = &recipe.stage[1] else { panic!("{recipe:?}") };
+        assert_eq!((&stage.method, stage.steps), (&Method::Lrq { rank: 3 }, 5));
+        let by_index = sets.map(|set| set.replace("stage.", "stage.1."));
+        assert_eq!(read(RECIPE, &by_index.each_ref().map(String::as_str)).unwrap().1, table);
+        let error = read(RECIPE, &["stage.distill.stpes=5"]).unwrap_err().to_string();
+        assert!(
+            error.starts_with("unknown key `stpes`\n  at   --set stage.distill.stpes"),
+            "{error}"
+        );
+        let twice = RECIPE.replace("stage.reconstruct", "stage.distill");
+        let error = read(&twice, &["stage.distill.steps=5"]).unwrap_err();
+        let expected = "`stage` has 2 entries `distill`\n  at   --set stage.distill.steps=5\n  \
+                        try  stage.0.distill or stage.1.distill";
+        assert_eq!(error.to_string(), expected);
+    }
+
+    #[test]
     fn an_override_that_does_not_fit_is_named() {
         let known = "`steps` (known here: betas, learning_rate, method, steps)";
         assert_set_error("stage.0.reconstruct.stpes=100", "unknown key `stpes`", known);
@@ -221,16 +295,26 @@ mod tests {
             "an index from 0 to 0, or add an entry to the file",
         );
         assert_set_error(
-            "stage.distill.steps=1",
-            "`stage` is a list with 2 entries, and `distill` is not an index",
-            "put the index first: stage.0.distill",
+            "stage.distil.steps=1",
+            "`stage` has no entry `distil`",
+            "stage.1.distill",
+        );
+        assert_set_error(
+            "stage.evaluate.every=1",
+            "`stage` has no entry `evaluate`",
+            "one of: reconstruct, distill, or add the entry to the file",
+        );
+        assert_set_error(
+            "quant.override.match=x",
+            "`quant.override` has no entry `match`",
+            "put the index first: quant.override.0.match",
         );
         assert_set_error(
             "output.a=1",
             "`output` is string \"runs/x\", not a table",
             "--set output=… replaces it",
         );
-        let example = "write --set key=value, as in stage.0.distill.steps=100";
+        let example = "write --set key=value, as in stage.distill.steps=100";
         assert_set_error("=5", "`=5` does not start with a key", example);
         assert_set_error("a b=5", "`a b=5` does not start with a key", example);
         assert_set_error("seed", "`seed` has no `=`", "write --set key=value");
