@@ -62,12 +62,12 @@ impl<'a> Override<'a> {
             let (span, key) = (key.span(), key.get_ref());
             let parent = || names[..depth].join(".");
             if let DeValue::Array(list) = node.get_ref() {
-                let by_index = key.parse::<usize>();
-                let named = by_index.is_err();
-                let index = by_index.or_else(|_| self.only_choice(&parent(), list, key))?;
+                let number = key.parse::<usize>();
+                let by_index = number.is_ok();
+                let index = number.or_else(|_| self.only_choice(&parent(), list, key))?;
                 let length = list.len();
                 node = entry(node, index).ok_or_else(|| self.no_entry(&parent(), key, length))?;
-                if !named {
+                if by_index {
                     continue;
                 }
             }
