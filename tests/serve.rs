@@ -482,7 +482,7 @@ fn what_is_wrong_is_said() {
         let _running = server.ask(&post("/v1/completions"), &long(2).to_string());
         server.send(&post("/v1/completions"), &completion(json!("x")))
     });
-    let full = tries.find(|reply| reply.status != 200).unwrap();
+    let full = tries.find(|reply| reply.status != 200).expect("no queue was full");
     assert_eq!((full.status, &full.json()["error"]["code"]), (429, &json!("queue_full")));
     assert!(full.head.contains("retry-after: "), "{}", full.head);
 }

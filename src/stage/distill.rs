@@ -53,8 +53,8 @@ pub struct DistillConfig {
     #[serde(default)]
     pub start_from: StartFrom,
     /// How far from the border between two levels latent weights begin at least, in parts of the levels' distance,
-    /// below a half; 0, the default: where they are. Blocks leave many on a border, where a deep model loses ground
-    /// to the first steps. No code changes by it.
+    /// below a half; 0, the default: where they are. No code changes by it. Blocks leave many on a border: a margin
+    /// helped a model that was near its teacher by then and held up one that was far (docs/two-bits.md).
     #[serde(default, skip_serializing_if = "crate::data::is_default")]
     pub start_margin: f32,
     /// What student and teacher are compared by.

@@ -111,14 +111,13 @@ impl<'a> Override<'a> {
             let paths = indices.into_iter().map(|index| format!("{list}.{index}.{name}"));
             paths.collect::<Vec<_>>().join(" or ")
         };
-        match places(key)[..] {
-            [index] => return Ok(index),
-            [] => {}
-            _ => {
-                let count = places(key).len();
-                let fix = indexed(places(key), key);
-                return Err(self.refuse(format!("`{list}` has {count} entries `{key}`"), fix));
-            }
+        let found = places(key);
+        if let [index] = found[..] {
+            return Ok(index);
+        }
+        if !found.is_empty() {
+            let what = format!("`{list}` has {} entries `{key}`", found.len());
+            return Err(self.refuse(what, indexed(found, key)));
         }
         let known: Vec<&str> = choices.iter().flatten().copied().collect();
         let fix = match nearest(key, &known) {
